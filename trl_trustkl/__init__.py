@@ -1,0 +1,47 @@
+"""PPO on TRL with the anchor and the trust region as switches, and a record of what bounded every update.
+
+The mathematics (`divergences`, `controllers`, `surrogates`, `trust_region`, …) needs torch alone; what needs TRL is loaded
+on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from . import controllers, divergences, surrogates, trust_region
+from .records import load_records
+
+if TYPE_CHECKING:
+    from .callbacks import BoundReportCallback
+    from .ppo.config import TrustKLPPOConfig
+    from .ppo.trainer import TrustKLPPOTrainer
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "BoundReportCallback": ".callbacks",
+    "TrustKLPPOConfig": ".ppo.config",
+    "TrustKLPPOTrainer": ".ppo.trainer",
+}
+
+__all__ = [
+    "BoundReportCallback",
+    "TrustKLPPOConfig",
+    "TrustKLPPOTrainer",
+    "controllers",
+    "divergences",
+    "load_records",
+    "surrogates",
+    "trust_region",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

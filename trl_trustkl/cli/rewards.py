@@ -1,0 +1,40 @@
+"""The demo's reward: how positive a completion sounds, by VADER's word list."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from ..errors import RewardError
+
+Messages = Sequence[dict[str, Any]]
+
+
+def sentiment(prompts: Sequence[Any], completions: Sequence[str | Messages], **columns: Any) -> list[float]:
+    """VADER's compound score of each completion, from -1 (negative) to 1 (positive); 0 for an empty one.
+
+    A word list is easily fooled, and that is why the demo uses one: a policy that no anchor holds finds out within a
+    few updates that a heap of nice words scores better than a sentence.
+    """
+    return [float(_analyzer().polarity_scores(_text(completion))["compound"]) for completion in completions]
+
+
+def _text(completion: str | Messages) -> str:
+    """A completion as text; of chat messages, their contents."""
+    if isinstance(completion, str):
+        return completion
+    return " ".join(str(message["content"]) for message in completion)
+
+
+@cache
+def _analyzer() -> Any:
+    # Loaded at the first call: the word list is the demo's, and a trainer without it must import.
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError as error:
+        raise RewardError(
+            "The reward `sentiment` needs the package vaderSentiment. Fix: pip install 'trl-trustkl[demo]', "
+            "or pip install vaderSentiment."
+        ) from error
+    return SentimentIntensityAnalyzer()

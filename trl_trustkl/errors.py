@@ -1,0 +1,46 @@
+"""The exceptions of the package.
+
+Each message names the field, the value received, the valid range and the likely fix.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TrustKLError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(TrustKLError, ValueError):
+    """A configuration value, or a combination of values, that cannot work."""
+
+
+class NotAvailableYetError(ConfigError, NotImplementedError):
+    """A documented option whose mechanism this version does not have yet."""
+
+
+class DataError(TrustKLError, ValueError):
+    """A dataset, prompt, tokenizer or record that cannot be used."""
+
+
+class RewardError(TrustKLError, ValueError):
+    """A reward function that failed, or returned something that is not a list of rewards."""
+
+
+class ModelError(TrustKLError, ValueError):
+    """A model, adapter or combination of models that cannot be trained."""
+
+
+def unknown_name(field: str, value: object, options: Iterable[str]) -> ConfigError:
+    """The error for a name outside a fixed set: says which names exist and suggests the nearest."""
+    names = sorted(options)
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return ConfigError(f"`{field}` got {value!r}; it must be one of {', '.join(map(repr, names))}.{hint}")
+
+
+def out_of_range(field: str, value: object, valid: str, fix: str = "") -> ConfigError:
+    """The error for a number outside its range: `valid` says which range, `fix` what to do instead."""
+    return ConfigError(f"`{field}` got {value!r}; it must be {valid}.{' ' + fix if fix else ''}")

@@ -1,0 +1,117 @@
+"""From hidden states and an output head to token log-probabilities, entropy and exact divergences, in chunks.
+
+A language model's logits are the largest tensor of a fine-tune: [B, T, V] in float32 is gigabytes at a vocabulary of
+150,000. Nothing here holds them: the head runs on a chunk of tokens at a time, and when gradients are wanted the chunk is
+run again in the backward pass instead of being kept (`torch.utils.checkpoint`). The extra memory is a few buffers of
+`CHUNK_ELEMENTS`, whatever B and T are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from . import divergences
+
+Head = Callable[[Tensor], Tensor]
+"""Hidden states [..., H] to logits [..., V], every scaling or soft-capping of the model included."""
+
+CHUNK_ELEMENTS = 2**22
+"""Logits in one chunk: 16 MiB in float32, small enough for a CPU's cache hierarchy and large enough for a GPU."""
+
+
+class Peer(NamedTuple):
+    """A second model at the same contexts: its hidden states [N, H] and its head."""
+
+    hidden: Tensor
+    head: Head
+
+
+class TokenStatistics(NamedTuple):
+    """Per token, [N] each: see `token_statistics`. None where it was not asked for."""
+
+    logp: Tensor
+    entropy: Tensor | None
+    ref_logp: Tensor | None
+    ref_kl: Tensor | None
+    old_kl: Tensor | None
+    old_tv: Tensor | None
+
+
+def token_statistics(
+    hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    *,
+    vocab_size: int,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    ref: Peer | None = None,
+    old: Peer | None = None,
+    ref_divergence: str = "kl",
+) -> TokenStatistics:
+    """Log-probabilities of `targets` [N] from `hidden` [N, H], with what can be had from the same logits.
+
+    Every distribution is softmax(logits / temperature). entropy: in nats. With `ref`: log π_ref(target) and the exact
+    divergence of π from π_ref, KL(π‖π_ref) by default. With `old`: the exact KL(π_old‖π) and total variation. Gradients
+    flow to `hidden` and the head, never to a peer. Chunk boundaries depend on N and V only, so that two passes over the
+    same tokens do the same arithmetic.
+    """
+
+    def run(part: Tensor, target: Tensor, ref_hidden: Tensor | None, old_hidden: Tensor | None) -> tuple[Tensor, ...]:
+        logits, logz = _tempered(head, part, temperature)
+        out = [_gather(logits, target) - logz]
+        logps = logits - logz.unsqueeze(-1) if entropy or ref is not None or old is not None else None
+        if entropy:
+            out.append(-torch.where(logps.isneginf(), 0.0, logps.exp() * logps).sum(-1))
+        if ref is not None:
+            with torch.no_grad():
+                ref_logits, ref_logz = _tempered(ref.head, ref_hidden, temperature)
+            out += [_gather(ref_logits, target) - ref_logz]
+            out += [divergences.exact_from_logps(ref_divergence, logps, ref_logits - ref_logz.unsqueeze(-1))]
+        if old is not None:
+            with torch.no_grad():
+                old_logits, old_logz = _tempered(old.head, old_hidden, temperature)
+                old_logps = old_logits - old_logz.unsqueeze(-1)
+            out += [divergences.exact_from_logps("kl", old_logps, logps)]
+            out += [divergences.exact_from_logps("tv", old_logps, logps.detach())]
+        return tuple(out)
+
+    size = max(1, CHUNK_ELEMENTS // vocab_size)
+    rows: list[tuple[Tensor, ...]] = []
+    for start in range(0, max(len(targets), 1), size):
+        piece = slice(start, start + size)
+        args = (
+            hidden[piece],
+            targets[piece],
+            None if ref is None else ref.hidden[piece],
+            None if old is None else old.hidden[piece],
+        )
+        keep = torch.is_grad_enabled() and len(targets) > 0
+        rows.append(checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False) if keep else run(*args))
+    columns = iter([torch.cat(column) for column in zip(*rows, strict=True)])
+    return TokenStatistics(
+        logp=next(columns),
+        entropy=next(columns) if entropy else None,
+        ref_logp=next(columns) if ref is not None else None,
+        ref_kl=next(columns) if ref is not None else None,
+        old_kl=next(columns) if old is not None else None,
+        old_tv=next(columns) if old is not None else None,
+    )
+
+
+def _tempered(head: Head, hidden: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Logits over the temperature, at least in float32, and their log normaliser."""
+    logits = head(hidden)
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    if temperature != 1.0:
+        logits = logits / temperature
+    return logits, torch.logsumexp(logits, dim=-1)
+
+
+def _gather(logits: Tensor, target: Tensor) -> Tensor:
+    return logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)

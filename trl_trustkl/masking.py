@@ -1,0 +1,40 @@
+"""The one mask convention of the package: True means that the token counts.
+
+Shapes: B sequences, T response positions. A masked mean over nothing is 0, never NaN: a batch in which every row was
+left out gives a zero loss, not a broken one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Sum of `values` where `mask` is True. What stands under a False mask is never read, NaN and inf included."""
+    kept = torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
+    return kept.sum() if dim is None else kept.sum(dim)
+
+
+def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean of `values` where `mask` is True; 0 where nothing counts."""
+    count = mask.sum() if dim is None else mask.sum(dim)
+    return masked_sum(values, mask, dim) / count.clamp(min=1)
+
+
+def masked_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased (Bessel-corrected) variance of `values` under the mask; (0, 0) of nothing."""
+    mean = masked_mean(values, mask)
+    squares = masked_sum((values - mean) ** 2, mask)
+    return mean, squares / (mask.sum() - 1).clamp(min=1)
+
+
+def whiten(values: Tensor, mask: Tensor, *, mean: Tensor, var: Tensor, shift_mean: bool = True) -> Tensor:
+    """(values − mean) / √(var + 1e-8) under the mask, 0 elsewhere; with `shift_mean=False` the mean is put back.
+
+    The moments are arguments, so that several processes can whiten with the moments of their pooled batch.
+    """
+    whitened = (values - mean) * torch.rsqrt(var + 1e-8)
+    if not shift_mean:
+        whitened = whitened + mean
+    return torch.where(mask, whitened, torch.zeros((), dtype=values.dtype, device=values.device))

@@ -1,0 +1,1 @@
+"""The PPO trainer, its configuration, and the models of a run."""

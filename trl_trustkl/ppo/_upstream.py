@@ -1,0 +1,18 @@
+"""The only file that knows which TRL is installed.
+
+TRL up to 1.12 has PPO under `trl.experimental.ppo`; TRL 1.13 removed it, and `_base.py` stands in.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+with warnings.catch_warnings():
+    # TRL warns that anything under `trl.experimental` may change; the tests on both lines are there to notice.
+    warnings.simplefilter("ignore")
+    try:
+        from trl.experimental.ppo import PPOConfig, PPOTrainer
+    except ImportError:
+        from ._base import PPOConfig, PPOTrainer  # type: ignore[assignment]
+
+__all__ = ["PPOConfig", "PPOTrainer"]

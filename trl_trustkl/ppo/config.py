@@ -1,0 +1,279 @@
+"""TrustKLPPOConfig: TRL's PPO configuration, with every mechanism of the anchor and of the trust region as a switch."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..advantages import ScorePosition
+from ..controllers import CONTROLLERS, ControllerName, FixedKL, build_controller
+from ..divergences import ESTIMATORS, KLEstimatorName, build_estimator
+from ..errors import ConfigError, NotAvailableYetError, out_of_range, unknown_name
+from ..surrogates import SURROGATES, ClipRuleName, build_surrogate
+from ._upstream import PPOConfig
+
+KLPlacement = Literal["reward", "loss", "both"]
+
+_DICT_FIELDS = (
+    "kl_estimator_kwargs",
+    "kl_controller_kwargs",
+    "clip_kwargs",
+    "trust_controller_kwargs",
+    "generation_kwargs",
+    "model_init_kwargs",
+)
+
+_SET_ELSEWHERE = {
+    "max_new_tokens": "response_length",
+    "max_length": "response_length",
+    "temperature": "temperature",
+    "eos_token_id": "stop_token_id",
+    "pad_token_id": "the tokenizer's pad token",
+    "do_sample": None,
+    "num_beams": None,
+    "num_return_sequences": None,
+    "return_dict_in_generate": None,
+    "output_scores": None,
+    "use_cache": None,
+}
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrustKLPPOConfig(PPOConfig):
+    """Configuration of [`TrustKLPPOTrainer`]: TRL's PPO fields, and those below.
+
+    KL divergences are in nats, of the policy at `temperature`. The anchor is KL(π‖π_ref), the trust region
+    KL(π_old‖π). Raises `ConfigError`, which names the field, the value, the valid range and the likely fix.
+    """
+
+    # -- the anchor: KL(π‖π_ref) --------------------------------------------------------------------------------------
+    kl_estimator: KLEstimatorName = _option(
+        "k1", "Estimator of the KL to the reference: one of ESTIMATORS, or 'exact' (over the whole vocabulary)."
+    )
+    kl_estimator_kwargs: dict | str | None = _option(None, "Its arguments, as a dict or JSON: {'order': 0.5}.")
+    kl_placement: KLPlacement = _option("reward", "Where the anchor acts: 'reward', 'loss' or 'both'.")
+    kl_offpolicy: bool = _option(False, "Whether a KL term in the loss is weighted by the (stopped) token ratio.")
+    kl_controller: ControllerName = _option("fixed", "Controller of kl_coef; it is fed the exact KL.")
+    kl_controller_kwargs: dict | str | None = _option(None, "Its arguments, as a dict or JSON.")
+    kl_target: float | None = _option(None, "Target of the KL to the reference, in nats per response.")
+    kl_horizon: int = _option(10_000, "Horizon of the adaptive controller, in episodes.")
+
+    # -- the trust region: KL(π_old‖π) --------------------------------------------------------------------------------
+    clip_rule: ClipRuleName = _option("ppo", "Rule that clips the policy's update; 'none' for no clipping.")
+    clip_kwargs: dict | str | None = _option(None, "Its arguments, as a dict or JSON.")
+    cliprange_high: float | None = _option(None, "Upper clip range; None: the same as cliprange.")
+    clip_value: bool = _option(True, "Whether the value loss is clipped, at cliprange_value.")
+    trust_coef: float = _option(0.0, "Coefficient of the penalty on KL(π_old‖π); 0 turns it off.")
+    trust_controller: ControllerName = _option("fixed", "Controller of trust_coef.")
+    trust_target: float | None = _option(None, "Target of KL(π_old‖π) after an update, in nats per token.")
+    trust_controller_kwargs: dict | str | None = _option(None, "Its arguments, as a dict or JSON.")
+    trust_stop: float | None = _option(
+        None, "Stop the update when the exact KL of the mini-batch just stepped exceeds this, in nats per token."
+    )
+    trust_max_kl: float | None = _option(
+        None, "Hard limit of the batch's mean KL(π_old‖π), in nats per token, held by backtracking."
+    )
+    trust_lr_target: float | None = _option(None, "Target KL that the learning rate is adapted to, in nats per token.")
+
+    # -- advantages and values ----------------------------------------------------------------------------------------
+    whiten_advantages: bool = _option(True, "Whether advantages are whitened over the batch.")
+    score_position: ScorePosition = _option(
+        "after_eos", "Where the score lands: one position after the end of a response, as in TRL, or on its last token."
+    )
+    detach_value_head: bool = _option(True, "Whether the value loss is kept from moving the policy's backbone.")
+    value_learning_rate: float | None = _option(None, "Learning rate of the value; None: the policy's.")
+
+    # -- measuring, sampling, models ----------------------------------------------------------------------------------
+    measure_fraction: float = _option(1.0, "Share of the micro-batches measured after an update.")
+    stop_token: Literal["eos", "none"] | None = _option(
+        None, "'eos' or 'none'; None: 'eos' for text and chat prompts, 'none' for a dataset of input_ids, as in TRL."
+    )
+    generation_kwargs: dict | str | None = _option(None, "Further arguments of generate(), as a dict or JSON.")
+    reward_weights: list[float] | None = _option(None, "Weight of each reward function; None: 1 each.")
+    model_init_kwargs: dict | str | None = _option(
+        None, "Arguments of from_pretrained() for models given by name, as a dict or JSON."
+    )
+
+    def __post_init__(self) -> None:
+        for name in _DICT_FIELDS:
+            setattr(self, name, _as_dict(name, getattr(self, name)))
+        super().__post_init__()
+        self._check_ranges()
+        self._check_anchor()
+        self._check_trust_region()
+        self._check_generation()
+        self._check_availability()
+
+    # The pieces the trainer asks for, so that no option is interpreted in two places.
+
+    @property
+    def low(self) -> float:
+        """The ratio's clip range is [1 − low, 1 + high]."""
+        return self.cliprange
+
+    @property
+    def high(self) -> float:
+        return self.cliprange if self.cliprange_high is None else self.cliprange_high
+
+    def build_kl_controller(self):
+        return self._controller("kl", self.kl_coef, self.kl_target)
+
+    def build_trust_controller(self):
+        return self._controller("trust", self.trust_coef, self.trust_target)
+
+    def build_surrogate(self):
+        return build_surrogate(self.clip_rule, low=self.low, high=self.high, kwargs=self.clip_kwargs or {})
+
+    def _controller(self, prefix: str, coef: float, target: float | None):
+        name = getattr(self, f"{prefix}_controller")
+        kwargs = dict(getattr(self, f"{prefix}_controller_kwargs") or {})
+        if prefix == "kl" and name == "adaptive":
+            kwargs.setdefault("horizon", self.kl_horizon)
+        return build_controller(name, coef=coef, target=target, field=prefix, **kwargs)
+
+    # Checks. Each says which field, what it got, what it may be, and what to do.
+
+    def _check_ranges(self) -> None:
+        def number(name: str, valid: str, ok, fix: str = "", optional: bool = False) -> None:
+            value = getattr(self, name)
+            if value is None and optional:
+                return
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not ok(value):
+                raise out_of_range(name, value, valid, fix)
+
+        def positive(x: float) -> bool:
+            return x > 0
+
+        def not_negative(x: float) -> bool:
+            return x >= 0
+
+        number("kl_coef", "a finite number >= 0", not_negative, "0 turns the anchor off.")
+        number("trust_coef", "a finite number >= 0", not_negative, "0 turns the penalty off.")
+        number("vf_coef", "a finite number >= 0", not_negative)
+        number("kl_horizon", "a positive number of episodes", positive)
+        number("temperature", "a finite number > 0", positive, "Near-greedy sampling is temperature=0.01.")
+        number("cliprange", "in (0, 1)", lambda x: 0 < x < 1, "Use clip_rule='none' to turn clipping off.")
+        number("cliprange_high", "a finite number > 0, or None", positive, "None means the same as cliprange.", True)
+        number("cliprange_value", "a finite number > 0", positive, "Use clip_value=False to turn value clipping off.")
+        number("gamma", "in [0, 1]", lambda x: 0 <= x <= 1)
+        number("lam", "in [0, 1]", lambda x: 0 <= x <= 1)
+        number("learning_rate", "a finite number >= 0", not_negative)
+        number("value_learning_rate", "a finite number >= 0, or None", not_negative, optional=True)
+        number("measure_fraction", "in (0, 1]", lambda x: 0 < x <= 1, "There is no way to turn the measurement off.")
+        number("kl_target", "a positive number of nats per response, or None", positive, optional=True)
+        for name in ("trust_target", "trust_stop", "trust_max_kl", "trust_lr_target"):
+            number(name, "a positive number of nats per token, or None", positive, "None turns it off.", optional=True)
+        number("missing_eos_penalty", "a finite number >= 0, or None", not_negative, optional=True)
+        number("max_grad_norm", "a finite number >= 0, or None", not_negative, "0 or None turns it off.", optional=True)
+        number("num_train_epochs", "a positive number", positive)
+        number("total_episodes", "a positive number, or None", positive, optional=True)
+        for name in (
+            "num_ppo_epochs",
+            "num_mini_batches",
+            "response_length",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "local_rollout_forward_batch_size",
+        ):
+            number(name, "a whole number >= 1", lambda x: x >= 1 and x == int(x))
+        local = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if local % self.num_mini_batches:
+            raise ConfigError(
+                f"`num_mini_batches` got {self.num_mini_batches}; it must divide the batch of one process, "
+                f"per_device_train_batch_size × gradient_accumulation_steps = {self.per_device_train_batch_size} × "
+                f"{self.gradient_accumulation_steps} = {local}."
+            )
+        if self.reward_weights is not None:
+            weights = self.reward_weights
+            if not isinstance(weights, (list, tuple)) or not all(
+                isinstance(w, (int, float)) and math.isfinite(w) for w in weights
+            ):
+                raise out_of_range("reward_weights", weights, "a list of finite numbers, one for each reward function")
+
+    def _check_anchor(self) -> None:
+        if self.kl_estimator not in (*ESTIMATORS, "exact"):
+            raise unknown_name("kl_estimator", self.kl_estimator, (*ESTIMATORS, "exact"))
+        if self.kl_estimator != "exact":
+            build_estimator(self.kl_estimator, self.kl_estimator_kwargs)
+        if self.kl_placement not in KLPlacement.__args__:
+            raise unknown_name("kl_placement", self.kl_placement, KLPlacement.__args__)
+        for prefix in ("kl", "trust"):
+            name = getattr(self, f"{prefix}_controller")
+            if name not in CONTROLLERS:
+                raise unknown_name(f"{prefix}_controller", name, CONTROLLERS)
+        controller = self.build_kl_controller()
+        if self.kl_target is not None and isinstance(controller, FixedKL):
+            raise ConfigError(
+                f"`kl_target` got {self.kl_target}, but kl_controller='fixed' never looks at it; "
+                "choose kl_controller='adaptive', or leave kl_target None."
+            )
+
+    def _check_trust_region(self) -> None:
+        if self.clip_rule not in SURROGATES:
+            raise unknown_name("clip_rule", self.clip_rule, SURROGATES)
+        self.build_surrogate()
+        if self.score_position not in ScorePosition.__args__:
+            raise unknown_name("score_position", self.score_position, ScorePosition.__args__)
+        if self.trust_max_kl is not None and self.measure_fraction != 1.0:
+            raise ConfigError(
+                f"`measure_fraction` got {self.measure_fraction}; it must be 1 with trust_max_kl={self.trust_max_kl}: "
+                "a subset of the batch never feeds a guarantee."
+            )
+
+    def _check_generation(self) -> None:
+        if self.stop_token not in ("eos", "none", None):
+            raise unknown_name("stop_token", self.stop_token, ("eos", "none"))
+        if self.stop_token is not None and self.stop_token_id is not None:
+            raise ConfigError(
+                f"`stop_token` got {self.stop_token!r} and `stop_token_id` got {self.stop_token_id}; set only one of them."
+            )
+        for key, instead in _SET_ELSEWHERE.items():
+            if key in (self.generation_kwargs or {}):
+                fix = f"set {instead} instead." if instead else "the trainer depends on its value; leave it out."
+                raise ConfigError(f"`generation_kwargs` got {key!r}: {fix}")
+
+    def _check_availability(self) -> None:
+        for name, (available, what) in _AVAILABLE.items():
+            value = getattr(self, name)
+            if value not in available:
+                raise NotAvailableYetError(
+                    f"`{name}` got {value!r}: {what} is not available yet in this version; "
+                    f"available: {', '.join(map(repr, available))}."
+                )
+
+
+_AVAILABLE: dict[str, tuple[tuple[Any, ...], str]] = {
+    "kl_estimator": (("k1", "k2", "k3", "abs"), "this estimator"),
+    "kl_placement": (("reward",), "a KL term in the loss"),
+    "kl_offpolicy": ((False,), "the off-policy weight of a KL term in the loss"),
+    "kl_controller": (("fixed", "adaptive"), "this controller"),
+    "clip_rule": (("none", "ppo"), "this clip rule"),
+    "trust_coef": ((0.0,), "the penalty on KL(π_old‖π)"),
+    "trust_controller": (("fixed",), "a controller of the penalty on KL(π_old‖π)"),
+    "trust_target": ((None,), "a target of KL(π_old‖π)"),
+    "trust_max_kl": ((None,), "the hard limit of KL(π_old‖π)"),
+    "trust_lr_target": ((None,), "the learning rate by KL"),
+    "load_best_model_at_end": ((False,), "loading the best checkpoint"),
+}
+
+
+def _as_dict(name: str, value: Any) -> dict[str, Any] | None:
+    """A dict, or None, from a dict or a JSON object, as the command line gives it."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"`{name}` got {value!r}, which is not JSON ({error}); write an object such as '{{\"order\": 0.5}}'."
+            ) from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"`{name}` got {value!r}; it must be a dict, or a JSON object as a string.")
+    return dict(value)

@@ -1,0 +1,169 @@
+"""From a dataset to batches of prompts: text, chat messages or token ids, left-padded, in a seeded order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import DataError
+from ..types import MicroBatch, Prompts, Rollout
+
+IDS = "input_ids"
+
+
+def is_chat(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages such as [{"role": "user", "content": "..."}]."""
+    return isinstance(prompt, Sequence) and not isinstance(prompt, str)
+
+
+def tokenize_prompts(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, name: str, num_proc: int | None = None
+) -> Dataset:
+    """The dataset with a column `input_ids`, made from `prompt` (text or messages) where it has none.
+
+    Raises DataError: empty dataset, no usable column, a prompt that is neither text nor messages, or an empty one.
+    """
+    if not isinstance(dataset, Dataset):
+        raise DataError(f"`{name}` got {type(dataset).__name__}; it must be a datasets.Dataset (streaming ones have no length).")
+    if len(dataset) == 0:
+        raise DataError(f"`{name}` is empty; it must have at least one row with a prompt.")
+    columns = dataset.column_names
+    if "prompt" not in columns:
+        if IDS in columns:
+            return dataset
+        raise DataError(f"`{name}` has the columns {columns}; it must have 'prompt' (text or messages) or 'input_ids'.")
+
+    def encode(row: dict[str, Any], index: int) -> dict[str, list[int]]:
+        return {IDS: encode_prompt(row["prompt"], tokenizer, where=f"`{name}` row {index}")}
+
+    return dataset.map(encode, with_indices=True, num_proc=num_proc, desc=f"Tokenizing {name}")
+
+
+def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, *, where: str = "prompt") -> list[int]:
+    """Token ids of one prompt; messages go through the chat template, with the generation prompt added."""
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    elif is_chat(prompt) and prompt and all(isinstance(message, dict) and "role" in message for message in prompt):
+        if tokenizer.chat_template is None:
+            raise DataError(f"{where} is a list of messages, but the tokenizer has no chat template; give prompts as text.")
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        raise DataError(f"{where} got the prompt {prompt!r}; it must be text or a list of {{'role': …, 'content': …}}.")
+    if not ids:
+        raise DataError(f"{where} has a prompt of no tokens ({prompt!r}); give at least one, such as the bos token.")
+    return ids
+
+
+def prepare_datasets(
+    train: Dataset,
+    evaluation: Dataset | dict[str, Dataset] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    args: Any,
+) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
+    """Both datasets with token ids, their lengths checked against the model's context."""
+
+    def prepare(dataset: Dataset, name: str) -> Dataset:
+        dataset = tokenize_prompts(dataset, tokenizer, name=name, num_proc=args.dataset_num_proc)
+        check_lengths(dataset, model, args.response_length, name=name)
+        return dataset
+
+    if isinstance(evaluation, dict):
+        evaluation = {key: prepare(dataset, f"eval_dataset[{key!r}]") for key, dataset in evaluation.items()}
+    elif evaluation is not None:
+        evaluation = prepare(evaluation, "eval_dataset")
+    return prepare(train, "train_dataset"), evaluation
+
+
+def check_lengths(dataset: Dataset, model: PreTrainedModel, response_length: int, *, name: str) -> None:
+    """Raise DataError for a prompt that is empty, or leaves no room for the response in the model's context."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for index, ids in enumerate(dataset[IDS]):
+        if len(ids) == 0:
+            raise DataError(f"`{name}` row {index} has no token in 'input_ids'; every prompt needs at least one.")
+        if context is not None and len(ids) + response_length > context:
+            raise DataError(
+                f"`{name}` row {index} has {len(ids)} prompt tokens; with response_length={response_length} that is more "
+                f"than the model's context of {context}: shorten or drop the prompt, or lower response_length."
+            )
+
+
+def collate(rows: list[dict[str, Any]], pad_token_id: int, device: torch.device) -> Prompts:
+    """Left-padded prompts [B, P] with a mask that knows padding from tokens, also where both have the same id.
+
+    The rows keep their own columns; one that had only `input_ids` keeps them.
+    """
+    longest = max(len(row[IDS]) for row in rows)
+    ids = torch.full((len(rows), longest), pad_token_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), longest), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        tokens = torch.as_tensor(row[IDS], dtype=torch.long)
+        if "attention_mask" in row:
+            tokens = tokens[torch.as_tensor(row["attention_mask"], dtype=torch.bool)]
+        ids[i, longest - len(tokens) :] = tokens
+        mask[i, longest - len(tokens) :] = True
+    return Prompts(ids.to(device), mask.to(device), rows)
+
+
+def collate_nothing(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows as they are: prompts are padded by `collate`, which knows the mask."""
+    return rows
+
+
+def trim_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop the columns that are padding in every row; one column stays."""
+    start = min(int(mask.any(0).long().argmax()), mask.shape[1] - 1)
+    return ids[:, start:], mask[:, start:]
+
+
+def micro_batch(rollout: Rollout, rows: Tensor) -> MicroBatch:
+    """Some rows of a rollout, trimmed to their longest prompt and their longest response (at least one token)."""
+    prompt_ids, prompt_mask = trim_left(rollout.prompt_ids[rows], rollout.prompt_mask[rows])
+    length = max(int(rollout.response_mask[rows].sum(-1).max()), 1)
+    response_ids = rollout.response_ids[rows, :length]
+    response_mask = rollout.response_mask[rows, :length]
+    mask = torch.cat([prompt_mask, response_mask], dim=1)
+    return MicroBatch(
+        rows=rows,
+        # What is masked is never attended to; token 0 exists in every vocabulary, the padding token may not.
+        input_ids=torch.cat([prompt_ids, response_ids], dim=1) * mask,
+        attention_mask=mask.long(),
+        position_ids=positions(mask),
+        response_ids=response_ids,
+        response_mask=response_mask,
+    )
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids [b, n] that count the tokens under the mask from 0."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+class PromptOrder:
+    """The order of prompts as a pure function of the seed and the update: nothing to save, nothing to restore.
+
+    The dataset is passed over again and again, in a new permutation each pass; what does not fill a batch is left out of
+    that pass.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int) -> None:
+        if length < batch_size:
+            raise DataError(
+                f"`train_dataset` has {length} rows, fewer than one batch of {batch_size} "
+                "(per_device_train_batch_size × gradient_accumulation_steps × processes); add prompts or shrink the batch."
+            )
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.batches_per_pass = length // batch_size
+
+    def rows(self, update: int) -> list[int]:
+        """The dataset rows of the batch of `update` (counted from 0), over all processes."""
+        epoch, batch = divmod(update, self.batches_per_pass)
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        order = torch.randperm(self.length, generator=generator)
+        return order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()

@@ -1,0 +1,165 @@
+"""Sampling responses, and the log-probability each token had when it was drawn."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+
+
+class LogProbRecorder(LogitsProcessor):
+    """Keeps the log-probability of each sampled token; of the scores, those of one step only.
+
+    It must be the last processor, so that the scores it sees are those that are sampled from.
+    """
+
+    def __init__(self) -> None:
+        self.columns: list[Tensor] = []
+        self._scores: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._take(input_ids[:, -1])
+        self._scores = scores
+        return scores
+
+    def finish(self, sequences: Tensor) -> Tensor | None:
+        """[b, t] log-probabilities of the new tokens of `sequences`, or None where sampling went another way."""
+        self._take(sequences[:, -1])
+        return torch.stack(self.columns, dim=1) if self.columns else None
+
+    def _take(self, tokens: Tensor) -> None:
+        if self._scores is not None:
+            scores = self._scores.float()
+            self.columns.append(scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - scores.logsumexp(-1))
+            self._scores = None
+
+
+def recording_sampler(recorder: LogProbRecorder):
+    """A decoding method for `generate(custom_generate=…)`: the model's own sampling, with the recorder put last."""
+
+    def sample(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        processors = LogitsProcessorList([*logits_processor, recorder])
+        return model._sample(input_ids, processors, stopping_criteria, generation_config, **kwargs)
+
+    return sample
+
+
+def sample_responses(
+    policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, stop_ids: list[int], config: GenerationConfig
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sample one response for each prompt: ids and mask [b, T] with T = `config.max_new_tokens`, and log-probs [b, T].
+
+    The mask is True up to and including the first stop token. Everything after it, and every position that was never
+    sampled, holds the padding token.
+    """
+    recorder = LogProbRecorder()
+    causal = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    with torch.no_grad(), ready_to_generate(causal):
+        sequences = causal.generate(
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask.long(),
+            generation_config=config,
+            custom_generate=recording_sampler(recorder),
+        )
+        logp = recorder.finish(sequences)
+    new = sequences[:, prompt_ids.shape[1] :]
+    missing = config.max_new_tokens - new.shape[1]
+    response = nn.functional.pad(new, (0, missing), value=config.pad_token_id)
+    sampled = torch.arange(config.max_new_tokens, device=new.device) < new.shape[1]
+    mask = response_mask(response, stop_ids) & sampled
+    response = torch.where(mask, response, config.pad_token_id)
+    if logp is not None:
+        logp = torch.where(mask, nn.functional.pad(logp, (0, missing)), 0.0)
+    return response, mask, logp
+
+
+def stop_ids(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, args: Any, *, text: bool) -> list[int]:
+    """The tokens that end a response.
+
+    `stop_token_id` alone where it is set. With `stop_token="eos"`, the default for text and chat prompts, every end of
+    sequence that the tokenizer or the model's generation config declares (a chat model's end of turn among them). None
+    with "none", the default for a dataset of token ids, as in TRL.
+    """
+    if args.stop_token_id is not None:
+        return [args.stop_token_id]
+    if (args.stop_token or ("eos" if text else "none")) == "none":
+        return []
+    declared = policy.generation_config.eos_token_id
+    declared = declared if isinstance(declared, list) else [declared]
+    return sorted({token for token in (tokenizer.eos_token_id, *declared) if token is not None})
+
+
+def response_mask(response: Tensor, stop_ids: list[int]) -> Tensor:
+    """True up to and including the first stop token, [b, t]; everywhere in a row that has none."""
+    stops = torch.isin(response, torch.tensor(stop_ids, dtype=response.dtype, device=response.device))
+    return stops.long().cumsum(-1) - stops.long() == 0
+
+
+def ends_with_stop(response: Tensor, mask: Tensor, stop_ids: list[int]) -> Tensor:
+    """Whether each response ended by itself, [b]."""
+    stops = torch.isin(response, torch.tensor(stop_ids, dtype=response.dtype, device=response.device))
+    return (stops & mask).any(-1)
+
+
+def generation_config(
+    *, response_length: int, temperature: float, stop_ids: list[int], pad_token_id: int, extra: dict[str, Any] | None
+) -> GenerationConfig:
+    """Plain sampling at a temperature from the whole vocabulary, unless `extra` (generation_kwargs) says otherwise."""
+    return GenerationConfig(
+        **{
+            "max_new_tokens": response_length,
+            "do_sample": True,
+            "temperature": temperature,
+            "top_k": 0,
+            "top_p": 1.0,
+            "eos_token_id": stop_ids or None,
+            "pad_token_id": pad_token_id,
+            "use_cache": True,
+            **(extra or {}),
+        }
+    )
+
+
+@contextmanager
+def ready_to_generate(causal: nn.Module) -> Iterator[None]:
+    """The model as generation needs it, put back afterwards.
+
+    Its own generation config would fill every option left unset (an end of sequence where there is to be none, a
+    repetition penalty), so a blank one stands in. Gradient checkpointing would switch the KV cache off. The model stays in
+    train mode: dropout is off, and eval mode would repack 4-bit weights for inference (see models.unpack_4bit_weights).
+    """
+    own_config, causal.generation_config = causal.generation_config, GenerationConfig()
+    checkpointed = [m for m in causal.modules() if getattr(m, "gradient_checkpointing", False)]
+    for module in checkpointed:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        causal.generation_config = own_config
+        for module in checkpointed:
+            module.gradient_checkpointing = True
+
+
+@contextmanager
+def seeded(device: torch.device, *keys: int) -> Iterator[None]:
+    """Torch's random state seeded from `keys` inside, untouched outside: sampling depends on nothing else in the program."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(mixed_seed(*keys))
+        yield
+
+
+def generator(*keys: int) -> torch.Generator:
+    """A generator of its own, seeded from `keys`."""
+    return torch.Generator().manual_seed(mixed_seed(*keys))
+
+
+def mixed_seed(*keys: int) -> int:
+    """One seed from several numbers; different ones give different seeds."""
+    digest = hashlib.blake2b(repr(tuple(int(key) for key in keys)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,124 @@
+"""The PPO epochs of one update: mini-batches of fixed micro-batches, one optimizer step each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..types import Batch, UpdateStats
+from .config import TrustKLPPOConfig
+from .losses import LossScale, LossSums, Rule, epoch_stats, micro_loss, stacked
+
+
+@dataclass
+class Optimisation:
+    """What an update needs to step: the prepared model and optimizer, and the parameters in their two groups.
+
+    Policy and value are clipped to `max_grad_norm` apart from each other, so that a large value error does not shrink the
+    policy's step, and the norm on record is the policy's.
+    """
+
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: Any
+    policy_parameters: list[nn.Parameter]
+    value_parameters: list[nn.Parameter]
+    args: TrustKLPPOConfig
+
+    def run(
+        self, batch: Batch, generator: torch.Generator, too_far: Callable[[Sequence[int]], bool] | None
+    ) -> UpdateStats:
+        """All epochs, unless `too_far(micro-batches just stepped)` ends them or a step is refused."""
+        args = self.args
+        rule = args.build_surrogate()
+        planned = args.num_ppo_epochs * args.num_mini_batches
+        steps, norms, scales, epochs = 0, [], [], []
+        refused, stopped = None, False
+        for epoch in range(args.num_ppo_epochs):
+            sums = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=self.accelerator.device)
+            for mini in self._mini_batches(len(batch.scored.micro_batches), generator):
+                sums += self._backward(batch, mini, rule)
+                norm = self._clip(self.policy_parameters)
+                value_norm = self._clip(self.value_parameters)
+                if self.accelerator.scaler is None and not (math.isfinite(norm) and math.isfinite(value_norm)):
+                    which = "policy's" if not math.isfinite(norm) else "value's"
+                    refused = f"the {which} gradient is not finite in epoch {epoch + 1}, step {steps + 1} of {planned}"
+                    self.optimizer.zero_grad()
+                    break
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                steps += 1
+                norms.append(norm)
+                scales.append(self._scale(norm))
+                if too_far is not None and steps < planned and too_far(mini):
+                    stopped = True
+                    break
+            epochs.append(self.accelerator.reduce(sums, reduction="sum"))
+            if stopped or refused is not None:
+                break
+        return UpdateStats(
+            total=epoch_stats(torch.stack(epochs).sum(0)),
+            epochs=[epoch_stats(sums) for sums in epochs],
+            steps=steps,
+            planned_steps=planned,
+            grad_norm=sum(norms) / len(norms) if norms else math.nan,
+            grad_scale=sum(scales) / len(scales) if scales else 1.0,
+            stopped=stopped,
+            refused=refused,
+        )
+
+    def _mini_batches(self, count: int, generator: torch.Generator) -> Iterator[list[int]]:
+        """Indices of micro-batches, shuffled anew each epoch, in equal mini-batches."""
+        order = torch.randperm(count, generator=generator).tolist()
+        size = count // self.args.num_mini_batches
+        for start in range(0, count, size):
+            yield order[start : start + size]
+
+    def _backward(self, batch: Batch, mini: list[int], rule: Rule) -> Tensor:
+        """Accumulate the mini-batch's gradient; returns its sums on this process."""
+        args, scored = self.args, batch.scored
+        scale = self._loss_scale(batch, mini)
+        total = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=self.accelerator.device)
+        for number, index in enumerate(mini, start=1):
+            micro = scored.micro_batches[index]
+            with self._synchronised(last=number == len(mini)):
+                loss, sums = micro_loss(
+                    self.model(micro),
+                    micro,
+                    batch,
+                    scale,
+                    rule=rule,
+                    vf_coef=args.vf_coef,
+                    value_range=args.cliprange_value if args.clip_value else None,
+                )
+                # Gradients are averaged over processes; the loss is already divided by the count of all of them.
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+            total += stacked(sums)
+        return total
+
+    def _loss_scale(self, batch: Batch, mini: list[int]) -> LossScale:
+        rows = torch.cat([batch.scored.micro_batches[index].rows for index in mini])
+        counts = torch.stack([batch.scored.loss_mask[rows].sum(), batch.scored.value_mask[rows].sum()])
+        return LossScale(*self.accelerator.reduce(counts.double(), reduction="sum").tolist())
+
+    def _synchronised(self, *, last: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def _clip(self, parameters: list[nn.Parameter]) -> float:
+        """Clip to `max_grad_norm` where it is on; returns the norm before."""
+        if not parameters:
+            return 0.0
+        if self.accelerator.scaler is not None and parameters is self.policy_parameters:
+            self.accelerator.unscale_gradients()
+        return float(nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm or math.inf))
+
+    def _scale(self, norm: float) -> float:
+        limit = self.args.max_grad_norm
+        return min(1.0, limit / (norm + 1e-6)) if limit else 1.0

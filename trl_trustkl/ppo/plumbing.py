@@ -1,0 +1,420 @@
+"""What a trainer owes transformers: optimizer groups, state, callbacks, logs, checkpoints, evaluation.
+
+A mixin, so that the trainer's own file shows the algorithm. It calls `super(PPOTrainer, self)` where TRL 1.12's PPO trainer
+overrides a method of its base for a loop that is not ours.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import TrainerState
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
+
+from .. import records
+from ..errors import ConfigError
+from ..masking import masked_sum
+from ..types import Batch, BoundRecord, MicroBatch, Prompts, TokenOutputs, UpdateStats
+from . import generation, models
+from ._upstream import PPOTrainer
+from .data import PromptOrder, collate, prepare_datasets
+from .optimise import Optimisation
+
+logger = logging.get_logger(__name__)
+
+
+class Draw(enum.IntEnum):
+    """What a random number is for; part of its seed, so that no two uses share a stream."""
+
+    GENERATE = 0
+    MICRO_BATCHES = 1
+    MINI_BATCHES = 2
+    EVALUATE = 3
+
+
+@dataclass
+class OnlineTrainerState(TrainerState):
+    """TrainerState with the number of responses sampled so far."""
+
+    episode: int = 0
+
+
+class Plumbing:
+    """See the module. The trainer that mixes it in has the phases."""
+
+    # -- construction --------------------------------------------------------------------------------------------------
+
+    def _setup(self, user_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None) -> None:
+        """What depends on the accelerator: batch arithmetic, order of prompts, controllers, models on their device."""
+        args, processes = self.args, self.accelerator.num_processes
+        self._user_collator = user_collator
+        args.world_size = processes
+        args.local_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        args.micro_batch_size = args.per_device_train_batch_size * processes
+        args.batch_size = args.local_batch_size * processes
+        args.local_mini_batch_size = args.local_batch_size // args.num_mini_batches
+        args.mini_batch_size = args.local_mini_batch_size * processes
+        if args.total_episodes is None:
+            args.total_episodes = math.ceil(args.num_train_epochs * len(self.train_dataset))
+        args.num_total_batches = args.max_steps if args.max_steps > 0 else math.ceil(args.total_episodes / args.batch_size)
+        # A micro-batch divides a mini-batch evenly, so that any micro-batch can go into any mini-batch.
+        sizes = range(1, min(args.per_device_train_batch_size, args.local_mini_batch_size) + 1)
+        self._micro_size = max(size for size in sizes if args.local_mini_batch_size % size == 0)
+        self._order = PromptOrder(len(self.train_dataset), args.batch_size, args.seed)
+        self.kl_controller = args.build_kl_controller()
+        self.kl_state = self.kl_controller.init()
+        for module in [self.reference.model, *(getattr(func, "model", None) for func in self.reward_funcs)]:
+            if module is not None and not models.is_quantized(module):
+                module.to(self.accelerator.device)
+        if hasattr(self.model.policy, "add_model_tags"):
+            self.model.policy.add_model_tags(self._tag_names)
+        self.state = self._fresh_state()
+
+    def _fresh_state(self) -> OnlineTrainerState:
+        return OnlineTrainerState(
+            is_local_process_zero=self.is_local_process_zero(),
+            is_world_process_zero=self.is_world_process_zero(),
+            stateful_callbacks=[
+                cb for cb in [*self.callback_handler.callbacks, self.control] if isinstance(cb, ExportableState)
+            ],
+        )
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """TRL's optimizer, with the value's parameters in groups of their own for their learning rate."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        rate = self.args.value_learning_rate
+        value = {id(p) for p in self.model.value.parameters()}
+        for group in list(optimizer.param_groups) if rate is not None else []:
+            mine = [p for p in group["params"] if id(p) in value]
+            if mine:
+                group["params"] = [p for p in group["params"] if id(p) not in value]
+                settings = {key: setting for key, setting in group.items() if key != "params"}
+                optimizer.add_param_group({**settings, "params": mine, "lr": rate})
+        return optimizer
+
+    # -- the loop's bookkeeping ----------------------------------------------------------------------------------------
+
+    def _begin_training(self) -> None:
+        args = self.args
+        self.is_in_train = True
+        self.state = self._fresh_state()
+        self.state.max_steps = args.num_total_batches
+        self.state.num_train_epochs = math.ceil(args.num_total_batches / self._order.batches_per_pass)
+        self.state.train_batch_size = args.per_device_train_batch_size
+        self.state.compute_steps(args, self.state.max_steps)
+        self._prepare_optimisation()
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._logged_step = 0
+        self._last_loss = 0.0
+        self._started = time.perf_counter()
+        self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
+        self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
+
+    def _prepare_optimisation(self) -> None:
+        """Wrap model and optimizer for the hardware, once; a second train() starts a new schedule."""
+        args = self.args
+        if self.model_wrapped is self.model:
+            self.create_optimizer()
+            self.model.train()
+            self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        if self._created_lr_scheduler:
+            self.lr_scheduler, self._created_lr_scheduler = None, False
+        self.create_scheduler(num_training_steps=self.state.max_steps)
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.model.train()
+        self._optimisation = Optimisation(
+            accelerator=self.accelerator,
+            model=self.model_wrapped,
+            optimizer=self.optimizer,
+            policy_parameters=models.trainable(self.model.policy),
+            value_parameters=models.trainable(self.model.value),
+            args=args,
+        )
+
+    def _begin_update(self) -> None:
+        self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
+        self.state.episode += self.args.batch_size
+        self._sampling_key = (Draw.GENERATE, self.state.global_step)
+        self._seconds: dict[str, float] = {}
+        self._update_started = time.perf_counter()
+        self._refused: str | None = None
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """Add what runs inside to this update's `seconds`."""
+        started = time.perf_counter()
+        yield
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - started
+
+    def _end_update(self, batch: Batch, stats: UpdateStats, record: BoundRecord) -> None:
+        """Hand the record to whoever wants it, move the controllers, and let the callbacks decide what comes next."""
+        args = self.args
+        self.state.global_step += 1
+        self.state.epoch = self.state.global_step / self._order.batches_per_pass
+        self.lr_scheduler.step()
+        # A negative estimate never reaches a controller: it is fed the exact KL, which is 0 at least up to rounding.
+        if math.isfinite(record.anchor.kl_exact):
+            kl = max(0.0, record.anchor.kl_exact)
+            self.kl_state = self.kl_controller.update(self.kl_state, kl=kl, episodes=args.batch_size)
+        self._last_loss = stats.total.policy_loss + args.vf_coef * stats.total.value_loss
+        completions = self._completion_rows(batch)
+        if self.is_world_process_zero():
+            for callback in self.callback_handler.callbacks:
+                if hasattr(callback, "on_record"):
+                    callback.on_record(args, self.state, self.control, record=record, completions=completions)
+        for name, value in self._update_metrics(batch, stats, record).items():
+            self._metrics[name].append(value)
+        self.control = self.callback_handler.on_step_end(args, self.state, self.control)
+        self._act_on_control()
+        if self.state.global_step % self._order.batches_per_pass == 0:
+            self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
+            self._act_on_control()
+            if self.state.global_step < self.state.max_steps:
+                self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
+        self._print_samples()
+
+    def _act_on_control(self) -> None:
+        """Log, evaluate and save where a callback asked for it."""
+        if self.control.should_log and self.state.global_step > self._logged_step:
+            self._flush_metrics()
+        if self.control.should_evaluate:
+            metrics = self.evaluate()
+            if self.args.metric_for_best_model is not None:
+                better = self._determine_best_metric(metrics=metrics, trial=None)
+                if self.args.save_strategy == "best":
+                    self.control.should_save = better
+        if self.control.should_save:
+            self._save_checkpoint(self.model, trial=None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self.control.should_log = self.control.should_evaluate = self.control.should_save = False
+
+    def _end_training(self) -> TrainOutput:
+        if self.state.global_step > self._logged_step:
+            self._flush_metrics()
+        seconds = time.perf_counter() - self._started
+        metrics = {"train_runtime": seconds, "train_samples_per_second": self.state.episode / max(seconds, 1e-9)}
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self._act_on_control()
+        self.is_in_train = False
+        return TrainOutput(self.state.global_step, self._last_loss, metrics)
+
+    def _undo(self, reason: str) -> None:
+        """Put the policy back to where the update began, and say why."""
+        self._line.restore()
+        self._refused = reason
+        logger.warning(f"update {self.state.global_step + 1} is refused: {reason}; the policy is as it was before it.")
+
+    # -- shared by the phases ------------------------------------------------------------------------------------------
+
+    def _pooled(self, tensor: Tensor) -> Tensor:
+        """The rows of all processes, the same on each."""
+        return self.accelerator.gather(tensor)
+
+    def _generator(self, draw: Draw) -> torch.Generator:
+        """A stream of random numbers for one use in this update, on this process."""
+        return generation.generator(self.args.seed, draw, self.state.global_step, self.accelerator.process_index)
+
+    def _evaluate(self, micro: MicroBatch, **wanted: Any) -> TokenOutputs:
+        """A forward pass without a backward, with the kernels of one that has: a 4-bit product takes another one without."""
+        with torch.set_grad_enabled(self.model.quantized), self.accelerator.autocast():
+            out = self.model(micro, **wanted)
+        return TokenOutputs(*(None if tensor is None else tensor.detach() for tensor in out))
+
+    def _collate(self, rows: list[dict[str, Any]]) -> Prompts:
+        """Prompts of dataset rows, by the user's collator where there is one."""
+        if self._user_collator is None:
+            return collate(rows, self.processing_class.pad_token_id, self.accelerator.device)
+        batch = self._user_collator([{k: row[k] for k in ("input_ids", "attention_mask") if k in row} for row in rows])
+        ids = batch["input_ids"].to(self.accelerator.device)
+        mask = batch["attention_mask"].to(ids.device).bool() if "attention_mask" in batch else torch.ones_like(ids).bool()
+        return Prompts(ids, mask, rows)
+
+    # -- metrics and logs ----------------------------------------------------------------------------------------------
+
+    def _update_metrics(self, batch: Batch, stats: UpdateStats, record: BoundRecord) -> dict[str, Any]:
+        """The record flattened, and TRL's own metric names, with the values they should have had."""
+        scored, args = batch.scored, self.args
+        mask = self._pooled(scored.rollout.response_mask)
+        ends = torch.tensor(self._stop_ids, device=mask.device, dtype=torch.long)
+        penalty = -record.anchor.coef * record.anchor.kl
+        entropy = masked_sum(-self._pooled(scored.logp), mask, dim=1).mean()
+        return {
+            **records.flatten(record),
+            "eps": self.state.episode / (time.perf_counter() - self._started),
+            "objective/kl": record.anchor.kl,
+            "objective/entropy": float(entropy),
+            "objective/non_score_reward": penalty,
+            "objective/rlhf_reward": penalty + (record.score or 0.0),
+            "objective/scores": record.score,
+            "policy/approxkl_avg": stats.total.approx_kl,
+            "policy/clipfrac_avg": stats.total.clip_fraction,
+            "policy/entropy_avg": record.entropy,
+            "loss/policy_avg": stats.total.policy_loss,
+            "loss/value_avg": stats.total.value_loss,
+            "val/clipfrac_avg": stats.total.value_gated,
+            "val/ratio": stats.total.ratio,
+            "val/ratio_var": stats.total.ratio_var,
+            "val/num_eos_tokens": int((torch.isin(self._pooled(scored.rollout.response_ids), ends) & mask).sum()),
+        }
+
+    def _flush_metrics(self) -> None:
+        """Log the mean of each number since the last log, and the latest of everything else."""
+        logs: dict[str, Any] = {}
+        for name, values in self._metrics.items():
+            numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+            logs[name] = sum(numbers) / len(numbers) if numbers else values[-1]
+        logs |= {"update": self.state.global_step, "episode": self.state.episode}
+        self._metrics.clear()
+        self._logged_step = self.state.global_step
+        self.log(logs)
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Everything goes into `state.log_history`; trackers, which plot, get the numbers."""
+        numbers = {k: v for k, v in logs.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        rest = {k: v for k, v in logs.items() if k not in numbers}
+        super().log(numbers, start_time)
+        self.state.log_history[-1].update(rest)
+
+    def _completion_rows(self, batch: Batch) -> list[dict[str, Any]]:
+        """What goes into `completions.jsonl`: prompt, completion, score and the reference's log-likelihood of it, in nats."""
+        scored = batch.scored
+        likelihood = masked_sum(scored.ref_logp, scored.rollout.response_mask, dim=1).tolist()
+        prompts = self._prompt_texts(scored.rollout)
+        rows = [
+            {"update": self.state.global_step, "prompt": prompt, "completion": text, "score": score, "ref_logp": logp}
+            for prompt, text, score, logp in zip(prompts, scored.completions, scored.scores.tolist(), likelihood, strict=True)
+        ]
+        return [records.as_dict(row) for row in gather_object(rows)]
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Sample a response to every prompt of the evaluation set, always with the same random numbers.
+
+        Metrics: `score`; `kl`, the exact KL(π‖π_ref) in nats per response; `length` in tokens; `eos_rate`; each behind
+        `metric_key_prefix`. The training run is not affected: nothing it draws depends on it.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
+            return {key: value for part in parts for key, value in part.items()}
+        if dataset is None:
+            raise ConfigError("`eval_dataset` got None; give one to the trainer or to evaluate().")
+        if "input_ids" not in dataset.column_names:
+            dataset = prepare_datasets(dataset, None, self.processing_class, self.model.policy, self.args)[0]
+        started = time.perf_counter()
+        rows = [row for part in self._evaluation_batches(dataset) for row in self._evaluate_prompts(*part)]
+        table = gather_object(rows)
+        scores = [row["score"] for row in table if not math.isnan(row["score"])]
+        means = {key: sum(row[key] for row in table) / len(table) for key in ("kl", "length", "eos_rate")}
+        metrics = {"score": sum(scores) / len(scores) if scores else None, **means}
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - started
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluation_batches(self, dataset: Any) -> Iterator[tuple[int, Prompts]]:
+        """This process's share of the prompts, in batches."""
+        mine = range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes)
+        size = self.args.per_device_eval_batch_size
+        for start in range(0, len(mine), size):
+            yield start, self._collate([dataset[row] for row in mine[start : start + size]])
+
+    def _evaluate_prompts(self, start: int, prompts: Prompts) -> list[dict[str, Any]]:
+        training_key, self._sampling_key = getattr(self, "_sampling_key", None), (Draw.EVALUATE, start)
+        try:
+            with models.as_in_training(self.model):
+                scored = self.score(self.rollout(prompts))
+        finally:
+            self._sampling_key = training_key
+        mask = scored.rollout.response_mask
+        ended = generation.ends_with_stop(scored.rollout.response_ids, mask, self._stop_ids)
+        columns = (scored.scores, masked_sum(scored.ref_kl, mask, dim=1), mask.sum(1).float(), ended.float())
+        return [
+            {"prompt": prompt, "completion": text, "score": score, "kl": kl, "length": length, "eos_rate": end}
+            for prompt, text, score, kl, length, end in zip(
+                self._prompt_texts(scored.rollout), scored.completions, *(c.tolist() for c in columns), strict=True
+            )
+        ]
+
+    def _print_samples(self) -> None:
+        """TRL's `num_sample_generations`: print completions of the evaluation set now and then."""
+        wanted = self.args.num_sample_generations
+        if self.eval_dataset is None or wanted <= 0:
+            return
+        if (self.state.global_step - 1) % max(1, self.args.num_total_batches // wanted) == 0:
+            self.generate_completions(sampling=True)
+
+    def generate_completions(self, sampling: bool = False) -> None:
+        """Print prompts of the evaluation set with the policy's completions and scores; five of them with `sampling`."""
+        if self.eval_dataset is None:
+            return
+        datasets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        for dataset in datasets:
+            rows: list[dict[str, Any]] = []
+            for start, prompts in self._evaluation_batches(dataset):
+                rows += self._evaluate_prompts(start, prompts)
+                if sampling:
+                    break
+            if self.is_world_process_zero():
+                print_samples(rows[:5] if sampling else rows)
+
+    # -- saving --------------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the policy alone, an adapter as an adapter, ready for `from_pretrained`."""
+        super(PPOTrainer, self).save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        output_dir = output_dir or self.args.output_dir
+        policy = self.model.policy
+        # PEFT saves every adapter; the frozen clone that serves as reference is no part of the result.
+        chosen = {"selected_adapters": [policy.active_adapter]} if isinstance(policy, PeftModel) else {}
+        policy.save_pretrained(output_dir, state_dict=state_dict, **chosen)
+        self.processing_class.save_pretrained(output_dir)
+        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """TRL's checkpoint, with the value's weights and the controllers beside it."""
+        name = (self.args.hub_model_id or Path(self.args.output_dir).resolve().name).split("/")[-1]
+        self.create_model_card(model_name=name)
+        super(PPOTrainer, self)._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            value = {n: p.detach().contiguous() for n, p in self.model.value.named_parameters() if p.requires_grad}
+            save_file(value, folder / "value.safetensors")
+            (folder / "trustkl_state.json").write_text(json.dumps({"kl_controller": self.kl_state._asdict()}))
+
+
+def print_samples(rows: list[dict[str, Any]]) -> None:
+    """A table of prompts, completions and scores. Their text is data: no markup and no escape sequence in it is obeyed."""
+    for row in rows:
+        prompt, completion = (json.dumps(row[key], ensure_ascii=False) for key in ("prompt", "completion"))
+        print(f"score {row['score']:+.3f}  prompt {prompt}\n              completion {completion}")

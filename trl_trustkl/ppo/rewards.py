@@ -1,0 +1,209 @@
+"""Reward functions: callables with GRPO's signature, async ones, and reward models, weighted and added up."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import ConfigError, RewardError
+from ..types import Rollout
+from .data import is_chat, positions
+from .models import load_scalar_model
+
+logger = logging.getLogger(__name__)
+
+RewardFunc = str | PreTrainedModel | Callable[..., list[float | None]]
+
+
+class RewardModel:
+    """A sequence classifier with one label as a reward: its score at the last token of prompt and response.
+
+    With a tokenizer of its own the text is encoded again; without one it reads the policy's token ids.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        if tokenizer is not None:
+            if tokenizer.pad_token_id is None:
+                tokenizer.pad_token = tokenizer.eos_token
+            model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        self.__name__ = type(model).__name__
+
+    @torch.no_grad()
+    def score_text(self, prompts: list[Any], completions: list[Any]) -> Tensor:
+        device = next(self.model.parameters()).device
+        texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        inputs = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right").to(device)
+        return self.model(**inputs).logits[:, 0].float()
+
+    def _text(self, prompt: Any, completion: Any) -> str:
+        if not is_chat(prompt):
+            return prompt + completion
+        if self.tokenizer.chat_template is None:
+            return "\n".join(message["content"] for message in [*prompt, *completion])
+        return self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+
+    @torch.no_grad()
+    def score_ids(self, rollout: Rollout, rows: slice) -> Tensor:
+        ids = torch.cat([rollout.prompt_ids[rows], rollout.response_ids[rows]], dim=1)
+        mask = torch.cat([rollout.prompt_mask[rows], rollout.response_mask[rows]], dim=1)
+        backbone = getattr(self.model, self.model.base_model_prefix)
+        inputs = {"input_ids": ids * mask, "attention_mask": mask.long(), "position_ids": positions(mask)}
+        states = backbone(**inputs, use_cache=False).last_hidden_state
+        last = mask.shape[1] - 1 - mask.flip(-1).long().argmax(-1)
+        return self.model.score(states[torch.arange(len(ids), device=ids.device), last])[:, 0].float()
+
+
+def build_rewards(
+    reward_funcs: RewardFunc | Sequence[RewardFunc] | None,
+    reward_processing_classes: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None,
+    *,
+    weights: list[float] | None,
+    init_kwargs: dict[str, Any] | None,
+    vocab_size: int,
+) -> tuple[list[Callable | RewardModel], list[float]]:
+    """Callables and reward models ready to use, and the weight of each. `vocab_size` is the policy's tokenizer's."""
+    funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    funcs = [f for f in funcs if f is not None]
+    if not funcs:
+        raise ConfigError("`reward_funcs` got nothing; give a function, a reward model, or a list of them.")
+    tokenizers = (
+        list(reward_processing_classes)
+        if isinstance(reward_processing_classes, (list, tuple))
+        else [reward_processing_classes] * (len(funcs) if reward_processing_classes is None else 1)
+    )
+    if len(tokenizers) != len(funcs):
+        raise ConfigError(
+            f"`reward_processing_classes` got {len(tokenizers)} for {len(funcs)} reward functions; give one for each "
+            "(None for a callable)."
+        )
+    weights = [1.0] * len(funcs) if weights is None else list(weights)
+    if len(weights) != len(funcs):
+        raise ConfigError(f"`reward_weights` got {len(weights)} for {len(funcs)} reward functions; give one for each.")
+    return [_as_reward(f, t, init_kwargs, vocab_size) for f, t in zip(funcs, tokenizers, strict=True)], weights
+
+
+def _as_reward(
+    func: Any, tokenizer: PreTrainedTokenizerBase | None, init_kwargs: dict[str, Any] | None, vocab_size: int
+) -> Any:
+    if isinstance(func, str):
+        return RewardModel(load_scalar_model(func, init_kwargs), tokenizer or AutoTokenizer.from_pretrained(func))
+    if isinstance(func, nn.Module):
+        if tokenizer is None and func.get_input_embeddings().num_embeddings < vocab_size:
+            raise ConfigError(
+                f"`reward_processing_classes` got None for a reward model with {func.get_input_embeddings().num_embeddings} "
+                f"embeddings, fewer than the policy's {vocab_size} tokens; give the reward model's own tokenizer."
+            )
+        return RewardModel(func, tokenizer)
+    if not callable(func):
+        raise ConfigError(f"`reward_funcs` got {func!r}; each must be a callable, a reward model or the name of one.")
+    return func
+
+
+def reward_name(func: Any) -> str:
+    return getattr(func, "__name__", None) or type(func).__name__
+
+
+def compute_scores(
+    funcs: list[Any],
+    weights: list[float],
+    rollout: Rollout,
+    *,
+    prompts: list[Any],
+    completions: list[Any],
+    completion_ids: list[list[int]],
+    state: Any,
+    batch_size: int,
+) -> Tensor:
+    """The weighted sum of all rewards, [B] in float32; NaN for a row on which every function said None.
+
+    Raises RewardError for a function that raises, or returns the wrong length, NaN or infinity.
+    """
+    columns = _columns(rollout.rows)
+    keywords = {"completion_ids": completion_ids, "trainer_state": state, **columns}
+    total = torch.zeros(len(completions))
+    known = torch.zeros(len(completions), dtype=torch.bool)
+    for func, weight in zip(funcs, weights, strict=True):
+        if isinstance(func, RewardModel):
+            rewards = _score_by_model(func, rollout, prompts, completions, batch_size).cpu().tolist()
+        else:
+            rewards = _call(func, prompts, completions, keywords)
+        checked = _checked(rewards, len(completions), reward_name(func))
+        values = torch.tensor([math.nan if r is None else r for r in checked])
+        total += weight * values.nan_to_num(0.0)
+        known |= ~values.isnan()
+    return torch.where(known, total, math.nan).to(rollout.response_ids.device)
+
+
+def _columns(rows: list[dict[str, Any]] | None) -> dict[str, list[Any]]:
+    """Extra dataset columns, each a list of B values."""
+    reserved = {"prompt", "completion", "input_ids", "attention_mask", "completion_ids", "trainer_state"}
+    names = [name for name in (rows[0] if rows else {}) if name not in reserved]
+    return {name: [row[name] for row in rows or []] for name in names}
+
+
+def _score_by_model(
+    model: RewardModel, rollout: Rollout, prompts: list[Any], completions: list[Any], batch_size: int
+) -> Tensor:
+    rows = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
+    if model.tokenizer is None:
+        return torch.cat([model.score_ids(rollout, part) for part in rows])
+    return torch.cat([model.score_text(prompts[part], completions[part]) for part in rows])
+
+
+def _call(func: Callable, prompts: list[Any], completions: list[Any], keywords: dict[str, Any]) -> Any:
+    """Call a reward function with the keywords it takes, and wait for it where it is async."""
+    parameters = inspect.signature(func).parameters.values()
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        names = {p.name for p in parameters}
+        keywords = {name: value for name, value in keywords.items() if name in names}
+    try:
+        result = func(prompts=prompts, completions=completions, **keywords)
+        return asyncio.run(_await(result)) if inspect.isawaitable(result) else result
+    except Exception as error:
+        raise RewardError(f"reward function `{reward_name(func)}` raised {type(error).__name__}: {error}") from error
+
+
+async def _await(awaitable: Any) -> Any:
+    return await awaitable
+
+
+def _checked(rewards: Any, expected: int, name: str) -> list[float | None]:
+    """The rewards as floats and None, or a RewardError that says what was wrong with them."""
+    if isinstance(rewards, Tensor):
+        rewards = rewards.detach().flatten().tolist()
+    try:
+        rewards = list(rewards)
+    except TypeError:
+        raise RewardError(
+            f"reward function `{name}` returned {type(rewards).__name__}; it must return a list of {expected} numbers or None."
+        ) from None
+    if len(rewards) != expected:
+        raise RewardError(f"reward function `{name}` returned {len(rewards)} rewards for {expected} completions.")
+    for index, reward in enumerate(rewards):
+        if reward is None:
+            continue
+        try:
+            rewards[index] = float(reward)
+        except (TypeError, ValueError):
+            raise RewardError(f"reward function `{name}` returned {reward!r} for completion {index}; not a number.") from None
+        if not math.isfinite(rewards[index]):
+            raise RewardError(
+                f"reward function `{name}` returned {reward} for completion {index}; a reward must be finite, or None "
+                "to leave the completion out."
+            )
+    return rewards
+
+
+def as_completion(text: str, prompt: Any) -> str | list[dict[str, str]]:
+    """A completion in the format of its prompt: text, or one assistant message."""
+    return [{"role": "assistant", "content": text}] if is_chat(prompt) else text

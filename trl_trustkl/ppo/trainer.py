@@ -1,0 +1,380 @@
+"""TrustKLPPOTrainer: PPO on TRL with every mechanism of the anchor and of the trust region as a switch.
+
+This file orchestrates; the formulas live in the modules above it. One update is a walk through the phases
+
+    rollout → score → advantages → optimise → measure → enforce → record
+
+each a method with a NamedTuple in and a NamedTuple out, to be overridden one at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.trainer_utils import TrainOutput
+
+from .. import bounds
+from ..advantages import anchor_part, anchor_share, explained_variance, gae, place_scores, value_positions
+from ..callbacks import BoundReportCallback
+from ..divergences import build_estimator, k3
+from ..errors import ConfigError, ModelError, NotAvailableYetError
+from ..logprobs import Peer
+from ..masking import masked_mean, masked_moments, masked_sum, whiten
+from ..trust_region import Line, measurement
+from ..types import (
+    AnchorMeasurement,
+    Batch,
+    BoundRecord,
+    Enforcement,
+    Measurement,
+    MicroBatch,
+    Prompts,
+    Rollout,
+    RolloutSummary,
+    Scored,
+    UpdateStats,
+)
+from . import generation, models
+from ._upstream import PPOTrainer
+from .config import TrustKLPPOConfig
+from .data import collate_nothing, micro_batch, prepare_datasets, trim_left
+from .plumbing import Draw, Plumbing
+from .rewards import RewardFunc, as_completion, build_rewards, compute_scores
+
+_TOKEN_COLUMNS = ("logp", "ref_logp", "ref_kl", "entropy")
+
+
+class TrustKLPPOTrainer(Plumbing, PPOTrainer):
+    """PPO with an anchor to a reference and a trust region around the old policy, and a record of what bounded each update.
+
+    Args:
+        args: the configuration; `TrustKLPPOConfig("trainer_output")` when None.
+        processing_class: the policy's tokenizer; loaded with the model when `model` is a name.
+        model: the policy: a causal language model, 4-bit and PEFT models included, or the name of one
+            (`args.model_init_kwargs` go to `from_pretrained`).
+        ref_model: the reference; None: the policy with its new adapter off, a frozen clone of the adapter the model came
+            with, or, in full fine-tuning, a frozen copy of the model.
+        reward_model: TRL's way to give one reward model; it reads the policy's token ids.
+        train_dataset: columns `prompt` (text or messages) or `input_ids`; all columns reach the reward functions.
+        value_model: a sequence classifier with one label, full or PEFT; None: a linear head on the policy's hidden states.
+        data_collator: TRL's; makes `input_ids` (and `attention_mask`) of dataset rows.
+        eval_dataset: for `evaluate()`, or a dict of them.
+        optimizers: optimizer and scheduler, in place of those that `args` describe.
+        callbacks: further callbacks; `BoundReportCallback` is there already.
+        peft_config: the policy's adapter.
+        reward_funcs: a callable `f(prompts, completions, **columns) -> list[float | None]` (async too), a reward model, the
+            name of one, or a list of them, weighted by `args.reward_weights`.
+        reward_processing_classes: the tokenizers of reward models that have their own, in the order of `reward_funcs`.
+
+    Raises:
+        ConfigError, DataError, ModelError: naming the field, the value, what is valid and the likely fix.
+    """
+
+    def __init__(
+        self,
+        args: TrustKLPPOConfig | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        model: str | PreTrainedModel | PeftModel | None = None,
+        ref_model: str | nn.Module | None = None,
+        reward_model: nn.Module | None = None,
+        train_dataset: Dataset | None = None,
+        value_model: str | nn.Module | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        callbacks: list[TrainerCallback] | None = None,
+        peft_config: PeftConfig | None = None,
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+        reward_processing_classes: Any = None,
+    ) -> None:
+        args = TrustKLPPOConfig("trainer_output") if args is None else args
+        if not isinstance(args, TrustKLPPOConfig):
+            raise ConfigError(f"`args` got {type(args).__name__}; it must be a TrustKLPPOConfig.")
+        if model is None or train_dataset is None:
+            raise ConfigError(f"`{'model' if model is None else 'train_dataset'}` got None; it is required.")
+        if ref_model is model and not isinstance(model, str):
+            raise ModelError("`ref_model` is the model itself; give a copy, or None and the trainer makes the reference.")
+        set_seed(args.seed)  # adapters and value heads start from random numbers
+        policy, tokenizer = models.load_policy(model, processing_class, args, peft_config)
+        self.is_peft_model = isinstance(policy, PeftModel)
+        train_dataset, eval_dataset = prepare_datasets(train_dataset, eval_dataset, tokenizer, policy, args)
+        self._stop_ids = generation.stop_ids(policy, tokenizer, args, text="prompt" in train_dataset.column_names)
+        if reward_model is not None and reward_funcs is not None:
+            raise ConfigError("`reward_model` and `reward_funcs` were both given; put the model into `reward_funcs`.")
+        self.reward_funcs, self.reward_weights = build_rewards(
+            reward_funcs if reward_model is None else reward_model,
+            reward_processing_classes,
+            weights=args.reward_weights,
+            init_kwargs=args.model_init_kwargs,
+            vocab_size=len(tokenizer),
+        )
+        value = models.prepare_value_model(value_model, args)
+        trained = models.PolicyAndValue(policy, value, temperature=args.temperature, detach_value=args.detach_value_head)
+        self.reference = models.build_reference(
+            policy,
+            trained.halves,
+            models.load_causal_lm(ref_model, args.model_init_kwargs) if isinstance(ref_model, str) else ref_model,
+            ref_adapter_name=args.ref_adapter_name,
+            new_adapter=peft_config is not None,
+        )
+        # TRL's own PPO constructor builds models and loop the way this one replaces; its base's is the one to call.
+        super(PPOTrainer, self).__init__(
+            model=trained,
+            args=args,
+            data_collator=data_collator or collate_nothing,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=[BoundReportCallback(), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        self._setup(data_collator)
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **_: Any) -> TrainOutput:
+        """Run the updates; returns TRL's TrainOutput, whose metrics are the last record's."""
+        if resume_from_checkpoint:
+            raise NotAvailableYetError("`resume_from_checkpoint` is not available yet in this version; start afresh.")
+        self._begin_training()
+        while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+            self._begin_update()
+            with self._timed("generate"):
+                rollout = self.rollout(self.next_prompts())
+            with self._timed("score"):
+                scored = self.score(rollout)
+                batch = self.advantages(scored)
+            with self._timed("optimise"):
+                stats = self.optimise(batch)
+            with self._timed("measure"):
+                proposed = self.measure(batch)
+                measured = self.enforce(batch, proposed)
+            self._end_update(batch, stats, self.record(batch, stats, measured))
+        return self._end_training()
+
+    # -- the phases ----------------------------------------------------------------------------------------------------
+
+    def next_prompts(self) -> Prompts:
+        """This process's prompts of the update that begins."""
+        rows = self._order.rows(self.state.global_step)
+        local = self.args.local_batch_size
+        mine = rows[self.accelerator.process_index * local :][:local]
+        return self._collate([self.train_dataset[row] for row in mine])
+
+    def rollout(self, prompts: Prompts) -> Rollout:
+        """Sample a response to each prompt from the policy."""
+        args, policy = self.args, self.model.policy
+        config = generation.generation_config(
+            response_length=args.response_length,
+            temperature=args.temperature,
+            stop_ids=self._stop_ids,
+            pad_token_id=self.processing_class.pad_token_id,
+            extra=args.generation_kwargs,
+        )
+        parts = []
+        with self.accelerator.autocast(), generation.seeded(
+            self.accelerator.device, args.seed, *self._sampling_key, self.accelerator.process_index
+        ):
+            for start in range(0, len(prompts.ids), args.local_rollout_forward_batch_size):
+                rows = slice(start, start + args.local_rollout_forward_batch_size)
+                ids, mask = trim_left(prompts.ids[rows], prompts.mask[rows])
+                parts.append(generation.sample_responses(policy, ids, mask, stop_ids=self._stop_ids, config=config))
+        responses, masks, logps = zip(*parts, strict=True)
+        known = all(logp is not None for logp in logps)
+        return Rollout(
+            prompts.ids, prompts.mask, torch.cat(responses), torch.cat(masks), torch.cat(logps) if known else None, prompts.rows
+        )
+
+    def score(self, rollout: Rollout) -> Scored:
+        """Log-probabilities under π_old and π_ref, values and rewards: all that is fixed before the first step.
+
+        The micro-batches and their trimming are fixed here, and used again when optimising and measuring: then ratio = 1
+        and KL = 0 bit for bit before the first step, in bf16 too.
+        """
+        micros = self._micro_batches(rollout)
+        shape = rollout.response_mask.shape
+        columns = {name: rollout.response_mask.new_zeros(shape, dtype=torch.float32) for name in _TOKEN_COLUMNS}
+        values = rollout.response_mask.new_zeros((shape[0], shape[1] + 1), dtype=torch.float32)
+        hidden = []
+        for micro in micros:
+            with self.accelerator.autocast():
+                peer = self.reference.peer(micro)
+            out = self._evaluate(micro, entropy=True, ref=peer)
+            hidden.append(out.hidden)
+            for name, column in columns.items():
+                column[micro.rows, : micro.response_ids.shape[1]] = getattr(out, name).float()
+            values[micro.rows, : out.values.shape[1]] = out.values.float()
+        completions, scores = self._rewards(rollout)
+        mask = rollout.response_mask & ~scores.isnan().unsqueeze(-1)
+        value_mask = value_positions(mask, self.args.score_position)
+        return Scored(
+            rollout=rollout,
+            micro_batches=micros,
+            old_hidden=hidden,
+            old_head=self.model.halves.frozen_head(),
+            values=torch.where(value_mask, values[:, : shape[1]], 0.0),
+            loss_mask=mask,
+            value_mask=value_mask,
+            scores=scores,
+            completions=completions,
+            **columns,
+        )
+
+    def advantages(self, scored: Scored) -> Batch:
+        """The anchor and the score as rewards, and their advantages."""
+        args, mask = self.args, scored.loss_mask
+        coef = self.kl_coef
+        estimate = build_estimator(args.kl_estimator, args.kl_estimator_kwargs)(scored.logp, scored.ref_logp)
+        anchor_rewards = torch.where(mask, -coef * estimate, 0.0)
+        rewards = anchor_rewards + place_scores(scored.scores, mask, args.score_position)
+        if args.whiten_rewards:
+            mean, var = masked_moments(self._pooled(rewards), self._pooled(scored.value_mask))
+            rewards = whiten(rewards, scored.value_mask, mean=mean, var=var, shift_mean=False)
+            anchor_rewards = anchor_rewards * torch.rsqrt(var + 1e-8)
+        advantages = gae(rewards, scored.values, gamma=args.gamma, lam=args.lam)
+        returns = advantages + scored.values
+        pooled_mask = self._pooled(mask)
+        pull = gae(anchor_rewards, torch.zeros_like(anchor_rewards), gamma=args.gamma, lam=args.lam)
+        pull = anchor_part(pull, mask, self._pooled(pull), pooled_mask)
+        share = anchor_share(self._pooled(pull), self._pooled(advantages), pooled_mask)
+        if args.whiten_advantages:
+            mean, var = masked_moments(self._pooled(advantages), pooled_mask)
+            advantages = whiten(advantages, mask, mean=mean, var=var)
+        advantages = torch.where(mask, advantages, 0.0)
+        return Batch(scored, advantages, returns, self._anchor(scored, estimate, coef, share))
+
+    def optimise(self, batch: Batch) -> UpdateStats:
+        """The PPO epochs on this batch. A step that is not finite is refused, and the update undone with it."""
+        self._line = Line(models.trainable(self.model.policy))
+        limit = self.args.trust_stop
+        too_far = None if limit is None else lambda mini: not self._measure(batch, mini).kl <= limit
+        stats = self._optimisation.run(batch, self._generator(Draw.MINI_BATCHES), too_far)
+        if stats.refused is not None:
+            self._undo(stats.refused)
+        return stats
+
+    def measure(self, batch: Batch) -> Measurement:
+        """The same batch under the new policy: exact KL(π_old‖π), total variation and ratios."""
+        count = len(batch.scored.micro_batches)
+        return self._measure(batch, range(math.ceil(self.args.measure_fraction * count)))
+
+    def enforce(self, batch: Batch, proposed: Measurement) -> Measurement:
+        """Hold the limits on the update; a measurement that is not finite undoes it."""
+        self.enforcement = Enforcement(kl_proposed=proposed.kl, scale=None, tries=0, limit=None)
+        if math.isfinite(proposed.kl):
+            return proposed
+        self._undo("the KL(π_old‖π) measured after it is not finite")
+        return self.measure(batch)
+
+    def record(self, batch: Batch, stats: UpdateStats, measured: Measurement) -> BoundRecord:
+        """What bounded this update, in the words gated, measured and guaranteed."""
+        return bounds.build_record(
+            self.args,
+            update=self.state.global_step + 1,
+            episode=self.state.episode,
+            lr=self._get_learning_rate(),
+            refused=self._refused,
+            seconds=dict(self._seconds),
+            rollout=self._summary(batch),
+            anchor=batch.anchor,
+            stats=stats,
+            measured=measured,
+            enforcement=self.enforcement,
+        )
+
+    # -- what the phases share -----------------------------------------------------------------------------------------
+
+    @property
+    def kl_coef(self) -> float:
+        """The anchor's coefficient now; with kl_controller="fixed" it is `args.kl_coef`, also when something changes that."""
+        return self.args.kl_coef if self.args.kl_controller == "fixed" else self.kl_state.coef
+
+    def _micro_batches(self, rollout: Rollout) -> list[MicroBatch]:
+        """Rows in a seeded order, in micro-batches that divide a mini-batch evenly, each trimmed to its longest."""
+        order = torch.randperm(len(rollout.response_ids), generator=self._generator(Draw.MICRO_BATCHES))
+        chunks = order.to(rollout.response_ids.device).split(self._micro_size)
+        return [micro_batch(rollout, rows) for rows in chunks]
+
+    def _measure(self, batch: Batch, indices: Iterable[int]) -> Measurement:
+        """Measure some of the micro-batches (all of them, for a guarantee) under the policy as it is now."""
+        scored = batch.scored
+        mask = torch.zeros_like(scored.rollout.response_mask)
+        columns = {name: torch.zeros_like(scored.logp) for name in ("logp", "old_kl", "old_tv")}
+        for index in indices:
+            micro = scored.micro_batches[index]
+            out = self._evaluate(micro, values=False, old=Peer(scored.old_hidden[index], scored.old_head))
+            length = micro.response_ids.shape[1]
+            mask[micro.rows, :length] = micro.response_mask
+            for name, column in columns.items():
+                column[micro.rows, :length] = getattr(out, name).float()
+        mask = self._pooled(mask)
+        return measurement(
+            self._pooled(columns["old_kl"]),
+            self._pooled(columns["old_tv"]),
+            self._pooled(columns["logp"] - scored.logp),
+            mask,
+            complete=bool((mask == self._pooled(scored.rollout.response_mask)).all()),
+        )
+
+    def _anchor(self, scored: Scored, estimate: Tensor, coef: float, share: float) -> AnchorMeasurement:
+        mask = self._pooled(scored.rollout.response_mask)
+        exact = masked_sum(self._pooled(scored.ref_kl), mask, dim=1).double()
+        error = float(exact.std() / math.sqrt(len(exact))) if len(exact) > 1 else 0.0
+        sampled = float(masked_sum(self._pooled(estimate), mask, dim=1).double().mean())
+        return AnchorMeasurement(coef=coef, kl=sampled, kl_exact=float(exact.mean()), kl_stderr=error, share=share)
+
+    def _summary(self, batch: Batch) -> RolloutSummary:
+        scored, rollout = batch.scored, batch.scored.rollout
+        mask, scores = self._pooled(rollout.response_mask), self._pooled(scored.scores)
+        ended = generation.ends_with_stop(rollout.response_ids, rollout.response_mask, self._stop_ids)
+        known = scores[~scores.isnan()]
+        sampler_kl = None
+        if rollout.sampler_logp is not None:
+            sampled = k3(self._pooled(rollout.sampler_logp), self._pooled(scored.logp))
+            sampler_kl = float(masked_mean(sampled, mask))
+        return RolloutSummary(
+            score=float(known.mean()) if len(known) else None,
+            length=float(mask.sum(-1).float().mean()),
+            eos_rate=float(self._pooled(ended).float().mean()),
+            entropy=float(masked_mean(self._pooled(scored.entropy), mask)),
+            sampler_kl=sampler_kl,
+            explained_variance=explained_variance(
+                self._pooled(scored.values), self._pooled(batch.returns), self._pooled(scored.value_mask)
+            ),
+        )
+
+    def _rewards(self, rollout: Rollout) -> tuple[list[str], Tensor]:
+        """Completions as text, and the score of each, NaN where no function gave one; `missing_eos_penalty` taken off."""
+        tokenizer = self.processing_class
+        ids = [row[mask].tolist() for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
+        completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        prompts = self._prompt_texts(rollout)
+        scores = compute_scores(
+            self.reward_funcs,
+            self.reward_weights,
+            rollout,
+            prompts=prompts,
+            completions=[as_completion(text, prompt) for text, prompt in zip(completions, prompts, strict=True)],
+            completion_ids=ids,
+            state=self.state,
+            batch_size=self.args.per_device_train_batch_size,
+        )
+        scores = torch.where(rollout.response_mask.any(-1), scores, math.nan)
+        if self.args.missing_eos_penalty is not None:
+            ended = generation.ends_with_stop(rollout.response_ids, rollout.response_mask, self._stop_ids)
+            scores = torch.where(ended, scores, scores - self.args.missing_eos_penalty)
+        return completions, scores
+
+    def _prompt_texts(self, rollout: Rollout) -> list[Any]:
+        """The prompts as the dataset has them; decoded where it has token ids only."""
+        if rollout.rows and "prompt" in rollout.rows[0]:
+            return [row["prompt"] for row in rollout.rows]
+        ids = [row[mask] for row, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
+        return self.processing_class.batch_decode(ids, skip_special_tokens=True)

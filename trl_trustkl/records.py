@@ -1,0 +1,85 @@
+"""Records of updates as JSON lines: written as they come, read back whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError
+from .types import BoundRecord
+
+BOUNDS_FILE = "bounds.jsonl"
+COMPLETIONS_FILE = "completions.jsonl"
+
+
+def as_dict(record: Any) -> Any:
+    """A record as plain dicts; a number that is not finite becomes None, since JSON has none of them."""
+    if hasattr(record, "_asdict"):
+        return {key: as_dict(value) for key, value in record._asdict().items()}
+    if isinstance(record, dict):
+        return {key: as_dict(value) for key, value in record.items()}
+    if isinstance(record, float) and not math.isfinite(record):
+        return None
+    return record
+
+
+def flatten(record: BoundRecord | dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """One level, with keys such as `trust/kl`."""
+    plain = as_dict(record)
+    flat: dict[str, Any] = {}
+    for key, value in plain.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}/")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """Append one line and hand it to the operating system before returning: a killed run keeps every finished update."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
+
+
+def move_aside(path: Path) -> Path | None:
+    """Rename a file left by an earlier run to the first free `name.1`, `name.2`, …; returns where it went."""
+    if not path.exists():
+        return None
+    number = 1
+    while (target := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    os.replace(path, target)
+    return target
+
+
+def load_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a run, one dict an update, from its folder or its `bounds.jsonl`.
+
+    Raises DataError for a missing file or a line that is not a JSON object; a last line cut short by a kill is left out.
+    """
+    file = Path(path)
+    file = file / BOUNDS_FILE if file.is_dir() else file
+    if not file.exists():
+        raise DataError(f"no records at {file}; give a run's output_dir, or its {BOUNDS_FILE}.")
+    return list(_rows(file))
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    lines = file.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except ValueError as error:
+            if number == len(lines):
+                return
+            raise DataError(f"{file}, line {number}: not a JSON record ({error}).") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{file}, line {number}: a record must be a JSON object, got {type(row).__name__}.")
+        yield row

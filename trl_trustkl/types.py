@@ -1,0 +1,266 @@
+"""What the phases of an update hand to each other.
+
+Shape words, used in every docstring of the package: B sequences (of this process), T response positions, P prompt
+positions, V vocabulary entries, H hidden units; b, t and p are their sizes within one micro-batch. Masks are True where a
+token counts. Divergences are in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Prompts(NamedTuple):
+    """One batch of prompts: `ids` and `mask` [B, P], left-padded, and the dataset row behind each of them."""
+
+    ids: Tensor
+    mask: Tensor
+    rows: list[dict[str, Any]]
+
+
+class Rollout(NamedTuple):
+    """Sampled responses.
+
+    prompt_ids, prompt_mask: [B, P], left-padded. response_ids, response_mask: [B, T]; the mask is True up to and
+    including the stop token, wherever it is the same token as the padding. sampler_logp: [B, T] log-probability of each
+    sampled token under the distribution it was drawn from, or None when the sampler did not tell. rows: the dataset rows.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+    sampler_logp: Tensor | None = None
+    rows: list[dict[str, Any]] | None = None
+
+
+class MicroBatch(NamedTuple):
+    """Some rows of a rollout, trimmed to their longest prompt and response; fixed for the whole update.
+
+    rows: [b] indices into the rollout. input_ids, attention_mask, position_ids: [b, p + t]. response_ids,
+    response_mask: [b, t].
+    """
+
+    rows: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+
+
+class TokenOutputs(NamedTuple):
+    """What one forward pass says of a micro-batch's response tokens, [b, t] each unless stated.
+
+    logp: log π(token). values: [b, t + 1], the value before each token and after the last. hidden: [N, H], the states
+    that predict the N tokens that count. entropy: of π. ref_logp: log π_ref(token); ref_kl: exact KL(π‖π_ref). old_kl,
+    old_tv: exact KL(π_old‖π) and total variation. The last five are None unless asked for.
+    """
+
+    logp: Tensor
+    values: Tensor
+    hidden: Tensor
+    entropy: Tensor | None = None
+    ref_logp: Tensor | None = None
+    ref_kl: Tensor | None = None
+    old_kl: Tensor | None = None
+    old_tv: Tensor | None = None
+
+
+class Scored(NamedTuple):
+    """A rollout with everything that is fixed before the first optimizer step; [B, T] unless stated.
+
+    micro_batches, old_hidden: the fixed micro-batches and, for each, the policy's hidden states [N, H] under π_old;
+    old_head: π_old's output head.
+    logp, ref_logp: log-probabilities of the sampled tokens. ref_kl: exact KL(π_old‖π_ref) per context. entropy: of
+    π_old. values: V(state before the token). loss_mask: tokens that get a gradient (the response mask less the rows
+    without a reward). value_mask: positions whose value is trained. scores: [B], NaN where no function gave a reward.
+    """
+
+    rollout: Rollout
+    micro_batches: list[MicroBatch]
+    old_hidden: list[Tensor]
+    old_head: Callable[[Tensor], Tensor]
+    logp: Tensor
+    ref_logp: Tensor
+    ref_kl: Tensor
+    entropy: Tensor
+    values: Tensor
+    loss_mask: Tensor
+    value_mask: Tensor
+    scores: Tensor
+    completions: list[str]
+
+
+class Batch(NamedTuple):
+    """What the optimizer sees: a scored rollout, its advantages (whitened if asked) and returns, both [B, T].
+
+    anchor: what the anchor did before the first step. coef: the coefficient of the anchor in this update.
+    """
+
+    scored: Scored
+    advantages: Tensor
+    returns: Tensor
+    anchor: AnchorMeasurement
+
+
+class AnchorMeasurement(NamedTuple):
+    """The anchor at rollout, pooled over all processes; nats per response.
+
+    coef: the coefficient used. kl: mean by the configured estimator. kl_exact: mean of the exact KL(π‖π_ref) summed over
+    a response; kl_stderr: its standard error over responses. share: Σ|A_anchor| / Σ(|A_anchor| + |A_score|) before
+    whitening, None where the anchor is not in the reward.
+    """
+
+    coef: float
+    kl: float
+    kl_exact: float
+    kl_stderr: float
+    share: float | None
+
+
+class EpochStats(NamedTuple):
+    """Means over the tokens of one PPO epoch (or of all of them), pooled over processes."""
+
+    policy_loss: float
+    value_loss: float
+    gated: float
+    gated_low: float
+    gated_high: float
+    clip_fraction: float
+    value_gated: float
+    approx_kl: float
+    ratio: float
+    ratio_var: float
+
+
+class UpdateStats(NamedTuple):
+    """What happened between the first and the last optimizer step of one update.
+
+    total: over all epochs; epochs: one entry for each epoch begun. steps, planned_steps: optimizer steps taken and
+    planned. grad_norm: mean norm of the policy's gradient before clipping; grad_scale: mean factor that clipping applied.
+    stopped: the KL limit between mini-batches ended the update. refused: why the update was refused, or None.
+    """
+
+    total: EpochStats
+    epochs: list[EpochStats]
+    steps: int
+    planned_steps: int
+    grad_norm: float
+    grad_scale: float
+    stopped: bool
+    refused: str | None
+
+
+class RolloutSummary(NamedTuple):
+    """The rollout in numbers, pooled over processes.
+
+    score: mean over the rows that have one, None where none has. length: mean response tokens. eos_rate: share of
+    responses that ended by themselves. entropy: of π_old, nats per token. sampler_kl: k3 of the sampler against the
+    training forward, nats per token, None where the sampler did not tell. explained_variance: of the returns, by the value.
+    """
+
+    score: float | None
+    length: float
+    eos_rate: float
+    entropy: float
+    sampler_kl: float | None
+    explained_variance: float
+
+
+class Measurement(NamedTuple):
+    """The batch under the new policy against π_old, pooled over processes; nats per token.
+
+    kl: mean exact KL(π_old‖π) over the measured contexts; kl_max: the largest. tv: mean total variation. max_ratio and
+    ratio_quantiles: of π/π_old at the sampled tokens. tokens: contexts measured; complete: whether that was all of them.
+    """
+
+    kl: float
+    kl_max: float
+    tv: float
+    max_ratio: float
+    ratio_quantiles: dict[str, float]
+    tokens: int
+    complete: bool
+
+
+class Enforcement(NamedTuple):
+    """What enforcement did: the KL before it, the scale kept of the step, the tries it took, the limit it holds."""
+
+    kl_proposed: float
+    scale: float | None
+    tries: int
+    limit: float | None
+
+
+class AnchorRecord(NamedTuple):
+    estimator: str
+    placement: str
+    gradient: str
+    coef: float
+    target: float | None
+    kl: float
+    kl_exact: float
+    kl_stderr: float
+    share: float | None
+
+
+class TrustRecord(NamedTuple):
+    rule: str
+    low: float
+    high: float
+    gated: float
+    gated_low: float
+    gated_high: float
+    coef: float
+    epochs: float
+    stopped: bool
+    kl: float
+    kl_max: float
+    kl_proposed: float
+    tv: float
+    max_ratio: float
+    ratio_quantiles: dict[str, float]
+    scale: float | None
+    tries: int
+    limit: float | None
+    guaranteed: float | None
+
+
+class ValueRecord(NamedTuple):
+    clip: float | None
+    gated: float
+    explained_variance: float
+
+
+class GradientRecord(NamedTuple):
+    norm: float
+    max_norm: float | None
+    scale: float
+
+
+class SamplerRecord(NamedTuple):
+    kl: float | None
+
+
+class BoundRecord(NamedTuple):
+    """One update, as a line of `bounds.jsonl`; docs/metrics.md says what each key means and its unit."""
+
+    update: int
+    episode: int
+    score: float | None
+    length: float
+    eos_rate: float
+    entropy: float
+    lr: float
+    refused: str | None
+    seconds: dict[str, float]
+    anchor: AnchorRecord
+    trust: TrustRecord
+    value: ValueRecord
+    gradient: GradientRecord
+    sampler: SamplerRecord
+    binding: str
