@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import get_args
 
 import numpy as np
@@ -70,7 +71,7 @@ def closed_loop(controller, family, updates: int, episodes: int) -> tuple[list[f
     return coefs, kls
 
 
-# -- Closed loop ---------------------------------------------------------------------------------------------------------
+# -- Closed loop -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("start", [0.1, 10.0])
@@ -100,7 +101,7 @@ def test_settles_from_ten_times_too_small_and_too_large(family, target, name, st
 
 
 def test_ziegler_settles_with_its_published_constants():
-    """K* = 6 nats, horizon 10,000, 512 episodes an update: at most 1.02 % a step, so a factor of ten takes 230 of them."""
+    """K* = 6 nats, horizon 10,000, 512 episodes: at most 1.02 % an update, a factor of ten in 230."""
     family = GaussianFamily()
     for start in (0.1, 10.0):
         _, kls = closed_loop(AdaptiveKL(start * family.beta(6.0), 6.0), family, updates=1000, episodes=512)
@@ -117,7 +118,7 @@ def test_threshold_ends_in_its_band_or_alternates_across_it(family, start):
     tail, coef_tail = kls[-10:], coefs[-10:]
     settled = all(target / band <= kl <= target * band for kl in tail) and len(set(coef_tail)) == 1
     alternates = all((a > target * band and b < target / band) or (b > target * band and a < target / band)
-                     for a, b in zip(tail, tail[1:], strict=False))  # fmt: skip
+                     for a, b in pairwise(tail))  # fmt: skip
     assert settled or alternates
     assert 0.2 < np.mean(coef_tail) / family.beta(target) < 5
 
@@ -129,7 +130,7 @@ def test_threshold_does_alternate_where_the_band_is_narrower_than_the_step():
     np.testing.assert_allclose(kls[-4:], [0.37, 1.48, 0.37, 1.48], rtol=1e-9)
 
 
-# -- The published arithmetic, step by step --------------------------------------------------------------------------------
+# -- The published arithmetic, step by step ----------------------------------------------------------------------------
 
 
 def test_ziegler_arithmetic_step_by_step():
@@ -200,7 +201,7 @@ def test_fixed_never_moves_and_may_be_zero():
         assert state.coef == coef
 
 
-# -- Contracts -----------------------------------------------------------------------------------------------------------
+# -- Contracts ---------------------------------------------------------------------------------------------------------
 
 
 def test_dict_and_literal_agree():
@@ -263,7 +264,7 @@ def test_leaves_saturation_on_the_first_update_that_asks_for_it(name, pushing, r
 
 @pytest.mark.parametrize("name", FOLLOWING)
 def test_recovers_after_long_saturation(name):
-    """A thousand updates at each clamp, then the loop closes: it settles as fast as from a fresh start at that clamp."""
+    """A thousand updates at each clamp, then the loop closes: it settles as from a fresh start at that clamp."""
     family, target = GaussianFamily(), 1.0
     extra = {"horizon": 1000} if name == "adaptive" else {}
     wanted = family.beta(target)
@@ -278,7 +279,7 @@ def test_recovers_after_long_saturation(name):
         assert state.coef == pytest.approx(wanted, rel=1.0 if name == "threshold" else 0.05)
 
 
-# -- Errors --------------------------------------------------------------------------------------------------------------
+# -- Errors ------------------------------------------------------------------------------------------------------------
 
 GOOD = {"coef": 0.1, "target": 6.0}
 BAD = [

@@ -159,6 +159,17 @@ def test_estimators_never_nan_and_infinite_only_by_true_overflow(name, options, 
             assert growth > limit - math.log(limit) - 2 or (name == "k2" and 2 * math.log(abs(log_u)) > limit), log_u
 
 
+@pytest.mark.parametrize("log_u", [1e-3, -1e-3, 3e-4])
+@pytest.mark.parametrize(("name", "options"), ESTIMATOR_CASES)
+def test_estimators_are_accurate_near_equality_in_float32(name, options, log_u):
+    """u − 1 − log u taken literally has no correct digit left at 1e-4."""
+    x = torch.tensor([log_u])
+    truth = f_of_u(name, np.exp(x.double().numpy()), **options)
+    order = options.get("order", 0.5)
+    rtol = 1e-3 / min(1, abs(order * (order - 1)))
+    np.testing.assert_allclose(ESTIMATORS[name](torch.zeros(1), x, **options).numpy(), truth, rtol=rtol)
+
+
 @pytest.mark.parametrize("log_u", [80.0, -80.0])
 def test_values_at_log_ratios_of_80(log_u):
     """In float32; chi2 at e^80 squared is the only one of the defaults that no longer fits."""
@@ -302,9 +313,10 @@ def test_exact_kl_on_visited_contexts_is_unbiased_with_less_variance_than_k1(see
     probability = np.array([sequence_probability(p, y) for y in SEQUENCES])
     ref_probability = np.array([sequence_probability(q, y) for y in SEQUENCES])
     k1 = np.log(probability / ref_probability)
-    log = lambda policy: torch.tensor(
-        np.log([[policy[y[:t]] for t in range(T)] for y in SEQUENCES]), dtype=torch.float64
-    )
+
+    def log(policy):
+        return torch.tensor(np.log([[policy[y[:t]] for t in range(T)] for y in SEQUENCES]))
+
     rb = exact("kl", log(p), log(q)).sum(1).numpy()
     truth = float(probability @ k1)
     assert float(probability @ rb) == pytest.approx(truth, rel=1e-12)

@@ -207,11 +207,11 @@ class ThresholdKL:
 class PIDKL:
     """log β = I + kp·e + kd·(e − e_prev)₊, I ← I + ki·e; e = KL/target − 1 clipped to ±1, and I starts at log `coef`.
 
-    PID control of a Lagrange multiplier (Stooke et al. 2020, arXiv 2007.03964: the derivative acts on a
-    rising KL only), carried over to log β. In β itself the loop gain is proportional to 1/β, and no one choice of
-    gains settles both at β = 0.01 and at β = 1; in log β it does not depend on the scale. The clipped error keeps the
-    first updates of a run whose KL is far above the target from throwing β across its whole range. I is kept within
-    the clamp.
+    PID control of a Lagrange multiplier (Stooke et al. 2020, arXiv 2007.03964: the derivative acts on a rising KL
+    only), carried over to log β. In β itself the loop gain is proportional to 1/β: where KL ∝ 1/β², these gains never
+    settle if the coefficient sought is below about 0.25, and 0.05 is the default of TRL's trainer. In log β the gain
+    does not depend on the scale. The clipped error keeps the first updates of a run whose KL is far above the target
+    from throwing β across its whole range. I is kept within the clamp.
     """
 
     coef: float

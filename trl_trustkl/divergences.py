@@ -41,7 +41,7 @@ _FAR = 40.0
 
 
 def _log_u(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """The log of q/p at the sampled tokens, subtracted in float32 at least: half precision would lose the small ones."""
+    """The log of q/p at the sampled tokens, subtracted in float32 at least: half precision loses the small ones."""
     dtype = torch.promote_types(torch.promote_types(logp.dtype, ref_logp.dtype), torch.float32)
     return ref_logp.to(dtype) - logp.to(dtype)
 

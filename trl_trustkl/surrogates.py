@@ -45,9 +45,12 @@ class Surrogate(NamedTuple):
 
 
 def _masked(log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Both inputs in the working dtype, 0 under a False mask: with A = 0 there, every rule's objective is 0."""
+    """Both inputs in the working dtype, 0 under a False mask: with A = 0 there, every rule's objective is 0.
+
+    Advantages are data: no gradient goes to what they were made from.
+    """
     dtype = torch.promote_types(torch.promote_types(log_ratio.dtype, advantages.dtype), torch.float32)
-    return torch.where(mask, log_ratio.to(dtype), 0.0), torch.where(mask, advantages.to(dtype), 0.0)
+    return torch.where(mask, log_ratio.to(dtype), 0.0), torch.where(mask, advantages.detach().to(dtype), 0.0)
 
 
 def _live(log_ratio: Tensor, advantages: Tensor) -> Tensor:
@@ -189,7 +192,7 @@ def cispo(
     log_ratio, advantages = _masked(log_ratio, advantages, mask)
     clipped = log_ratio.detach().clamp(log_low, log_high)
     gated = -torch.expm1((clipped - log_ratio.detach()).clamp(max=0.0))
-    logp = log_ratio if old_logp is None else log_ratio + torch.where(mask, old_logp.to(log_ratio.dtype), 0.0)
+    logp = log_ratio if old_logp is None else log_ratio + torch.where(mask, old_logp.detach().to(log_ratio.dtype), 0.0)
     return Surrogate(clipped.exp() * advantages * logp, torch.where(advantages == 0, 0.0, gated))
 
 
