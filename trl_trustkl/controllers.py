@@ -18,14 +18,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
-from .divergences import check_options
-from .errors import ConfigError, DataError, out_of_range, unknown_name
+from .errors import ConfigError, DataError, check_options, out_of_range, unknown_name
 
 ControllerName = Literal["fixed", "adaptive", "threshold", "pid", "dual", "schedule"]
 
@@ -74,7 +72,7 @@ class Controller(Protocol):
 
 def _require(field: str, value: object, holds: Callable[[float], bool], valid: str, fix: str = "") -> None:
     # NaN fails every comparison, so a condition that is stated positively also rejects it.
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not holds(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
         raise out_of_range(field, value, valid, fix)
 
 
@@ -297,7 +295,7 @@ class ScheduledKL:
 
 # -- By name -----------------------------------------------------------------------------------------------------------
 
-CONTROLLERS: dict[ControllerName, type[Controller]] = {
+CONTROLLERS: dict[ControllerName, type[Any]] = {
     "fixed": FixedKL,
     "adaptive": AdaptiveKL,
     "threshold": ThresholdKL,

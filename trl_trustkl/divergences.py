@@ -19,16 +19,15 @@ value nor as gradient; the value is +inf only where it overflows the dtype.
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, out_of_range, unknown_name
+from .errors import check_options, option_names, out_of_range, unknown_name
 
 EstimatorName = Literal["k1", "k2", "k3", "abs", "forward_kl", "js", "tv", "hellinger", "chi2", "alpha"]
 KLEstimatorName = Literal["k1", "k2", "k3", "abs", "forward_kl", "js", "tv", "hellinger", "chi2", "alpha", "exact"]
@@ -280,24 +279,6 @@ def build_estimator(name: str, options: Mapping[str, float] | None = None) -> Ca
     bound = partial(ESTIMATORS[name], **options)
     bound(torch.zeros(1), torch.zeros(1))  # so that a bad value is reported here and not after the first rollout
     return bound
-
-
-# -- Options -----------------------------------------------------------------------------------------------------------
-
-
-def option_names(function: Callable[..., Tensor]) -> list[str]:
-    """The names of a formula's keyword-only arguments."""
-    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-
-
-def check_options(field: str, name: str, valid: Iterable[str], given: Iterable[str]) -> None:
-    """ConfigError unless every name in `given` is an option of `name`; `field` is where the user wrote them."""
-    valid = list(valid)
-    for option in given:
-        if not valid:
-            raise ConfigError(f"`{field}` got {option!r}, but {name!r} takes no options; leave it empty.")
-        if option not in valid:
-            raise unknown_name(field, option, valid)
 
 
 def _finite(value: object) -> bool:

@@ -6,7 +6,8 @@ Each message names the field, the value received, the valid range and the likely
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 
 
 class TrustKLError(Exception):
@@ -44,3 +45,18 @@ def unknown_name(field: str, value: object, options: Iterable[str]) -> ConfigErr
 def out_of_range(field: str, value: object, valid: str, fix: str = "") -> ConfigError:
     """The error for a number outside its range: `valid` says which range, `fix` what to do instead."""
     return ConfigError(f"`{field}` got {value!r}; it must be {valid}.{' ' + fix if fix else ''}")
+
+
+def option_names(function: Callable[..., object]) -> list[str]:
+    """The names of a formula's keyword-only arguments."""
+    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+def check_options(field: str, name: str, valid: Iterable[str], given: Iterable[str]) -> None:
+    """ConfigError unless every name in `given` is an option of `name`; `field` is where the user wrote them."""
+    valid = list(valid)
+    for option in given:
+        if not valid:
+            raise ConfigError(f"`{field}` got {option!r}, but {name!r} takes no options; leave it empty.")
+        if option not in valid:
+            raise unknown_name(field, option, valid)

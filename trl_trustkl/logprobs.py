@@ -62,21 +62,19 @@ def token_statistics(
     same tokens do the same arithmetic.
     """
 
-    def run(part: Tensor, target: Tensor, ref_hidden: Tensor | None, old_hidden: Tensor | None) -> tuple[Tensor, ...]:
+    def run(part: Tensor, target: Tensor, ref_part: Tensor, old_part: Tensor) -> tuple[Tensor, ...]:
         logits, logz = _tempered(head, part, temperature)
         out = [_gather(logits, target) - logz]
-        logps = logits - logz.unsqueeze(-1) if entropy or ref is not None or old is not None else None
+        if not (entropy or ref or old):
+            return tuple(out)
+        logps = logits - logz.unsqueeze(-1)
         if entropy:
             out.append(-torch.where(logps.isneginf(), 0.0, logps.exp() * logps).sum(-1))
         if ref is not None:
-            with torch.no_grad():
-                ref_logits, ref_logz = _tempered(ref.head, ref_hidden, temperature)
-            out += [_gather(ref_logits, target) - ref_logz]
-            out += [divergences.exact_from_logps(ref_divergence, logps, ref_logits - ref_logz.unsqueeze(-1))]
+            ref_logps = _peer_logps(ref, ref_part, temperature)
+            out += [_gather(ref_logps, target), divergences.exact_from_logps(ref_divergence, logps, ref_logps)]
         if old is not None:
-            with torch.no_grad():
-                old_logits, old_logz = _tempered(old.head, old_hidden, temperature)
-                old_logps = old_logits - old_logz.unsqueeze(-1)
+            old_logps = _peer_logps(old, old_part, temperature)
             out += [divergences.exact_from_logps("kl", old_logps, logps)]
             out += [divergences.exact_from_logps("tv", old_logps, logps.detach())]
         return tuple(out)
@@ -88,8 +86,8 @@ def token_statistics(
         args = (
             hidden[piece],
             targets[piece],
-            None if ref is None else ref.hidden[piece],
-            None if old is None else old.hidden[piece],
+            hidden[:0] if ref is None else ref.hidden[piece],
+            hidden[:0] if old is None else old.hidden[piece],
         )
         keep = torch.is_grad_enabled() and len(targets) > 0
         rows.append(checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False) if keep else run(*args))
@@ -111,6 +109,13 @@ def _tempered(head: Head, hidden: Tensor, temperature: float) -> tuple[Tensor, T
     if temperature != 1.0:
         logits = logits / temperature
     return logits, torch.logsumexp(logits, dim=-1)
+
+
+@torch.no_grad()
+def _peer_logps(peer: Peer, hidden: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities of a peer over the vocabulary; no gradient goes there."""
+    logits, logz = _tempered(peer.head, hidden, temperature)
+    return logits - logz.unsqueeze(-1)
 
 
 def _gather(logits: Tensor, target: Tensor) -> Tensor:

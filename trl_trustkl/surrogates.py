@@ -27,8 +27,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .divergences import check_options, option_names
-from .errors import ConfigError, out_of_range, unknown_name
+from .errors import ConfigError, check_options, option_names, out_of_range, unknown_name
 from .masking import masked_mean
 
 ClipRuleName = Literal["none", "ppo", "dual", "rollback", "spo", "cispo", "sapo", "gspo", "gmpo", "dppo_tv", "dppo_kl"]

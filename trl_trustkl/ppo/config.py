@@ -144,7 +144,12 @@ class TrustKLPPOConfig(PPOConfig):
             value = getattr(self, name)
             if value is None and optional:
                 return
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not ok(value):
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not math.isfinite(value)
+                or not ok(value)
+            ):
                 raise out_of_range(name, value, valid, fix)
 
         def positive(x: float) -> bool:

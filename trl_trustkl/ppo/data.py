@@ -29,7 +29,9 @@ def tokenize_prompts(
     Raises DataError: empty dataset, no usable column, a prompt that is neither text nor messages, or an empty one.
     """
     if not isinstance(dataset, Dataset):
-        raise DataError(f"`{name}` got {type(dataset).__name__}; it must be a datasets.Dataset (streaming ones have no length).")
+        raise DataError(
+            f"`{name}` got {type(dataset).__name__}; it must be a datasets.Dataset (streaming ones have no length)."
+        )
     if len(dataset) == 0:
         raise DataError(f"`{name}` is empty; it must have at least one row with a prompt.")
     columns = dataset.column_names
@@ -50,7 +52,9 @@ def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, *, where: str
         ids = tokenizer(prompt)["input_ids"]
     elif is_chat(prompt) and prompt and all(isinstance(message, dict) and "role" in message for message in prompt):
         if tokenizer.chat_template is None:
-            raise DataError(f"{where} is a list of messages, but the tokenizer has no chat template; give prompts as text.")
+            raise DataError(
+                f"{where} is a list of messages, but the tokenizer has no chat template; give prompts as text."
+            )
         text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:

@@ -63,7 +63,9 @@ def load_policy(
     if isinstance(model, str):
         model = load_causal_lm(model, args.model_init_kwargs)
     elif args.model_init_kwargs:
-        raise ConfigError("`model_init_kwargs` was given with a model that is loaded already; it is for models given by name.")
+        raise ConfigError(
+            "`model_init_kwargs` was given with a model that is loaded already; it is for models given by name."
+        )
     if not isinstance(model, (PreTrainedModel, PeftModel)):
         raise ModelError(f"`model` got {type(model).__name__}; it must be a causal language model or the name of one.")
     model.config.get_text_config().pad_token_id = pad_token_id(processing_class)
@@ -119,7 +121,7 @@ def prepare_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig |
     return model
 
 
-def prepare_value_model(model: str | nn.Module | None, args: Any) -> nn.Module | None:
+def prepare_value_model(model: Any, args: Any) -> nn.Module | None:
     """A value model of its own, ready to train; None stays None, for a head on the policy."""
     if model is None:
         return None
@@ -315,7 +317,9 @@ class ValueModel(nn.Module):
         backbone, score = self._parts
         values = score(backbone(**accepted(backbone, inputs), use_cache=False).last_hidden_state[:, first:])
         if values.shape[-1] != 1:
-            raise ModelError(f"`value_model` gives {values.shape[-1]} numbers per position; it must give 1 (num_labels=1).")
+            raise ModelError(
+                f"`value_model` gives {values.shape[-1]} numbers per position; it must give 1 (num_labels=1)."
+            )
         return values.squeeze(-1).float()
 
 
@@ -468,7 +472,9 @@ def build_reference(
     """
     if ref_model is not None:
         if ref_adapter_name is not None:
-            raise ConfigError(f"`ref_adapter_name` got {ref_adapter_name!r} together with a `ref_model`; give only one.")
+            raise ConfigError(
+                f"`ref_adapter_name` got {ref_adapter_name!r} together with a `ref_model`; give only one."
+            )
         disable_dropout(ref_model)
         ref_model.requires_grad_(False)
         return Reference(policy, halves, ref_model.train(), None)

@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import TrainerState
+from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
@@ -59,6 +59,12 @@ class OnlineTrainerState(TrainerState):
 class Plumbing:
     """See the module. The trainer that mixes it in has the phases."""
 
+    control: TrainerControl
+    model_wrapped: Any
+    optimizer: Any
+    lr_scheduler: Any
+    _created_lr_scheduler: bool
+
     # -- construction --------------------------------------------------------------------------------------------------
 
     def _setup(self, user_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None) -> None:
@@ -73,7 +79,9 @@ class Plumbing:
         args.mini_batch_size = args.local_mini_batch_size * processes
         if args.total_episodes is None:
             args.total_episodes = math.ceil(args.num_train_epochs * len(self.train_dataset))
-        args.num_total_batches = args.max_steps if args.max_steps > 0 else math.ceil(args.total_episodes / args.batch_size)
+        args.num_total_batches = (
+            args.max_steps if args.max_steps > 0 else math.ceil(args.total_episodes / args.batch_size)
+        )
         # A micro-batch divides a mini-batch evenly, so that any micro-batch can go into any mini-batch.
         sizes = range(1, min(args.per_device_train_batch_size, args.local_mini_batch_size) + 1)
         self._micro_size = max(size for size in sizes if args.local_mini_batch_size % size == 0)
@@ -248,14 +256,16 @@ class Plumbing:
             return collate(rows, self.processing_class.pad_token_id, self.accelerator.device)
         batch = self._user_collator([{k: row[k] for k in ("input_ids", "attention_mask") if k in row} for row in rows])
         ids = batch["input_ids"].to(self.accelerator.device)
-        mask = batch["attention_mask"].to(ids.device).bool() if "attention_mask" in batch else torch.ones_like(ids).bool()
+        mask = (
+            batch["attention_mask"].to(ids.device).bool() if "attention_mask" in batch else torch.ones_like(ids).bool()
+        )
         return Prompts(ids, mask, rows)
 
     # -- metrics and logs ----------------------------------------------------------------------------------------------
 
     def _update_metrics(self, batch: Batch, stats: UpdateStats, record: BoundRecord) -> dict[str, Any]:
         """The record flattened, and TRL's own metric names, with the values they should have had."""
-        scored, args = batch.scored, self.args
+        scored = batch.scored
         mask = self._pooled(scored.rollout.response_mask)
         ends = torch.tensor(self._stop_ids, device=mask.device, dtype=torch.long)
         penalty = -record.anchor.coef * record.anchor.kl
@@ -304,7 +314,9 @@ class Plumbing:
         prompts = self._prompt_texts(scored.rollout)
         rows = [
             {"update": self.state.global_step, "prompt": prompt, "completion": text, "score": score, "ref_logp": logp}
-            for prompt, text, score, logp in zip(prompts, scored.completions, scored.scores.tolist(), likelihood, strict=True)
+            for prompt, text, score, logp in zip(
+                prompts, scored.completions, scored.scores.tolist(), likelihood, strict=True
+            )
         ]
         return [records.as_dict(row) for row in gather_object(rows)]
 
@@ -322,21 +334,27 @@ class Plumbing:
         if isinstance(dataset, dict):
             parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
             return {key: value for part in parts for key, value in part.items()}
-        if dataset is None:
-            raise ConfigError("`eval_dataset` got None; give one to the trainer or to evaluate().")
-        if "input_ids" not in dataset.column_names:
-            dataset = prepare_datasets(dataset, None, self.processing_class, self.model.policy, self.args)[0]
         started = time.perf_counter()
-        rows = [row for part in self._evaluation_batches(dataset) for row in self._evaluate_prompts(*part)]
-        table = gather_object(rows)
-        scores = [row["score"] for row in table if not math.isnan(row["score"])]
-        means = {key: sum(row[key] for row in table) / len(table) for key in ("kl", "length", "eos_rate")}
-        metrics = {"score": sum(scores) / len(scores) if scores else None, **means}
+        rows = self.evaluate_completions(dataset)
+        scores = [row["score"] for row in rows if not math.isnan(row["score"])]
+        means = {key: sum(row[key] for row in rows) / len(rows) for key in ("kl", "length", "eos_rate")}
+        metrics = {"score": sum(scores) / len(scores) if scores else math.nan, **means}
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - started
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def evaluate_completions(self, eval_dataset: Any = None) -> list[dict[str, Any]]:
+        """A sampled response to every prompt: `prompt`, `completion`, `score` (NaN where no function gave one), `kl`,
+        `length` and `eos_rate` of each, from all processes."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ConfigError("`eval_dataset` got None; give one to the trainer or to evaluate().")
+        if "input_ids" not in dataset.column_names:
+            dataset = prepare_datasets(dataset, None, self.processing_class, self.model.policy, self.args)[0]
+        rows = [row for part in self._evaluation_batches(dataset) for row in self._evaluate_prompts(*part)]
+        return gather_object(rows)
 
     def _evaluation_batches(self, dataset: Any) -> Iterator[tuple[int, Prompts]]:
         """This process's share of the prompts, in batches."""

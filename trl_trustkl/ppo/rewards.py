@@ -7,7 +7,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from .models import load_scalar_model
 
 logger = logging.getLogger(__name__)
 
-RewardFunc = str | PreTrainedModel | Callable[..., list[float | None]]
+RewardFunc: TypeAlias = str | PreTrainedModel | Callable[..., list[float | None]]
 
 
 class RewardModel:
@@ -195,7 +195,9 @@ def _checked(rewards: Any, expected: int, name: str) -> list[float | None]:
         try:
             rewards[index] = float(reward)
         except (TypeError, ValueError):
-            raise RewardError(f"reward function `{name}` returned {reward!r} for completion {index}; not a number.") from None
+            raise RewardError(
+                f"reward function `{name}` returned {reward!r} for completion {index}; not a number."
+            ) from None
         if not math.isfinite(rewards[index]):
             raise RewardError(
                 f"reward function `{name}` returned {reward} for completion {index}; a reward must be finite, or None "

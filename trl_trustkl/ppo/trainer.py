@@ -100,7 +100,9 @@ class TrustKLPPOTrainer(Plumbing, PPOTrainer):
         if model is None or train_dataset is None:
             raise ConfigError(f"`{'model' if model is None else 'train_dataset'}` got None; it is required.")
         if ref_model is model and not isinstance(model, str):
-            raise ModelError("`ref_model` is the model itself; give a copy, or None and the trainer makes the reference.")
+            raise ModelError(
+                "`ref_model` is the model itself; give a copy, or None and the trainer makes the reference."
+            )
         set_seed(args.seed)  # adapters and value heads start from random numbers
         policy, tokenizer = models.load_policy(model, processing_class, args, peft_config)
         self.is_peft_model = isinstance(policy, PeftModel)
@@ -116,7 +118,9 @@ class TrustKLPPOTrainer(Plumbing, PPOTrainer):
             vocab_size=len(tokenizer),
         )
         value = models.prepare_value_model(value_model, args)
-        trained = models.PolicyAndValue(policy, value, temperature=args.temperature, detach_value=args.detach_value_head)
+        trained = models.PolicyAndValue(
+            policy, value, temperature=args.temperature, detach_value=args.detach_value_head
+        )
         self.reference = models.build_reference(
             policy,
             trained.halves,
@@ -179,8 +183,9 @@ class TrustKLPPOTrainer(Plumbing, PPOTrainer):
             extra=args.generation_kwargs,
         )
         parts = []
-        with self.accelerator.autocast(), generation.seeded(
-            self.accelerator.device, args.seed, *self._sampling_key, self.accelerator.process_index
+        with (
+            self.accelerator.autocast(),
+            generation.seeded(self.accelerator.device, args.seed, *self._sampling_key, self.accelerator.process_index),
         ):
             for start in range(0, len(prompts.ids), args.local_rollout_forward_batch_size):
                 rows = slice(start, start + args.local_rollout_forward_batch_size)
@@ -189,7 +194,12 @@ class TrustKLPPOTrainer(Plumbing, PPOTrainer):
         responses, masks, logps = zip(*parts, strict=True)
         known = all(logp is not None for logp in logps)
         return Rollout(
-            prompts.ids, prompts.mask, torch.cat(responses), torch.cat(masks), torch.cat(logps) if known else None, prompts.rows
+            prompts.ids,
+            prompts.mask,
+            torch.cat(responses),
+            torch.cat(masks),
+            torch.cat(logps) if known else None,
+            prompts.rows,
         )
 
     def score(self, rollout: Rollout) -> Scored:

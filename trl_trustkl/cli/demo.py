@@ -1,0 +1,217 @@
+"""`trustkl demo`: fine-tune a small language model towards positive sentiment, and say what bounded it."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+HELP = "fine-tune SmolLM2-135M with QLoRA PPO and say what bounded every update"
+DESCRIPTION = (
+    "Fine-tunes SmolLM2-135M-Instruct with QLoRA and PPO towards replies of positive sentiment (VADER). Its KL to the "
+    "reference is held at a target by an adaptive controller, its updates are clipped, and a record of every update is kept."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run)
+    parser.add_argument("--output-dir", default="runs/demo", help="where records and adapter go (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=32, help="number of updates (default: %(default)s)")
+    parser.add_argument(
+        "--kl-target", type=float, default=5.0, help="KL to hold, nats per response (default: %(default)s)"
+    )
+    parser.add_argument("--kl-coef", type=float, default=0.05, help="coefficient at the start (default: %(default)s)")
+    parser.add_argument("--cliprange", type=float, default=0.2, help="clip range of the ratio (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=7e-4, help="learning rate (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="seed (default: %(default)s)")
+
+
+def run(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print("Loading SmolLM2-135M-Instruct with a 4-bit backbone …", style="dim")
+    trainer, table = build(options, console)
+    before = evaluate(trainer)
+    console.print(_evaluation_line("before", before))
+    with table, finishing_on_interrupt(trainer, console) as interrupted:
+        trainer.train()
+    trainer.save_model(str(Path(options.output_dir) / "adapter"))
+    after = evaluate(trainer) if not interrupted else None
+    conclude(console, options, before, after, table.records)
+    return 130 if interrupted else 0
+
+
+def build(options: argparse.Namespace, console: Any) -> tuple[Any, Any]:
+    """The trainer and the live table of its updates."""
+    quieten()
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    from .. import TrustKLPPOConfig, TrustKLPPOTrainer
+    from ._smollm2 import load_smollm2
+    from .prompts import EVAL_PROMPTS, TRAIN_PROMPTS
+    from .rewards import sentiment
+    from .table import UpdateTable
+
+    gpu = torch.cuda.is_available()
+    bf16 = torch.cuda.is_bf16_supported() if gpu else has_bf16_instructions()
+    model, tokenizer = load_smollm2(quantize=True, dtype=torch.bfloat16 if bf16 else torch.float32)
+    args = TrustKLPPOConfig(
+        output_dir=options.output_dir,
+        seed=options.seed,
+        max_steps=options.updates,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        num_mini_batches=2,
+        num_ppo_epochs=2,
+        response_length=24,
+        temperature=1.0,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=2,
+        kl_controller="adaptive",
+        kl_coef=options.kl_coef,
+        kl_target=options.kl_target,
+        kl_horizon=48,
+        cliprange=options.cliprange,
+        bf16=bf16,
+        use_cpu=not gpu,
+        gradient_checkpointing=False,
+        per_device_eval_batch_size=16,
+        num_sample_generations=0,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    table = UpdateTable(console, total=options.updates)
+    trainer = TrustKLPPOTrainer(
+        args=args,
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=sentiment,
+        train_dataset=as_chat(Dataset, TRAIN_PROMPTS),
+        eval_dataset=as_chat(Dataset, EVAL_PROMPTS),
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[table],
+    )
+    return trainer, table
+
+
+def as_chat(dataset_class: Any, texts: Sequence[str]) -> Any:
+    return dataset_class.from_dict({"prompt": [[{"role": "user", "content": text}] for text in texts]})
+
+
+def has_bf16_instructions() -> bool:
+    """Whether this CPU multiplies bf16 itself; on one that does not, bf16 is slower than float32."""
+    try:
+        return " avx512_bf16 " in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def quieten() -> None:
+    """Keep the terminal to the demo's own lines: the libraries' progress bars and deprecation notices stay out."""
+    import logging
+    import warnings
+
+    import datasets
+    import transformers
+
+    warnings.simplefilter("ignore", FutureWarning)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def evaluate(trainer: Any) -> dict[str, Any]:
+    """The held-out prompts: mean score, KL to the reference, and one reply to show."""
+    rows = trainer.evaluate_completions()
+    mean = {key: sum(row[key] for row in rows) / len(rows) for key in ("score", "kl", "length")}
+    return {**mean, "count": len(rows), "prompt": rows[0]["prompt"][-1]["content"], "completion": rows[0]["completion"]}
+
+
+@contextmanager
+def finishing_on_interrupt(trainer: Any, console: Any) -> Iterator[list[int]]:
+    """The first Ctrl-C ends the run after the update in hand, a second one at once; yields what was pressed."""
+    pressed: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        pressed.append(number)
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
+        trainer.control.should_training_stop = True
+        console.print("Finishing the update in hand; Ctrl-C again stops at once.", style="yellow")
+
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        yield pressed
+    except KeyboardInterrupt:
+        console.print("Stopped.", style="yellow")
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _evaluation_line(when: str, result: dict[str, Any]) -> str:
+    return (
+        f"Held-out prompts {when}: score {result['score']:+.2f}, KL to the reference {result['kl']:.2f} nats per response "
+        f"({result['count']} prompts)."
+    )
+
+
+def conclude(
+    console: Any, options: argparse.Namespace, before: dict[str, Any], after: dict[str, Any] | None, done: list[Any]
+) -> None:
+    """What changed, and what each mechanism did, in plain words."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console.print()
+    if after is not None:
+        console.print(_evaluation_line("before", before))
+        console.print(_evaluation_line("after", after))
+        console.print(Padding(Text(f"Prompt:  {one_line(before['prompt'])}", style="dim"), (0, 0, 0, 2)))
+        for when, result in (("Before", before), ("After", after)):
+            console.print(Padding(Text(f"{when + ':':8} {one_line(result['completion'])}"), (0, 0, 0, 2)))
+        console.print()
+    folder = Path(options.output_dir)
+    if done:
+        console.print(Text(closing(options, done)))
+    console.print()
+    console.print(Text(f"Records:      {folder / 'bounds.jsonl'} (a line for each of {len(done)} updates)"))
+    console.print(Text(f"Completions:  {folder / 'completions.jsonl'}"))
+    console.print(Text(f"Adapter:      {folder / 'adapter'} (AutoPeftModelForCausalLM.from_pretrained)"))
+
+
+def closing(options: argparse.Namespace, done: list[Any]) -> str:
+    """The closing paragraph, from the records alone."""
+    last = done[-max(1, len(done) // 3) :]
+    kl = sum(record.anchor.kl_exact for record in last) / len(last)
+    clipped = sum(record.trust.gated for record in done) / len(done)
+    steps = [record.trust.kl for record in done]
+    binding = [record.binding for record in done]
+    most = max(sorted(set(binding)), key=binding.count)
+    return textwrap.fill(
+        f"The anchor compared the policy with the model it started from, and pulled it back: over the last {len(last)} "
+        f"updates the KL to the reference averaged {kl:.1f} nats per response (target {options.kl_target:g}), with a "
+        f"coefficient that went from {done[0].anchor.coef:.3f} to {done[-1].anchor.coef:.3f}. The trust region compared "
+        f"each policy with the one that had sampled the batch: the clip removed {clipped:.0%} of the gradient's weight on "
+        f"average, and one update moved the policy by {sum(steps) / len(steps):.3f} nats per token on average, "
+        f"{max(steps):.3f} at most. That was measured after each step; nothing guaranteed it: with clipping on, the largest "
+        f"probability ratio was {max(record.trust.max_ratio for record in done):.1f}, far outside "
+        f"[{1 - options.cliprange:g}, {1 + options.cliprange:g}]. The mechanism that took the largest share of an update "
+        f"was most often the {most} ({binding.count(most)} of {len(done)} updates). So the anchor decides where the run "
+        "ends, the trust region how fast it gets there.",
+        width=80,
+    )
+
+
+def one_line(text: str) -> str:
+    """Text of unknown origin on one line, without control characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
