@@ -86,7 +86,8 @@ FAMILIES = {"llama": llama, "gpt2": gpt2, "gemma2": gemma2}
 def scalar_model(model: Any, seed: int = 1) -> Any:
     """A sequence classifier with one label, of the same configuration as `model`."""
     torch.manual_seed(seed)
-    config = type(model.config).from_dict(model.config.to_dict() | {"num_labels": 1})
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in ("id2label", "label2id")}
+    config = type(model.config).from_dict(settings | {"num_labels": 1})
     return AutoModelForSequenceClassification.from_config(config)
 
 

@@ -183,6 +183,7 @@ class TrustKLPPOConfig(PPOConfig):
             "num_mini_batches",
             "response_length",
             "per_device_train_batch_size",
+            "per_device_eval_batch_size",
             "gradient_accumulation_steps",
             "local_rollout_forward_batch_size",
         ):

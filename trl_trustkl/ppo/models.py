@@ -265,8 +265,10 @@ class CausalHalves:
 
 
 def accepted(module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs that the module's forward names: some models have no position ids."""
+    """The inputs that the module's forward names, since some models have no position ids; all where it names none."""
     names = inspect.signature(module.forward).parameters
+    if "input_ids" not in names:
+        return inputs
     return {name: value for name, value in inputs.items() if name in names}
 
 

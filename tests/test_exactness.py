@@ -1,0 +1,115 @@
+"""Exact divergences from the trainer's own passes against a dense float64 computation from the models' own logits."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from tests import tiny
+
+
+def dense_logps(model, micro, temperature: float) -> torch.Tensor:
+    """log π over the vocabulary at each response position, [b, t, V], from the model's whole forward pass, in float64."""
+    with torch.no_grad():
+        logits = model(
+            input_ids=micro.input_ids, attention_mask=micro.attention_mask, position_ids=micro.position_ids
+        ).logits
+    first = micro.input_ids.shape[1] - micro.response_ids.shape[1] - 1
+    return (logits[:, first:-1].double() / temperature).log_softmax(-1)
+
+
+def dense_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def four_bit(tmp_path, seed: int = 0):
+    """A tiny Llama with NF4 weights that computes in float32."""
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+    tiny.llama(seed, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "full")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    return LlamaForCausalLM.from_pretrained(tmp_path / "full", quantization_config=quantization)
+
+
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "4-bit"])
+def test_exact_divergences_equal_a_dense_float64_computation(family, tmp_path):
+    model = four_bit(tmp_path) if family == "4-bit" else tiny.FAMILIES[family]()
+    changes = {"temperature": 0.7, "learning_rate": 0.05}
+    trainer = tiny.trainer(tmp_path / "run", model, changes=changes)
+    assert trainer.model.halves.chunked
+    trainer._begin_training()
+    seen = []
+    for update in range(2):
+        trainer._begin_update()
+        scored = trainer.score(trainer.rollout(trainer.next_prompts()))
+        policy = trainer.model.policy
+        old = [dense_logps(policy, micro, 0.7) for micro in scored.micro_batches]
+        with policy.disable_adapter():
+            reference = [dense_logps(policy, micro, 0.7) for micro in scored.micro_batches]
+        for micro, p, q in zip(scored.micro_batches, old, reference, strict=True):
+            mine = scored.ref_kl[micro.rows, : micro.response_ids.shape[1]]
+            torch.testing.assert_close(mine.double(), dense_kl(p, q) * micro.response_mask, atol=1e-5, rtol=0)
+            entropy = scored.entropy[micro.rows, : micro.response_ids.shape[1]]
+            torch.testing.assert_close(
+                entropy.double(), -(p.exp() * p).sum(-1) * micro.response_mask, atol=1e-5, rtol=0
+            )
+        batch = trainer.advantages(scored)
+        trainer.optimise(batch)
+        measured = trainer.measure(batch)
+        new = [dense_logps(policy, micro, 0.7) for micro in scored.micro_batches]
+        masks = [micro.response_mask for micro in scored.micro_batches]
+        kls = torch.cat([dense_kl(p, n)[m] for p, n, m in zip(old, new, masks, strict=True)])
+        tvs = torch.cat([0.5 * (p.exp() - n.exp()).abs().sum(-1)[m] for p, n, m in zip(old, new, masks, strict=True)])
+        log_ratios = torch.cat(
+            [
+                (n - p).gather(-1, micro.response_ids.unsqueeze(-1)).squeeze(-1)[micro.response_mask]
+                for p, n, micro in zip(old, new, scored.micro_batches, strict=True)
+            ]
+        )
+        assert measured.kl == pytest.approx(float(kls.mean()), abs=1e-5)
+        assert measured.kl_max == pytest.approx(float(kls.max()), abs=1e-5)
+        assert measured.tv == pytest.approx(float(tvs.mean()), abs=1e-5)
+        assert measured.max_ratio == pytest.approx(float(log_ratios.max().exp()), rel=1e-4)
+        median = float(log_ratios.quantile(0.5).exp())
+        assert measured.ratio_quantiles["0.5"] == pytest.approx(median, rel=1e-4)
+        seen.append(measured.kl)
+        trainer.state.global_step = update + 1
+    assert max(seen) > 1e-3, "the policy must have moved, or nothing was compared"
+
+
+def test_a_model_whose_logits_are_not_head_times_hidden_falls_back_and_says_so(tmp_path, caplog):
+    class Shifted(type(tiny.llama())):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * 1.5 + torch.arange(out.logits.shape[-1]) * 0.01
+            return out
+
+    model = Shifted(tiny.llama().config)
+    model.load_state_dict(tiny.llama().state_dict())
+    trainer = tiny.trainer(tmp_path, model)
+    assert not trainer.model.halves.chunked
+    assert "falls back" in caplog.text or "whole forward pass" in caplog.text
+    trainer._begin_training()
+    trainer._begin_update()
+    scored = trainer.score(trainer.rollout(trainer.next_prompts()))
+    p = dense_logps(trainer.model.policy, scored.micro_batches[0], 1.0)
+    expected = -(p.exp() * p).sum(-1) * scored.micro_batches[0].response_mask
+    mine = scored.entropy[scored.micro_batches[0].rows, : expected.shape[1]]
+    torch.testing.assert_close(mine.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_a_soft_cap_that_is_left_out_would_be_noticed():
+    model = tiny.gemma2()
+    from trl_trustkl.ppo.models import CausalHalves
+
+    assert CausalHalves(model).chunked
+    uncapped = copy.deepcopy(model)
+    uncapped.config.final_logit_softcapping = None
+    hidden = torch.randn(3, model.config.hidden_size)
+    capped = CausalHalves(model).head(hidden)
+    assert capped.abs().max() <= 2.0
+    assert (CausalHalves(uncapped).head(hidden) - capped).abs().max() > 1e-2
