@@ -380,12 +380,13 @@ class Scripted(TrustKLPPOTrainer):
 def scripted(folder: Any, script: list[tuple[list[int], int]], **arguments: Any) -> Scripted:
     changes = {"max_steps": 1} | arguments.pop("changes", {})
     settings = {
+        "model": tiny.llama(),
         "processing_class": tiny.tokenizer(),
         "reward_funcs": tiny.good_words,
         "train_dataset": tiny.prompts(),
         "peft_config": tiny.lora(),
     }
-    trainer = Scripted(args=tiny.config(folder, **changes), model=tiny.llama(), **settings | arguments)
+    trainer = Scripted(args=tiny.config(folder, **changes), **settings | arguments)
     trainer.script = script
     return trainer
 
@@ -407,9 +408,11 @@ def test_a_tokenizer_without_a_pad_token_gets_its_eos_and_the_masks_stay_right(t
 
 
 def test_sampling_without_a_pad_token_equals_sampling_with_one(tmp_path):
+    def even_ids(prompts, completions, completion_ids, **_):
+        return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
     for name, pad in (("with", True), ("without", False)):
-        trainer = tiny.trainer(tmp_path / name, processing_class=tiny.tokenizer(pad=pad))
-        trainer.train()
+        tiny.trainer(tmp_path / name, processing_class=tiny.tokenizer(pad=pad), reward_funcs=even_ids).train()
     one, other = ([without_seconds(r) for r in load_records(tmp_path / name)] for name in ("with", "without"))
     assert one == other
 
@@ -440,7 +443,13 @@ ALL_PAD = ([PAD] * 6, 6)
     ids=["some empty", "all empty", "all PAD", "mixed", "one token"],
 )
 def test_empty_and_all_pad_responses_leave_a_run_finite(tmp_path, script, peft):
-    trainer = scripted(tmp_path, script, peft_config=tiny.lora() if peft else None, changes={"max_steps": 2})
+    trainer = scripted(
+        tmp_path,
+        script,
+        reward_funcs=lambda prompts, completions: [float(i) for i in range(len(prompts))],
+        peft_config=tiny.lora() if peft else None,
+        changes={"max_steps": 2},
+    )
     before = weights(trainer.model)
     trainer.train()
     assert all(weight.isfinite().all() for weight in trainer.model.parameters())
@@ -556,9 +565,7 @@ def test_the_gradient_does_not_depend_on_a_row_without_a_reward(tmp_path):
     outcomes = []
     for name, tokens in (("one", [5, 7, 9, 11]), ("other", [30, 31, 32, 33])):
         changes = {"num_mini_batches": 1, "num_ppo_epochs": 1, "learning_rate": 0.01}
-        trainer = scripted(
-            tmp_path / name, [(tokens, 4), WORDS], reward_funcs=none_for_even_rows, changes=changes, value_model=None
-        )
+        trainer = scripted(tmp_path / name, [(tokens, 4), WORDS], reward_funcs=none_for_even_rows, changes=changes)
         before = weights(trainer.model)
         trainer.train()
         after = weights(trainer.model)
@@ -638,7 +645,7 @@ def adapted() -> Any:
 @pytest.mark.parametrize(
     ("arguments", "pieces"),
     [
-        ({"model": torch.nn.Linear(2, 2)}, ("`model`", "Linear", "causal language model")),
+        ({"model": lambda: torch.nn.Linear(2, 2)}, ("`model`", "Linear", "causal language model")),
         ({"processing_class": None}, ("`processing_class`", "None", "only when `model` is a name")),
         ({"processing_class": 3}, ("`processing_class`", "int", "must be a tokenizer")),
         ({"peft_config": {"r": 4}}, ("`peft_config`", "dict", "LoraConfig")),
@@ -702,8 +709,11 @@ def nan_gradient(monkeypatch, trainer):
 
 def nan_value_gradient(monkeypatch, trainer):
     """The value's gradient is infinite in the first of the bad update's steps."""
-    bad = lambda gradient: gradient * (INF if trainer.state.global_step == BAD_UPDATE - 1 else 1.0)  # noqa: E731
-    trainer.model.value.linear.bias.register_hook(bad)
+
+    def hook(gradient: Tensor) -> Tensor:
+        return gradient * (INF if trainer.state.global_step == BAD_UPDATE - 1 else 1.0)
+
+    trainer.model.value.linear.bias.register_hook(hook)
 
 
 def nan_reference(monkeypatch, trainer):
@@ -767,7 +777,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize("peft", [True, False], ids=["lora", "full"])
-@pytest.mark.parametrize(("poison", "reason"), REFUSALS, ids=lambda each: getattr(each, "__name__", ""))
+@pytest.mark.parametrize(("poison", "reason"), REFUSALS, ids=[poison.__name__ for poison, _ in REFUSALS])
 def test_a_step_that_is_not_finite_is_refused_and_the_run_goes_on(tmp_path, monkeypatch, caplog, poison, reason, peft):
     watch = Watch()
     trainer = tiny.trainer(tmp_path, callbacks=[watch], peft_config=tiny.lora() if peft else None)
@@ -790,8 +800,8 @@ def policy_of(snapshot: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight for name, weight in snapshot.items() if name.startswith("policy.")}
 
 
-@pytest.mark.parametrize(("poison", "reason"), REFUSALS, ids=lambda each: getattr(each, "__name__", ""))
-def test_a_refused_update_leaves_the_value_as_it_was_too(tmp_path, monkeypatch, poison, reason):
+@pytest.mark.parametrize("poison", [poison for poison, _ in REFUSALS])
+def test_a_refused_update_leaves_the_value_as_it_was_too(tmp_path, monkeypatch, poison):
     watch = Watch()
     trainer = tiny.trainer(tmp_path, callbacks=[watch])
     poison(monkeypatch, trainer)

@@ -39,6 +39,20 @@ def place_scores(scores: Tensor, mask: Tensor, position: ScorePosition) -> Tenso
     return rewards.scatter(-1, score_index(mask, position).unsqueeze(-1), known.unsqueeze(-1))
 
 
+def anchor_rewards(divergence: Tensor, mask: Tensor, coef: float, *, of_contexts: bool) -> Tensor:
+    """−coef · divergence as rewards [B, T], 0 where nothing counts.
+
+    A sampled estimate is paid by the token it was taken at. An exact divergence (`of_contexts`) is a property of the
+    context before a token, so the tokens before it pay: its cost lands one position earlier, and that of the first
+    context, which no token brought about, nowhere. With the present divergence in the loss, that is the whole gradient
+    Σ_t [∇KL_t + KL_t ∇log π(y_<t)] (Amini, Vieira, Cotterell, arXiv 2504.10637).
+    """
+    cost = torch.where(mask, divergence, torch.zeros_like(divergence))
+    if of_contexts:
+        cost = torch.cat([cost[:, 1:], torch.zeros_like(cost[:, :1])], dim=1)
+    return -coef * cost
+
+
 def gae(rewards: Tensor, values: Tensor, *, gamma: float, lam: float) -> Tensor:
     """Generalised advantage estimates [B, T] (Schulman et al., arXiv 1506.02438, eq. 16), with V = 0 after the end.
 

@@ -27,19 +27,25 @@ BINDING_THRESHOLD = 0.01
 """A mechanism that took less than this share of an update does not count as having bound it."""
 
 
-def binding_shares(anchor: AnchorMeasurement, stats: UpdateStats, enforcement: Enforcement) -> dict[str, float]:
+def binding_shares(
+    anchor: AnchorMeasurement, stats: UpdateStats, enforcement: Enforcement, lr_factor: float
+) -> dict[str, float]:
     """The share of the update each mechanism took, in [0, 1].
 
-    anchor: its share of the absolute advantage. clip: the share of the gradient's weight that the rule gated. stop: the
-    share of the planned optimizer steps left out. backtrack: 1 − scale. grad_norm: 1 − the mean factor of clipping.
+    anchor: its share of the absolute advantage. clip: the share of the gradient's weight that the rule gated. penalty:
+    Σ λ|w − 1| / Σ (λ|w − 1| + |w·A|), its pull on the sampled tokens against the surrogate's. stop: the share of the
+    planned optimizer steps left out. backtrack: 1 − scale. grad_norm: 1 − the mean factor of clipping. lr: 1 − the factor
+    that the learning rate by KL put on the scheduled one, where that is below 1.
     """
     left_out = 1.0 - stats.steps / stats.planned_steps if stats.stopped and stats.planned_steps else 0.0
     return {
         "anchor": anchor.share or 0.0,
         "clip": stats.total.gated,
+        "penalty": stats.total.penalty,
         "stop": left_out,
         "backtrack": 0.0 if enforcement.scale is None else 1.0 - enforcement.scale,
         "grad_norm": 1.0 - stats.grad_scale,
+        "lr": max(0.0, 1.0 - lr_factor),
     }
 
 
@@ -66,6 +72,8 @@ def build_record(
     update: int,
     episode: int,
     lr: float,
+    lr_factor: float,
+    trust_coef: float,
     refused: str | None,
     seconds: dict[str, float],
     rollout: RolloutSummary,
@@ -92,7 +100,7 @@ def build_record(
             target=args.kl_target,
             **anchor._asdict(),
         ),
-        trust=_trust_record(args, stats, measured, enforcement),
+        trust=_trust_record(args, trust_coef, stats, measured, enforcement),
         value=ValueRecord(
             clip=args.cliprange_value if args.clip_value else None,
             gated=stats.total.value_gated,
@@ -100,11 +108,13 @@ def build_record(
         ),
         gradient=GradientRecord(norm=stats.grad_norm, max_norm=args.max_grad_norm or None, scale=stats.grad_scale),
         sampler=SamplerRecord(kl=rollout.sampler_kl),
-        binding=binding(binding_shares(anchor, stats, enforcement)),
+        binding=binding(binding_shares(anchor, stats, enforcement, lr_factor)),
     )
 
 
-def _trust_record(args: Any, stats: UpdateStats, measured: Measurement, enforcement: Enforcement) -> TrustRecord:
+def _trust_record(
+    args: Any, coef: float, stats: UpdateStats, measured: Measurement, enforcement: Enforcement
+) -> TrustRecord:
     return TrustRecord(
         rule=args.clip_rule,
         low=args.low,
@@ -112,7 +122,7 @@ def _trust_record(args: Any, stats: UpdateStats, measured: Measurement, enforcem
         gated=stats.total.gated,
         gated_low=stats.total.gated_low,
         gated_high=stats.total.gated_high,
-        coef=args.trust_coef,
+        coef=coef,
         epochs=args.num_ppo_epochs * stats.steps / stats.planned_steps,
         stopped=stats.stopped,
         kl=measured.kl,

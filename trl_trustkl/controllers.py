@@ -295,6 +295,37 @@ class ScheduledKL:
 
 # -- By name -----------------------------------------------------------------------------------------------------------
 
+
+@dataclass(frozen=True)
+class LearningRateByKL:
+    """A factor on the learning rate, from KL(π_old‖π) after each update (rsl_rl's rule, per update instead of per step).
+
+    KL > 2·target: divide by `factor`; 0 < KL < target/2: multiply by it; within [`min_coef`, `max_coef`]. `target` in nats
+    per token. A KL of 0 says that nothing was stepped, and changes nothing.
+    """
+
+    target: float
+    factor: float = 1.5
+    min_coef: float = 1 / 32
+    max_coef: float = 32.0
+
+    def __post_init__(self) -> None:
+        _positive("target", self.target)
+        _require("factor", self.factor, lambda x: 1 < x < math.inf, "a finite number above 1")
+        _check_range(1.0, self.min_coef, self.max_coef, multiplies=True)
+
+    def init(self) -> State:
+        return State(1.0)
+
+    def update(self, state: State, *, kl: float, episodes: int) -> State:
+        _check_measurement(kl, episodes)
+        if kl > 2 * self.target:
+            return State(_clamp(state.coef / self.factor, self.min_coef, self.max_coef))
+        if 0 < kl < self.target / 2:
+            return State(_clamp(state.coef * self.factor, self.min_coef, self.max_coef))
+        return state
+
+
 CONTROLLERS: dict[ControllerName, type[Any]] = {
     "fixed": FixedKL,
     "adaptive": AdaptiveKL,

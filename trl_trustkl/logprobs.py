@@ -8,7 +8,6 @@ run again in the backward pass instead of being kept (`torch.utils.checkpoint`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,19 +15,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import divergences
-
-Head = Callable[[Tensor], Tensor]
-"""Hidden states [..., H] to logits [..., V], every scaling or soft-capping of the model included."""
+from .types import Head, Peer
 
 CHUNK_ELEMENTS = 2**22
 """Logits in one chunk: 16 MiB in float32, small enough for a CPU's cache hierarchy and large enough for a GPU."""
-
-
-class Peer(NamedTuple):
-    """A second model at the same contexts: its hidden states [N, H] and its head."""
-
-    hidden: Tensor
-    head: Head
 
 
 class TokenStatistics(NamedTuple):

@@ -34,7 +34,12 @@ def whiten(values: Tensor, mask: Tensor, *, mean: Tensor, var: Tensor, shift_mea
 
     The moments are arguments, so that several processes can whiten with the moments of their pooled batch.
     """
-    whitened = (values - mean) * torch.rsqrt(var + 1e-8)
+    whitened = (values - mean) * whitening_factor(var)
     if not shift_mean:
         whitened = whitened + mean
     return torch.where(mask, whitened, torch.zeros((), dtype=values.dtype, device=values.device))
+
+
+def whitening_factor(var: Tensor) -> Tensor:
+    """What whitening multiplies by: 1/√(var + 1e-8), the constant being TRL's."""
+    return torch.rsqrt(var + 1e-8)

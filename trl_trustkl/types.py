@@ -12,6 +12,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+Head = Callable[[Tensor], Tensor]
+"""Hidden states [..., H] to logits [..., V], every scaling or soft-capping of the model included."""
+
+
+class Peer(NamedTuple):
+    """A policy at some tokens: the hidden states [N, H] that predict them, and its output head."""
+
+    hidden: Tensor
+    head: Head
+
 
 class Prompts(NamedTuple):
     """One batch of prompts: `ids` and `mask` [B, P], left-padded, and the dataset row behind each of them."""
@@ -73,8 +83,8 @@ class TokenOutputs(NamedTuple):
 class Scored(NamedTuple):
     """A rollout with everything that is fixed before the first optimizer step; [B, T] unless stated.
 
-    micro_batches, old_hidden: the fixed micro-batches and, for each, the policy's hidden states [N, H] under π_old;
-    old_head: π_old's output head.
+    micro_batches, old_peers: the fixed micro-batches and π_old at the tokens of each; ref_peers: π_ref there, kept only
+    where the loss needs it.
     logp, ref_logp: log-probabilities of the sampled tokens. ref_kl: exact KL(π_old‖π_ref) per context. entropy: of
     π_old. values: V(state before the token). loss_mask: tokens that get a gradient (the response mask less the rows
     without a reward). value_mask: positions whose value is trained. scores: [B], NaN where no function gave a reward.
@@ -82,8 +92,7 @@ class Scored(NamedTuple):
 
     rollout: Rollout
     micro_batches: list[MicroBatch]
-    old_hidden: list[Tensor]
-    old_head: Callable[[Tensor], Tensor]
+    old_peers: list[Peer]
     logp: Tensor
     ref_logp: Tensor
     ref_kl: Tensor
@@ -93,18 +102,22 @@ class Scored(NamedTuple):
     value_mask: Tensor
     scores: Tensor
     completions: list[str]
+    ref_peers: list[Peer] | None = None
 
 
 class Batch(NamedTuple):
     """What the optimizer sees: a scored rollout, its advantages (whitened if asked) and returns, both [B, T].
 
-    anchor: what the anchor did before the first step. coef: the coefficient of the anchor in this update.
+    advantage_scale: what whitening multiplied the advantages by; a KL term in the loss is multiplied by the same.
+    trust_coef: the coefficient λ of the penalty on KL(π_old‖π) in this update. anchor: the anchor before the first step.
     """
 
     scored: Scored
     advantages: Tensor
     returns: Tensor
     anchor: AnchorMeasurement
+    advantage_scale: float = 1.0
+    trust_coef: float = 0.0
 
 
 class AnchorMeasurement(NamedTuple):
@@ -131,6 +144,7 @@ class EpochStats(NamedTuple):
     gated_low: float
     gated_high: float
     clip_fraction: float
+    penalty: float
     value_gated: float
     approx_kl: float
     ratio: float

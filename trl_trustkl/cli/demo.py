@@ -22,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", default="runs/demo", help="where records and adapter go (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=32, help="number of updates (default: %(default)s)")
     parser.add_argument(
-        "--kl-target", type=float, default=5.0, help="KL to hold, nats per response (default: %(default)s)"
+        "--kl-target", type=float, default=6.0, help="KL to hold, nats per response (default: %(default)s)"
     )
-    parser.add_argument("--kl-coef", type=float, default=0.05, help="coefficient at the start (default: %(default)s)")
+    parser.add_argument("--kl-coef", type=float, default=0.1, help="coefficient at the start (default: %(default)s)")
     parser.add_argument("--cliprange", type=float, default=0.2, help="clip range of the ratio (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=7e-4, help="learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="seed (default: %(default)s)")
@@ -77,7 +77,7 @@ def build(options: argparse.Namespace, console: Any) -> tuple[Any, Any]:
         kl_controller="adaptive",
         kl_coef=options.kl_coef,
         kl_target=options.kl_target,
-        kl_horizon=48,
+        kl_horizon=96,
         cliprange=options.cliprange,
         bf16=bf16,
         use_cpu=not gpu,

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..advantages import ScorePosition
-from ..controllers import CONTROLLERS, ControllerName, FixedKL, build_controller
-from ..divergences import ESTIMATORS, KLEstimatorName, build_estimator
+from ..controllers import CONTROLLERS, ControllerName, FixedKL, LearningRateByKL, ScheduledKL, build_controller
+from ..divergences import ESTIMATORS, KLEstimatorName, Placement, build_estimator, gradient_kind
 from ..errors import ConfigError, NotAvailableYetError, out_of_range, unknown_name
 from ..surrogates import SURROGATES, ClipRuleName, build_surrogate
 from ._upstream import PPOConfig
+from .losses import Penalties
 
-KLPlacement = Literal["reward", "loss", "both"]
+TrustEstimator = Literal["exact", "k1", "k3"]
 
 _DICT_FIELDS = (
     "kl_estimator_kwargs",
@@ -57,7 +58,7 @@ class TrustKLPPOConfig(PPOConfig):
         "k1", "Estimator of the KL to the reference: one of ESTIMATORS, or 'exact' (over the whole vocabulary)."
     )
     kl_estimator_kwargs: dict | str | None = _option(None, "Its arguments, as a dict or JSON: {'order': 0.5}.")
-    kl_placement: KLPlacement = _option("reward", "Where the anchor acts: 'reward', 'loss' or 'both'.")
+    kl_placement: Placement = _option("reward", "Where the anchor acts: 'reward', 'loss' or 'both'.")
     kl_offpolicy: bool = _option(False, "Whether a KL term in the loss is weighted by the (stopped) token ratio.")
     kl_controller: ControllerName = _option("fixed", "Controller of kl_coef; it is fed the exact KL.")
     kl_controller_kwargs: dict | str | None = _option(None, "Its arguments, as a dict or JSON.")
@@ -70,6 +71,9 @@ class TrustKLPPOConfig(PPOConfig):
     cliprange_high: float | None = _option(None, "Upper clip range; None: the same as cliprange.")
     clip_value: bool = _option(True, "Whether the value loss is clipped, at cliprange_value.")
     trust_coef: float = _option(0.0, "Coefficient of the penalty on KL(π_old‖π); 0 turns it off.")
+    trust_estimator: TrustEstimator = _option(
+        "exact", "The penalty's KL(π_old‖π): 'exact' over the vocabulary, or 'k1' or 'k3' at the sampled tokens."
+    )
     trust_controller: ControllerName = _option("fixed", "Controller of trust_coef.")
     trust_target: float | None = _option(None, "Target of KL(π_old‖π) after an update, in nats per token.")
     trust_controller_kwargs: dict | str | None = _option(None, "Its arguments, as a dict or JSON.")
@@ -127,12 +131,46 @@ class TrustKLPPOConfig(PPOConfig):
     def build_trust_controller(self):
         return self._controller("trust", self.trust_coef, self.trust_target)
 
+    def build_lr_controller(self):
+        """Of the factor on the learning rate; None where it is off."""
+        return None if self.trust_lr_target is None else LearningRateByKL(self.trust_lr_target)
+
+    def build_kl_estimator(self):
+        """(logp, ref_logp) -> [B, T]; None for `exact`, which has no sampled form."""
+        return None if self.kl_estimator == "exact" else build_estimator(self.kl_estimator, self.kl_estimator_kwargs)
+
+    def build_penalties(self, anchor_coef: float, trust_coef: float) -> Penalties:
+        """The KL terms of the loss, at the coefficients of the update."""
+        return Penalties(
+            anchor_coef=anchor_coef if self.anchor_in_loss else 0.0,
+            anchor_estimator=self.build_kl_estimator(),
+            anchor_offpolicy=self.kl_offpolicy,
+            trust_coef=trust_coef,
+            trust_estimator=None if self.trust_estimator == "exact" else ESTIMATORS[self.trust_estimator],
+        )
+
+    @property
+    def anchored(self) -> bool:
+        """Whether there is an anchor at all."""
+        return self.kl_coef > 0 or self.kl_controller != "fixed"
+
+    @property
+    def anchor_in_reward(self) -> bool:
+        return self.kl_placement != "loss"
+
+    @property
+    def anchor_in_loss(self) -> bool:
+        return self.anchored and self.kl_placement != "reward"
+
     def build_surrogate(self):
         return build_surrogate(self.clip_rule, low=self.low, high=self.high, kwargs=self.clip_kwargs or {})
 
     def _controller(self, prefix: str, coef: float, target: float | None):
         name = getattr(self, f"{prefix}_controller")
         kwargs = dict(getattr(self, f"{prefix}_controller_kwargs") or {})
+        for key in ("coef", "target"):
+            if key in kwargs:
+                raise ConfigError(f"`{prefix}_controller_kwargs` got {key!r}; set `{prefix}_{key}` instead.")
         if prefix == "kl" and name == "adaptive":
             kwargs.setdefault("horizon", self.kl_horizon)
         return build_controller(name, coef=coef, target=target, field=prefix, **kwargs)
@@ -205,27 +243,47 @@ class TrustKLPPOConfig(PPOConfig):
     def _check_anchor(self) -> None:
         if self.kl_estimator not in (*ESTIMATORS, "exact"):
             raise unknown_name("kl_estimator", self.kl_estimator, (*ESTIMATORS, "exact"))
-        if self.kl_estimator != "exact":
-            build_estimator(self.kl_estimator, self.kl_estimator_kwargs)
-        if self.kl_placement not in KLPlacement.__args__:
-            raise unknown_name("kl_placement", self.kl_placement, KLPlacement.__args__)
+        if self.kl_placement not in get_args(Placement):
+            raise unknown_name("kl_placement", self.kl_placement, get_args(Placement))
+        if self.build_kl_estimator() is None and self.kl_estimator_kwargs:
+            raise ConfigError(f"`kl_estimator_kwargs` got {self.kl_estimator_kwargs}, but 'exact' takes no options.")
+        if self.anchored and gradient_kind(self.kl_estimator, self.kl_placement) == "zero":
+            raise ConfigError(
+                f"`kl_placement` got {self.kl_placement!r} with kl_estimator={self.kl_estimator!r}: the expected gradient of "
+                "that term is zero, so it would add noise and pull nowhere; use kl_placement='reward', or an estimator "
+                "such as 'exact' or 'k3' with kl_placement='both'."
+            )
+        if self.kl_offpolicy and self.kl_placement == "reward":
+            raise ConfigError(
+                "`kl_offpolicy` got True with kl_placement='reward'; it weights a KL term in the loss: "
+                "choose kl_placement='loss' or 'both', or leave it False."
+            )
+        self._check_controllers()
+
+    def _check_controllers(self) -> None:
         for prefix in ("kl", "trust"):
-            name = getattr(self, f"{prefix}_controller")
+            name, target = getattr(self, f"{prefix}_controller"), getattr(self, f"{prefix}_target")
             if name not in CONTROLLERS:
                 raise unknown_name(f"{prefix}_controller", name, CONTROLLERS)
-        controller = self.build_kl_controller()
-        if self.kl_target is not None and isinstance(controller, FixedKL):
-            raise ConfigError(
-                f"`kl_target` got {self.kl_target}, but kl_controller='fixed' never looks at it; "
-                "choose kl_controller='adaptive', or leave kl_target None."
-            )
+            controller = self._controller(prefix, getattr(self, f"{prefix}_coef"), target)
+            if target is not None and isinstance(controller, (FixedKL, ScheduledKL)):
+                raise ConfigError(
+                    f"`{prefix}_target` got {target}, but {prefix}_controller={name!r} never looks at it; "
+                    f"choose {prefix}_controller='adaptive', or leave {prefix}_target None."
+                )
 
     def _check_trust_region(self) -> None:
         if self.clip_rule not in SURROGATES:
             raise unknown_name("clip_rule", self.clip_rule, SURROGATES)
         self.build_surrogate()
-        if self.score_position not in ScorePosition.__args__:
-            raise unknown_name("score_position", self.score_position, ScorePosition.__args__)
+        if self.trust_estimator not in get_args(TrustEstimator):
+            raise unknown_name("trust_estimator", self.trust_estimator, get_args(TrustEstimator))
+        if self.clip_rule == "none" and self.cliprange_high is not None:
+            raise ConfigError(
+                f"`cliprange_high` got {self.cliprange_high} with clip_rule='none', which has no range; leave it None."
+            )
+        if self.score_position not in get_args(ScorePosition):
+            raise unknown_name("score_position", self.score_position, get_args(ScorePosition))
         if self.trust_max_kl is not None and self.measure_fraction != 1.0:
             raise ConfigError(
                 f"`measure_fraction` got {self.measure_fraction}; it must be 1 with trust_max_kl={self.trust_max_kl}: "
@@ -255,16 +313,6 @@ class TrustKLPPOConfig(PPOConfig):
 
 
 _AVAILABLE: dict[str, tuple[tuple[Any, ...], str]] = {
-    "kl_estimator": (("k1", "k2", "k3", "abs"), "this estimator"),
-    "kl_placement": (("reward",), "a KL term in the loss"),
-    "kl_offpolicy": ((False,), "the off-policy weight of a KL term in the loss"),
-    "kl_controller": (("fixed", "adaptive"), "this controller"),
-    "clip_rule": (("none", "ppo"), "this clip rule"),
-    "trust_coef": ((0.0,), "the penalty on KL(π_old‖π)"),
-    "trust_controller": (("fixed",), "a controller of the penalty on KL(π_old‖π)"),
-    "trust_target": ((None,), "a target of KL(π_old‖π)"),
-    "trust_max_kl": ((None,), "the hard limit of KL(π_old‖π)"),
-    "trust_lr_target": ((None,), "the learning rate by KL"),
     "load_best_model_at_end": ((False,), "loading the best checkpoint"),
 }
 

@@ -18,6 +18,24 @@ from ..surrogates import Surrogate
 from ..types import Batch, EpochStats, MicroBatch, TokenOutputs
 
 Rule = Callable[..., Surrogate]
+Estimator = Callable[[Tensor, Tensor], Tensor]
+
+
+class Penalties(NamedTuple):
+    """The KL terms of a loss; a coefficient of 0 leaves a term out, an estimator of None means exact.
+
+    anchor_coef: of KL(π‖π_ref), whitening's factor included. anchor_estimator: (logp, ref_logp) -> [b, t].
+    anchor_offpolicy: weight it by the stopped ratio. trust_coef: of KL(π_old‖π). trust_estimator: (old_logp, logp) -> [b, t].
+    """
+
+    anchor_coef: float = 0.0
+    anchor_estimator: Estimator | None = None
+    anchor_offpolicy: bool = False
+    trust_coef: float = 0.0
+    trust_estimator: Estimator | None = None
+
+
+NO_PENALTIES = Penalties()
 
 
 class LossSums(NamedTuple):
@@ -25,6 +43,7 @@ class LossSums(NamedTuple):
 
     policy_loss: Tensor
     weight: Tensor
+    pull: Tensor
     gated: Tensor
     gated_low: Tensor
     gated_high: Tensor
@@ -54,6 +73,7 @@ def micro_loss(
     rule: Rule,
     vf_coef: float,
     value_range: float | None,
+    penalties: Penalties = NO_PENALTIES,
 ) -> tuple[Tensor, LossSums]:
     """This micro-batch's share of the mini-batch's loss, and its sums. `value_range` None leaves the value unclipped."""
     length = out.logp.shape[1]
@@ -63,6 +83,7 @@ def micro_loss(
     log_ratio = out.logp - old_logp
     surrogate = rule(log_ratio, advantages, mask, old_logp=old_logp)
     policy = -masked_sum(surrogate.objective, mask)
+    penalty = kl_terms(out, old_logp, batch.scored.ref_logp[micro.rows, :length], mask, penalties)
 
     width = min(length + 1, batch.returns.shape[1])
     returns = batch.returns[micro.rows, :width]
@@ -71,10 +92,32 @@ def micro_loss(
     squared, clipped = value_loss(out.values[:, :width], old_values, returns, value_range)
     value = 0.5 * masked_sum(squared, value_mask)
 
-    loss = policy / max(scale.tokens, 1.0) + vf_coef * value / max(scale.positions, 1.0)
+    loss = (policy + penalty) / max(scale.tokens, 1.0) + vf_coef * value / max(scale.positions, 1.0)
     with torch.no_grad():
-        sums = _sums(policy, surrogate.gated, log_ratio, advantages, mask, value, clipped, value_mask)
+        token = _token_sums(policy, surrogate.gated, log_ratio, advantages, mask, penalties.trust_coef)
+        sums = LossSums(
+            **token,
+            value_loss=value.detach(),
+            value_gated=masked_sum(clipped.float(), value_mask),
+            positions=value_mask.sum(),
+        )
     return loss, sums
+
+
+def kl_terms(out: TokenOutputs, old_logp: Tensor, ref_logp: Tensor, mask: Tensor, penalties: Penalties) -> Tensor:
+    """The KL terms of the loss, summed over the micro-batch's tokens."""
+    total = out.logp.new_zeros(())
+    if penalties.anchor_coef:
+        estimator = penalties.anchor_estimator
+        anchor = out.ref_kl if estimator is None else estimator(out.logp, ref_logp)
+        if penalties.anchor_offpolicy:
+            anchor = anchor * (out.logp - old_logp).detach().exp()
+        total = total + penalties.anchor_coef * masked_sum(anchor, mask)
+    if penalties.trust_coef:
+        estimator = penalties.trust_estimator
+        trust = out.old_kl if estimator is None else estimator(old_logp, out.logp)
+        total = total + penalties.trust_coef * masked_sum(trust, mask)
+    return total
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
@@ -87,34 +130,26 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None)
     return torch.max(squared, clipped), clipped > squared
 
 
-def _sums(
-    policy: Tensor,
-    gated: Tensor,
-    log_ratio: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    value: Tensor,
-    value_clipped: Tensor,
-    value_mask: Tensor,
-) -> LossSums:
+def _token_sums(
+    policy: Tensor, gated: Tensor, log_ratio: Tensor, advantages: Tensor, mask: Tensor, trust_coef: float
+) -> dict[str, Tensor]:
     # A ratio beyond e^40 would only turn the sums into inf; the largest ratio is measured after the update, unclamped.
     ratio = log_ratio.clamp(max=40.0).exp()
     weight = ratio * advantages.abs()
-    return LossSums(
-        policy_loss=policy.detach(),
-        weight=masked_sum(weight, mask),
-        gated=masked_sum(gated * weight, mask),
-        gated_low=masked_sum(gated * weight, mask & (log_ratio < 0)),
-        gated_high=masked_sum(gated * weight, mask & (log_ratio > 0)),
-        clipped=masked_sum((gated > 0).float(), mask),
-        squared_log_ratio=masked_sum(log_ratio**2, mask),
-        ratio=masked_sum(ratio, mask),
-        squared_ratio=masked_sum(ratio**2, mask),
-        tokens=mask.sum(),
-        value_loss=value.detach(),
-        value_gated=masked_sum(value_clipped.float(), value_mask),
-        positions=value_mask.sum(),
-    )
+    return {
+        "policy_loss": policy.detach(),
+        "weight": masked_sum(weight, mask),
+        # λ·|w − 1| is the penalty's gradient with respect to the log-ratio, where w·A is the surrogate's.
+        "pull": trust_coef * masked_sum((ratio - 1).abs(), mask),
+        "gated": masked_sum(gated * weight, mask),
+        "gated_low": masked_sum(gated * weight, mask & (log_ratio < 0)),
+        "gated_high": masked_sum(gated * weight, mask & (log_ratio > 0)),
+        "clipped": masked_sum((gated > 0).float(), mask),
+        "squared_log_ratio": masked_sum(log_ratio**2, mask),
+        "ratio": masked_sum(ratio, mask),
+        "squared_ratio": masked_sum(ratio**2, mask),
+        "tokens": mask.sum(),
+    }
 
 
 def stacked(sums: LossSums) -> Tensor:
@@ -136,6 +171,7 @@ def epoch_stats(total: Tensor) -> EpochStats:
         gated_low=share(s.gated_low, s.weight),
         gated_high=share(s.gated_high, s.weight),
         clip_fraction=share(s.clipped, s.tokens),
+        penalty=share(s.pull, s.pull + s.weight),
         value_gated=share(s.value_gated, s.positions),
         approx_kl=0.5 * share(s.squared_log_ratio, s.tokens),
         ratio=ratio,

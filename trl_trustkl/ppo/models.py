@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from ..errors import ConfigError, ModelError
-from ..logprobs import Head, Peer, token_statistics
-from ..types import MicroBatch, TokenOutputs
+from ..logprobs import token_statistics
+from ..types import Head, MicroBatch, Peer, TokenOutputs
 
 logger = logging.getLogger(__name__)
 

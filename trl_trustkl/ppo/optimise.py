@@ -12,9 +12,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..types import Batch, UpdateStats
+from ..types import Batch, Peer, TokenOutputs, UpdateStats
 from .config import TrustKLPPOConfig
-from .losses import LossScale, LossSums, Rule, epoch_stats, micro_loss, stacked
+from .losses import LossScale, LossSums, Penalties, Rule, epoch_stats, micro_loss, stacked
 
 
 @dataclass
@@ -38,13 +38,14 @@ class Optimisation:
         """All epochs, unless `too_far(micro-batches just stepped)` ends them or a step is refused."""
         args = self.args
         rule = args.build_surrogate()
+        penalties = args.build_penalties(batch.anchor.coef * batch.advantage_scale, batch.trust_coef)
         planned = args.num_ppo_epochs * args.num_mini_batches
         steps, norms, scales, epochs = 0, [], [], []
         refused, stopped = None, False
         for epoch in range(args.num_ppo_epochs):
             sums = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=self.accelerator.device)
             for mini in self._mini_batches(len(batch.scored.micro_batches), generator):
-                sums += self._backward(batch, mini, rule)
+                sums += self._backward(batch, mini, rule, penalties)
                 norm = self._clip(self.policy_parameters)
                 value_norm = self._clip(self.value_parameters)
                 if self.accelerator.scaler is None and not (math.isfinite(norm) and math.isfinite(value_norm)):
@@ -81,7 +82,7 @@ class Optimisation:
         for start in range(0, count, size):
             yield order[start : start + size]
 
-    def _backward(self, batch: Batch, mini: list[int], rule: Rule) -> Tensor:
+    def _backward(self, batch: Batch, mini: list[int], rule: Rule, penalties: Penalties) -> Tensor:
         """Accumulate the mini-batch's gradient; returns its sums on this process."""
         args, scored = self.args, batch.scored
         scale = self._loss_scale(batch, mini)
@@ -90,18 +91,29 @@ class Optimisation:
             micro = scored.micro_batches[index]
             with self._synchronised(last=number == len(mini)):
                 loss, sums = micro_loss(
-                    self.model(micro),
+                    self._forward(batch, index, penalties),
                     micro,
                     batch,
                     scale,
                     rule=rule,
                     vf_coef=args.vf_coef,
                     value_range=args.cliprange_value if args.clip_value else None,
+                    penalties=penalties,
                 )
                 # Gradients are averaged over processes; the loss is already divided by the count of all of them.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             total += stacked(sums)
         return total
+
+    def _forward(self, batch: Batch, index: int, penalties: Penalties) -> TokenOutputs:
+        """The micro-batch under the policy, with the exact divergences that the loss needs, and no others."""
+        scored = batch.scored
+        peers: dict[str, Peer] = {}
+        if penalties.anchor_coef and penalties.anchor_estimator is None and scored.ref_peers is not None:
+            peers["ref"] = scored.ref_peers[index]
+        if penalties.trust_coef and penalties.trust_estimator is None:
+            peers["old"] = scored.old_peers[index]
+        return self.model(scored.micro_batches[index], **peers)
 
     def _loss_scale(self, batch: Batch, mini: list[int]) -> LossScale:
         rows = torch.cat([batch.scored.micro_batches[index].rows for index in mini])

@@ -29,6 +29,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from .. import records
+from ..divergences import gradient_kind
 from ..errors import ConfigError
 from ..masking import masked_sum
 from ..types import Batch, BoundRecord, MicroBatch, Prompts, TokenOutputs, UpdateStats
@@ -88,12 +89,18 @@ class Plumbing:
         self._order = PromptOrder(len(self.train_dataset), args.batch_size, args.seed)
         self.kl_controller = args.build_kl_controller()
         self.kl_state = self.kl_controller.init()
+        self.trust_controller = args.build_trust_controller()
+        self.trust_state = self.trust_controller.init()
+        self.lr_controller = args.build_lr_controller()
+        self.lr_state = self.lr_controller.init() if self.lr_controller is not None else None
         for module in [self.reference.model, *(getattr(func, "model", None) for func in self.reward_funcs)]:
             if module is not None and not models.is_quantized(module):
                 module.to(self.accelerator.device)
         if hasattr(self.model.policy, "add_model_tags"):
             self.model.policy.add_model_tags(self._tag_names)
         self.state = self._fresh_state()
+        if args.anchored:
+            _warn_of_gradient(args)
 
     def _fresh_state(self) -> OnlineTrainerState:
         return OnlineTrainerState(
@@ -111,12 +118,12 @@ class Plumbing:
         optimizer = super().create_optimizer(model)
         rate = self.args.value_learning_rate
         value = {id(p) for p in self.model.value.parameters()}
-        for group in list(optimizer.param_groups) if rate is not None else []:
+        for group in list(optimizer.param_groups):
             mine = [p for p in group["params"] if id(p) in value]
             if mine:
                 group["params"] = [p for p in group["params"] if id(p) not in value]
                 settings = {key: setting for key, setting in group.items() if key != "params"}
-                optimizer.add_param_group({**settings, "params": mine, "lr": rate})
+                optimizer.add_param_group({**settings, "params": mine, "lr": group["lr"] if rate is None else rate})
         return optimizer
 
     # -- the loop's bookkeeping ----------------------------------------------------------------------------------------
@@ -182,10 +189,7 @@ class Plumbing:
         self.state.global_step += 1
         self.state.epoch = self.state.global_step / self._order.batches_per_pass
         self.lr_scheduler.step()
-        # A negative estimate never reaches a controller: it is fed the exact KL, which is 0 at least up to rounding.
-        if math.isfinite(record.anchor.kl_exact):
-            kl = max(0.0, record.anchor.kl_exact)
-            self.kl_state = self.kl_controller.update(self.kl_state, kl=kl, episodes=args.batch_size)
+        self._move_controllers(record)
         self._last_loss = stats.total.policy_loss + args.vf_coef * stats.total.value_loss
         completions = self._completion_rows(batch)
         if self.is_world_process_zero():
@@ -202,6 +206,38 @@ class Plumbing:
             if self.state.global_step < self.state.max_steps:
                 self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
         self._print_samples()
+
+    def _move_controllers(self, record: BoundRecord) -> None:
+        """Feed the controllers the exact KL, which is 0 at least up to rounding: a negative estimate never reaches them.
+
+        Those of the trust region see the KL that was proposed, before enforcement hid how far the update went.
+        """
+        episodes = self.args.batch_size
+        anchor, trust = record.anchor.kl_exact, record.trust.kl_proposed
+        if math.isfinite(anchor):
+            self.kl_state = self.kl_controller.update(self.kl_state, kl=max(0.0, anchor), episodes=episodes)
+        if math.isfinite(trust) and record.refused is None:
+            self.trust_state = self.trust_controller.update(self.trust_state, kl=max(0.0, trust), episodes=episodes)
+            if self.lr_controller is not None:
+                self.lr_state = self.lr_controller.update(self.lr_state, kl=max(0.0, trust), episodes=episodes)
+
+    @property
+    def _lr_factor(self) -> float:
+        return 1.0 if self.lr_state is None else self.lr_state.coef
+
+    @contextmanager
+    def _learning_rate_by_kl(self) -> Iterator[None]:
+        """The policy's scheduled learning rate times the controller's factor, inside only: the schedule never sees it."""
+        policy = {id(p) for p in models.trainable(self.model.policy)}
+        groups = [g for g in self.optimizer.param_groups if any(id(p) in policy for p in g["params"])]
+        scheduled = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = group["lr"] * self._lr_factor
+        try:
+            yield
+        finally:
+            for group, rate in zip(groups, scheduled, strict=True):
+                group["lr"] = rate
 
     def _act_on_control(self) -> None:
         """Log, evaluate and save where a callback asked for it."""
@@ -428,7 +464,28 @@ class Plumbing:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             value = {n: p.detach().contiguous() for n, p in self.model.value.named_parameters() if p.requires_grad}
             save_file(value, folder / "value.safetensors")
-            (folder / "trustkl_state.json").write_text(json.dumps({"kl_controller": self.kl_state._asdict()}))
+            (folder / "trustkl_state.json").write_text(json.dumps(self._controller_states(), indent=2))
+
+    def _controller_states(self) -> dict[str, dict[str, float] | None]:
+        states = {"kl_controller": self.kl_state, "trust_controller": self.trust_state, "lr_controller": self.lr_state}
+        return {name: None if state is None else state._asdict() for name, state in states.items()}
+
+
+_GRADIENT_WARNINGS = {
+    "biased": "its gradient is that of something else than the KL divergence, so the run settles somewhere else too",
+    "partial": "its gradient is only a part of the KL divergence's: it leaves out the cost of this token or of later ones",
+}
+
+
+def _warn_of_gradient(args: Any) -> None:
+    """Say once, in plain words, that an anchor does not pull the way its name suggests."""
+    kind = gradient_kind(args.kl_estimator, args.kl_placement)
+    if kind in _GRADIENT_WARNINGS:
+        logger.warning(
+            f"kl_estimator={args.kl_estimator!r} with kl_placement={args.kl_placement!r} is a {kind} anchor: "
+            f"{_GRADIENT_WARNINGS[kind]}. kl_estimator='k1' with kl_placement='reward', and 'exact' with 'both', pull the way "
+            "the KL divergence does. The record's anchor/gradient says which kind a run used."
+        )
 
 
 def print_samples(rows: list[dict[str, Any]]) -> None:

@@ -198,7 +198,7 @@ def _checked(rewards: Any, expected: int, name: str) -> list[float | None]:
             raise RewardError(
                 f"reward function `{name}` returned {reward!r} for completion {index}; not a number."
             ) from None
-        if not math.isfinite(rewards[index]):
+        if not abs(rewards[index]) <= torch.finfo(torch.float32).max:  # scores are kept in float32
             raise RewardError(
                 f"reward function `{name}` returned {reward} for completion {index}; a reward must be finite, or None "
                 "to leave the completion out."

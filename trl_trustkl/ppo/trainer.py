@@ -21,13 +21,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import TrainOutput
 
 from .. import bounds
-from ..advantages import anchor_part, anchor_share, explained_variance, gae, place_scores, value_positions
+from ..advantages import (
+    anchor_part,
+    anchor_rewards,
+    anchor_share,
+    explained_variance,
+    gae,
+    place_scores,
+    value_positions,
+)
 from ..callbacks import BoundReportCallback
-from ..divergences import build_estimator, k3
+from ..divergences import k3
 from ..errors import ConfigError, ModelError, NotAvailableYetError
-from ..logprobs import Peer
-from ..masking import masked_mean, masked_moments, masked_sum, whiten
-from ..trust_region import Line, measurement
+from ..masking import masked_mean, masked_moments, masked_sum, whiten, whitening_factor
+from ..trust_region import Line, backtrack, measurement
 from ..types import (
     AnchorMeasurement,
     Batch,
@@ -35,6 +42,7 @@ from ..types import (
     Enforcement,
     Measurement,
     MicroBatch,
+    Peer,
     Prompts,
     Rollout,
     RolloutSummary,
@@ -212,12 +220,14 @@ class TrustKLPPOTrainer(Plumbing, PPOTrainer):
         shape = rollout.response_mask.shape
         columns = {name: rollout.response_mask.new_zeros(shape, dtype=torch.float32) for name in _TOKEN_COLUMNS}
         values = rollout.response_mask.new_zeros((shape[0], shape[1] + 1), dtype=torch.float32)
-        hidden = []
+        head = self.model.halves.frozen_head()
+        old_peers, ref_peers = [], []
         for micro in micros:
             with self.accelerator.autocast():
                 peer = self.reference.peer(micro)
             out = self._evaluate(micro, entropy=True, ref=peer)
-            hidden.append(out.hidden)
+            old_peers.append(Peer(out.hidden, head))
+            ref_peers.append(peer)
             for name, column in columns.items():
                 column[micro.rows, : micro.response_ids.shape[1]] = getattr(out, name).float()
             values[micro.rows, : out.values.shape[1]] = out.values.float()
@@ -227,13 +237,13 @@ class TrustKLPPOTrainer(Plumbing, PPOTrainer):
         return Scored(
             rollout=rollout,
             micro_batches=micros,
-            old_hidden=hidden,
-            old_head=self.model.halves.frozen_head(),
+            old_peers=old_peers,
             values=torch.where(value_mask, values[:, : shape[1]], 0.0),
             loss_mask=mask,
             value_mask=value_mask,
             scores=scores,
             completions=completions,
+            ref_peers=ref_peers if self.args.anchor_in_loss and self.args.kl_estimator == "exact" else None,
             **columns,
         )
 
@@ -241,33 +251,46 @@ class TrustKLPPOTrainer(Plumbing, PPOTrainer):
         """The anchor and the score as rewards, and their advantages."""
         args, mask = self.args, scored.loss_mask
         coef = self.kl_coef
-        estimate = build_estimator(args.kl_estimator, args.kl_estimator_kwargs)(scored.logp, scored.ref_logp)
-        anchor_rewards = torch.where(mask, -coef * estimate, 0.0)
-        rewards = anchor_rewards + place_scores(scored.scores, mask, args.score_position)
+        estimator = args.build_kl_estimator()
+        divergence = scored.ref_kl if estimator is None else estimator(scored.logp, scored.ref_logp)
+        pull = anchor_rewards(
+            divergence, mask, coef if args.anchor_in_reward else 0.0, of_contexts=args.kl_estimator == "exact"
+        )
+        rewards = pull + place_scores(scored.scores, mask, args.score_position)
+        scale = 1.0
         if args.whiten_rewards:
             mean, var = masked_moments(self._pooled(rewards), self._pooled(scored.value_mask))
             rewards = whiten(rewards, scored.value_mask, mean=mean, var=var, shift_mean=False)
-            anchor_rewards = anchor_rewards * torch.rsqrt(var + 1e-8)
+            scale = whitening_factor(var)
         advantages = gae(rewards, scored.values, gamma=args.gamma, lam=args.lam)
         returns = advantages + scored.values
-        pooled_mask = self._pooled(mask)
-        pull = gae(anchor_rewards, torch.zeros_like(anchor_rewards), gamma=args.gamma, lam=args.lam)
-        pull = anchor_part(pull, mask, self._pooled(pull), pooled_mask)
-        share = anchor_share(self._pooled(pull), self._pooled(advantages), pooled_mask)
+        share = self._anchor_share(scale * pull, advantages, mask) if args.anchor_in_reward else None
         if args.whiten_advantages:
-            mean, var = masked_moments(self._pooled(advantages), pooled_mask)
+            mean, var = masked_moments(self._pooled(advantages), self._pooled(mask))
             advantages = whiten(advantages, mask, mean=mean, var=var)
-        advantages = torch.where(mask, advantages, 0.0)
-        return Batch(scored, advantages, returns, self._anchor(scored, estimate, coef, share))
+            scale *= whitening_factor(var)
+        return Batch(
+            scored,
+            torch.where(mask, advantages, 0.0),
+            returns,
+            self._anchor(scored, divergence, coef, share),
+            advantage_scale=float(scale),
+            trust_coef=self.trust_coef,
+        )
 
     def optimise(self, batch: Batch) -> UpdateStats:
-        """The PPO epochs on this batch. A step that is not finite is refused, and the update undone with it."""
+        """The PPO epochs on this batch. A step that is not finite is refused, and the policy's update undone with it."""
         self._line = Line(models.trainable(self.model.policy))
+        # A value head is small enough to be put back too; a value model of its own keeps the steps it made.
+        value_line = Line(models.trainable(self.model.value)) if self.model.shares_backbone else None
         limit = self.args.trust_stop
         too_far = None if limit is None else lambda mini: not self._measure(batch, mini).kl <= limit
-        stats = self._optimisation.run(batch, self._generator(Draw.MINI_BATCHES), too_far)
+        with self._learning_rate_by_kl():
+            stats = self._optimisation.run(batch, self._generator(Draw.MINI_BATCHES), too_far)
         if stats.refused is not None:
             self._undo(stats.refused)
+            if value_line is not None:
+                value_line.restore()
         return stats
 
     def measure(self, batch: Batch) -> Measurement:
@@ -276,12 +299,23 @@ class TrustKLPPOTrainer(Plumbing, PPOTrainer):
         return self._measure(batch, range(math.ceil(self.args.measure_fraction * count)))
 
     def enforce(self, batch: Batch, proposed: Measurement) -> Measurement:
-        """Hold the limits on the update; a measurement that is not finite undoes it."""
-        self.enforcement = Enforcement(kl_proposed=proposed.kl, scale=None, tries=0, limit=None)
-        if math.isfinite(proposed.kl):
+        """Hold `trust_max_kl` by backtracking; an update whose measurement is not finite is undone instead."""
+        limit = self.args.trust_max_kl
+        self.enforcement = Enforcement(proposed.kl, scale=None if limit is None else 1.0, tries=0, limit=limit)
+        if not math.isfinite(proposed.kl):
+            self._undo("the KL(π_old‖π) measured after it is not finite")
+            return self.measure(batch)
+        if limit is None or proposed.kl <= limit:
             return proposed
-        self._undo("the KL(π_old‖π) measured after it is not finite")
-        return self.measure(batch)
+        tried = [proposed]
+
+        def measure() -> float:
+            tried.append(self.measure(batch))
+            return tried[-1].kl
+
+        found = backtrack(self._line.set_scale, measure, limit, proposed=proposed.kl)
+        self.enforcement = self.enforcement._replace(scale=found.scale, tries=found.tries)
+        return next((m for m in tried if m.kl == found.measured), None) or self.measure(batch)
 
     def record(self, batch: Batch, stats: UpdateStats, measured: Measurement) -> BoundRecord:
         """What bounded this update, in the words gated, measured and guaranteed."""
@@ -289,7 +323,9 @@ class TrustKLPPOTrainer(Plumbing, PPOTrainer):
             self.args,
             update=self.state.global_step + 1,
             episode=self.state.episode,
-            lr=self._get_learning_rate(),
+            lr=self._get_learning_rate() * self._lr_factor,
+            lr_factor=self._lr_factor,
+            trust_coef=batch.trust_coef,
             refused=self._refused,
             seconds=dict(self._seconds),
             rollout=self._summary(batch),
@@ -306,6 +342,11 @@ class TrustKLPPOTrainer(Plumbing, PPOTrainer):
         """The anchor's coefficient now; with kl_controller="fixed" it is `args.kl_coef`, also when something changes that."""
         return self.args.kl_coef if self.args.kl_controller == "fixed" else self.kl_state.coef
 
+    @property
+    def trust_coef(self) -> float:
+        """The coefficient λ of the penalty on KL(π_old‖π) now."""
+        return self.args.trust_coef if self.args.trust_controller == "fixed" else self.trust_state.coef
+
     def _micro_batches(self, rollout: Rollout) -> list[MicroBatch]:
         """Rows in a seeded order, in micro-batches that divide a mini-batch evenly, each trimmed to its longest."""
         order = torch.randperm(len(rollout.response_ids), generator=self._generator(Draw.MICRO_BATCHES))
@@ -319,7 +360,7 @@ class TrustKLPPOTrainer(Plumbing, PPOTrainer):
         columns = {name: torch.zeros_like(scored.logp) for name in ("logp", "old_kl", "old_tv")}
         for index in indices:
             micro = scored.micro_batches[index]
-            out = self._evaluate(micro, values=False, old=Peer(scored.old_hidden[index], scored.old_head))
+            out = self._evaluate(micro, values=False, old=scored.old_peers[index])
             length = micro.response_ids.shape[1]
             mask[micro.rows, :length] = micro.response_mask
             for name, column in columns.items():
@@ -333,7 +374,13 @@ class TrustKLPPOTrainer(Plumbing, PPOTrainer):
             complete=bool((mask == self._pooled(scored.rollout.response_mask)).all()),
         )
 
-    def _anchor(self, scored: Scored, estimate: Tensor, coef: float, share: float) -> AnchorMeasurement:
+    def _anchor_share(self, rewards: Tensor, advantages: Tensor, mask: Tensor) -> float:
+        part = gae(rewards, torch.zeros_like(rewards), gamma=self.args.gamma, lam=self.args.lam)
+        pooled_mask = self._pooled(mask)
+        part = anchor_part(part, mask, self._pooled(part), pooled_mask)
+        return anchor_share(self._pooled(part), self._pooled(advantages), pooled_mask)
+
+    def _anchor(self, scored: Scored, estimate: Tensor, coef: float, share: float | None) -> AnchorMeasurement:
         mask = self._pooled(scored.rollout.response_mask)
         exact = masked_sum(self._pooled(scored.ref_kl), mask, dim=1).double()
         error = float(exact.std() / math.sqrt(len(exact))) if len(exact) > 1 else 0.0
