@@ -47,6 +47,8 @@ def anchor_rewards(divergence: Tensor, mask: Tensor, coef: float, *, of_contexts
     context, which no token brought about, nowhere. With the present divergence in the loss, that is the whole gradient
     Σ_t [∇KL_t + KL_t ∇log π(y_<t)] (Amini, Vieira, Cotterell, arXiv 2504.10637).
     """
+    if coef == 0.0:
+        return torch.zeros_like(divergence)  # also where the divergence is infinite
     cost = torch.where(mask, divergence, torch.zeros_like(divergence))
     if of_contexts:
         cost = torch.cat([cost[:, 1:], torch.zeros_like(cost[:, :1])], dim=1)

@@ -110,6 +110,7 @@ class Batch(NamedTuple):
 
     advantage_scale: what whitening multiplied the advantages by; a KL term in the loss is multiplied by the same.
     trust_coef: the coefficient λ of the penalty on KL(π_old‖π) in this update. anchor: the anchor before the first step.
+    finite: whether all advantages and returns are, over all processes.
     """
 
     scored: Scored
@@ -118,6 +119,7 @@ class Batch(NamedTuple):
     anchor: AnchorMeasurement
     advantage_scale: float = 1.0
     trust_coef: float = 0.0
+    finite: bool = True
 
 
 class AnchorMeasurement(NamedTuple):

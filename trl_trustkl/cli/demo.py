@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kl-target", type=float, default=6.0, help="KL to hold, nats per response (default: %(default)s)"
     )
-    parser.add_argument("--kl-coef", type=float, default=0.1, help="coefficient at the start (default: %(default)s)")
+    parser.add_argument("--kl-coef", type=float, default=0.05, help="coefficient at the start (default: %(default)s)")
     parser.add_argument("--cliprange", type=float, default=0.2, help="clip range of the ratio (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=7e-4, help="learning rate (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="seed (default: %(default)s)")
 
 
@@ -48,85 +48,25 @@ def run(options: argparse.Namespace) -> int:
 
 def build(options: argparse.Namespace, console: Any) -> tuple[Any, Any]:
     """The trainer and the live table of its updates."""
-    quieten()
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-
-    from .. import TrustKLPPOConfig, TrustKLPPOTrainer
-    from ._smollm2 import load_smollm2
-    from .prompts import EVAL_PROMPTS, TRAIN_PROMPTS
-    from .rewards import sentiment
     from .table import UpdateTable
+    from .task import sentiment_trainer
 
-    gpu = torch.cuda.is_available()
-    bf16 = torch.cuda.is_bf16_supported() if gpu else has_bf16_instructions()
-    model, tokenizer = load_smollm2(quantize=True, dtype=torch.bfloat16 if bf16 else torch.float32)
-    args = TrustKLPPOConfig(
-        output_dir=options.output_dir,
+    table = UpdateTable(console, total=options.updates)
+    trainer = sentiment_trainer(
+        options.output_dir,
+        callbacks=[table],
         seed=options.seed,
         max_steps=options.updates,
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=2,
-        num_mini_batches=2,
-        num_ppo_epochs=2,
-        response_length=24,
-        temperature=1.0,
         learning_rate=options.learning_rate,
-        lr_scheduler_type="constant",
         kl_controller="adaptive",
         kl_coef=options.kl_coef,
         kl_target=options.kl_target,
-        kl_horizon=96,
+        kl_horizon=40,
+        # Below the target β would fall all the while, and be far too small when the target is reached.
+        kl_controller_kwargs={"min_coef": options.kl_coef},
         cliprange=options.cliprange,
-        bf16=bf16,
-        use_cpu=not gpu,
-        gradient_checkpointing=False,
-        per_device_eval_batch_size=16,
-        num_sample_generations=0,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    table = UpdateTable(console, total=options.updates)
-    trainer = TrustKLPPOTrainer(
-        args=args,
-        model=model,
-        processing_class=tokenizer,
-        reward_funcs=sentiment,
-        train_dataset=as_chat(Dataset, TRAIN_PROMPTS),
-        eval_dataset=as_chat(Dataset, EVAL_PROMPTS),
-        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=[table],
     )
     return trainer, table
-
-
-def as_chat(dataset_class: Any, texts: Sequence[str]) -> Any:
-    return dataset_class.from_dict({"prompt": [[{"role": "user", "content": text}] for text in texts]})
-
-
-def has_bf16_instructions() -> bool:
-    """Whether this CPU multiplies bf16 itself; on one that does not, bf16 is slower than float32."""
-    try:
-        return " avx512_bf16 " in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-
-
-def quieten() -> None:
-    """Keep the terminal to the demo's own lines: the libraries' progress bars and deprecation notices stay out."""
-    import logging
-    import warnings
-
-    import datasets
-    import transformers
-
-    warnings.simplefilter("ignore", FutureWarning)
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def evaluate(trainer: Any) -> dict[str, Any]:

@@ -37,6 +37,8 @@ class Optimisation:
     ) -> UpdateStats:
         """All epochs, unless `too_far(micro-batches just stepped)` ends them or a step is refused."""
         args = self.args
+        if (reason := not_finite(batch)) is not None:
+            return self._nothing(reason)
         rule = args.build_surrogate()
         penalties = args.build_penalties(batch.anchor.coef * batch.advantage_scale, batch.trust_coef)
         planned = args.num_ppo_epochs * args.num_mini_batches
@@ -74,6 +76,12 @@ class Optimisation:
             stopped=stopped,
             refused=refused,
         )
+
+    def _nothing(self, reason: str) -> UpdateStats:
+        """The statistics of an update that was refused before its first step."""
+        none = epoch_stats(torch.zeros(len(LossSums._fields)))
+        planned = self.args.num_ppo_epochs * self.args.num_mini_batches
+        return UpdateStats(none, [], 0, planned, math.nan, 1.0, stopped=False, refused=reason)
 
     def _mini_batches(self, count: int, generator: torch.Generator) -> Iterator[list[int]]:
         """Indices of micro-batches, shuffled anew each epoch, in equal mini-batches."""
@@ -134,3 +142,13 @@ class Optimisation:
     def _scale(self, norm: float) -> float:
         limit = self.args.max_grad_norm
         return min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+
+
+def not_finite(batch: Batch) -> str | None:
+    """Why no step can be made from this batch, the same on every process; None where one can."""
+    anchor = batch.anchor
+    if anchor.coef and not (math.isfinite(anchor.kl) and math.isfinite(anchor.kl_exact)):
+        return "the KL to the reference is not finite"
+    if not batch.finite:
+        return "an advantage or a return is not finite"
+    return None

@@ -10,6 +10,7 @@ each a method with a NamedTuple in and a NamedTuple out, to be overridden one at
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -276,6 +277,7 @@ class TrustKLPPOTrainer(Plumbing, PPOTrainer):
             self._anchor(scored, divergence, coef, share),
             advantage_scale=float(scale),
             trust_coef=self.trust_coef,
+            finite=bool(self._pooled(advantages + returns).isfinite().all()),
         )
 
     def optimise(self, batch: Batch) -> UpdateStats:
@@ -327,7 +329,7 @@ class TrustKLPPOTrainer(Plumbing, PPOTrainer):
             lr_factor=self._lr_factor,
             trust_coef=batch.trust_coef,
             refused=self._refused,
-            seconds=dict(self._seconds),
+            seconds={**self._seconds, "total": time.perf_counter() - self._update_started},
             rollout=self._summary(batch),
             anchor=batch.anchor,
             stats=stats,
