@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kl-target", type=float, default=6.0, help="KL to hold, nats per response (default: %(default)s)"
     )
-    parser.add_argument("--kl-coef", type=float, default=0.05, help="coefficient at the start (default: %(default)s)")
+    parser.add_argument("--kl-coef", type=float, default=0.06, help="coefficient at the start (default: %(default)s)")
     parser.add_argument("--cliprange", type=float, default=0.2, help="clip range of the ratio (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="seed (default: %(default)s)")
@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from .task import quieten
+
+    quieten()
     console = Console(highlight=False)
     console.print("Loading SmolLM2-135M-Instruct with a 4-bit backbone …", style="dim")
     trainer, table = build(options, console)
@@ -136,6 +139,10 @@ def closing(options: argparse.Namespace, done: list[Any]) -> str:
     steps = [record.trust.kl for record in done]
     binding = [record.binding for record in done]
     most = max(sorted(set(binding)), key=binding.count)
+    mechanism = "none of them" if most == "none" else f"the {most}"
+    ratio = max(record.trust.max_ratio for record in done)
+    low, high = 1 - options.cliprange, 1 + options.cliprange
+    where = "outside" if ratio > high else "within"
     return textwrap.fill(
         f"The anchor compared the policy with the model it started from, and pulled it back: over the last {len(last)} "
         f"updates the KL to the reference averaged {kl:.1f} nats per response (target {options.kl_target:g}), with a "
@@ -143,10 +150,9 @@ def closing(options: argparse.Namespace, done: list[Any]) -> str:
         f"each policy with the one that had sampled the batch: the clip removed {clipped:.0%} of the gradient's weight on "
         f"average, and one update moved the policy by {sum(steps) / len(steps):.3f} nats per token on average, "
         f"{max(steps):.3f} at most. That was measured after each step; nothing guaranteed it: with clipping on, the largest "
-        f"probability ratio was {max(record.trust.max_ratio for record in done):.1f}, far outside "
-        f"[{1 - options.cliprange:g}, {1 + options.cliprange:g}]. The mechanism that took the largest share of an update "
-        f"was most often the {most} ({binding.count(most)} of {len(done)} updates). So the anchor decides where the run "
-        "ends, the trust region how fast it gets there.",
+        f"probability ratio was {ratio:.1f}, {where} [{low:g}, {high:g}]. What took the largest share of an update was most "
+        f"often {mechanism} ({binding.count(most)} of {len(done)} updates). The anchor decides where the run ends, the "
+        "trust region how fast it gets there.",
         width=80,
     )
 

@@ -74,10 +74,11 @@ def has_bf16_instructions() -> bool:
 
 def quieten() -> None:
     """Keep the terminal to our own lines: the libraries' progress bars and deprecation notices stay out."""
+    # First of all: it speaks up while it is imported, and transformers may import it.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import datasets
     import transformers
 
     warnings.simplefilter("ignore", FutureWarning)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

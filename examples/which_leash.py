@@ -1,0 +1,245 @@
+"""Which leash does what: the KL penalty to a frozen reference, and the penalty on the size of an update.
+
+Both hold a policy near another one, so they look like one thing set twice. Here they are taken apart on a vocabulary of
+six words, where every update can be made exactly: from the policy μ of the last update, take the p that maximises
+
+    E_p[r] − β·KL(p‖q) − λ·KL(p‖μ),        which is        p ∝ exp((r + β·log q + λ·log μ) / (β + λ)),
+
+and let it be the next μ. What to look for: with an anchor (β > 0) the policy ends at q·exp(r/β)/Z, the same for every λ,
+and λ only sets how much of the remaining error an update keeps, λ/(β + λ). Without one (β = 0) there is no such place:
+the policy ends on the one word with the highest reward, and a larger λ only postpones that.
+
+    python examples/which_leash.py                              # a table, and the figure in runs/which_leash
+    python examples/which_leash.py --output-dir docs/figures    # the figure of docs/kl_or_trust_region.md
+
+It takes seconds, and needs matplotlib: pip install '.[report]'.
+
+The updates are exact and the trust region is a penalty. A real run samples, and PPO's clip is weaker than this penalty:
+nothing in it pulls the policy back to μ.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from trl_trustkl.divergences import exact_from_logps
+
+WORDS = ("fine", "good", "great", "thanks", "the", "wow")
+REFERENCE = (0.30, 0.25, 0.15, 0.14, 0.15, 0.01)
+REWARD = (0.3, 0.5, 0.7, 0.4, 0.0, 1.0)
+"""A reward with a loophole: it likes best a word that the reference hardly ever says."""
+
+BETAS = (0.5, 0.15, 0.0)
+LAMBDAS = (0.0, 1.0, 3.0, 10.0)
+SHOWN = 0.15  # the β of the figure
+STEPS = 1000
+
+
+# -- The mathematics ----------------------------------------------------------------------------------------------------
+
+
+def greedy(q: Tensor, r: Tensor) -> Tensor:
+    """All of the probability on the words of the highest reward, shared as q shares it."""
+    return torch.log_softmax(torch.where(r == r.max(), q, -torch.inf), -1)
+
+
+def destination(q: Tensor, r: Tensor, beta: float) -> Tensor:
+    """Where the iteration ends: q·exp(r/β)/Z, and its limit for β → 0; no λ in it."""
+    return torch.log_softmax(q + r / beta, -1) if beta > 0 else greedy(q, r)
+
+
+def update(mu: Tensor, q: Tensor, r: Tensor, beta: float, lam: float) -> Tensor:
+    """The p that maximises E_p[r] − β·KL(p‖q) − λ·KL(p‖μ); like q and μ as log-probabilities, and like r, [V]."""
+    if beta + lam == 0:
+        return greedy(q, r)
+    return torch.log_softmax((r + beta * q + lam * mu) / (beta + lam), -1)
+
+
+def iterate(q: Tensor, r: Tensor, beta: float, lam: float, steps: int) -> Tensor:
+    """Log-probabilities [steps + 1, V] of the policy after each update, starting at the reference q."""
+    policies = [q]
+    for _ in range(steps):
+        policies.append(update(policies[-1], q, r, beta, lam))
+    return torch.stack(policies)
+
+
+def log_error(policies: Tensor, end: Tensor) -> Tensor:
+    """How far the log-odds of any two words are from those of `end`, at most, in nats: [..., V] to [...]."""
+    difference = policies - end
+    return difference.amax(-1) - difference.amin(-1)
+
+
+class Summary(NamedTuple):
+    """The last policy of an iteration. kl: to the reference, in nats; reward: expected; loophole: probability of the
+    word with the highest reward; distance: total variation from q·exp(r/β)/Z; rate: share of the log-error that an update
+    kept, as measured, None at β = 0, where there is nothing to come nearer to at a rate."""
+
+    kl: float
+    reward: float
+    loophole: float
+    distance: float
+    rate: float | None
+
+
+def summarise(policies: Tensor, q: Tensor, r: Tensor, beta: float) -> Summary:
+    end, last = destination(q, r, beta), policies[-1]
+    return Summary(
+        kl=exact_from_logps("kl", last, q).item(),
+        reward=(last.exp() * r).sum().item(),
+        loophole=last[r.argmax()].exp().item(),
+        distance=exact_from_logps("tv", last, end).item(),
+        rate=measured_rate(policies, end) if beta > 0 else None,
+    )
+
+
+def measured_rate(policies: Tensor, end: Tensor) -> float:
+    """The factor on the log-error per update, while that is far above rounding; 0 if the first update removes it."""
+    error = log_error(policies, end)
+    updates = int((error > 1e-6).sum()) - 1
+    return ((error[updates] / error[0]) ** (1 / updates)).item() if updates else 0.0
+
+
+# -- What is shown -----------------------------------------------------------------------------------------------------
+
+
+def table(q: Tensor, r: Tensor, steps: int) -> str:
+    """One line for each (β, λ), 80 columns wide at most."""
+    lines = [
+        f"After {steps} exact updates. KL to the reference in nats; off: total variation from",
+        "q·exp(r/β)/Z (β = 0: its limit); kept: share of the log-error an update keeps.",
+        "",
+        f"   β      λ    KL to ref   reward   P({WORDS[REWARD.index(max(REWARD))]})       off    kept   λ/(β+λ)",
+    ]
+    for beta in BETAS:
+        for lam in LAMBDAS:
+            s = summarise(iterate(q, r, beta, lam, steps), q, r, beta)
+            kept = "     –         –" if s.rate is None else f"{s.rate:6.4f}    {lam / (beta + lam):6.4f}"
+            lines.append(
+                f"{beta:5.2f}  {lam:5.1f}  {s.kl:9.4f} {s.reward:9.4f} {s.loophole:8.4f}  {s.distance:8.1e}  {kept}"
+            )
+        lines.append("")
+    lines += [
+        "β decides where it ends: the lines of one β agree. λ decides how fast.",
+        f"β = 0: every λ ends on one word, KL −log q = {-q[r.argmax()].item():.4f} nats from the reference.",
+    ]
+    return "\n".join(lines)
+
+
+# Colours of Okabe and Ito, and a dash for each λ: the figure reads without colour too.
+STYLES = {
+    0.0: ("#000000", "-"),
+    1.0: ("#0072B2", (0, (5, 1.5))),
+    3.0: ("#D55E00", (0, (3, 1.2, 1, 1.2))),
+    10.0: ("#009E73", (0, (1, 1))),
+}
+FONTS = {
+    "font.size": 13,
+    "axes.titlesize": 13.5,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 12.5,
+    "svg.hashsalt": "which_leash",
+}
+
+
+def draw(q: Tensor, r: Tensor, steps: int) -> Figure:
+    """Four panels: the way with an anchor, the way without, where both end, and the rate."""
+    figure = Figure(figsize=(11, 8.4), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1, wspace=0.04, hspace=0.04)
+    figure.suptitle("The anchor decides where training ends, the trust region how fast", fontsize=18, fontweight="bold")
+    (with_anchor, without), (ends, rate) = figure.subplots(2, 2)
+    draw_paths(with_anchor, q, r, SHOWN, steps, "q·exp(r/β)/Z, at {:.2f} nats")
+    with_anchor.set_title(f"With an anchor (β = {SHOWN:g}):\nevery λ arrives at the same place, and stays")
+    draw_paths(without, q, r, 0.0, steps, f"nothing but “{WORDS[r.argmax()]}”, at {{:.2f}} nats")
+    without.set_title("Without one (β = 0):\nevery λ collapses, only later")
+    draw_ends(ends, q, r, steps)
+    draw_rate(rate, q, r)
+    return figure
+
+
+def draw_paths(axes: Axes, q: Tensor, r: Tensor, beta: float, steps: int, end_label: str) -> None:
+    for lam in LAMBDAS:
+        colour, dash = STYLES[lam]
+        kl = exact_from_logps("kl", iterate(q, r, beta, lam, steps), q)
+        axes.plot(range(1, steps + 1), kl[1:], color=colour, linestyle=dash, linewidth=2.6, label=f"λ = {lam:g}")
+    end = exact_from_logps("kl", destination(q, r, beta), q).item()
+    axes.annotate(end_label.format(end), (1, end), (3, 6), textcoords="offset points")
+    axes.set(xscale="log", xlim=(1, steps), ylim=(0, 5.2), xlabel="update", ylabel="KL to the reference (nats)")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    if beta > 0:
+        axes.legend(loc="upper left", ncols=2)
+
+
+def draw_ends(axes: Axes, q: Tensor, r: Tensor, steps: int) -> None:
+    width, order = 0.28, r.argsort()
+    slowest = max(LAMBDAS)
+    bars = [
+        ("the reference q", q, "#c4c4c4"),
+        (f"β = {SHOWN:g}, any λ", iterate(q, r, SHOWN, slowest, steps)[-1], "#E69F00"),
+        ("β = 0, any λ", iterate(q, r, 0.0, slowest, steps)[-1], "#5D3A9B"),
+    ]
+    for i, (label, policy, colour) in enumerate(bars):
+        places = [place + (i - 1) * width for place in range(len(WORDS))]
+        axes.bar(places, policy[order].exp(), width, color=colour, label=label)
+    axes.set_xticks(range(len(WORDS)), [f"{WORDS[i]}\n{r[i]:.1f}" for i in order])
+    axes.tick_params(axis="x", length=0)
+    axes.set(ylim=(0, 1.04), xlabel="word, and its reward", ylabel="probability")
+    axes.set_title(f"Where they are after {steps:,} updates")
+    axes.legend(loc="upper left")
+
+
+def draw_rate(axes: Axes, q: Tensor, r: Tensor, updates: int = 40) -> None:
+    end, every = destination(q, r, SHOWN), torch.arange(updates + 1)
+    for lam in LAMBDAS[1:]:
+        colour, dash = STYLES[lam]
+        error, kept = log_error(iterate(q, r, SHOWN, lam, updates), end), lam / (SHOWN + lam)
+        axes.plot(every, error[0] * kept**every, color=colour, linestyle=dash, linewidth=2)
+        axes.plot(every[::4], error[::4], "o", color=colour, markersize=6, clip_on=False)
+        above = lam == max(LAMBDAS)
+        axes.annotate(
+            f"λ = {lam:g}: {kept:.3f}", (updates, error[-1]), (0, 9 if above else -9), textcoords="offset points",
+            color=colour, ha="right", va="bottom" if above else "top",
+        )  # fmt: skip
+    axes.annotate("dots: iterated\nlines: λ/(β + λ)", (0.04, 0.05), xycoords="axes fraction")
+    axes.set(yscale="log", ylim=(0.008, 14), xlim=(0, updates), xlabel="update")
+    axes.set_ylabel("error of the log-odds (nats)")
+    axes.set_title(f"An update keeps λ/(β + λ) of the error (β = {SHOWN:g})")
+
+
+def save(figure: Figure, folder: Path) -> list[Path]:
+    """PNG and SVG, the same bytes on every call."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"which_leash.{suffix}" for suffix in ("png", "svg")]
+    for path, metadata in zip(paths, ({"Software": None}, {"Date": None}), strict=True):
+        figure.savefig(path, dpi=160, metadata=metadata)
+    return paths
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="The KL anchor and the trust region, taken apart on six words.")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("runs/which_leash"), help="for the figure (%(default)s)"
+    )
+    options = parser.parse_args(arguments)
+
+    q, r = torch.tensor(REFERENCE, dtype=torch.float64).log(), torch.tensor(REWARD, dtype=torch.float64)
+    print(table(q, r, STEPS))
+
+    with matplotlib.rc_context(FONTS):
+        for path in save(draw(q, r, STEPS), options.output_dir):
+            print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,450 @@
+"""Bounds against enumerated trees, random and adversarial; records against hand-made measurements."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from trl_trustkl.bounds import (
+    binding,
+    binding_shares,
+    build_record,
+    finite_horizon_bound,
+    finite_horizon_sum_bound,
+    finite_horizon_tv_bound,
+    guaranteed,
+    masking_bound,
+    ratio_range_bounds,
+    trpo_penalty_coef,
+)
+from trl_trustkl.divergences import exact_from_logps
+from trl_trustkl.errors import ConfigError
+from trl_trustkl.types import AnchorMeasurement, Enforcement, EpochStats, Measurement, RolloutSummary, UpdateStats
+
+torch.set_num_threads(1)
+
+SHAPES = [(vocab, horizon) for vocab in (2, 3) for horizon in (2, 3, 4, 5)]
+TREES = 100  # of each shape
+
+# -- Enumerated trees --------------------------------------------------------------------------------------------------
+
+
+def f64(values: list) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+class Trees(NamedTuple):
+    """N policies over every response of T tokens: log-probabilities [N, V^t, V] for each position t, scores [N, V^T]."""
+
+    old: list[Tensor]
+    new: list[Tensor]
+    scores: Tensor
+
+
+class Truth(NamedTuple):
+    """[N] each. error: |J(π) − J(μ) − L(π)|; width: the range of the scores; the others as the bounds call them."""
+
+    error: Tensor
+    width: Tensor
+    tv_max: Tensor
+    tv_sum: Tensor
+    kl_max: Tensor
+    kl_sequence: Tensor
+
+
+def random_trees(vocab: int, horizon: int) -> Trees:
+    """Steps from tiny to drastic; scores in [0, 1], uniform in half of the trees and pass or fail in the others."""
+    generator = torch.Generator().manual_seed(10 * vocab + horizon)
+
+    def normal(position: int) -> Tensor:
+        return torch.randn(TREES, vocab**position, vocab, generator=generator, dtype=torch.float64)
+
+    step = torch.logspace(-1.3, 0.6, TREES, dtype=torch.float64)[:, None, None]
+    old = [torch.log_softmax(1.5 * normal(t), -1) for t in range(horizon)]
+    new = [torch.log_softmax(logp + step * normal(t), -1) for t, logp in enumerate(old)]
+    scores = torch.rand(TREES, vocab**horizon, generator=generator, dtype=torch.float64)
+    scores[::2] = (scores[::2] > 0.5).double()
+    scores[:, 0], scores[:, -1] = 0.0, 1.0
+    return Trees(old, new, scores)
+
+
+def enumerate_trees(trees: Trees) -> Truth:
+    zero = torch.zeros(len(trees.scores), 1, dtype=torch.float64)
+    logp_old, logp_new, ratios, tv_sum, tvs, kls = zero, zero, zero, zero[:, 0], [], []
+    for old, new in zip(trees.old, trees.new, strict=True):
+        tvs.append(exact_from_logps("tv", old, new))
+        kls.append(exact_from_logps("kl", old, new))
+        tv_sum = tv_sum + (logp_old.exp() * tvs[-1]).sum(-1)
+        logp_old = (logp_old[..., None] + old).flatten(1)
+        logp_new = (logp_new[..., None] + new).flatten(1)
+        ratios = (ratios[..., None] + torch.expm1(new - old)).flatten(1)
+    gain = ((logp_new.exp() - logp_old.exp()) * trees.scores).sum(-1)
+    surrogate = (logp_old.exp() * trees.scores * ratios).sum(-1)
+    return Truth(
+        error=(gain - surrogate).abs(),
+        width=trees.scores.amax(-1) - trees.scores.amin(-1),
+        tv_max=torch.cat(tvs, 1).amax(1),
+        tv_sum=tv_sum,
+        kl_max=torch.cat(kls, 1).amax(1),
+        kl_sequence=exact_from_logps("kl", logp_old, logp_new),
+    )
+
+
+def tv_form(t: Truth, i: int, horizon: int) -> float:
+    return finite_horizon_tv_bound(horizon, t.tv_max[i].item(), t.width[i].item() / 2)
+
+
+def sum_form(t: Truth, i: int, horizon: int) -> float:
+    return finite_horizon_sum_bound(t.tv_sum[i].item(), t.width[i].item() / 2)
+
+
+def better_form(t: Truth, i: int, horizon: int) -> float:
+    return finite_horizon_bound(horizon, t.tv_max[i].item(), t.tv_sum[i].item(), t.width[i].item() / 2)
+
+
+def masking_form(t: Truth, i: int, horizon: int) -> float:
+    return masking_bound(horizon, t.kl_max[i].item(), t.kl_sequence[i].item())
+
+
+def masking_without_sequence(t: Truth, i: int, horizon: int) -> float:
+    return masking_bound(horizon, t.kl_max[i].item())
+
+
+FORMS = [tv_form, sum_form, better_form, masking_form, masking_without_sequence]
+STATED = {  # the largest share of the bound that the error reaches on random trees, and where that is stated
+    tv_form: (0.81, finite_horizon_tv_bound),
+    sum_form: (0.34, finite_horizon_sum_bound),
+    masking_form: (0.29, masking_bound),
+}
+
+
+def words(function) -> str:
+    return " ".join(function.__doc__.split())
+
+
+def shares(form, trees: Trees) -> list[float]:
+    truth = enumerate_trees(trees)
+    return [truth.error[i].item() / form(truth, i, len(trees.old)) for i in range(len(trees.scores))]
+
+
+@pytest.fixture(scope="module")
+def forest() -> list[Trees]:
+    return [random_trees(*shape) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_violation_on_random_trees_and_the_looseness_that_is_stated(forest: list[Trees], form) -> None:
+    seen = torch.tensor([share for trees in forest for share in shares(form, trees)])
+    assert len(seen) == len(SHAPES) * TREES
+    assert seen.max() <= 1
+    if form in STATED:
+        largest, function = STATED[form]
+        print(f"{function.__name__}: largest {seen.max():.3f}, median {seen.median():.4f}")
+        assert seen.max().item() == pytest.approx(largest, abs=0.01)
+        assert f"{seen.median():.0%}" == "1%"
+        assert f"at most {100 * largest:.0f} % on random trees, 1 % in the median" in words(function)
+
+
+def adversarial(form, vocab: int, horizon: int, tries: int = 16, steps: int = 500) -> float:
+    """The largest share of a bound that gradient ascent finds on both policies and the scores."""
+    generator = torch.Generator().manual_seed(0)
+
+    def parameter(*shape: int) -> Tensor:
+        return (2 * torch.randn(tries, *shape, generator=generator, dtype=torch.float64)).requires_grad_()
+
+    old, new = ([parameter(vocab**t, vocab) for t in range(horizon)] for _ in range(2))
+    scores = parameter(vocab**horizon)
+    optimizer = torch.optim.Adam([*old, *new, scores], lr=0.05)
+    best = 0.0
+    for _ in range(steps):
+        old_logp, new_logp = ([torch.log_softmax(x, -1) for x in policy] for policy in (old, new))
+        truth = enumerate_trees(Trees(old_logp, new_logp, torch.sigmoid(2 * scores)))
+        bound = form(truth, horizon)
+        best = max(best, (truth.error / bound).max().item())
+        loss = (bound.log() - truth.error.clamp(min=1e-12).log()).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return best
+
+
+# The same formulas on tensors, which the search differentiates; the first test of each pair below ties them together.
+SMOOTH = {
+    tv_form: lambda t, horizon: t.width * horizon * (horizon - 1) * t.tv_max**2,
+    sum_form: lambda t, horizon: 2 * t.width * t.tv_sum,
+    masking_without_sequence: lambda t, horizon: min(horizon * (horizon - 1), 4 / 3 * horizon**1.5) * t.kl_max,
+}
+
+
+@pytest.mark.parametrize("form", SMOOTH)
+def test_the_formulas_the_search_uses_are_the_functions(form) -> None:
+    for vocab, horizon in SHAPES:
+        truth = enumerate_trees(random_trees(vocab, horizon))
+        for i in range(0, TREES, 7):
+            assert form(truth, i, horizon) == pytest.approx(SMOOTH[form](truth, horizon)[i].item(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("form", "horizon", "reached", "never"),
+    [
+        (tv_form, 2, 0.99, 1),
+        (tv_form, 3, 0.85, 1),
+        (sum_form, 2, 0.45, 0.5),
+        (sum_form, 3, 0.45, 0.5),
+        (masking_without_sequence, 2, 0.45, 0.5),
+        (masking_without_sequence, 3, 0.2, 0.5),
+    ],
+)
+def test_adversarial_search_comes_near_and_never_past(form, horizon: int, reached: float, never: float) -> None:
+    found = adversarial(SMOOTH[form], 2, horizon)
+    print(f"{form.__name__}, T = {horizon}: {found:.4f}")
+    assert reached <= found <= never + 1e-9
+
+
+def crossing(delta: float) -> Trees:
+    """T = 2: the first token decides which second token is right, and the step moves both towards token 0."""
+    half, moved = f64([0.5, 0.5]), f64([0.5 + delta, 0.5 - delta])
+    policies = [[p.log()[None, None], p.log().expand(1, 2, 2)] for p in (half, moved)]
+    return Trees(*policies, f64([[1.0, 0.0, 0.0, 1.0]]))
+
+
+def leaving(delta: float) -> Trees:
+    """T = 2: the step goes to a first token that π_old never chose, and behaves differently after it."""
+    never = 1e-12
+    first = [f64([1 - x, x]).log()[None, None] for x in (never, delta)]
+    same, other = [1 - never, never], [never, 1 - never]
+    second = [f64([[same, after]]).log() for after in (same, other)]
+    return Trees([first[0], second[0]], [first[1], second[1]], f64([[0.0, 0.0, 1.0, 0.0]]))
+
+
+@pytest.mark.parametrize("delta", [0.4, 0.1, 1e-3])
+def test_the_tv_bound_is_attained(delta: float) -> None:
+    (share,) = shares(tv_form, crossing(delta))
+    assert share == pytest.approx(1.0, abs=1e-9)
+
+
+def test_the_other_bounds_reach_half() -> None:
+    assert shares(masking_form, crossing(0.01)) == pytest.approx([0.5], abs=1e-3)
+    assert shares(sum_form, leaving(0.1)) == pytest.approx([0.5], abs=1e-3)
+
+
+# -- Formulas ----------------------------------------------------------------------------------------------------------
+
+
+def test_bounds_by_hand() -> None:
+    assert finite_horizon_tv_bound(3, 0.1, 2.0) == pytest.approx(2 * 2 * 3 * 2 * 0.01)
+    assert finite_horizon_sum_bound(0.3, 2.0) == pytest.approx(4 * 2 * 0.3)
+    assert finite_horizon_bound(3, 0.1, 0.3, 2.0) == pytest.approx(0.24)
+    assert finite_horizon_bound(24, 0.1, 0.3, 2.0) == pytest.approx(2.4)
+    assert masking_bound(2, 0.01) == pytest.approx(0.02)  # T(T − 1)·D
+    assert masking_bound(100, 0.01) == pytest.approx(4 / 3 * 1000 * 0.01)
+    assert masking_bound(100, 0.01, 0.04) == pytest.approx(200 * 0.02)
+    assert masking_bound(100, 0.01, 1e9) == masking_bound(100, 0.01)
+    assert finite_horizon_tv_bound(1, 1.0, 1.0) == masking_bound(1, 5.0) == 0  # one token: the surrogate is exact
+    assert trpo_penalty_coef(1.1, 0.9) == pytest.approx(396)
+    assert trpo_penalty_coef(1.0, 0.0) == 0
+
+
+def test_ratio_range_bounds_hold_and_are_attained() -> None:
+    assert ratio_range_bounds(0.2) == pytest.approx((0.1, 0.0204), abs=5e-5)
+    assert ratio_range_bounds(0.0) == (0, 0)
+    generator = torch.Generator().manual_seed(0)
+    for epsilon in (0.01, 0.2, 0.5, 0.9):
+        bounds = ratio_range_bounds(epsilon)
+        for vocab in (2, 3, 10):
+            old = torch.softmax(torch.randn(200, vocab, generator=generator, dtype=torch.float64), -1)
+            # A ratio of mean 1 under π_old, stretched until its farthest token touches the range.
+            tilt = torch.randn(200, vocab, generator=generator, dtype=torch.float64).sign()
+            tilt = tilt - (old * tilt).sum(-1, keepdim=True)
+            ratio = 1 + epsilon * tilt / tilt.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+            new = (old * ratio).log()
+            assert exact_from_logps("tv", old.log(), new).max() <= bounds.tv + 1e-12
+            assert exact_from_logps("kl", old.log(), new).max() <= bounds.kl + 1e-12
+        half, moved = f64([0.5, 0.5]), f64([1 - epsilon, 1 + epsilon]) / 2
+        assert exact_from_logps("tv", half.log(), moved.log()).item() == pytest.approx(bounds.tv, rel=1e-12)
+        assert exact_from_logps("kl", half.log(), moved.log()).item() == pytest.approx(bounds.kl, rel=1e-12)
+
+
+def test_the_trpo_penalty_on_random_trees() -> None:
+    """A tree with rewards at every step is a decision process whose last state pays nothing."""
+    generator = torch.Generator().manual_seed(0)
+    largest = 0.0
+    for vocab, horizon in SHAPES:
+        trees = random_trees(vocab, horizon)
+        for gamma in (0.5, 0.9, 0.99):
+            rewards = [torch.rand(p.shape, generator=generator, dtype=torch.float64) for p in trees.old]
+            values, new_values = torch.zeros(2, TREES, vocab**horizon, dtype=torch.float64)
+            advantages: list[Tensor] = []
+            for old, new, reward in zip(*(reversed(x) for x in (trees.old, trees.new, rewards)), strict=True):
+                q = reward + gamma * values.view_as(reward)
+                new_values = (new.exp() * (reward + gamma * new_values.view_as(reward))).sum(-1)
+                values = (old.exp() * q).sum(-1)
+                advantages.insert(0, q - values[..., None])
+            surrogate, visits = values[:, 0], torch.ones(TREES, 1, dtype=torch.float64)
+            for old, new, advantage in zip(trees.old, trees.new, advantages, strict=True):
+                surrogate = surrogate + (visits[..., None] * new.exp() * advantage).sum((1, 2))
+                visits = gamma * (visits[..., None] * old.exp()).flatten(1)
+            kl_max = enumerate_trees(trees).kl_max
+            for i in range(TREES):
+                epsilon = max(a[i].abs().max().item() for a in advantages)
+                shortfall = (surrogate[i] - new_values[i, 0]).item()
+                largest = max(largest, shortfall / (trpo_penalty_coef(epsilon, gamma) * kl_max[i].item()))
+    print(f"trpo: largest {largest:.4f}")
+    assert 0 < largest <= 1
+    assert largest == pytest.approx(0.03, abs=0.005)
+    assert "at most 3 % on random trees" in words(trpo_penalty_coef)
+
+
+@pytest.mark.parametrize(
+    ("call", "field"),
+    [
+        (lambda: finite_horizon_tv_bound(0, 0.1, 1.0), "horizon"),
+        (lambda: finite_horizon_tv_bound(2.5, 0.1, 1.0), "horizon"),
+        (lambda: finite_horizon_tv_bound(2, 1.1, 1.0), "tv_max"),
+        (lambda: finite_horizon_tv_bound(2, math.nan, 1.0), "tv_max"),
+        (lambda: finite_horizon_sum_bound(-0.1, 1.0), "expected_tv_sum"),
+        (lambda: finite_horizon_sum_bound(0.1, -1.0), "reward_max"),
+        (lambda: masking_bound(2, -1e-9), "kl_max"),
+        (lambda: masking_bound(2, 0.1, math.inf), "kl_sequence"),
+        (lambda: masking_bound(math.inf, 0.1), "horizon"),
+        (lambda: ratio_range_bounds(1.0), "epsilon"),
+        (lambda: trpo_penalty_coef(1.0, 1.0), "gamma"),
+        (lambda: trpo_penalty_coef(math.nan, 0.9), "advantage_max"),
+    ],
+)
+def test_a_bad_value_is_named(call, field: str) -> None:
+    with pytest.raises(ConfigError, match=f"`{field}` got "):
+        call()
+
+
+# -- Records -----------------------------------------------------------------------------------------------------------
+
+IDLE = EpochStats(
+    policy_loss=0.1, value_loss=0.2, gated=0.0, gated_low=0.0, gated_high=0.0, clip_fraction=0.0, penalty=0.0,
+    value_gated=0.3, approx_kl=0.01, ratio=1.0, ratio_var=0.0,
+)  # fmt: skip
+ANCHOR = AnchorMeasurement(coef=0.05, kl=5.5, kl_exact=5.0, kl_stderr=0.4, share=0.0)
+STATS = UpdateStats(
+    total=IDLE, epochs=[IDLE], steps=4, planned_steps=4, grad_norm=2.0, grad_scale=1.0, stopped=False, refused=None
+)
+MEASURED = Measurement(
+    kl=0.02, kl_max=0.3, tv=0.05, max_ratio=7.0, ratio_quantiles={"0.5": 1.0}, tokens=64, complete=True
+)
+OFF = Enforcement(kl_proposed=0.02, scale=None, tries=0, limit=None)
+SUMMARY = RolloutSummary(
+    score=0.6, length=20.5, eos_rate=0.25, entropy=2.5, sampler_kl=1e-6, explained_variance=0.4
+)  # fmt: skip
+
+
+def stats(**changes: object) -> UpdateStats:
+    total = {name: changes.pop(name) for name in IDLE._fields if name in changes}
+    return STATS._replace(total=IDLE._replace(**total), **changes)
+
+
+def test_nothing_bound_an_idle_update() -> None:
+    shares = binding_shares(ANCHOR, STATS, OFF, 1.0)
+    assert shares == dict.fromkeys(("anchor", "clip", "penalty", "stop", "backtrack", "grad_norm", "lr"), 0.0)
+    assert binding(shares) == "none"
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "anchor", "update", "enforcement", "lr_factor"),
+    [
+        ("anchor", 0.4, ANCHOR._replace(share=0.4), STATS, OFF, 1.0),
+        ("clip", 0.3, ANCHOR, stats(gated=0.3), OFF, 1.0),
+        ("penalty", 0.2, ANCHOR, stats(penalty=0.2), OFF, 1.0),
+        ("stop", 0.75, ANCHOR, stats(steps=1, stopped=True), OFF, 1.0),
+        ("backtrack", 0.9, ANCHOR, STATS, Enforcement(0.2, scale=0.1, tries=2, limit=0.02), 1.0),
+        ("grad_norm", 0.6, ANCHOR, stats(grad_scale=0.4), OFF, 1.0),
+        ("lr", 0.5, ANCHOR, STATS, OFF, 0.5),
+    ],
+)
+def test_each_mechanism_in_turn(name, share, anchor, update, enforcement, lr_factor) -> None:
+    shares = binding_shares(anchor, update, enforcement, lr_factor)
+    assert shares.pop(name) == pytest.approx(share)
+    assert set(shares.values()) == {0.0}
+    assert binding(shares | {name: share}) == name
+    # and against a smaller share of every other one
+    assert binding(dict.fromkeys(shares, share / 2) | {name: share}) == name
+
+
+def test_the_threshold_is_one_per_cent() -> None:
+    assert binding({"anchor": 0.0, "clip": 0.0099}) == "none"
+    assert binding({"anchor": 0.0, "clip": 0.01}) == "clip"
+
+
+def test_what_takes_no_share() -> None:
+    shares = binding_shares(ANCHOR._replace(share=None), stats(steps=1), OFF._replace(scale=1.0, limit=0.1), 2.0)
+    assert set(shares.values()) == {0.0}  # no share of the advantage, not stopped by KL, no step cut, a raised rate
+    assert binding_shares(ANCHOR, stats(steps=0, planned_steps=0, stopped=True), OFF, 1.0)["stop"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("limit", "complete", "kl", "expected"),
+    [
+        (0.05, True, 0.02, 0.05),
+        (0.05, True, 0.05, 0.05),
+        (0.05, True, 0.0501, None),
+        (0.05, False, 0.02, None),
+        (None, True, 0.02, None),
+        (None, False, 0.0, None),
+    ],
+)
+def test_guaranteed_needs_a_limit_the_whole_batch_and_the_kl_within_it(limit, complete, kl, expected) -> None:
+    measured = MEASURED._replace(kl=kl, complete=complete)
+    assert guaranteed(measured, OFF._replace(limit=limit, scale=None if limit is None else 1.0)) == expected
+
+
+def args(**changes: object) -> SimpleNamespace:
+    settings = {
+        "kl_estimator": "k3", "kl_placement": "reward", "kl_target": 6.0, "clip_rule": "ppo", "low": 0.2, "high": 0.28,
+        "num_ppo_epochs": 2, "clip_value": True, "cliprange_value": 0.2, "max_grad_norm": 1.0,
+    }  # fmt: skip
+    return SimpleNamespace(**settings | changes)
+
+
+def record(config: SimpleNamespace, enforcement: Enforcement = OFF, update: UpdateStats = STATS):
+    return build_record(
+        config,
+        update=3,
+        episode=48,
+        lr=1e-4,
+        lr_factor=1.0,
+        trust_coef=0.7,
+        refused=None,
+        seconds={"total": 1.5},
+        rollout=SUMMARY,
+        anchor=ANCHOR._replace(share=0.25),
+        stats=update,
+        measured=MEASURED,
+        enforcement=enforcement,
+    )
+
+
+def test_a_record_holds_what_was_measured() -> None:
+    update = stats(gated=0.2, gated_low=0.15, gated_high=0.05, steps=3, stopped=True)
+    line = record(args(), Enforcement(0.09, scale=0.4, tries=3, limit=0.03), update)
+    assert (line.update, line.episode, line.lr, line.refused, line.seconds) == (3, 48, 1e-4, None, {"total": 1.5})
+    assert (line.score, line.length, line.eos_rate, line.entropy) == (0.6, 20.5, 0.25, 2.5)
+    assert line.anchor == ("k3", "reward", "biased", 0.05, 6.0, 5.5, 5.0, 0.4, 0.25)
+    assert line.trust._asdict() == {
+        "rule": "ppo", "low": 0.2, "high": 0.28, "gated": 0.2, "gated_low": 0.15, "gated_high": 0.05, "coef": 0.7,
+        "epochs": 1.5, "stopped": True, "kl": 0.02, "kl_max": 0.3, "kl_proposed": 0.09, "tv": 0.05, "max_ratio": 7.0,
+        "ratio_quantiles": {"0.5": 1.0}, "scale": 0.4, "tries": 3, "limit": 0.03, "guaranteed": 0.03,
+    }  # fmt: skip
+    assert line.value == (0.2, 0.3, 0.4)
+    assert line.gradient == (2.0, 1.0, 1.0)
+    assert line.sampler == (1e-6,)
+    assert line.binding == "backtrack"
+
+
+def test_what_is_off_is_null() -> None:
+    line = record(args(clip_value=False, max_grad_norm=0))
+    assert line.value.clip is None and line.gradient.max_norm is None
+    assert line.trust.guaranteed is None and line.trust.limit is None and line.trust.scale is None
+    assert line.binding == "anchor"
