@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from transformers import GenerationConfig, TopPLogitsWarper
+
 from ..advantages import ScorePosition
 from ..controllers import CONTROLLERS, ControllerName, FixedKL, LearningRateByKL, ScheduledKL, build_controller
 from ..divergences import ESTIMATORS, KLEstimatorName, Placement, build_estimator, gradient_kind
@@ -215,6 +217,7 @@ class TrustKLPPOConfig(PPOConfig):
         number("missing_eos_penalty", "a finite number >= 0, or None", not_negative, optional=True)
         number("max_grad_norm", "a finite number >= 0, or None", not_negative, "0 or None turns it off.", optional=True)
         number("num_train_epochs", "a positive number", positive)
+        number("seed", "a whole number >= 0", lambda x: x >= 0 and x == int(x))
         number("total_episodes", "a positive number, or None", positive, optional=True)
         for name in (
             "num_ppo_epochs",
@@ -297,10 +300,20 @@ class TrustKLPPOConfig(PPOConfig):
             raise ConfigError(
                 f"`stop_token` got {self.stop_token!r} and `stop_token_id` got {self.stop_token_id}; set only one of them."
             )
+        extra: Any = self.generation_kwargs or {}
         for key, instead in _SET_ELSEWHERE.items():
-            if key in (self.generation_kwargs or {}):
+            if key in extra:
                 fix = f"set {instead} instead." if instead else "the trainer depends on its value; leave it out."
                 raise ConfigError(f"`generation_kwargs` got {key!r}: {fix}")
+        known = GenerationConfig().to_dict()
+        for key in extra:
+            if key not in known:
+                raise unknown_name("generation_kwargs", key, known)
+        try:
+            GenerationConfig(**{"do_sample": True, **extra}).validate()
+            TopPLogitsWarper(extra.get("top_p", 1.0))  # validate() does not look at its range
+        except ValueError as error:
+            raise ConfigError(f"`generation_kwargs` got {extra}: {error}") from None
 
     def _check_availability(self) -> None:
         for name, (available, what) in _AVAILABLE.items():

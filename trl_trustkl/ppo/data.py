@@ -88,9 +88,17 @@ def prepare_datasets(
 def check_lengths(dataset: Dataset, model: PreTrainedModel, response_length: int, *, name: str) -> None:
     """Raise DataError for a prompt that is empty, or leaves no room for the response in the model's context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for index, ids in enumerate(dataset[IDS]):
-        if len(ids) == 0:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    masks = dataset["attention_mask"] if "attention_mask" in dataset.column_names else [None] * len(dataset)
+    for index, (ids, mask) in enumerate(zip(dataset[IDS], masks, strict=True)):
+        if len(ids) == 0 or (mask is not None and not any(mask)):
             raise DataError(f"`{name}` row {index} has no token in 'input_ids'; every prompt needs at least one.")
+        if min(ids) < 0 or max(ids) >= vocabulary:
+            bad = next(token for token in ids if not 0 <= token < vocabulary)
+            raise DataError(
+                f"`{name}` row {index} has the token id {bad}; the model's vocabulary is 0 to {vocabulary - 1}: tokenize the "
+                "dataset with the model's own tokenizer."
+            )
         if context is not None and len(ids) + response_length > context:
             raise DataError(
                 f"`{name}` row {index} has {len(ids)} prompt tokens; with response_length={response_length} that is more "

@@ -12,6 +12,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from ..errors import out_of_range
+
 
 class LogProbRecorder(LogitsProcessor):
     """Keeps the log-probability of each sampled token; of the scores, those of one step only.
@@ -87,6 +89,9 @@ def stop_ids(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, args: Any, *
     with "none", the default for a dataset of token ids, as in TRL.
     """
     if args.stop_token_id is not None:
+        vocabulary = policy.get_input_embeddings().num_embeddings
+        if not 0 <= args.stop_token_id < vocabulary:
+            raise out_of_range("stop_token_id", args.stop_token_id, f"a token of the model's, 0 to {vocabulary - 1}")
         return [args.stop_token_id]
     if (args.stop_token or ("eos" if text else "none")) == "none":
         return []

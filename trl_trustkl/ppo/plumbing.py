@@ -265,10 +265,13 @@ class Plumbing:
         return TrainOutput(self.state.global_step, self._last_loss, metrics)
 
     def _undo(self, reason: str) -> None:
-        """Put the policy back to where the update began, and say why."""
+        """Put policy and value back to where the update began, and say why."""
         self._line.restore()
+        self._value_line.restore()
         self._refused = reason
-        logger.warning(f"update {self.state.global_step + 1} is refused: {reason}; the policy is as it was before it.")
+        logger.warning(
+            f"update {self.state.global_step + 1} is refused: {reason}; the parameters are as they were before it."
+        )
 
     # -- shared by the phases ------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import torch
@@ -168,13 +169,19 @@ def _call(func: Callable, prompts: list[Any], completions: list[Any], keywords: 
         keywords = {name: value for name, value in keywords.items() if name in names}
     try:
         result = func(prompts=prompts, completions=completions, **keywords)
-        return asyncio.run(_await(result)) if inspect.isawaitable(result) else result
+        return _wait_for(result) if inspect.isawaitable(result) else result
     except Exception as error:
         raise RewardError(f"reward function `{reward_name(func)}` raised {type(error).__name__}: {error}") from error
 
 
-async def _await(awaitable: Any) -> Any:
-    return await awaitable
+def _wait_for(awaitable: Any) -> Any:
+    """Its result, from a thread of its own: a notebook has an event loop running already, and a loop cannot be nested."""
+
+    async def wait() -> Any:
+        return await awaitable
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(asyncio.run, wait()).result()
 
 
 def _checked(rewards: Any, expected: int, name: str) -> list[float | None]:
@@ -182,6 +189,8 @@ def _checked(rewards: Any, expected: int, name: str) -> list[float | None]:
     if isinstance(rewards, Tensor):
         rewards = rewards.detach().flatten().tolist()
     try:
+        if isinstance(rewards, (str, bytes, dict)):
+            raise TypeError
         rewards = list(rewards)
     except TypeError:
         raise RewardError(

@@ -281,18 +281,15 @@ class TrustKLPPOTrainer(Plumbing, PPOTrainer):
         )
 
     def optimise(self, batch: Batch) -> UpdateStats:
-        """The PPO epochs on this batch. A step that is not finite is refused, and the policy's update undone with it."""
+        """The PPO epochs on this batch. A step that is not finite is refused, and the update undone with it."""
         self._line = Line(models.trainable(self.model.policy))
-        # A value head is small enough to be put back too; a value model of its own keeps the steps it made.
-        value_line = Line(models.trainable(self.model.value)) if self.model.shares_backbone else None
+        self._value_line = Line(models.trainable(self.model.value))
         limit = self.args.trust_stop
         too_far = None if limit is None else lambda mini: not self._measure(batch, mini).kl <= limit
         with self._learning_rate_by_kl():
             stats = self._optimisation.run(batch, self._generator(Draw.MINI_BATCHES), too_far)
         if stats.refused is not None:
             self._undo(stats.refused)
-            if value_line is not None:
-                value_line.restore()
         return stats
 
     def measure(self, batch: Batch) -> Measurement:
