@@ -1,4 +1,4 @@
-"""The command line: `trustkl demo`."""
+"""The command line: `trustkl demo` and `trustkl report`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    from . import demo
+    from . import demo, report
 
     demo.add_arguments(commands.add_parser("demo", help=demo.HELP, description=demo.DESCRIPTION))
+    report.add_arguments(commands.add_parser("report", help=report.HELP, description=report.DESCRIPTION))
     options = parser.parse_args(argv)
     try:
         return options.run(options)

@@ -1,0 +1,61 @@
+"""Reports from records alone: the answer in words, findings, figures, one self-contained page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import TrustKLError
+from .schema import Run, read_run
+
+REPORT_FILE = "report.html"
+FIGURES_FOLDER = "figures"
+
+
+class MissingPackageError(TrustKLError, ImportError):
+    """A package of the extra `report` that is not installed."""
+
+
+def render_report(
+    run_dirs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None
+) -> Path:
+    """Write the report of one or several runs, and the figures of each into its folder `figures`; returns the page's path.
+
+    run_dirs: a run's folder (its output_dir), its `bounds.jsonl`, or several of them for one page with all. output: where
+    the page goes; by default `report.html` in the run's folder, for several runs in the current one. Raises DataError for
+    records that cannot be read.
+    """
+    given = [run_dirs] if isinstance(run_dirs, (str, os.PathLike)) else list(run_dirs)
+    return write_report([read_run(each) for each in given], output)
+
+
+def write_report(runs: list[Run], output: str | os.PathLike[str] | None = None) -> Path:
+    """As `render_report`, of runs that have been read."""
+    try:
+        from . import figures, html
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"A report needs the package {error.name}, which is not installed. Fix: pip install 'trl-trustkl[report]'."
+        ) from error
+    import numpy as np
+
+    if not runs:
+        raise ValueError("write_report got no runs; give at least one.")
+    target = Path(output) if output is not None else (runs[0].folder if len(runs) == 1 else Path()) / REPORT_FILE
+    sections = []
+    with np.errstate(all="ignore"):  # numbers near the largest float are drawn and averaged as well as they can be
+        for run in runs:
+            drawn = figures.draw(run.records)
+            figures.write(drawn, run.folder / FIGURES_FOLDER)
+            sections.append(html.section(run, drawn))
+        content = html.page(sections)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Under another name first: a page that is looked at while the run renders it anew is never half a page.
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    unfinished.write_text(content, encoding="utf-8")
+    os.replace(unfinished, target)
+    return target
+
+
+__all__ = ["MissingPackageError", "Run", "read_run", "render_report", "write_report"]

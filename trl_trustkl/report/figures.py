@@ -1,0 +1,331 @@
+"""The figures of a report: drawn once each, kept small for any number of updates, readable on light and dark pages.
+
+Figure objects only, never pyplot: drawing leaves the caller's own figures and settings alone. Colours are Okabe and
+Ito's, which people with any colour vision tell apart. The ink is one neutral colour that is exchanged for the dark page.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from ..types import BoundRecord
+from .series import Column, column, quantile, shares
+
+Records = Sequence[BoundRecord]
+
+BLUE, ORANGE, GREEN, RED, SKY, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7"
+INK, INK_ON_DARK = "#42474d", "#c3c8ce"
+EARLY_TO_LATE = LinearSegmentedColormap.from_list("early_to_late", [SKY, PURPLE, RED])
+POINTS = 300  # stretches of a long line
+LARGEST = 1e30  # beyond it a number is drawn here: axes overflow before floats do
+
+
+class Drawn(NamedTuple):
+    """A figure in the forms a page needs; `dark` is `svg` in the other ink."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+    png: bytes
+
+    @property
+    def dark(self) -> str:
+        return self.svg.replace(INK, INK_ON_DARK)
+
+
+class Kind(NamedTuple):
+    """What a figure is called, the sentence that says how to read it, and the function that draws it."""
+
+    title: str
+    caption: str
+    draw: Callable[[Figure, Records], None]
+
+
+# -- many updates on few pixels ----------------------------------------------------------------------------------------
+
+
+class Envelope(NamedTuple):
+    """A long line in stretches: where each begins and ends, between what it runs, and its median. No spike is lost."""
+
+    x: Column
+    low: Column
+    high: Column
+    median: Column
+
+
+def envelope(x: Column, y: Column, bins: int = POINTS) -> Envelope:
+    return Envelope(binned(x, bins), *(binned(y, bins, reduce) for reduce in (np.nanmin, np.nanmax, np.nanmedian)))
+
+
+def binned(values: Column, bins: int, reduce: Callable[..., Any] = np.nanmean) -> Column:
+    """One number for each of at most `bins` stretches."""
+    if len(values) <= bins:
+        return values
+    parts = np.array_split(values, bins)
+    return np.array([np.nan if np.isnan(part).all() else reduce(part) for part in parts])
+
+
+def _drawable(values: Column) -> Column:
+    return np.clip(values, -LARGEST, LARGEST)
+
+
+def _positive(values: Column) -> Column:
+    """For a logarithmic axis, where 0 has no place."""
+    return np.where(values > 0, np.clip(values, 1 / LARGEST, LARGEST), np.nan)
+
+
+# -- what all figures share --------------------------------------------------------------------------------------------
+
+
+def _axes(figure: Figure, ylabel: str, xlabel: str = "update", place: Any = 111, sharex: Axes | None = None) -> Axes:
+    axes = figure.add_subplot(place, sharex=sharex)
+    axes.set_xlabel(xlabel, color=INK, fontsize=9)
+    axes.set_ylabel(ylabel, color=INK, fontsize=9)
+    axes.patch.set_alpha(0.0)
+    for side, spine in axes.spines.items():
+        spine.set_color(INK)
+        spine.set_visible(side in ("left", "bottom"))
+    axes.tick_params(colors=INK, which="both", labelsize=8.5)
+    axes.grid(True, color=INK, alpha=0.15, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def _updates(axes: Axes, x: Column) -> None:
+    """Whole numbers on the axis, also where there is a single update."""
+    axes.set_xlim(x[0] - 0.5, x[-1] + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
+
+
+def _line(axes: Axes, x: Column, y: Column, color: str, label: str | None = None, **style: Any) -> None:
+    """A line where there is anything to draw, with dots where updates are few; a long one as median and envelope."""
+    if not np.isfinite(y).any():
+        return
+    if len(x) > 2 * POINTS:
+        x, low, high, y = envelope(x, y)
+        axes.fill_between(x, low, high, color=color, alpha=0.28, linewidth=0)
+    dots = {"marker": "o", "markersize": 2.8} if len(x) <= 40 and "linestyle" not in style else {}
+    axes.plot(x, y, color=color, label=label, **{"linewidth": 1.4, **dots, **style})
+
+
+def _legend(axes: Axes, columns: int = 2) -> None:
+    """Above the axes, where it hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        legend = axes.legend(
+            handles, labels, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, frameon=False,
+            fontsize=8, handlelength=1.4, handletextpad=0.5, columnspacing=1.2,
+        )  # fmt: skip
+        for text in legend.get_texts():
+            text.set_color(INK)
+
+
+def _log(axes: Axes, *drawn: Column) -> None:
+    """A logarithmic axis, where any of what was drawn is positive; within two decades with ticks at 1, 2 and 5."""
+    values = np.concatenate(drawn)
+    values = values[values > 0]
+    if not values.size:
+        return
+    axes.set_yscale("log")
+    decades = np.log10(values.max() / values.min())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2 else (1.0,), numticks=8))
+    if values.min() >= 1e-4 and values.max() < 1e5:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+# -- the figures -------------------------------------------------------------------------------------------------------
+
+
+def frontier(figure: Figure, records: Records) -> None:
+    kl = np.sqrt(np.clip(_drawable(column(records, "anchor.kl_exact")), 0.0, None))
+    score, update = _drawable(column(records, "score")), column(records, "update")
+    axes = _axes(figure, "mean score", "√KL to the reference  (√nats per response)")
+    stride = max(1, len(kl) // 1500)
+    size = 14 if len(kl) > 60 else 26
+    points = axes.scatter(
+        kl[::stride], score[::stride], c=update[::stride], cmap=EARLY_TO_LATE, s=size, alpha=0.8, linewidths=0,
+    )  # fmt: skip
+    # A thin path through the means of successive stretches: where the run went, under the scatter of single updates.
+    axes.plot(binned(kl, 12), binned(score, 12), color=INK, linewidth=1.0, alpha=0.7)
+    bar = figure.colorbar(points, ax=axes, pad=0.02, aspect=30)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.tick_params(colors=INK, labelsize=8)
+    bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5, min_n_ticks=1))
+    bar.set_label("update", color=INK, fontsize=9)
+
+
+def anchor(figure: Figure, records: Records) -> None:
+    x, kl = column(records, "update"), _drawable(column(records, "anchor.kl_exact"))
+    error, target = _drawable(column(records, "anchor.kl_stderr")), _drawable(column(records, "anchor.target"))
+    grid = figure.add_gridspec(2, 1, height_ratios=(3, 2), hspace=0.12)
+    above = _axes(figure, "KL to the reference\n(nats per response)", "", grid[0])
+    middle = binned(x, POINTS)
+    low, high = binned(kl - error, POINTS, np.nanmin), binned(kl + error, POINTS, np.nanmax)
+    above.fill_between(middle, low, high, color=BLUE, alpha=0.25, linewidth=0, label="± stderr")
+    _line(above, x, kl, BLUE, r"KL($\pi\,\|\,\pi_{\mathrm{ref}}$)")
+    _line(above, x, target, RED, "target", linestyle="--")
+    above.tick_params(labelbottom=False)
+    _legend(above, 3)
+    below = _axes(figure, "β", "update", grid[1], sharex=above)
+    _line(below, x, _drawable(column(records, "anchor.coef")), GREEN)
+    below.set_ylim(bottom=0)
+    _updates(below, x)
+    figure.align_ylabels()
+
+
+def trust_region(figure: Figure, records: Records) -> None:
+    x = column(records, "update")
+    proposed, kl = (_positive(column(records, f"trust.{key}")) for key in ("kl_proposed", "kl"))
+    limit, worst = (_positive(column(records, f"trust.{key}")) for key in ("limit", "kl_max"))
+    axes = _axes(figure, r"KL($\pi_{\mathrm{old}}\,\|\,\pi$) after the update" "\n(nats per token)")
+    _line(axes, x, worst, SKY, "worst token", linewidth=0.9, alpha=0.8)
+    if (column(records, "trust.scale") < 1).any():
+        _line(axes, x, proposed, ORANGE, "mean, without enforcement")
+    _line(axes, x, kl, BLUE, "mean, as measured")
+    _line(axes, x, limit, RED, "limit that is enforced", linestyle="--")
+    _log(axes, proposed, kl, limit, worst)
+    _updates(axes, x)
+    _legend(axes)
+
+
+def gated(figure: Figure, records: Records) -> None:
+    names = {"anchor": BLUE, "clip": ORANGE, "stop": GREEN, "backtrack": RED, "grad_norm": PURPLE}
+    labels = {"stop": "early stop", "backtrack": "backtracking", "grad_norm": "gradient norm"}
+    taken = {name: values for name, values in shares(records).items() if (values > 0).any()}
+    axes = _axes(figure, "share of the update taken\n(by each mechanism, stacked)")
+    x = column(records, "update")
+    middle, width = binned(x, 120), max(1.0, len(x) / 120) if len(x) > 60 else 0.9
+    bottom = np.zeros(len(middle))
+    for name, values in taken.items():
+        height = binned(values, 120)
+        axes.bar(
+            middle,
+            height,
+            0.9 * width,
+            bottom,
+            color=names[name],
+            label=labels.get(name, name),
+            linewidth=0,
+            alpha=0.85,
+        )
+        bottom = bottom + height
+    _updates(axes, x)
+    axes.set_ylim(0, max(0.05, 1.05 * float(bottom.max())))
+    _legend(axes, 3)
+
+
+def ratios(figure: Figure, records: Records) -> None:
+    x, last = column(records, "update"), records[-1].trust
+    at = {
+        level: _positive(quantile(records, level)) for level in ("0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99")
+    }
+    top = _positive(column(records, "trust.max_ratio"))
+    axes = _axes(figure, r"ratio $\pi/\pi_{\mathrm{old}}$ at the sampled tokens")
+    middle = binned(x, POINTS)
+    if last.rule != "none" and np.isfinite(last.low + last.high):
+        low, high = np.clip([1 - last.low, 1 + last.high], 1 / LARGEST, LARGEST)
+        axes.axhspan(low, high, color=INK, alpha=0.18, linewidth=0, label="clip range")
+    for low_level, high_level, alpha, label in (
+        ("0.01", "0.99", 0.2, "1 % to 99 %"),
+        ("0.05", "0.95", 0.3, "5 % to 95 %"),
+        ("0.25", "0.75", 0.45, "25 % to 75 %"),
+    ):
+        low, high = binned(at[low_level], POINTS), binned(at[high_level], POINTS)
+        axes.fill_between(middle, low, high, color=BLUE, alpha=alpha, linewidth=0, label=label)
+    _line(axes, x, top, RED, "largest", linewidth=0.9)
+    _line(axes, middle, binned(at["0.5"], POINTS), BLUE, "median")
+    _log(axes, top, *at.values())
+    _updates(axes, x)
+    _legend(axes, 3)
+
+
+def gradient(figure: Figure, records: Records) -> None:
+    x = column(records, "update")
+    norm, limit = _positive(column(records, "gradient.norm")), _positive(column(records, "gradient.max_norm"))
+    axes = _axes(figure, "norm of the policy's gradient\n(before clipping, mean over the steps)")
+    _line(axes, x, norm, BLUE, "norm")
+    _line(axes, x, limit, RED, "max_grad_norm", linestyle="--")
+    _log(axes, norm, limit)
+    _updates(axes, x)
+    _legend(axes)
+
+
+FIGURES: dict[str, Kind] = {
+    "frontier": Kind(
+        "Score against distance from the reference",
+        "Each dot is an update: up is a better score, right is farther from the reference, and a curve that turns down "
+        "while it goes right is over-optimisation.",
+        frontier,
+    ),
+    "anchor": Kind(
+        "The anchor: KL to the reference and its coefficient",
+        "Where the blue line lies above the target, a controller raises β, the price of a nat, in the panel below; where it "
+        "lies below, it lowers it.",
+        anchor,
+    ),
+    "trust_region": Kind(
+        "The trust region: how far each update moved the policy",
+        "Each update's step away from the policy that sampled its batch: only an enforced limit holds the blue line down, and "
+        "orange is where the step would have gone without it.",
+        trust_region,
+    ),
+    "gated": Kind(
+        "What each mechanism took of the updates",
+        "The higher a colour, the more of the update that mechanism took away; the shares overlap, so that a stack can exceed "
+        "1, and an empty place is an update that nothing bound.",
+        gated,
+    ),
+    "ratios": Kind(
+        "The ratios after each update",
+        "Clipping removes gradients outside the grey range, it does not keep ratios inside it: what of the blue fan lies "
+        "outside, left the range all the same.",
+        ratios,
+    ),
+    "gradient": Kind(
+        "The gradient's norm and its limit",
+        "Above the dashed line the gradient is scaled down to it: an update whose norm lies there is shortened, whatever the "
+        "learning rate.",
+        gradient,
+    ),
+}
+"""Every figure by the name of its files."""
+
+
+def draw(records: Records) -> list[Drawn]:
+    """All figures of a run."""
+    return [_drawn(name, kind, records) for name, kind in FIGURES.items()]
+
+
+def _drawn(name: str, kind: Kind, records: Records) -> Drawn:
+    figure = Figure(figsize=(4.6, 3.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    kind.draw(figure, records)
+    vector, pixels = io.StringIO(), io.BytesIO()
+    # The salt makes the file a function of the records: equal records, equal bytes.
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(vector, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    figure.set_layout_engine("none")  # keep the layout found: it is half of the cost
+    figure.savefig(pixels, format="png", dpi=160, facecolor="white")
+    return Drawn(name, kind.title, kind.caption, vector.getvalue(), pixels.getvalue())
+
+
+def write(figures: Sequence[Drawn], folder: Path) -> None:
+    """NAME.svg, NAME-dark.svg (both without a background) and NAME.png (on white) for each figure."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for figure in figures:
+        (folder / f"{figure.name}.svg").write_text(figure.svg, encoding="utf-8")
+        (folder / f"{figure.name}-dark.svg").write_text(figure.dark, encoding="utf-8")
+        (folder / f"{figure.name}.png").write_bytes(figure.png)

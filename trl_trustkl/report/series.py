@@ -1,0 +1,88 @@
+"""Columns of a run's records as arrays, and the stretches of it that words and figures speak of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..types import BoundRecord
+from .schema import Run
+
+Column = NDArray[np.float64]
+
+
+def column(records: Sequence[BoundRecord], key: str) -> Column:
+    """One number for each record, `key` such as "trust.kl"; NaN where there is none."""
+    get = attrgetter(key)
+    return np.array([np.nan if (value := get(record)) is None else value for record in records], dtype=np.float64)
+
+
+def quantile(records: Sequence[BoundRecord], level: str) -> Column:
+    """A quantile of the ratio after each update, such as "0.99"."""
+    return np.array([record.trust.ratio_quantiles.get(level, np.nan) for record in records], dtype=np.float64)
+
+
+def first_third(values: Any) -> Any:
+    return values[: max(1, len(values) // 3)]
+
+
+def last_third(values: Any) -> Any:
+    return values[-max(1, len(values) // 3) :]
+
+
+def mean(values: Column) -> float:
+    """The mean of what there is; NaN where there is nothing."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def stderr(values: Column) -> float:
+    """Standard error of the mean of what there is; 0 for fewer than two numbers."""
+    known = values[np.isfinite(values)]
+    return float(known.std(ddof=1) / np.sqrt(known.size)) if known.size > 1 else 0.0
+
+
+def largest(values: Column) -> float:
+    """The largest of what there is; NaN where there is nothing."""
+    known = values[np.isfinite(values)]
+    return float(known.max()) if known.size else float("nan")
+
+
+def stop_share(records: Sequence[BoundRecord]) -> Column:
+    """The share of its epochs that an update left out because it was stopped.
+
+    The planned number is the largest made, rounded up: where every update was stopped, this is the least it can be.
+    """
+    epochs = column(records, "trust.epochs")
+    planned = max(np.ceil(largest(epochs)), 1.0) if np.isfinite(epochs).any() else 1.0
+    stopped = np.array([record.trust.stopped for record in records])
+    return np.where(stopped, np.clip(1.0 - epochs / planned, 0.0, 1.0), 0.0)
+
+
+def shares(records: Sequence[BoundRecord]) -> dict[str, Column]:
+    """The share each mechanism took of each update, of those that a record holds."""
+    backtracked = np.nan_to_num(1.0 - column(records, "trust.scale"))
+    taken = {
+        "anchor": column(records, "anchor.share"),
+        "clip": column(records, "trust.gated"),
+        "stop": stop_share(records),
+        "backtrack": backtracked,
+        "grad_norm": 1.0 - column(records, "gradient.scale"),
+    }
+    return {name: np.clip(np.nan_to_num(values), 0.0, 1.0) for name, values in taken.items()}
+
+
+def reference_per_token(run: Run) -> tuple[Column, Column]:
+    """(update, mean log π_ref of its kept completions in nats per token), for the updates that kept any."""
+    lengths = {record.update: record.length for record in run.records}
+    sums: dict[int, list[float]] = {}
+    for row in run.completions:
+        if row.ref_logp is not None and lengths.get(row.update, 0) > 0:
+            sums.setdefault(row.update, []).append(row.ref_logp)
+    updates = sorted(sums)
+    means = [sum(sums[update]) / len(sums[update]) / lengths[update] for update in updates]
+    return np.array(updates, dtype=np.float64), np.array(means, dtype=np.float64)

@@ -1,0 +1,58 @@
+"""Text of unknown origin made visible, and numbers as a reader wants them."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from typing import Any
+
+_JOINERS = (
+    "\u200c\u200d"  # part of the spelling of Persian and of many emoji, and without effect on what surrounds them
+)
+
+
+def visible(text: str) -> str:
+    """The text with every character that acts instead of showing (ANSI escapes, bidi controls, …) as `\\x1b`, `\\u202e`.
+
+    Line ends stay, other white space becomes a space; what remains can always be written as UTF-8.
+    """
+    text = text.replace("\r\n", "\n")
+    return text if text.isprintable() else "".join(map(_visible, text))
+
+
+def _visible(character: str) -> str:
+    if character.isprintable() or character == "\n" or character in _JOINERS:
+        return character
+    if character == "\t" or unicodedata.category(character) == "Zs":
+        return " "
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def shortened(text: str, limit: int) -> str:
+    """At most `limit` characters, and how many were left out."""
+    return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit:,} more characters)"
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number at `digits` significant digits, without zeros at its end; "–" for one that is missing."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    if not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}"
+    places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    text = f"{value:,.{places}f}"
+    return text.rstrip("0").rstrip(".") if places else text
+
+
+def percent(share: float | None) -> str:
+    if share is None or not math.isfinite(share):
+        return "–"
+    return "<1 %" if 0 < share < 0.005 else f"{share:.0%}".replace("%", " %")
+
+
+def count(number_of: int, noun: str) -> str:
+    """ "1 update", "3 updates"."""
+    return f"{number_of:,} {noun}{'' if number_of == 1 else 's'}"
