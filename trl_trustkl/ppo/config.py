@@ -74,7 +74,9 @@ class TrustKLPPOConfig(PPOConfig):
     clip_value: bool = _option(True, "Whether the value loss is clipped, at cliprange_value.")
     trust_coef: float = _option(0.0, "Coefficient of the penalty on KL(π_old‖π); 0 turns it off.")
     trust_estimator: TrustEstimator = _option(
-        "exact", "The penalty's KL(π_old‖π): 'exact' over the vocabulary, or 'k1' or 'k3' at the sampled tokens."
+        "exact",
+        "The penalty's KL(π_old‖π): 'exact' over the vocabulary, or 'k3' at the sampled tokens; 'k1' is unbiased too, but on "
+        "samples that stay the same over the epochs it only makes them likelier.",
     )
     trust_controller: ControllerName = _option("fixed", "Controller of trust_coef.")
     trust_target: float | None = _option(None, "Target of KL(π_old‖π) after an update, in nats per token.")
