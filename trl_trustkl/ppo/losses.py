@@ -21,6 +21,10 @@ Rule = Callable[..., Surrogate]
 Estimator = Callable[[Tensor, Tensor], Tensor]
 
 
+LARGEST_LOG_RATIO = 40.0
+"""Of weights and statistics: beyond it they would overflow. The largest ratio is measured after the update, unclamped."""
+
+
 class Penalties(NamedTuple):
     """The KL terms of a loss; a coefficient of 0 leaves a term out, an estimator of None means exact.
 
@@ -111,7 +115,7 @@ def kl_terms(out: TokenOutputs, old_logp: Tensor, ref_logp: Tensor, mask: Tensor
         estimator = penalties.anchor_estimator
         anchor = out.ref_kl if estimator is None else estimator(out.logp, ref_logp)
         if penalties.anchor_offpolicy:
-            anchor = anchor * (out.logp - old_logp).detach().exp()
+            anchor = anchor * (out.logp - old_logp).detach().clamp(max=LARGEST_LOG_RATIO).exp()
         total = total + penalties.anchor_coef * masked_sum(anchor, mask)
     if penalties.trust_coef:
         estimator = penalties.trust_estimator
@@ -133,8 +137,7 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None)
 def _token_sums(
     policy: Tensor, gated: Tensor, log_ratio: Tensor, advantages: Tensor, mask: Tensor, trust_coef: float
 ) -> dict[str, Tensor]:
-    # A ratio beyond e^40 would only turn the sums into inf; the largest ratio is measured after the update, unclamped.
-    ratio = log_ratio.clamp(max=40.0).exp()
+    ratio = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
     weight = ratio * advantages.abs()
     return {
         "policy_loss": policy.detach(),
