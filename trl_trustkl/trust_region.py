@@ -95,8 +95,10 @@ def backtrack(
     `set_scale(a)` puts the parameters at θ_old + a(θ − θ_old); `measure()` measures there, 0 at scale 0 and non-finite
     counting as too much; `proposed` is the measure at scale 1, measured here when it is not given. KL grows with the
     square of a small step, hence the first guess a·√(limit/KL); then a secant step in √KL between the largest scale known
-    to be within the limit and the smallest known to be outside, kept off both ends. Ends with `measured <= limit`, at the
-    largest scale tried that has it, in the worst case at scale 0, where θ_old is restored exactly.
+    to be within the limit and the smallest known to be outside, kept off both ends. A step that did not halve what lies
+    between them is followed by one to the middle: where KL is flat over most of the line, secants alone would crawl. Ends
+    with `measured <= limit`, at the largest scale tried that has it, in the worst case at scale 0, where θ_old is restored
+    exactly.
     """
     if proposed is None:
         set_scale(1.0)
@@ -107,8 +109,11 @@ def backtrack(
     outside, outside_value = 1.0, proposed
     scale = math.nan
     tries = 0
+    halved = True
     while tries < max_tries:
-        guess = _next_scale(inside, inside_value, outside, outside_value, limit)
+        width = outside - inside
+        secant = _next_scale(inside, inside_value, outside, outside_value, limit)
+        guess = secant if halved else 0.5 * (inside + outside)
         set_scale(guess)
         value = measure()
         scale, tries = guess, tries + 1
@@ -118,6 +123,7 @@ def backtrack(
                 break
         else:
             outside, outside_value = guess, value
+        halved = outside - inside <= 0.5 * width
     if scale != inside:
         set_scale(inside)
     return Backtrack(inside, inside_value, tries)

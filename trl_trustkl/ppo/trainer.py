@@ -303,6 +303,7 @@ class TrustKLPPOTrainer(Plumbing, PPOTrainer):
         self.enforcement = Enforcement(proposed.kl, scale=None if limit is None else 1.0, tries=0, limit=limit)
         if not math.isfinite(proposed.kl):
             self._undo("the KL(π_old‖π) measured after it is not finite")
+            self.enforcement = self.enforcement._replace(scale=None if limit is None else 0.0)
             return self.measure(batch)
         if limit is None or proposed.kl <= limit:
             return proposed
