@@ -22,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", default="runs/demo", help="where records and adapter go (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=32, help="number of updates (default: %(default)s)")
     parser.add_argument(
-        "--kl-target", type=float, default=6.0, help="KL to hold, nats per response (default: %(default)s)"
+        "--kl-target", type=float, default=8.0, help="KL to hold, nats per response (default: %(default)s)"
     )
-    parser.add_argument("--kl-coef", type=float, default=0.06, help="coefficient at the start (default: %(default)s)")
+    parser.add_argument("--kl-coef", type=float, default=0.05, help="coefficient at the start (default: %(default)s)")
     parser.add_argument("--cliprange", type=float, default=0.2, help="clip range of the ratio (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="seed (default: %(default)s)")
@@ -101,10 +101,7 @@ def finishing_on_interrupt(trainer: Any, console: Any) -> Iterator[list[int]]:
 
 
 def _evaluation_line(when: str, result: dict[str, Any]) -> str:
-    return (
-        f"Held-out prompts {when}: score {result['score']:+.2f}, KL to the reference {result['kl']:.2f} nats per response "
-        f"({result['count']} prompts)."
-    )
+    return f"Held-out prompts {when}: score {result['score']:+.2f}, KL to the reference {result['kl']:.2f} nats/response"
 
 
 def conclude(

@@ -255,7 +255,7 @@ class Plumbing:
         self.control.should_log = self.control.should_evaluate = self.control.should_save = False
 
     def _end_training(self) -> TrainOutput:
-        if self.state.global_step > self._logged_step:
+        if self.state.global_step > self._logged_step and self.args.logging_strategy != "no":
             self._flush_metrics()
         seconds = time.perf_counter() - self._started
         metrics = {"train_runtime": seconds, "train_samples_per_second": self.state.episode / max(seconds, 1e-9)}
