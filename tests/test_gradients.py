@@ -28,8 +28,9 @@ from trl_trustkl.divergences import ESTIMATORS, KLEstimatorName, Placement, grad
 from trl_trustkl.errors import ConfigError
 from trl_trustkl.ppo.data import micro_batch
 from trl_trustkl.ppo.losses import LossScale, micro_loss
-from trl_trustkl.ppo.models import PolicyAndValue, Reference
+from trl_trustkl.ppo.models import PolicyAndValue
 from trl_trustkl.ppo.optimise import Optimisation
+from trl_trustkl.ppo.reference import Reference
 from trl_trustkl.types import Batch, Peer, Rollout, Scored, TokenOutputs
 
 pytestmark = pytest.mark.filterwarnings("ignore")

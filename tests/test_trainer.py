@@ -24,6 +24,7 @@ from trl_trustkl.controllers import AdaptiveKL
 from trl_trustkl.errors import DataError
 from trl_trustkl.masking import masked_mean
 from trl_trustkl.ppo import models
+from trl_trustkl.ppo.reference import REFERENCE_ADAPTER
 from trl_trustkl.types import Batch, Prompts, Rollout, Scored, UpdateStats
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -820,7 +821,7 @@ def test_a_model_that_comes_with_an_adapter_starts_at_a_frozen_clone_of_it(tmp_p
     trainer, records = run(tmp_path, model, peft_config=None, changes={"learning_rate": 1e-2})
     clone, policy = (
         {n.replace(f".{adapter}.", ".default."): p for n, p in model.named_parameters() if f".{adapter}." in n}
-        for adapter in (models.REFERENCE_ADAPTER, "default")
+        for adapter in (REFERENCE_ADAPTER, "default")
     )
     assert records[0]["anchor"]["kl_exact"] == records[0]["anchor"]["kl"] == 0.0
     assert records[2]["anchor"]["kl_exact"] > 0.0
@@ -843,7 +844,7 @@ def test_an_error_in_the_references_pass_leaves_the_policy_active(tmp_path):
     model = adapted()
     trainer = watched(tmp_path, model, peft_config=None)
     with pytest.raises(RuntimeError, match="out of memory"), trainer.reference.active():
-        assert model.active_adapter == models.REFERENCE_ADAPTER
+        assert model.active_adapter == REFERENCE_ADAPTER
         raise RuntimeError("out of memory")
     assert model.active_adapter == "default"
     assert all(p.requires_grad == (".default." in n) for n, p in model.named_parameters() if "lora_" in n)
@@ -1118,7 +1119,7 @@ def test_the_saved_adapter_loads_and_holds_no_reference(tmp_path, came_with_adap
     trainer, _ = run(tmp_path / "run", model, peft_config=peft_config, changes={"learning_rate": 1e-2})
     saved = tmp_path / "saved"
     trainer.save_model(str(saved))
-    assert not [path for path in saved.rglob("*") if models.REFERENCE_ADAPTER in path.name]
+    assert not [path for path in saved.rglob("*") if REFERENCE_ADAPTER in path.name]
     names = {path.name for path in saved.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names
     assert not any("value" in name for name in names)

@@ -101,7 +101,9 @@ def finishing_on_interrupt(trainer: Any, console: Any) -> Iterator[list[int]]:
 
 
 def _evaluation_line(when: str, result: dict[str, Any]) -> str:
-    return f"Held-out prompts {when}: score {result['score']:+.2f}, KL to the reference {result['kl']:.2f} nats/response"
+    return (
+        f"Held-out prompts {when}: score {result['score']:+.2f}, KL to the reference {result['kl']:.2f} nats/response"
+    )
 
 
 def conclude(

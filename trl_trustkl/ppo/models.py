@@ -1,8 +1,7 @@
-"""The models of a run: one backbone with a policy adapter, a reference and a value, or separate models for each.
+"""The models of a run: one backbone with a policy adapter and a value head, or separate models for each.
 
 `PolicyAndValue` is the module that is trained, saved and wrapped for several processes; one call gives log-probabilities,
-values and exact divergences of a micro-batch. `Reference` hides whether the reference is a model of its own, the
-backbone with its adapters off, or a frozen clone of the adapter the model came with.
+values and exact divergences of a micro-batch. The reference is in `reference.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,8 +29,6 @@ from ..logprobs import token_statistics
 from ..types import Head, MicroBatch, Peer, TokenOutputs
 
 logger = logging.getLogger(__name__)
-
-REFERENCE_ADAPTER = "trustkl_ref"
 
 # -- loading and preparing ---------------------------------------------------------------------------------------------
 
@@ -70,6 +66,18 @@ def load_policy(
         raise ModelError(f"`model` got {type(model).__name__}; it must be a causal language model or the name of one.")
     model.config.get_text_config().pad_token_id = pad_token_id(processing_class)
     return prepare_policy(model, peft_config, args), processing_class
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokenizer's padding token; the stop token stands in where it has none, which the masks make safe."""
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(
+                "`processing_class` has neither a pad token nor an eos token; set one, for example "
+                "tokenizer.add_special_tokens({'pad_token': '<pad>'})."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer.pad_token_id
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -406,127 +414,3 @@ def spread(values: Tensor | None, mask: Tensor) -> Tensor | None:
     if values is None:
         return None
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
-
-
-# -- the reference -----------------------------------------------------------------------------------------------------
-
-
-class Reference:
-    """π_ref, frozen for the whole run: a model of its own, an adapter of the policy, or the policy's adapters off."""
-
-    def __init__(self, policy: nn.Module, halves: CausalHalves, model: nn.Module | None, adapter: str | None) -> None:
-        self.policy = policy
-        self.model = model
-        self.adapter = adapter
-        self.halves = CausalHalves(model, name="ref_model") if model is not None else halves
-        if self.halves.vocab_size != halves.vocab_size:
-            raise ModelError(
-                f"`ref_model` has {self.halves.vocab_size} vocabulary entries and the policy {halves.vocab_size}; "
-                "a KL divergence needs the same vocabulary."
-            )
-        projection = getattr(self.halves.head, "projection", None)
-        self._head_has_adapter = model is None and projection is not None and any(True for _ in projection.children())
-
-    @torch.no_grad()
-    def peer(self, micro: MicroBatch) -> Peer:
-        """The reference's hidden states at the micro-batch's response tokens, with its head."""
-        inputs, first = model_inputs(micro)
-        with self.active():
-            states, _ = self.halves.hidden(inputs, first)
-        head = self._head_as_reference if self._head_has_adapter else self.halves.head
-        return Peer(states[:, :-1][micro.response_mask], head)
-
-    def _head_as_reference(self, hidden: Tensor) -> Tensor:
-        with self.active():
-            return self.halves.head(hidden)
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """The reference in the policy's place, put back whatever happens."""
-        if self.model is not None:
-            yield
-        elif self.adapter is None:
-            with self.policy.disable_adapter():
-                yield
-        else:
-            trained = self.policy.active_adapter
-            self.policy.set_adapter(self.adapter)
-            try:
-                yield
-            finally:
-                self.policy.set_adapter(trained)
-                freeze_adapter(self.policy, self.adapter)
-
-
-def build_reference(
-    policy: nn.Module,
-    halves: CausalHalves,
-    ref_model: nn.Module | None,
-    *,
-    ref_adapter_name: str | None,
-    new_adapter: bool,
-) -> Reference:
-    """The reference by the first rule that fits.
-
-    A `ref_model` is used as it is. A named reference adapter is used frozen. A policy whose adapter the trainer made has
-    its adapters switched off. A policy that came with an adapter gets a frozen clone of it, so that the KL starts at 0.
-    Full fine-tuning gets a frozen copy of the model.
-    """
-    if ref_model is not None:
-        if ref_adapter_name is not None:
-            raise ConfigError(
-                f"`ref_adapter_name` got {ref_adapter_name!r} together with a `ref_model`; give only one."
-            )
-        disable_dropout(ref_model)
-        ref_model.requires_grad_(False)
-        return Reference(policy, halves, ref_model.train(), None)
-    if not isinstance(policy, PeftModel):
-        if ref_adapter_name is not None:
-            raise ConfigError(f"`ref_adapter_name` got {ref_adapter_name!r}, but the model has no adapters.")
-        clone = copy.deepcopy(policy).requires_grad_(False)
-        clone.gradient_checkpointing_disable()
-        return Reference(policy, halves, clone, None)
-    if ref_adapter_name is not None:
-        if ref_adapter_name not in policy.peft_config:
-            raise ConfigError(
-                f"`ref_adapter_name` got {ref_adapter_name!r}; the model's adapters are {sorted(policy.peft_config)}."
-            )
-        freeze_adapter(policy, ref_adapter_name)
-        return Reference(policy, halves, None, ref_adapter_name)
-    if new_adapter:
-        return Reference(policy, halves, None, None)
-    clone_adapter(policy, policy.active_adapter, REFERENCE_ADAPTER)
-    return Reference(policy, halves, None, REFERENCE_ADAPTER)
-
-
-def clone_adapter(policy: PeftModel, source: str, target: str) -> None:
-    """Add a frozen adapter `target` that equals `source`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        policy.add_adapter(target, policy.peft_config[source])
-    weights = dict(policy.named_parameters())
-    with torch.no_grad():
-        for name, weight in weights.items():
-            if f".{source}." in name:
-                weights[name.replace(f".{source}.", f".{target}.")].copy_(weight)
-    policy.set_adapter(source)
-    freeze_adapter(policy, target)
-
-
-def freeze_adapter(policy: PeftModel, adapter: str) -> None:
-    """`set_adapter` makes an adapter trainable as it activates it; the reference must never be."""
-    for name, weight in policy.named_parameters():
-        if f".{adapter}." in name or name.endswith(f".{adapter}"):
-            weight.requires_grad_(False)
-
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's padding token; the stop token stands in where it has none, which the masks make safe."""
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise ModelError(
-                "`processing_class` has neither a pad token nor an eos token; set one, for example "
-                "tokenizer.add_special_tokens({'pad_token': '<pad>'})."
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer.pad_token_id

@@ -1,4 +1,4 @@
-"""What a trainer owes transformers: optimizer groups, state, callbacks, logs, checkpoints, evaluation.
+"""What a trainer owes transformers: optimizer groups, state, callbacks, logs, checkpoints.
 
 A mixin, so that the trainer's own file shows the algorithm. It calls `super(PPOTrainer, self)` where TRL 1.12's PPO trainer
 overrides a method of its base for a loop that is not ours.
@@ -30,12 +30,11 @@ from transformers.utils import logging
 
 from .. import records
 from ..divergences import gradient_kind
-from ..errors import ConfigError
 from ..masking import masked_sum
 from ..types import Batch, BoundRecord, MicroBatch, Prompts, TokenOutputs, UpdateStats
 from . import generation, models
 from ._upstream import PPOTrainer
-from .data import PromptOrder, collate, prepare_datasets
+from .data import PromptOrder, collate
 from .optimise import Optimisation
 
 logger = logging.get_logger(__name__)
@@ -359,88 +358,6 @@ class Plumbing:
         ]
         return [records.as_dict(row) for row in gather_object(rows)]
 
-    # -- evaluation ----------------------------------------------------------------------------------------------------
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Sample a response to every prompt of the evaluation set, always with the same random numbers.
-
-        Metrics: `score`; `kl`, the exact KL(π‖π_ref) in nats per response; `length` in tokens; `eos_rate`; each behind
-        `metric_key_prefix`. The training run is not affected: nothing it draws depends on it.
-        """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, dict):
-            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
-            return {key: value for part in parts for key, value in part.items()}
-        started = time.perf_counter()
-        rows = self.evaluate_completions(dataset)
-        scores = [row["score"] for row in rows if not math.isnan(row["score"])]
-        means = {key: sum(row[key] for row in rows) / len(rows) for key in ("kl", "length", "eos_rate")}
-        metrics = {"score": sum(scores) / len(scores) if scores else math.nan, **means}
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
-        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - started
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def evaluate_completions(self, eval_dataset: Any = None) -> list[dict[str, Any]]:
-        """A sampled response to every prompt: `prompt`, `completion`, `score` (NaN where no function gave one), `kl`,
-        `length` and `eos_rate` of each, from all processes."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is None:
-            raise ConfigError("`eval_dataset` got None; give one to the trainer or to evaluate().")
-        if "input_ids" not in dataset.column_names:
-            dataset = prepare_datasets(dataset, None, self.processing_class, self.model.policy, self.args)[0]
-        rows = [row for part in self._evaluation_batches(dataset) for row in self._evaluate_prompts(*part)]
-        return gather_object(rows)
-
-    def _evaluation_batches(self, dataset: Any) -> Iterator[tuple[int, Prompts]]:
-        """This process's share of the prompts, in batches."""
-        mine = range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes)
-        size = self.args.per_device_eval_batch_size
-        for start in range(0, len(mine), size):
-            yield start, self._collate([dataset[row] for row in mine[start : start + size]])
-
-    def _evaluate_prompts(self, start: int, prompts: Prompts) -> list[dict[str, Any]]:
-        training_key, self._sampling_key = getattr(self, "_sampling_key", None), (Draw.EVALUATE, start)
-        try:
-            with models.as_in_training(self.model):
-                scored = self.score(self.rollout(prompts))
-        finally:
-            self._sampling_key = training_key
-        mask = scored.rollout.response_mask
-        ended = generation.ends_with_stop(scored.rollout.response_ids, mask, self._stop_ids)
-        columns = (scored.scores, masked_sum(scored.ref_kl, mask, dim=1), mask.sum(1).float(), ended.float())
-        return [
-            {"prompt": prompt, "completion": text, "score": score, "kl": kl, "length": length, "eos_rate": end}
-            for prompt, text, score, kl, length, end in zip(
-                self._prompt_texts(scored.rollout), scored.completions, *(c.tolist() for c in columns), strict=True
-            )
-        ]
-
-    def _print_samples(self) -> None:
-        """TRL's `num_sample_generations`: print completions of the evaluation set now and then."""
-        wanted = self.args.num_sample_generations
-        if self.eval_dataset is None or wanted <= 0:
-            return
-        if (self.state.global_step - 1) % max(1, self.args.num_total_batches // wanted) == 0:
-            self.generate_completions(sampling=True)
-
-    def generate_completions(self, sampling: bool = False) -> None:
-        """Print prompts of the evaluation set with the policy's completions and scores; five of them with `sampling`."""
-        if self.eval_dataset is None:
-            return
-        datasets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        for dataset in datasets:
-            rows: list[dict[str, Any]] = []
-            for start, prompts in self._evaluation_batches(dataset):
-                rows += self._evaluate_prompts(start, prompts)
-                if sampling:
-                    break
-            if self.is_world_process_zero():
-                print_samples(rows[:5] if sampling else rows)
-
     # -- saving --------------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -489,10 +406,3 @@ def _warn_of_gradient(args: Any) -> None:
             f"{_GRADIENT_WARNINGS[kind]}. kl_estimator='k1' with kl_placement='reward', and 'exact' with 'both', pull the way "
             "the KL divergence does. The record's anchor/gradient says which kind a run used."
         )
-
-
-def print_samples(rows: list[dict[str, Any]]) -> None:
-    """A table of prompts, completions and scores. Their text is data: no markup and no escape sequence in it is obeyed."""
-    for row in rows:
-        prompt, completion = (json.dumps(row[key], ensure_ascii=False) for key in ("prompt", "completion"))
-        print(f"score {row['score']:+.3f}  prompt {prompt}\n              completion {completion}")

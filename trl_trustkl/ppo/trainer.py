@@ -54,13 +54,15 @@ from . import generation, models
 from ._upstream import PPOTrainer
 from .config import TrustKLPPOConfig
 from .data import collate_nothing, micro_batch, prepare_datasets, trim_left
+from .evaluation import Evaluation
 from .plumbing import Draw, Plumbing
+from .reference import build_reference
 from .rewards import RewardFunc, as_completion, build_rewards, compute_scores
 
 _TOKEN_COLUMNS = ("logp", "ref_logp", "ref_kl", "entropy")
 
 
-class TrustKLPPOTrainer(Plumbing, PPOTrainer):
+class TrustKLPPOTrainer(Evaluation, Plumbing, PPOTrainer):
     """PPO with an anchor to a reference and a trust region around the old policy, and a record of what bounded each update.
 
     Args:
@@ -130,7 +132,7 @@ class TrustKLPPOTrainer(Plumbing, PPOTrainer):
         trained = models.PolicyAndValue(
             policy, value, temperature=args.temperature, detach_value=args.detach_value_head
         )
-        self.reference = models.build_reference(
+        self.reference = build_reference(
             policy,
             trained.halves,
             models.load_causal_lm(ref_model, args.model_init_kwargs) if isinstance(ref_model, str) else ref_model,
