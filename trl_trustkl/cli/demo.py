@@ -126,6 +126,10 @@ def conclude(
         console.print(Text(closing(options, done)))
     console.print()
     console.print(Text(f"Records:      {folder / 'bounds.jsonl'} (a line for each of {len(done)} updates)"))
+    if done:
+        from ..report import render_report
+
+        console.print(Text(f"Report:       {render_report(folder)}"))
     console.print(Text(f"Completions:  {folder / 'completions.jsonl'}"))
     console.print(Text(f"Adapter:      {folder / 'adapter'} (AutoPeftModelForCausalLM.from_pretrained)"))
 
