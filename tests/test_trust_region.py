@@ -568,7 +568,7 @@ def in_two_processes(script: Path, *arguments: str) -> None:
     ]
     try:
         for process in processes:
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=300)
             assert process.returncode == 0, errors[-3000:]
     finally:
         for process in processes:
