@@ -2,7 +2,9 @@
 
 Each point is a fresh process: N = B·T tokens, hidden states of width H for two policies, a frozen head of V × H. Measured
 is the peak resident memory beyond what was there with hidden states and head in place, forward alone and forward with
-backward. In chunks it does not grow with N; dense it grows with N·V.
+backward. In chunks it does not grow with N; dense it grows with N·V. The C library is told to give large blocks back when
+they are freed (MALLOC_MMAP_THRESHOLD_): left to itself glibc keeps some of them, and the process grows with what it does
+not use.
 
     python benchmarks/exact_kl_memory.py            # writes benchmarks/data/exact_kl_memory.csv
 """
@@ -18,6 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+ENVIRONMENT = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
 DATA = Path(__file__).parent / "data" / "exact_kl_memory.csv"
 
 
@@ -55,8 +58,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab", type=int, default=150_000)
     parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096])
-    parser.add_argument("--dense-up-to", type=int, default=1024, help="largest N that is also computed densely")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--dense-up-to", type=int, default=256, help="largest N that is also computed densely")
     parser.add_argument("--point", nargs=5, metavar=("MODE", "N", "V", "H", "BACKWARD"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.point:
@@ -72,7 +75,11 @@ def main() -> None:
                     continue
                 point = [mode, tokens, options.vocab, options.hidden, backward]
                 command = [sys.executable, __file__, "--point", *map(str, point)]
-                mib = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+                mib = float(
+                    subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT).stdout.split()[
+                        -1
+                    ]
+                )
                 rows.append([*point, round(mib, 1)])
                 print(f"{'forward+backward' if backward else 'forward':17} {mode:8} N = {tokens:5}: {mib:8.1f} MiB")
     DATA.parent.mkdir(exist_ok=True)
