@@ -288,7 +288,7 @@ class Plumbing:
         """A stream of random numbers for one use in this update, on this process."""
         return generation.generator(self.args.seed, draw, self.state.global_step, self.accelerator.process_index)
 
-    def _evaluate(self, micro: MicroBatch, **wanted: Any) -> TokenOutputs:
+    def _forward_only(self, micro: MicroBatch, **wanted: Any) -> TokenOutputs:
         """A forward pass without a backward, with the kernels of one that has: a 4-bit product takes another one without."""
         with torch.set_grad_enabled(self.model.quantized), self.accelerator.autocast():
             out = self.model(micro, **wanted)

@@ -228,7 +228,7 @@ class TrustKLPPOTrainer(Evaluation, Plumbing, PPOTrainer):
         for micro in micros:
             with self.accelerator.autocast():
                 peer = self.reference.peer(micro)
-            out = self._evaluate(micro, entropy=True, ref=peer)
+            out = self._forward_only(micro, entropy=True, ref=peer)
             old_peers.append(Peer(out.hidden, head))
             ref_peers.append(peer)
             for name, column in columns.items():
@@ -362,7 +362,7 @@ class TrustKLPPOTrainer(Evaluation, Plumbing, PPOTrainer):
         columns = {name: torch.zeros_like(scored.logp) for name in ("logp", "old_kl", "old_tv")}
         for index in indices:
             micro = scored.micro_batches[index]
-            out = self._evaluate(micro, values=False, old=scored.old_peers[index])
+            out = self._forward_only(micro, values=False, old=scored.old_peers[index])
             length = micro.response_ids.shape[1]
             mask[micro.rows, :length] = micro.response_mask
             for name, column in columns.items():
