@@ -1,4 +1,4 @@
-"""Callbacks: the records of a run, written as it goes."""
+"""BoundReportCallback: the records of a run, written as it goes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from . import records
-from .types import BoundRecord
+from .. import records
+from ..types import BoundRecord
 
 
 class BoundReportCallback(TrainerCallback):
