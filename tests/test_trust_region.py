@@ -698,6 +698,7 @@ DESCENT = {
     "clip_rule": "none",
     "kl_coef": 0.0,
     "max_steps": 1,
+    "seed": 3,
 }
 
 
@@ -968,6 +969,7 @@ def test_a_check_that_is_no_number_stops_the_update(tmp_path):
 def test_the_states_of_all_controllers_are_in_the_checkpoint(tmp_path):
     changes = {
         "max_steps": 3,
+        "seed": 3,
         "save_strategy": "steps",
         "save_steps": 1,
         "kl_controller": "pid",

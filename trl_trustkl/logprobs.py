@@ -8,6 +8,7 @@ run again in the backward pass instead of being kept (`torch.utils.checkpoint`).
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,9 @@ from .types import Head, Peer
 
 CHUNK_ELEMENTS = 2**22
 """Logits in one chunk: 16 MiB in float32, small enough for a CPU's cache hierarchy and large enough for a GPU."""
+
+CACHE_ELEMENTS = 2**19
+"""Logits in one block of elementwise work on a CPU: 2 MiB in float32, so that a few of them fit into its cache."""
 
 
 class TokenStatistics(NamedTuple):
@@ -53,21 +57,15 @@ def token_statistics(
     """
 
     def run(part: Tensor, target: Tensor, ref_part: Tensor, old_part: Tensor) -> tuple[Tensor, ...]:
-        logits, logz = _tempered(head, part, temperature)
-        out = [_gather(logits, target) - logz]
-        if not (entropy or ref or old):
-            return tuple(out)
-        logps = logits - logz.unsqueeze(-1)
-        if entropy:
-            out.append(-torch.where(logps.isneginf(), 0.0, logps.exp() * logps).sum(-1))
-        if ref is not None:
-            ref_logps = _peer_logps(ref, ref_part, temperature)
-            out += [_gather(ref_logps, target), divergences.exact_from_logps(ref_divergence, logps, ref_logps)]
-        if old is not None:
-            old_logps = _peer_logps(old, old_part, temperature)
-            out += [divergences.exact_from_logps("kl", old_logps, logps)]
-            out += [divergences.exact_from_logps("tv", old_logps, logps.detach())]
-        return tuple(out)
+        logits = _tempered(head, part, temperature)
+        ref_logits, old_logits = _peer_logits(ref, ref_part, temperature), _peer_logits(old, old_part, temperature)
+        # On a CPU the elementwise work goes block by block, so that what one operation wrote is in the cache for the next.
+        rows = max(1, CACHE_ELEMENTS // vocab_size) if part.device.type == "cpu" else max(1, len(target))
+        whole = (logits, target, ref_logits, old_logits)
+        count = math.ceil(max(1, len(target)) / rows)
+        split = zip(*([None] * count if each is None else torch.split(each, rows) for each in whole), strict=True)
+        blocks = [_block(*parts, entropy=entropy, ref_divergence=ref_divergence) for parts in split]
+        return tuple(torch.cat(column) for column in zip(*blocks, strict=True))
 
     size = max(1, CHUNK_ELEMENTS // vocab_size)
     rows: list[tuple[Tensor, ...]] = []
@@ -92,21 +90,42 @@ def token_statistics(
     )
 
 
-def _tempered(head: Head, hidden: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Logits over the temperature, at least in float32, and their log normaliser."""
+def _block(
+    logits: Tensor,
+    target: Tensor,
+    ref_logits: Tensor | None,
+    old_logits: Tensor | None,
+    *,
+    entropy: bool,
+    ref_divergence: str,
+) -> list[Tensor]:
+    """The columns of `TokenStatistics` that were asked for, for some tokens."""
+    logps = torch.log_softmax(logits, -1)
+    out = [_gather(logps, target)]
+    if entropy:
+        out.append(-torch.where(logps.isneginf(), 0.0, logps.exp() * logps).sum(-1))
+    if ref_logits is not None:
+        ref_logps = torch.log_softmax(ref_logits, -1)
+        out += [_gather(ref_logps, target), divergences.exact_from_logps(ref_divergence, logps, ref_logps)]
+    if old_logits is not None:
+        old_logps = torch.log_softmax(old_logits, -1)
+        out += [divergences.exact_from_logps("kl", old_logps, logps)]
+        out += [divergences.exact_from_logps("tv", old_logps, logps.detach())]
+    return out
+
+
+def _tempered(head: Head, hidden: Tensor, temperature: float) -> Tensor:
+    """Logits over the temperature, at least in float32."""
     logits = head(hidden)
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    if temperature != 1.0:
-        logits = logits / temperature
-    return logits, torch.logsumexp(logits, dim=-1)
+    return logits / temperature if temperature != 1.0 else logits
 
 
 @torch.no_grad()
-def _peer_logps(peer: Peer, hidden: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities of a peer over the vocabulary; no gradient goes there."""
-    logits, logz = _tempered(peer.head, hidden, temperature)
-    return logits - logz.unsqueeze(-1)
+def _peer_logits(peer: Peer | None, hidden: Tensor, temperature: float) -> Tensor | None:
+    """A peer's logits; no gradient goes there."""
+    return None if peer is None else _tempered(peer.head, hidden, temperature)
 
 
-def _gather(logits: Tensor, target: Tensor) -> Tensor:
-    return logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+def _gather(logps: Tensor, target: Tensor) -> Tensor:
+    return logps.gather(-1, target.unsqueeze(-1)).squeeze(-1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,72 +15,67 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from ..errors import out_of_range
+from . import models
 
 
-class LogProbRecorder(LogitsProcessor):
-    """Keeps the log-probability of each sampled token; of the scores, those of one step only.
+class Sampler(LogitsProcessor):
+    """Draws each token, and keeps the log-probability it had; of the scores, it keeps those of one step only.
 
-    It must be the last processor, so that the scores it sees are those that are sampled from.
+    It must be the last processor, so that the scores it sees are those that are sampled from. It leaves the drawn token as
+    the only one that greedy decoding can take. Inverting the distribution function takes one uniform number for each
+    sequence, where `torch.multinomial` draws one for each entry of the vocabulary.
     """
 
     def __init__(self) -> None:
         self.columns: list[Tensor] = []
-        self._scores: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._take(input_ids[:, -1])
-        self._scores = scores
-        return scores
-
-    def finish(self, sequences: Tensor) -> Tensor | None:
-        """[b, t] log-probabilities of the new tokens of `sequences`, or None where sampling went another way."""
-        self._take(sequences[:, -1])
-        return torch.stack(self.columns, dim=1) if self.columns else None
-
-    def _take(self, tokens: Tensor) -> None:
-        if self._scores is not None:
-            scores = self._scores.float()
-            self.columns.append(scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - scores.logsumexp(-1))
-            self._scores = None
+        logps = scores.float().log_softmax(-1)
+        cumulative = logps.double().exp().cumsum(-1)
+        level = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * cumulative[:, -1:]
+        # The first entry whose cumulative probability exceeds the level: never one of probability 0.
+        token = torch.searchsorted(cumulative, level, right=True)
+        self.columns.append(logps.gather(-1, token).squeeze(-1))
+        return torch.full_like(scores, -math.inf).scatter_(-1, token, 0.0)
 
 
-def recording_sampler(recorder: LogProbRecorder):
-    """A decoding method for `generate(custom_generate=…)`: the model's own sampling, with the recorder put last."""
+def sampling_with(sampler: Sampler):
+    """A decoding method for `generate(custom_generate=…)`: the model's own, with the sampler put last."""
 
-    def sample(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        processors = LogitsProcessorList([*logits_processor, recorder])
-        return model._sample(input_ids, processors, stopping_criteria, generation_config, **kwargs)
+    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        processors = LogitsProcessorList([*logits_processor, sampler])
+        greedy = copy.copy(generation_config)
+        greedy.do_sample = False
+        return model._sample(input_ids, processors, stopping_criteria, greedy, **kwargs)
 
-    return sample
+    return decode
 
 
 def sample_responses(
     policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, stop_ids: list[int], config: GenerationConfig
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sample one response for each prompt: ids and mask [b, T] with T = `config.max_new_tokens`, and log-probs [b, T].
 
     The mask is True up to and including the first stop token. Everything after it, and every position that was never
     sampled, holds the padding token.
     """
-    recorder = LogProbRecorder()
+    sampler = Sampler()
     causal = policy.get_base_model() if isinstance(policy, PeftModel) else policy
     with torch.no_grad(), ready_to_generate(causal):
         sequences = causal.generate(
             input_ids=prompt_ids,
             attention_mask=prompt_mask.long(),
             generation_config=config,
-            custom_generate=recording_sampler(recorder),
+            custom_generate=sampling_with(sampler),
         )
-        logp = recorder.finish(sequences)
     new = sequences[:, prompt_ids.shape[1] :]
+    logp = torch.stack(sampler.columns, dim=1)[:, : new.shape[1]]
     missing = config.max_new_tokens - new.shape[1]
     response = nn.functional.pad(new, (0, missing), value=config.pad_token_id)
     sampled = torch.arange(config.max_new_tokens, device=new.device) < new.shape[1]
     mask = response_mask(response, stop_ids) & sampled
     response = torch.where(mask, response, config.pad_token_id)
-    if logp is not None:
-        logp = torch.where(mask, nn.functional.pad(logp, (0, missing)), 0.0)
-    return response, mask, logp
+    return response, mask, torch.where(mask, nn.functional.pad(logp, (0, missing)), 0.0)
 
 
 def stop_ids(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, args: Any, *, text: bool) -> list[int]:
@@ -140,12 +137,15 @@ def ready_to_generate(causal: nn.Module) -> Iterator[None]:
     train mode: dropout is off, and eval mode would repack 4-bit weights for inference (see models.unpack_4bit_weights).
     """
     own_config, causal.generation_config = causal.generation_config, GenerationConfig()
-    checkpointed = [m for m in causal.modules() if getattr(m, "gradient_checkpointing", False)]
+    # generate() slices the prompt's last state; PyTorch multiplies a slice by a copy of the head for each sequence.
+    hook = causal.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    checkpointed = models.checkpointed(causal)
     for module in checkpointed:
         module.gradient_checkpointing = False
     try:
         yield
     finally:
+        hook.remove()
         causal.generation_config = own_config
         for module in checkpointed:
             module.gradient_checkpointing = True

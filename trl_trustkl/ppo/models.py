@@ -10,12 +10,13 @@ import copy
 import inspect
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -98,11 +99,6 @@ def prepare_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig |
             )
         if is_quantized(model):
             unpack_4bit_weights(model)
-            model = prepare_model_for_kbit_training(
-                model,
-                use_gradient_checkpointing=args.gradient_checkpointing,
-                gradient_checkpointing_kwargs=_checkpointing_kwargs(args),
-            )
         model = get_peft_model(model, peft_config)
     elif is_quantized(model):
         if not isinstance(model, PeftModel):
@@ -262,10 +258,11 @@ class CausalHalves:
 
     def hidden(self, inputs: dict[str, Tensor], first: int) -> tuple[Tensor, Tensor]:
         """What the head wants and what the value wants at the positions from `first` on: [b, t + 1, H or V], [b, t + 1, H]."""
-        if self.chunked:
-            states = self.backbone(**accepted(self.backbone, inputs), use_cache=False).last_hidden_state[:, first:]
-            return states, states
-        out = self.causal(**accepted(self.causal, inputs), use_cache=False, output_hidden_states=True)
+        with attention_kernel(self.causal, inputs["input_ids"]):
+            if self.chunked:
+                states = self.backbone(**accepted(self.backbone, inputs), use_cache=False).last_hidden_state[:, first:]
+                return states, states
+            out = self.causal(**accepted(self.causal, inputs), use_cache=False, output_hidden_states=True)
         return out.logits[:, first:], out.hidden_states[-1][:, first:]
 
     def frozen_head(self) -> Head:
@@ -278,6 +275,26 @@ def accepted(module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     if "input_ids" not in names:
         return inputs
     return {name: value for name, value in inputs.items() if name in names}
+
+
+def checkpointed(model: nn.Module) -> list[nn.Module]:
+    """The parts of a model that are recomputed in the backward pass."""
+    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+
+
+SHORT = 128
+"""Tokens up to which, on a CPU in bf16, attention written out beats the fused kernel with its slow backward."""
+
+
+def attention_kernel(model: nn.Module, input_ids: Tensor) -> AbstractContextManager[Any]:
+    """The faster kernel of `scaled_dot_product_attention` for these tokens, the same in every pass over them.
+
+    A pass that is recomputed in the backward would be so outside of this context; there the choice is PyTorch's.
+    """
+    bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    if input_ids.device.type != "cpu" or not bf16 or input_ids.shape[1] > SHORT or checkpointed(model):
+        return nullcontext()
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 @contextmanager
@@ -325,7 +342,8 @@ class ValueModel(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], first: int) -> Tensor:
         backbone, score = self._parts
-        values = score(backbone(**accepted(backbone, inputs), use_cache=False).last_hidden_state[:, first:])
+        with attention_kernel(self.model, inputs["input_ids"]):
+            values = score(backbone(**accepted(backbone, inputs), use_cache=False).last_hidden_state[:, first:])
         if values.shape[-1] != 1:
             raise ModelError(
                 f"`value_model` gives {values.shape[-1]} numbers per position; it must give 1 (num_labels=1)."
@@ -349,7 +367,6 @@ class PolicyAndValue(nn.Module):
         self.value.to(next(policy.parameters()).device)
         self.temperature = temperature
         self.detach_value = detach_value
-        self.quantized = is_quantized(self.halves.causal)
         self.config = policy.config
 
     @property

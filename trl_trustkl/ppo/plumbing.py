@@ -289,10 +289,9 @@ class Plumbing:
         return generation.generator(self.args.seed, draw, self.state.global_step, self.accelerator.process_index)
 
     def _forward_only(self, micro: MicroBatch, **wanted: Any) -> TokenOutputs:
-        """A forward pass without a backward, with the kernels of one that has: a 4-bit product takes another one without."""
-        with torch.set_grad_enabled(self.model.quantized), self.accelerator.autocast():
-            out = self.model(micro, **wanted)
-        return TokenOutputs(*(None if tensor is None else tensor.detach() for tensor in out))
+        """A forward pass without a backward."""
+        with torch.no_grad(), self.accelerator.autocast():
+            return self.model(micro, **wanted)
 
     def _collate(self, rows: list[dict[str, Any]]) -> Prompts:
         """Prompts of dataset rows, by the user's collator where there is one."""

@@ -203,13 +203,12 @@ class TrustKLPPOTrainer(Evaluation, Plumbing, PPOTrainer):
                 ids, mask = trim_left(prompts.ids[rows], prompts.mask[rows])
                 parts.append(generation.sample_responses(policy, ids, mask, stop_ids=self._stop_ids, config=config))
         responses, masks, logps = zip(*parts, strict=True)
-        known = all(logp is not None for logp in logps)
         return Rollout(
             prompts.ids,
             prompts.mask,
             torch.cat(responses),
             torch.cat(masks),
-            torch.cat(logps) if known else None,
+            torch.cat(logps),
             prompts.rows,
         )
 

@@ -1,0 +1,387 @@
+"""This trainer against TRL 1.12's own PPO trainer: seconds an update by phase, tokens per second, peak memory.
+
+Each run is a process of its own, and the kinds take turns. *equal* trains the same models as the stock trainer does: a
+4-bit policy with LoRA, a full-precision value model of its own, a full-precision reward model. *recommended* is what this
+package offers by default: a value head on the policy's backbone, a reward function, and bf16 autocast where the hardware
+has it. Measurements and records are on in both; prompts, episodes, epochs and mini-batches are the same everywhere. The
+stock trainer computes in float32: with `bf16=True` it cannot sample from a 4-bit policy (its norms give float32 to an output
+head that it has cast to bf16).
+
+    make trl112                                          # the environment with TRL 1.12, once
+    python benchmarks/vs_stock_ppo.py                    # writes benchmarks/data/vs_stock_ppo.csv and .md
+
+The model is SmolLM2-135M-Instruct; `--model random` needs no weights, and with `--device cuda` is of 0.6 B parameters in
+the shape of Qwen3-0.6B.
+
+What the arithmetic needs at least, on SmolLM2 (135 M parameters, 106 M of them in 4 bit): an update of 16 responses of T =
+32 tokens after P ≈ 12 of prompt is one pass over 16·(P + T) tokens for generation, one each for π_old and π_ref, two
+forward and backward passes for two epochs, and one for the measurement, at 2·N flops a token forward and 4·N backward to
+the activations and adapters: about (4 + 2·3)·2·N·16·(P + T) = 3 Tflop. The stock trainer adds a value model and a reward
+model of the same size, and the weight gradients of the value model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parents[1]
+KINDS = ("stock", "equal", "recommended")
+PHASES = ("generate", "score", "optimise", "measure", "total")
+QWEN3_06B = {
+    "vocab_size": 151_936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 4096,
+}
+
+
+# -- one run, in a process of its own -----------------------------------------------------------------------------------
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Train, and return the phases of each update with the peak memory above a bare interpreter with torch."""
+    import torch
+
+    device = options.device
+    bare = torch.cuda.memory_allocated() if device == "cuda" else peak_bytes()
+    seconds: list[dict[str, float]] = []
+    build = {"stock": stock_trainer, "equal": our_trainer, "recommended": our_trainer}[options.run]
+    build(options, seconds).train()
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_bytes()
+    import trl
+
+    return {"trl": trl.__version__, "torch": torch.__version__, "seconds": seconds, "mib": (peak - bare) / 2**20}
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process (Linux)."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+
+def common_settings(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "output_dir": options.output_dir,
+        "per_device_train_batch_size": options.batch_size // 2,
+        "gradient_accumulation_steps": 2,
+        "num_mini_batches": 1,
+        "num_ppo_epochs": options.epochs,
+        "total_episodes": options.updates * options.batch_size,
+        "local_rollout_forward_batch_size": options.batch_size,
+        "response_length": options.response_length,
+        "temperature": 1.0,
+        "learning_rate": 1e-4,
+        "bf16": options.bf16,
+        "use_cpu": options.device == "cpu",
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "num_sample_generations": 0,
+        "report_to": "none",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+
+
+def load_tokenizer(options: argparse.Namespace) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def policy(options: argparse.Namespace) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    device_map = {"": 0} if options.device == "cuda" else None
+    return AutoModelForCausalLM.from_pretrained(
+        options.model, quantization_config=four_bit, dtype=dtype, device_map=device_map
+    )
+
+
+def scalar_model(options: argparse.Namespace, seed: int) -> Any:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=1, dtype=torch.float32)
+    model.config.pad_token_id = load_tokenizer(options).pad_token_id
+    return model
+
+
+def prompt_dataset(options: argparse.Namespace) -> Any:
+    """Token ids, in the order of a fixed list: every kind sees the same prompts."""
+    from datasets import Dataset
+
+    tokenizer = load_tokenizer(options)
+    texts = json.loads(Path(options.prompts).read_text(encoding="utf-8"))
+    return Dataset.from_dict({"input_ids": tokenizer(texts)["input_ids"]})
+
+
+def lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def our_trainer(options: argparse.Namespace, seconds: list[dict[str, float]]) -> Any:
+    from transformers import TrainerCallback
+
+    from trl_trustkl import TrustKLPPOConfig, TrustKLPPOTrainer
+
+    class Phases(TrainerCallback):
+        def on_record(self, args: Any, state: Any, control: Any, *, record: Any, **_: Any) -> None:
+            seconds.append(dict(record.seconds))
+
+    equal = options.run == "equal"
+
+    def length(prompts: Any, completions: Any, completion_ids: Any, **_: Any) -> list[float]:
+        """Takes no time: the cost of a reward function is the user's."""
+        return [len(set(ids)) / len(ids) for ids in completion_ids]
+
+    return TrustKLPPOTrainer(
+        args=TrustKLPPOConfig(**common_settings(options)),
+        model=policy(options),
+        processing_class=load_tokenizer(options),
+        reward_funcs=None if equal else length,
+        reward_model=scalar_model(options, 1) if equal else None,
+        value_model=scalar_model(options, 2) if equal else None,
+        train_dataset=prompt_dataset(options),
+        peft_config=lora(),
+        callbacks=[Phases()],
+    )
+
+
+def stock_trainer(options: argparse.Namespace, seconds: list[dict[str, float]]) -> Any:
+    """TRL 1.12's, with a clock at the functions where its phases begin and end."""
+    import torch
+    from transformers import TrainerCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+    marks: dict[str, float] = {}
+    generate, forward = ppo_trainer.batch_generation, ppo_trainer.forward
+
+    def timed_generation(*args: Any, **kwargs: Any) -> Any:
+        marks["begin"] = time.perf_counter()
+        result = generate(*args, **kwargs)
+        marks["generated"] = time.perf_counter()
+        return result
+
+    def timed_forward(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            marks.setdefault("scored", time.perf_counter())
+        return forward(*args, **kwargs)
+
+    class Phases(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            begin, generated, scored = marks["begin"], marks["generated"], marks.pop("scored")
+            phases = (generated - begin, scored - generated, now - scored, 0.0, now - begin)
+            seconds.append(dict(zip(PHASES, phases, strict=True)))
+
+    ppo_trainer.batch_generation, ppo_trainer.forward = timed_generation, timed_forward
+    return PPOTrainer(
+        args=PPOConfig(**common_settings(options)),
+        processing_class=load_tokenizer(options),
+        model=policy(options),
+        ref_model=None,
+        reward_model=scalar_model(options, 1),
+        value_model=scalar_model(options, 2),
+        train_dataset=prompt_dataset(options),
+        eval_dataset=prompt_dataset(options),
+        peft_config=lora(),
+        callbacks=[Phases()],
+    )
+
+
+# -- all of them, in turns ----------------------------------------------------------------------------------------------
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each run: medians over its updates but the first, which warms up."""
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        model, prompts = prepare(options, Path(scratch))
+        for repeat in range(options.repeats):
+            for kind in options.kinds:
+                result = in_a_process(options, kind, model, prompts, Path(scratch) / f"{kind}-{repeat}")
+                updates = result["seconds"][1:]
+                median = {phase: statistics.median(update[phase] for update in updates) for phase in PHASES}
+                tokens = options.batch_size * options.response_length
+                row = {"kind": kind, "repeat": repeat, "trl": result["trl"], "torch": result["torch"], **median}
+                row |= {"tokens_per_second": tokens / median["total"], "mib": result["mib"]}
+                rows.append(row)
+                print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{v}" for k, v in row.items()), flush=True)
+    return rows
+
+
+def in_a_process(options: argparse.Namespace, kind: str, model: str, prompts: Path, folder: Path) -> dict[str, Any]:
+    python = options.stock_python if kind == "stock" else sys.executable
+    command = [
+        python,
+        __file__,
+        "--run",
+        kind,
+        "--model",
+        model,
+        "--prompts",
+        str(prompts),
+        "--output-dir",
+        str(folder),
+    ]
+    for name in ("device", "updates", "epochs", "batch_size", "response_length"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    command += ["--bf16"] if options.bf16 and kind == "recommended" else []
+    command += ["--gradient-checkpointing"] if options.gradient_checkpointing else []
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder.parent)
+    if done.returncode:
+        sys.exit(f"the {kind} run failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def prepare(options: argparse.Namespace, scratch: Path) -> tuple[str, Path]:
+    """The model's folder and the prompts' file, the same for every run."""
+    from trl_trustkl.cli.prompts import TRAIN_PROMPTS
+
+    prompts = scratch / "prompts.json"
+    prompts.write_text(json.dumps(list(TRAIN_PROMPTS)), encoding="utf-8")
+    if options.model == "smollm2":
+        from trl_trustkl.cli._smollm2 import smollm2_path
+
+        return smollm2_path(), prompts
+    if options.model != "random":
+        return options.model, prompts
+    return random_model(scratch / "model", tiny=options.device == "cpu"), prompts
+
+
+def random_model(folder: Path, *, tiny: bool) -> str:
+    """A Qwen3 with random weights, and a tokenizer of single bytes: for machines without a model at hand."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    small = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "head_dim": 16} if tiny else {}
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(**QWEN3_06B | small)).to(torch.bfloat16).save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({c: i for i, c in enumerate(["<eos>", "<pad>", *alphabet])}, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+    return str(folder)
+
+
+def summary(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    """The table of medians, and the ratios with their range over the repeats."""
+    by_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in options.kinds}
+    lines = [
+        "| | TRL | generate (s) | score (s) | optimise (s) | measure (s) | update (s) | tokens/s | peak memory (MiB) |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for kind, some in by_kind.items():
+        middle = {key: statistics.median(row[key] for row in some) for key in (*PHASES, "tokens_per_second", "mib")}
+        cells = [f"{middle[phase]:.2f}" for phase in PHASES] + [
+            f"{middle['tokens_per_second']:.0f}",
+            f"{middle['mib']:,.0f}",
+        ]
+        lines.append(f"| {kind} | {some[0]['trl']} | " + " | ".join(cells) + " |")
+    lines.append("")
+    for kind in options.kinds:
+        if kind == "stock" or "stock" not in by_kind:
+            continue
+        pairs = list(zip(by_kind["stock"], by_kind[kind], strict=True))
+        for what, key in (("faster", "total"), ("less memory", "mib")):
+            ratios = sorted(stock[key] / ours[key] for stock, ours in pairs)
+            spread = (
+                f" ({ratios[0]:.2f} to {ratios[-1]:.2f} over {len(ratios)} pairs of runs)" if len(ratios) > 1 else ""
+            )
+            lines.append(f"- *{kind}*: {statistics.median(ratios):.2f} × {what} than the stock trainer{spread}")
+    shape = f"{options.batch_size} responses × {options.response_length} tokens, {options.epochs} PPO epochs"
+    precision = "float32" + (", *recommended* under bf16 autocast" if options.bf16 else "")
+    model = {"smollm2": "SmolLM2-135M", "random": "random weights in the shape of Qwen3"}.get(
+        options.model, options.model
+    )
+    machine = f"{os.cpu_count()} cores, {memory_gib():.0f} GiB" if options.device == "cpu" else gpu_name()
+    lines += [
+        "",
+        f"{model}, {shape}, {precision}; {machine}; Python {platform.python_version()}, torch {rows[0]['torch']}; ",
+    ]
+    lines[-1] += f"medians of {options.repeats} runs of {options.updates} updates, the first update of each left out."
+    return "\n".join(lines) + "\n"
+
+
+def memory_gib() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--stock-python", default=str(ROOT / ".venv-trl112/bin/python"), help="with TRL 1.12 (%(default)s)"
+    )
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=16, help="responses of an update (%(default)s)")
+    parser.add_argument("--response-length", type=int, help="tokens (32; 512 on a GPU)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="for *recommended* (where it is fast)")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--model", default="smollm2", help="smollm2, random, or a name or folder (%(default)s)")
+    parser.add_argument("--run", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--prompts", help=argparse.SUPPRESS)
+    parser.add_argument("--output-dir", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.response_length = options.response_length or (512 if options.device == "cuda" else 32)
+    if options.run:
+        options.bf16 = bool(options.bf16)  # None would leave it to TRL, which then says True
+        print(json.dumps(run(options)))
+        return
+    from trl_trustkl.cli.task import has_bf16_instructions
+
+    if options.bf16 is None:
+        options.bf16 = options.device == "cuda" or has_bf16_instructions()
+    rows = measure(options)
+    DATA.mkdir(exist_ok=True)
+    name = "vs_stock_ppo" + ("" if options.device == "cpu" else "_cuda")
+    with open(DATA / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    text = summary(rows, options)
+    (DATA / f"{name}.md").write_text(text, encoding="utf-8")
+    print(f"\n{text}")
+
+
+if __name__ == "__main__":
+    main()
