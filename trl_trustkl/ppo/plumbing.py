@@ -29,6 +29,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from .. import records
+from ..callbacks.report import BoundReportCallback, is_report
 from ..divergences import gradient_kind
 from ..errors import NotAvailableYetError
 from ..masking import masked_sum
@@ -130,6 +131,12 @@ class Plumbing:
                 settings = {key: setting for key, setting in group.items() if key != "params"}
                 optimizer.add_param_group({**settings, "params": mine, "lr": group["lr"] if rate is None else rate})
         return optimizer
+
+    def add_callback(self, callback: Any) -> None:
+        """As in transformers; a BoundReportCallback takes the place of the one there, or every record would come twice."""
+        if is_report(callback):
+            self.remove_callback(BoundReportCallback)
+        super().add_callback(callback)
 
     # -- the loop's bookkeeping ----------------------------------------------------------------------------------------
 
