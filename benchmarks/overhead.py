@@ -87,7 +87,7 @@ def run(epochs: int, fraction: float, number: int, updates: int) -> list[dict[st
     rows = []
     for record, seconds in list(zip(records, parts, strict=True))[1:]:
         seconds["measure"] = record["seconds"]["measure"]
-        whole = record["seconds"]["total"] + seconds["end"]
+        whole = record["seconds"]["total"] + seconds["record"] + seconds["end"]
         shares = {name: seconds[name] / whole for name in PARTS}
         rows.append(
             {

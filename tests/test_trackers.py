@@ -55,6 +55,7 @@ def test_tensorboard(tmp_path, monkeypatch):
     assert_same(read, records, rel=1e-6)  # single precision
 
 
+@pytest.mark.slow  # its import and its service take longer than all the rest
 def test_wandb_offline(tmp_path, monkeypatch):
     """Read back from the log that wandb keeps of an offline run."""
     wandb = pytest.importorskip("wandb")
