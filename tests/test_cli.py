@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from trl_trustkl import load_records
+from trl_trustkl.callbacks.table import HEADER, line, one_line
 from trl_trustkl.cli import main
-from trl_trustkl.cli.demo import closing, one_line
-from trl_trustkl.cli.table import HEADER, line
+from trl_trustkl.cli.demo import closing
 from trl_trustkl.types import (
     AnchorRecord,
     BoundRecord,
@@ -49,7 +49,9 @@ def record(update: int = 1, **changes) -> BoundRecord:
         {},
         {"update": 9999, "score": -0.999, "binding": "grad_norm"},
         {"score": None, "binding": "backtrack"},
+        {"refused": "the KL(π_old‖π) measured after it is not finite"},
         {"trust": record().trust._replace(max_ratio=7.5e12, kl=12.3456, gated=1.0)},
+        {"anchor": record().anchor._replace(kl_exact=1234.5, target=1e6)},
         {"anchor": record().anchor._replace(kl_exact=99.99, coef=99.999, share=None, target=None)},
     ],
 )
@@ -71,7 +73,7 @@ def test_the_closing_paragraph_says_what_the_records_say():
 
 
 def test_text_of_unknown_origin_is_one_line_without_control_characters():
-    assert one_line("a\x1b[31mred\x1b[0m\r\nb\t c\x07") == "a [31mred [0m b c"
+    assert one_line("a\x1b[31mred\x1b[0m\r\nb\t c\x07") == r"a\x1b[31mred\x1b[0m b c\x07"
 
 
 def test_usage_errors_and_errors_of_a_run_have_their_own_exit_status(tmp_path, capsys):

@@ -137,8 +137,12 @@ def config(output_dir: Any, **changes: Any):
 
 def trainer(output_dir: Any, model: Any = None, *, changes: dict[str, Any] | None = None, **arguments: Any):
     """A trainer on a tiny Llama with LoRA; `changes` go to the configuration, the rest to the trainer."""
-    from trl_trustkl import TrustKLPPOTrainer
+    from trl_trustkl import BoundReportCallback, TrustKLPPOTrainer
+    from trl_trustkl.callbacks.report import is_report
 
+    # A report takes longer than a tiny run; a test that wants one brings its own callback.
+    given = arguments.pop("callbacks", [])
+    arguments["callbacks"] = given if any(map(is_report, given)) else [BoundReportCallback(report=False), *given]
     model = llama() if model is None else model
     settings = {
         "processing_class": tokenizer(),

@@ -1,28 +1,74 @@
-"""BoundReportCallback: the records of a run, written as it goes."""
+"""BoundReportCallback: the records of a run, written as it goes, and what is made of them to look at."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from .. import records
+from ..errors import ConfigError, out_of_range
+from ..report import MissingPackageError, render_report
+from ..report.text import visible
 from ..types import BoundRecord
+from .table import HEADER, line, printer
+
+logger = logging.get_logger(__name__)
 
 
 class BoundReportCallback(TrainerCallback):
-    """Writes `bounds.jsonl`, a line for every update, and `completions.jsonl` into the run's folder.
+    """Writes the records of a run into its folder, renders its report, and prints a line for each update.
 
-    Each line reaches the operating system before the next update begins: a killed run keeps every finished update. Files
-    of an earlier run in the same folder are moved aside, never appended to. The trainer adds this callback by itself.
+    `bounds.jsonl` gets a line for every update, `completions.jsonl` the completions. Each line reaches the operating system
+    before the next update begins: a killed run keeps every finished update. Files of an earlier run in the same folder are
+    moved aside, never appended to. The trainer has one of these by itself; another one takes its place. Only the first
+    process writes, renders and prints, and none of its time is in a record's `seconds`.
+
+    Args:
+        report: whether `report.html` and `figures` are rendered when training ends, also when it is stopped early; None:
+            if the packages of the extra `report` are installed. A report that cannot be rendered never ends a run: it
+            costs one warning, or none where nobody asked for it.
+        report_every: render it after every so many updates too; None: only at the end.
+        table: whether a line for each update is printed, within 80 columns; None: only in a terminal, and only when
+            `disable_tqdm` leaves it free of TRL's progress bar.
+
+    `rendered` is the page that was last written in this run, or None.
+
+    Raises ConfigError for a value of the wrong type or range.
     """
+
+    def __init__(
+        self, *, report: bool | None = None, report_every: int | None = None, table: bool | None = None
+    ) -> None:
+        for name, value in (("report", report), ("table", table)):
+            if value is not None and not isinstance(value, bool):
+                raise out_of_range(name, value, "True, False or None")
+        if report_every is not None and (
+            isinstance(report_every, bool) or not isinstance(report_every, int) or report_every < 1
+        ):
+            raise out_of_range("report_every", report_every, "a whole number of updates >= 1, or None")
+        if report_every is not None and report is False:
+            raise ConfigError(
+                f"`report_every` got {report_every} with report=False, which renders no report; leave one of them None."
+            )
+        self.report = report
+        self.report_every = report_every
+        self.table = table
+        self.rendered: Path | None = None
+        self._warned = False
+        self._shown = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not state.is_world_process_zero:
             return
+        self.rendered = None
+        self._begin_table(args)
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         for name in (records.BOUNDS_FILE, records.COMPLETIONS_FILE):
@@ -42,3 +88,68 @@ class BoundReportCallback(TrainerCallback):
         records.append_line(folder / records.BOUNDS_FILE, records.as_dict(record))
         for row in completions:
             records.append_line(folder / records.COMPLETIONS_FILE, row)
+        self.show(record)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.report_every is not None and state.global_step % self.report_every == 0 and state.is_world_process_zero:
+            self.render(args)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.report is not False and state.is_world_process_zero:
+            self.render(args)
+
+    # -- the report ----------------------------------------------------------------------------------------------------
+
+    def render(self, args: TrainingArguments) -> None:
+        """Write the report of what has been recorded so far; a failure is logged, and said aloud once at most."""
+        folder = Path(args.output_dir)
+        if not (folder / records.BOUNDS_FILE).exists():
+            return
+        asked_for = self.report is True or self.report_every is not None
+        try:
+            self.rendered = render_report(folder)
+        except MissingPackageError as error:
+            self._say(f"No report was rendered. {error}", aloud=asked_for)
+        except Exception as error:  # whatever it is, hours of training are worth more than their picture
+            self._say(
+                f"The report could not be rendered ({type(error).__name__}: {error}). The records are whole; fix: once the "
+                f"cause is gone, trustkl report {folder}"
+            )
+
+    def _say(self, message: str, aloud: bool = True) -> None:
+        log = logger.warning if aloud and not self._warned else logger.info
+        self._warned = self._warned or aloud
+        log(visible(message))
+
+    # -- the table -----------------------------------------------------------------------------------------------------
+
+    def _begin_table(self, args: TrainingArguments) -> None:
+        free = bool(args.disable_tqdm) and sys.stdout.isatty()
+        self._shown = free if self.table is None else self.table
+        if self._shown:
+            self._print = printer(progress_bar=not args.disable_tqdm)
+            self._print(HEADER, "bold")
+
+    def show(self, record: BoundRecord) -> None:
+        """Print the record's line."""
+        if self._shown:
+            self._print(line(record), None if record.refused is None else "yellow")
+
+
+def is_report(callback: Any) -> bool:
+    """Whether it is a BoundReportCallback, or the class of one, which transformers takes as well."""
+    return isinstance(callback, BoundReportCallback) or (
+        isinstance(callback, type) and issubclass(callback, BoundReportCallback)
+    )
+
+
+def with_report(callbacks: Sequence[Any] | None) -> list[Any]:
+    """The callbacks, with a BoundReportCallback before them where there is none; ConfigError for two, which would write
+    every record twice."""
+    given = list(callbacks or [])
+    count = sum(map(is_report, given))
+    if count > 1:
+        raise ConfigError(f"`callbacks` got {count} BoundReportCallback; it must hold one at most. Fix: leave one.")
+    return given if count else [BoundReportCallback(), *given]

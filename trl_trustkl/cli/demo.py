@@ -45,16 +45,16 @@ def run(options: argparse.Namespace) -> int:
         trainer.train()
     trainer.save_model(str(Path(options.output_dir) / "adapter"))
     after = evaluate(trainer) if not interrupted else None
-    conclude(console, options, before, after, table.records)
+    conclude(console, options, before, after, table.records, table.rendered)
     return 130 if interrupted else 0
 
 
 def build(options: argparse.Namespace, console: Any) -> tuple[Any, Any]:
     """The trainer and the live table of its updates."""
-    from .table import UpdateTable
+    from .table import LiveReport
     from .task import sentiment_trainer
 
-    table = UpdateTable(console, total=options.updates)
+    table = LiveReport(console, total=options.updates)
     trainer = sentiment_trainer(
         options.output_dir,
         callbacks=[table],
@@ -107,11 +107,18 @@ def _evaluation_line(when: str, result: dict[str, Any]) -> str:
 
 
 def conclude(
-    console: Any, options: argparse.Namespace, before: dict[str, Any], after: dict[str, Any] | None, done: list[Any]
+    console: Any,
+    options: argparse.Namespace,
+    before: dict[str, Any],
+    after: dict[str, Any] | None,
+    done: list[Any],
+    report: Path | None,
 ) -> None:
     """What changed, and what each mechanism did, in plain words."""
     from rich.padding import Padding
     from rich.text import Text
+
+    from ..callbacks.table import one_line
 
     console.print()
     if after is not None:
@@ -126,10 +133,8 @@ def conclude(
         console.print(Text(closing(options, done)))
     console.print()
     console.print(Text(f"Records:      {folder / 'bounds.jsonl'} (a line for each of {len(done)} updates)"))
-    if done:
-        from ..report import render_report
-
-        console.print(Text(f"Report:       {render_report(folder)}"))
+    if report is not None:
+        console.print(Text(f"Report:       {report}"))
     console.print(Text(f"Completions:  {folder / 'completions.jsonl'}"))
     console.print(Text(f"Adapter:      {folder / 'adapter'} (AutoPeftModelForCausalLM.from_pretrained)"))
 
@@ -158,8 +163,3 @@ def closing(options: argparse.Namespace, done: list[Any]) -> str:
         "trust region how fast it gets there.",
         width=80,
     )
-
-
-def one_line(text: str) -> str:
-    """Text of unknown origin on one line, without control characters."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -29,9 +29,11 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from .. import records
+from ..callbacks.report import BoundReportCallback, is_report
 from ..divergences import gradient_kind
-from ..errors import NotAvailableYetError
+from ..errors import DataError, NotAvailableYetError
 from ..masking import masked_sum
+from ..report import card, read_run
 from ..types import Batch, BoundRecord, MicroBatch, Prompts, TokenOutputs, UpdateStats
 from . import generation, models
 from ._upstream import PPOTrainer
@@ -130,6 +132,12 @@ class Plumbing:
                 settings = {key: setting for key, setting in group.items() if key != "params"}
                 optimizer.add_param_group({**settings, "params": mine, "lr": group["lr"] if rate is None else rate})
         return optimizer
+
+    def add_callback(self, callback: Any) -> None:
+        """As in transformers; a BoundReportCallback takes the place of the one there, or every record would come twice."""
+        if is_report(callback):
+            self.remove_callback(BoundReportCallback)
+        super().add_callback(callback)
 
     # -- the loop's bookkeeping ----------------------------------------------------------------------------------------
 
@@ -266,6 +274,7 @@ class Plumbing:
         metrics = {"train_runtime": seconds, "train_samples_per_second": self.state.episode / max(seconds, 1e-9)}
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         self._act_on_control()
+        self._create_final_card()
         self.is_in_train = False
         return TrainOutput(self.state.global_step, self._last_loss, metrics)
 
@@ -377,19 +386,63 @@ class Plumbing:
         # PEFT saves every adapter; the frozen clone that serves as reference is no part of the result.
         chosen = {"selected_adapters": [policy.active_adapter]} if isinstance(policy, PeftModel) else {}
         policy.save_pretrained(output_dir, state_dict=state_dict, **chosen)
+        self._describe(Path(output_dir))
         self.processing_class.save_pretrained(output_dir)
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """TRL's checkpoint, with the value's weights and the controllers beside it."""
-        name = (self.args.hub_model_id or Path(self.args.output_dir).resolve().name).split("/")[-1]
-        self.create_model_card(model_name=name)
+        self.create_model_card(model_name=self._model_name)
         super(PPOTrainer, self)._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             value = {n: p.detach().contiguous() for n, p in self.model.value.named_parameters() if p.requires_grad}
             save_file(value, folder / "value.safetensors")
             (folder / "trustkl_state.json").write_text(json.dumps(self._controller_states(), indent=2))
+
+    @property
+    def _model_name(self) -> str:
+        return (self.args.hub_model_id or Path(self.args.output_dir).resolve().name).split("/")[-1]
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """TRL's card in output_dir, with a section on how far the run may have moved the model."""
+        super().create_model_card(model_name, dataset_name, tags)
+        self._describe(Path(self.args.output_dir))
+
+    def _create_final_card(self) -> None:
+        """The card at the end of a run that saved none; a README that is no card of a run of ours stays as it is."""
+        readme = Path(self.args.output_dir) / card.README
+        if not readme.exists():
+            self.create_model_card(model_name=self._model_name)
+        elif card.START in readme.read_text(encoding="utf-8", errors="replace"):
+            self._describe(readme.parent)
+
+    def _describe(self, folder: Path) -> None:
+        """Put the section into the folder's README: PEFT's, TRL's, or where the weights have none a copy of TRL's."""
+        if not self.is_world_process_zero():
+            return
+        written = Path(self.args.output_dir) / card.README
+        readme = folder / card.README
+        source = readme if readme.exists() else written
+        if source.exists():
+            report = next((cb.rendered for cb in self.callback_handler.callbacks if is_report(cb)), None)
+            link = None if report is None else os.path.relpath(report, folder)
+            text = source.read_text(encoding="utf-8", errors="replace")
+            readme.write_text(
+                card.with_section(text, card.section(self._recorded(), self.args, link)), encoding="utf-8"
+            )
+
+    def _recorded(self) -> list[BoundRecord]:
+        """The records of this run so far, as its folder has them; none where nothing writes them."""
+        if self.state.global_step == 0 or not any(map(is_report, self.callback_handler.callbacks)):
+            return []
+        try:
+            found = read_run(self.args.output_dir).records
+        except DataError:
+            return []
+        return [record for record in found if record.update <= self.state.global_step]
 
     def _controller_states(self) -> dict[str, dict[str, float] | None]:
         states = {"kl_controller": self.kl_state, "trust_controller": self.trust_state, "lr_controller": self.lr_state}

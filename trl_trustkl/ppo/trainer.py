@@ -31,7 +31,7 @@ from ..advantages import (
     place_scores,
     value_positions,
 )
-from ..callbacks import BoundReportCallback
+from ..callbacks.report import with_report
 from ..divergences import k3
 from ..errors import ConfigError, ModelError, NotAvailableYetError
 from ..masking import masked_mean, masked_moments, masked_sum, whiten, whitening_factor
@@ -78,7 +78,7 @@ class TrustKLPPOTrainer(Evaluation, Plumbing, PPOTrainer):
         data_collator: TRL's; makes `input_ids` (and `attention_mask`) of dataset rows.
         eval_dataset: for `evaluate()`, or a dict of them.
         optimizers: optimizer and scheduler, in place of those that `args` describe.
-        callbacks: further callbacks; `BoundReportCallback` is there already.
+        callbacks: further callbacks; a `BoundReportCallback` among them takes the place of the trainer's own.
         peft_config: the policy's adapter.
         reward_funcs: a callable `f(prompts, completions, **columns) -> list[float | None]` (async too), a reward model, the
             name of one, or a list of them, weighted by `args.reward_weights`.
@@ -147,7 +147,7 @@ class TrustKLPPOTrainer(Evaluation, Plumbing, PPOTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[BoundReportCallback(), *(callbacks or [])],
+            callbacks=with_report(callbacks),
             optimizers=optimizers,
         )
         self._setup(data_collator)

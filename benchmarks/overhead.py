@@ -1,0 +1,181 @@
+"""What measuring and recording cost: the share of an update's time on the demo's task, timed part by part in one run.
+
+Instrumented, not a difference of whole runs. Each part is a share of one update, from the start of its rollout to the end
+of its callbacks; rendering is taken out of that time and reported on its own.
+
+    measure   the batch's pass through the new policy and enforcement: `seconds.measure` of the record
+    exact     the exact KL to the reference, and the entropy, while scoring: the pass as it is, against the same pass on the
+              same micro-batches without them (log-probabilities only), timed in alternation outside the update's time
+    record    building the record
+    callback  BoundReportCallback: two files, the table
+    render    the report, each time it is rendered; in no sum
+
+The total is measure + exact + record + callback. Settings alternate, run by run, so that a slow minute hits all of them.
+
+    python benchmarks/overhead.py            # writes benchmarks/data/overhead.csv and .md; some 15 minutes on two cores
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DATA = Path(__file__).parent / "data"
+PARTS = ("measure", "exact", "record", "callback")
+COLUMNS = ("epochs", "measure_fraction", "run", "update", "seconds", *PARTS, "total", "render")
+
+
+class Clock:
+    """Seconds spent in wrapped methods since they were last taken."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def wrap(self, owner: Any, method: str, name: str) -> None:
+        inner = getattr(owner, method)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self.seconds[name] += time.perf_counter() - started
+
+        setattr(owner, method, timed)
+
+    def take(self, name: str) -> float:
+        return self.seconds.pop(name, 0.0)
+
+
+def run(epochs: int, fraction: float, number: int, updates: int) -> list[dict[str, float]]:
+    """The rows of one run; its first update warms up and is left out."""
+    from trl_trustkl import BoundReportCallback, load_records
+    from trl_trustkl.cli.task import sentiment_trainer
+
+    clock = Clock()
+    parts: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        callback = BoundReportCallback(report=True, table=True)
+        trainer = sentiment_trainer(
+            folder, callbacks=[callback], max_steps=updates + 1, num_ppo_epochs=epochs, measure_fraction=fraction
+        )
+        clock.wrap(trainer, "record", "record")
+        clock.wrap(callback, "on_record", "callback")
+        clock.wrap(callback, "render", "render")
+        clock.wrap(trainer, "_end_update", "end")
+        end_update = trainer._end_update
+
+        def collect(batch: Any, *rest: Any) -> None:
+            end_update(batch, *rest)
+            parts.append({name: clock.take(name) for name in ("record", "callback", "end")})
+            parts[-1]["exact"] = exact_seconds(trainer, batch)
+
+        trainer._end_update = collect
+        trainer.train()
+        records = load_records(folder)
+    rows = []
+    for record, seconds in list(zip(records, parts, strict=True))[1:]:
+        seconds["measure"] = record["seconds"]["measure"]
+        whole = record["seconds"]["total"] + seconds["record"] + seconds["end"]
+        shares = {name: seconds[name] / whole for name in PARTS}
+        rows.append(
+            {
+                "epochs": epochs,
+                "measure_fraction": fraction,
+                "run": number,
+                "update": record["update"],
+                "seconds": whole,
+            }
+            | shares
+            | {"total": sum(shares.values()), "render": clock.seconds["render"]}
+        )
+    return rows
+
+
+def exact_seconds(trainer: Any, batch: Any, repeats: int = 2) -> float:
+    """What the exact KL to the reference and the entropy add to scoring this batch; after the update, and outside its time."""
+    from trl_trustkl.logprobs import token_statistics
+
+    with_them, without = [], []
+    for _ in range(repeats):
+        for seconds, exact in ((with_them, True), (without, False)):
+            elapsed = 0.0
+            for micro in batch.scored.micro_batches:
+                peer = trainer.reference.peer(micro)
+                started = time.perf_counter()
+                if exact:
+                    trainer._forward_only(micro, entropy=True, ref=peer)
+                else:
+                    trainer._forward_only(micro)
+                    targets = micro.response_ids[micro.response_mask]
+                    with torch.no_grad(), trainer.accelerator.autocast():
+                        token_statistics(
+                            peer.hidden, targets, peer.head,
+                            vocab_size=trainer.model.halves.vocab_size, temperature=trainer.args.temperature,
+                        )  # fmt: skip
+                elapsed += time.perf_counter() - started
+            seconds.append(elapsed)
+    return max(0.0, min(with_them) - min(without))
+
+
+def medians(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """One row for each setting: the median over its updates, part by part."""
+    found: dict[tuple[float, float], list[dict[str, float]]] = defaultdict(list)
+    for row in rows:
+        found[row["epochs"], row["measure_fraction"]].append(row)
+    return [
+        {name: statistics.median(row[name] for row in group) for name in COLUMNS if name not in ("run", "update")}
+        | {"updates": len(group)}
+        for _, group in sorted(found.items())
+    ]
+
+
+def table(rows: list[dict[str, float]]) -> str:
+    """Markdown: shares of update time, the median over updates."""
+    head = ["epochs", "measure_fraction", "seconds an update", *PARTS, "total", "updates", "render (s)"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in medians(rows):
+        shares = [f"{row[name]:.2%}" for name in (*PARTS, "total")]
+        cells = [f"{row['epochs']:g}", f"{row['measure_fraction']:g}", f"{row['seconds']:.2f}", *shares]
+        lines.append("| " + " | ".join([*cells, f"{row['updates']:g}", f"{row['render']:.1f}"]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--fractions", type=float, nargs="+", default=[1.0, 0.25])
+    parser.add_argument("--runs", type=int, default=3, help="of each setting (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=5, help="in each run, after the first (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=DATA, help="folder of the results (default: %(default)s)")
+    options = parser.parse_args()
+    rows = []
+    for number in range(1, options.runs + 1):
+        for epochs, fraction in itertools.product(options.epochs, options.fractions):
+            rows += run(epochs, fraction, number, options.updates)
+    where = (
+        f"{os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    options.output.mkdir(parents=True, exist_ok=True)
+    with open(options.output / "overhead.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows({name: round(value, 6) for name, value in row.items()} for row in rows)
+    text = f"Share of an update's time, median over updates; {where}.\n\n{table(rows)}\n"
+    (options.output / "overhead.md").write_text(text, encoding="utf-8")
+    print(f"\n{text}\nwritten to {options.output}/overhead.csv and .md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""BoundReportCallback: every update kept, the report rendered when asked, and never at the cost of the run."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import TrainerCallback
+
+from tests import tiny
+from tests.test_cli import record
+from trl_trustkl import BoundReportCallback, load_records
+from trl_trustkl.callbacks import report as module
+from trl_trustkl.callbacks import table
+from trl_trustkl.callbacks.report import with_report
+from trl_trustkl.errors import ConfigError
+
+
+class Terminal:
+    """A standard output that says it is a terminal."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+    def flush(self) -> None: ...
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+@pytest.fixture
+def renders(monkeypatch) -> list[int]:
+    """How many records each rendered report held."""
+    seen: list[int] = []
+
+    def render(folder: Path) -> Path:
+        seen.append(len(load_records(folder)))
+        return folder / "report.html"
+
+    monkeypatch.setattr(module, "render_report", render)
+    return seen
+
+
+@pytest.fixture
+def said(monkeypatch) -> list[tuple[str, str]]:
+    """What the callback logged, with its level."""
+    lines: list[tuple[str, str]] = []
+    for level in ("info", "warning"):
+        monkeypatch.setattr(module.logger, level, lambda text, level=level: lines.append((level, text)))
+    return lines
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_its_report_and_figures(tmp_path):
+    tiny.trainer(tmp_path, changes={"max_steps": 2}, callbacks=[BoundReportCallback()]).train()
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    assert list((tmp_path / "figures").glob("*.svg"))
+
+
+def test_the_report_is_rendered_every_so_many_updates_and_at_the_end(tmp_path, renders):
+    tiny.trainer(tmp_path, changes={"max_steps": 5}, callbacks=[BoundReportCallback(report_every=2)]).train()
+    assert renders == [2, 4, 5]
+
+
+def test_a_run_that_is_stopped_early_has_its_report_too(tmp_path, renders):
+    tiny.trainer(tmp_path, callbacks=[Stop(), BoundReportCallback()]).train()
+    assert renders == [1]
+
+
+def test_no_report_when_it_is_switched_off(tmp_path, renders):
+    tiny.trainer(tmp_path, changes={"max_steps": 1}, callbacks=[BoundReportCallback(report=False)]).train()
+    assert renders == [] and len(load_records(tmp_path)) == 1
+
+
+def test_the_time_to_render_is_in_no_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "render_report", lambda folder: time.sleep(1))
+    trainer = tiny.trainer(tmp_path, changes={"max_steps": 2}, callbacks=[BoundReportCallback(report_every=1)])
+    trainer.train()
+    for row in load_records(tmp_path):
+        phases = sum(seconds for name, seconds in row["seconds"].items() if name != "total")
+        assert row["seconds"]["total"] - phases < 0.9
+
+
+def test_a_failure_to_render_costs_one_warning_and_no_update(tmp_path, monkeypatch, said):
+    def fail(folder):
+        raise OSError("disk \x1b[31mfull")
+
+    monkeypatch.setattr(module, "render_report", fail)
+    tiny.trainer(tmp_path, callbacks=[BoundReportCallback(report_every=1)]).train()
+    assert len(load_records(tmp_path)) == 3
+    (warning,) = [text for level, text in said if level == "warning"]
+    assert "OSError: disk \\x1b[31mfull" in warning and f"trustkl report {tmp_path}" in warning
+
+
+@pytest.mark.parametrize(
+    ("options", "level"), [({}, "info"), ({"report": True}, "warning"), ({"report_every": 1}, "warning")]
+)
+def test_a_missing_package_is_a_warning_only_where_a_report_was_asked_for(tmp_path, monkeypatch, said, options, level):
+    importing = builtins.__import__
+
+    def without_jinja(name, *rest, **more):
+        if name.split(".")[0] == "jinja2":
+            raise ModuleNotFoundError("No module named 'jinja2'", name="jinja2")
+        return importing(name, *rest, **more)
+
+    for name in [name for name in sys.modules if name.startswith("jinja2") or name == "trl_trustkl.report.html"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("trl_trustkl.report.html", raising=False)
+    monkeypatch.setattr(builtins, "__import__", without_jinja)
+    tiny.trainer(tmp_path, changes={"max_steps": 1}, callbacks=[BoundReportCallback(**options)]).train()
+    assert said[0][0] == level and "pip install 'trl-trustkl[report]'" in said[0][1]
+    assert [each for each, _ in said].count("warning") == (level == "warning")
+    assert len(load_records(tmp_path)) == 1
+
+
+def test_only_the_first_process_writes(tmp_path, renders, capsys):
+    trainer = tiny.trainer(tmp_path)
+    callback = BoundReportCallback(report_every=1, table=True)
+    trainer.state.is_world_process_zero = False
+    for event in (callback.on_train_begin, callback.on_step_end, callback.on_train_end):
+        event(trainer.args, trainer.state, trainer.control)
+    assert renders == [] and capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+
+
+# -- one callback, not two ---------------------------------------------------------------------------------------------
+
+
+def reports_of(trainer) -> list[BoundReportCallback]:
+    return [each for each in trainer.callback_handler.callbacks if isinstance(each, BoundReportCallback)]
+
+
+def test_ones_own_callback_takes_the_place_of_the_trainers(tmp_path, renders):
+    class Mine(BoundReportCallback):
+        pass
+
+    mine, other = Mine(report=False), Stop()
+    trainer = tiny.trainer(tmp_path, callbacks=[other, mine])
+    assert reports_of(trainer) == [mine] and other in trainer.callback_handler.callbacks
+    assert len(reports_of(tiny.trainer(tmp_path, callbacks=[BoundReportCallback]))) == 1
+    assert with_report([other])[1:] == [other] and type(with_report(None)[0]) is BoundReportCallback
+    added = BoundReportCallback(report=False)
+    trainer.add_callback(added)
+    assert reports_of(trainer) == [added]
+    trainer.train()
+    assert [row["update"] for row in load_records(tmp_path)] == [1]
+
+
+def test_two_of_them_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="`callbacks` got 2 BoundReportCallback"):
+        tiny.trainer(tmp_path, callbacks=[BoundReportCallback(), BoundReportCallback(report=False)])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"report_every": 0}, "`report_every` got 0; it must be a whole number of updates >= 1, or None"),
+        ({"report_every": True}, "`report_every` got True"),
+        ({"report_every": 2.5}, "`report_every` got 2.5"),
+        ({"report": "yes"}, "`report` got 'yes'; it must be True, False or None"),
+        ({"table": 1}, "`table` got 1"),
+        ({"report": False, "report_every": 3}, "`report_every` got 3 with report=False"),
+    ],
+)
+def test_bad_options_are_refused(options, said):
+    with pytest.raises(ConfigError) as error:
+        BoundReportCallback(**options)
+    assert said in str(error.value)
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "terminal", "disable_tqdm", "printed"),
+    [
+        (None, True, True, True),
+        (None, True, False, False),
+        (None, False, True, False),
+        (True, False, False, True),
+        (True, True, True, True),
+        (False, True, True, False),
+    ],
+)
+def test_when_the_table_is_printed(tmp_path, monkeypatch, option, terminal, disable_tqdm, printed):
+    out = Terminal()
+    monkeypatch.setattr(out, "isatty", lambda: terminal)
+    trainer = tiny.trainer(tmp_path, changes={"disable_tqdm": disable_tqdm})
+    callback = BoundReportCallback(table=option)
+    with monkeypatch.context() as context:
+        context.setattr(sys, "stdout", out)
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+        callback.on_record(trainer.args, trainer.state, trainer.control, record=record(), completions=[])
+    assert (table.HEADER.strip() in out.text) == (" clip" in out.text.splitlines()[-1] if printed else False) == printed
+
+
+def test_the_table_has_a_plain_line_for_each_record_where_there_is_no_terminal(tmp_path, capsys):
+    tiny.trainer(tmp_path, callbacks=[BoundReportCallback(report=False, table=True)]).train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("{")]
+    assert lines[0] == table.HEADER
+    assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3"]
+    rows = load_records(tmp_path)
+    assert [line.split()[1] for line in lines[1:]] == [f"{row['score']:+.3f}" for row in rows]
+    assert [float(line.split()[2]) for line in lines[1:]] == [round(row["anchor"]["kl_exact"], 2) for row in rows]
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_no_text_of_a_record_acts_on_the_terminal(monkeypatch, rich):
+    hostile = "\x1b]0;title\x07[red]\x1b[2J\n\r\u202eabc"
+    out = Terminal()
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    with monkeypatch.context() as context:
+        context.setattr(sys, "stdout", out)
+        show = table.printer(progress_bar=False)
+        show(table.line(record(binding=hostile[4:])), None)
+        show(table.line(record(refused=hostile)), "yellow")
+    assert (show is not table._plain) == rich
+    assert out.text.replace("\n", "").isprintable() and out.text.count("\n") == 2
+    assert "title\\x07[r" in out.text and "refused: \\x" in out.text
+
+
+def test_lines_go_plainly_above_a_progress_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert table.printer(progress_bar=True) is table._plain

@@ -1,0 +1,68 @@
+"""The table of updates in a terminal: one line for each record, within 80 columns."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+from tqdm import tqdm
+
+from ..report.text import visible
+from ..types import BoundRecord
+
+WIDTH = 80
+HEADER = "   #  score    KL target   coef  anchor  clip  KL/token max ratio  bound by"
+
+Show = Callable[[str, str | None], None]
+"""Shows a line, in a style where the output has styles."""
+
+
+def line(record: BoundRecord) -> str:
+    """score · exact KL to the reference and its target (nats per response) · coefficient · anchor's share · gated share ·
+    KL(π_old‖π) after the update (nats per token) · largest ratio · what bound, or why the update was refused.
+
+    One line of printable characters, whatever the record's texts hold.
+    """
+    anchor, trust = record.anchor, record.trust
+    score = "   –  " if record.score is None else f"{record.score:+.3f}"
+    target = "–" if anchor.target is None else _fit(anchor.target, 5, 1)
+    share = "–" if anchor.share is None else f"{anchor.share:.0%}"
+    text = (
+        f"{record.update:4}  {score} {_fit(anchor.kl_exact, 5, 2)}  {target:>5} {_fit(anchor.coef, 6, 3)}  {share:>6} "
+        f"{trust.gated:5.0%}  {_fit(trust.kl, 8, 4)} {_fit(trust.max_ratio, 9, 1)}  "
+    )
+    text += one_line(record.binding if record.refused is None else f"refused: {record.refused}")
+    return text if len(text) <= WIDTH else text[: WIDTH - 1] + "…"
+
+
+def one_line(text: str) -> str:
+    """Text of unknown origin on one line, with nothing in it that a terminal would obey."""
+    return " ".join(visible(text).split())
+
+
+def _fit(value: float, width: int, places: int) -> str:
+    """The number in `width` columns, with fewer places where it is large."""
+    forms = (f"{value:{width}.{places}f}", f"{value:{width}.0f}", f"{value:{width}.0e}")
+    return next((form for form in forms if len(form) <= width), forms[-1])
+
+
+def printer(progress_bar: bool) -> Show:
+    """How lines reach the output: with rich in a terminal; plain elsewhere, without rich, and above a tqdm progress bar."""
+    if not progress_bar and sys.stdout.isatty():
+        with suppress(ImportError):
+            return _rich()
+    return _plain
+
+
+def _rich() -> Show:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    # Text, as a str is read for markup.
+    return lambda text, style: console.print(Text(text, style=style or ""), soft_wrap=True)
+
+
+def _plain(text: str, style: str | None) -> None:
+    tqdm.write(text)

@@ -1,0 +1,124 @@
+"""The section of a model card that says how far a run may have moved its model, from records and configuration.
+
+Markdown by hand, so that a model can be saved without the packages of a report. Every text passes through `escaped`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..types import BoundRecord
+from .schema import Run
+from .summary import guaranteed, largest_update
+from .text import number, shortened, visible
+
+README = "README.md"
+TITLE = "How far it may have moved"
+START, END = "<!-- trustkl: section begins -->", "<!-- trustkl: section ends -->"
+
+_SECTION = re.compile(f"\n*{re.escape(START)}.*?{re.escape(END)}\n*", re.DOTALL)
+_ACTIVE = re.compile(r"([\\`*_{}\[\]()<>#|~&!$])")
+_FOLLOWING = re.compile(r"^#+ Citations?$", re.MULTILINE)
+
+
+def with_section(card: str, section: str) -> str:
+    """The card with the section in place of an earlier one, otherwise before its citations or at its end."""
+    block = f"\n\n{START}\n{section.strip()}\n{END}\n\n"
+    card, replaced = _SECTION.subn(lambda _: block, card, count=1)
+    if not replaced:
+        following = _FOLLOWING.search(card)
+        place = following.start() if following else len(card)
+        card = f"{card[:place].rstrip()}{block}{card[place:].lstrip()}"
+    return card.rstrip() + "\n"
+
+
+def section(records: Sequence[BoundRecord], args: Any, report: str | None = None) -> str:
+    """Markdown. records: of the run so far; args: a TrustKLPPOConfig; report: a relative link, None where there is none."""
+    lines = [f"## {TITLE}", "", "| mechanism | settings |", "|---|---|"]
+    lines += [f"| {escaped(name)} | {escaped(said)} |" for name, said in mechanisms(args)]
+    lines += ["", *(f"- {text}" for text in outcome(records))]
+    if report is not None:
+        lines += ["", f"What bounded each update: [{escaped(Path(report).name)}](<{_target(report)}>)."]
+    return "\n".join(lines) + "\n"
+
+
+def mechanisms(args: Any) -> list[tuple[str, str]]:
+    """Each mechanism that could hold the policy, with its settings, "off" for one that was not used."""
+    return [
+        ("anchor: KL(π‖π_ref)", _anchor(args)),
+        ("clip", _clip(args)),
+        ("penalty on KL(π_old‖π)", _penalty(args)),
+        ("early stop", _limit(args, "trust_stop")),
+        ("hard limit, by backtracking", _limit(args, "trust_max_kl")),
+        ("learning rate by KL", _limit(args, "trust_lr_target")),
+        ("gradient norm", _setting(args, "max_grad_norm") if args.max_grad_norm else "off"),
+    ]
+
+
+def outcome(records: Sequence[BoundRecord]) -> list[str]:
+    """Where the run ended, its largest update, and what is guaranteed; Markdown."""
+    if not records:
+        return ["There are no records of the run: how far it moved was not kept."]
+    last = records[-1].anchor
+    run = Run("", Path(), list(records), [], [])
+    return [
+        f"**KL to the reference** in the last of {len(records):,} update{'s' if len(records) > 1 else ''}: "
+        f"{number(last.kl_exact)} ± {number(last.kl_stderr, 2)} nats per response (exact, over the whole vocabulary, before "
+        "that update's step; mean and standard error over its responses).",
+        f"**Largest update.** {escaped(largest_update(run))}",
+        f"**Guaranteed.** {escaped(guaranteed(run))}",
+    ]
+
+
+def escaped(text: str) -> str:
+    """Text of unknown origin as Markdown that shows it, on one line: no markup, no HTML, no column of a table."""
+    return _ACTIVE.sub(r"\\\1", " ".join(visible(text).split()))
+
+
+def _anchor(args: Any) -> str:
+    if not args.anchored:
+        return "off"
+    parts = [_setting(args, name) for name in ("kl_estimator", "kl_placement", "kl_coef")]
+    if args.kl_controller != "fixed":
+        parts.append(_controller(args, "kl"))
+    target = f"kl_target={number(args.kl_target)} nats per response" if args.kl_target is not None else ""
+    return ", ".join(filter(None, [*parts, target]))
+
+
+def _clip(args: Any) -> str:
+    if args.clip_rule == "none":
+        return "off"
+    return f"{_setting(args, 'clip_rule')}, range [{number(1 - args.low)}, {number(1 + args.high)}]"
+
+
+def _penalty(args: Any) -> str:
+    if args.trust_coef == 0 and args.trust_controller == "fixed":
+        return "off"
+    parts = [_setting(args, "trust_estimator"), _setting(args, "trust_coef")]
+    if args.trust_controller != "fixed":
+        parts.append(_controller(args, "trust"))
+    target = f"trust_target={number(args.trust_target)} nats per token" if args.trust_target is not None else ""
+    return ", ".join(filter(None, [*parts, target]))
+
+
+def _controller(args: Any, prefix: str) -> str:
+    kwargs = getattr(args, f"{prefix}_controller_kwargs") or {}
+    options = ", ".join(f"{name}={value}" for name, value in kwargs.items())
+    return _setting(args, f"{prefix}_controller") + (f" ({shortened(options, 200)})" if options else "")
+
+
+def _limit(args: Any, name: str) -> str:
+    return "off" if getattr(args, name) is None else f"{_setting(args, name)} nats per token"
+
+
+def _setting(args: Any, name: str) -> str:
+    value = getattr(args, name)
+    return f"{name}={number(value) if isinstance(value, (int, float)) else shortened(str(value), 40)}"
+
+
+def _target(link: str) -> str:
+    """A relative link inside <>, whose own characters cannot end it."""
+    return visible(link).replace("\\", "/").replace("<", "%3C").replace(">", "%3E").replace("\n", "%0A")
