@@ -44,6 +44,7 @@ class Gap(NamedTuple):
         return "" if self.sds is None or not math.isfinite(self.sds) else f", {self.sds:.1f} standard deviations"
 
 
+@np.errstate(all="ignore")  # numbers near the largest float are compared as well as they can be
 def conclude(results: Sequence[Result], *, last: int) -> str:
     """The paragraph."""
     found = corners(results)
@@ -79,9 +80,9 @@ def basis(results: Sequence[Result], last: int) -> str:
 def gap(first: Result, second: Result, metric: str) -> Gap | None:
     """From `first` to `second`; None where one of them lacks the metric."""
     a, b = (_known(result, metric) for result in (first, second))
-    if not a.size or not b.size:
+    difference = mean(b) - mean(a)
+    if not math.isfinite(difference):
         return None
-    difference = float(b.mean() - a.mean())
     if min(a.size, b.size) < 2:
         ends = [mean(result.values(metric)) for result in (first, second)]
         told = abs(ends[1] - ends[0]) > TENTH * max(map(abs, ends))

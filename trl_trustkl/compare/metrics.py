@@ -83,6 +83,7 @@ def last_updates(updates: int) -> int:
     return max(1, updates // 4)
 
 
+@np.errstate(all="ignore")  # of numbers near the largest float, what comes out is not finite, and shown as missing
 def of_run(run: Run, *, last: int, limit: float = LIMIT) -> dict[str, float]:
     """Every metric of METRICS; NaN for one that the records do not give."""
     records = run.records

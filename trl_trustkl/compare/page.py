@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from ..report import FIGURES_FOLDER
 from ..report.figures import Drawn, write
 from ..report.html import environment
@@ -42,6 +44,7 @@ class Side(NamedTuple):
     samples: list[Sample]
 
 
+@np.errstate(all="ignore")
 def save(report: Report, folder: Path) -> None:
     """Write everything; each file is whole or as it was."""
     drawn = figures.draw(report.results)

@@ -85,7 +85,7 @@ def as_csv(results: Sequence[Result]) -> str:
     for result in results:
         for seed, row in result.rows.items():
             numbers = [row[metric] if row[metric] == row[metric] else "" for metric in METRICS]
-            writer.writerow([result.name, seed, *numbers])
+            writer.writerow([visible(result.name), seed, *numbers])
     return text.getvalue()
 
 
