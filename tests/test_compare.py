@@ -462,7 +462,7 @@ CASES: list[tuple[str, list[Result], list[str], list[str]]] = [
     # what the case is, the results, what is said, what is not said
     ("nothing differs", four(),
      ["By score, no two settings are told apart (0.50 to 0.50)",
-      "Without the anchor the KL to the reference was not told apart, with the clip (8 against 8 nats/response)",
+      "Taking the anchor away did not clearly change KL to the reference, reference log-likelihood and score.",
       "No ratio was above the clip's range; the clip does not guarantee it."],
      ["higher", "lower", "So the anchor", "highest", "did not hold"]),
     ("the anchor matters", four(**NO_ANCHOR),
@@ -476,10 +476,10 @@ CASES: list[tuple[str, list[Result], list[str], list[str]]] = [
      ["Without the clip the largest ratio was higher"]),
     ("the anchor matters with the clip only", four(clip={"kl": 36.0}),
      ["KL to the reference was higher with the clip (36 against 8 nats/response, ",
-      "and not told apart without it (8 against 8 nats/response)."], ["So the anchor", "lower"]),
+      "and not clearly different without it (8 against 8 nats/response)."], ["So the anchor", "lower"]),
     ("opposite effects", four(clip={"score": 0.9}, neither={"score": 0.1}),
      ["Without the anchor the score was higher with the clip (0.90 against 0.50, ", "and lower without it (0.10 against 0.50, ",
-      "Without the clip the score was not told apart with the anchor (0.50 against 0.50), and lower without it"],
+      "Without the clip the score was not clearly different with the anchor (0.50 against 0.50), and lower without it"],
      ["So the anchor"]),
     ("a difference within the spread", four(noise=40.0, **NO_CLIP | {"clip": {"kl": 9.0}}),
      ["By score, no two settings are told apart"], ["higher with the clip", "So the anchor"]),
@@ -493,11 +493,13 @@ CASES: list[tuple[str, list[Result], list[str], list[str]]] = [
      ["By KL to the reference, the two are told apart: it was highest with neither (50) and lowest with anchor (8), "],
      ["clip's range", "did not hold", "Without the"]),
     ("one seed", four(1, **NO_ANCHOR),
-     ["of one seed: there is no spread",
+     ["of one seed: without a spread",
       "Without the anchor the KL to the reference was higher, with the clip (35.6 against 7.92"],
      ["standard deviation", "So the anchor"]),
     ("one seed, less than a tenth", four(1, clip={"kl": 8.5}, neither={"kl": 8.5}),
-     ["KL to the reference was not told apart, with the clip (8.41 against 7.92"], ["higher"]),
+     ["Taking the anchor away did not clearly change KL to the reference,",
+      "no two settings are a tenth or more apart (7.92 to"],
+     ["higher"]),
     ("not corners", [synthetic("x"), synthetic("y", score=0.9), synthetic("z", score=0.7)],
      ["By score, 3 of 3 pairs of settings are told apart: it was highest with y (0.90) and lowest with x (0.50), "],
      ["Without the"]),
@@ -643,11 +645,11 @@ def test_the_csv_has_a_line_for_each_run_unrounded(tmp_path: Path) -> None:
 
 def test_the_markdown_has_means_spreads_and_meanings(tmp_path: Path) -> None:
     results = ordinary(tmp_path)
-    text = tables.as_markdown(results, "Words.", "1 update", 0.02)
+    text = tables.as_markdown(results, "Words.", "last update", 0.02)
     (row,) = [line for line in text.splitlines() if line.startswith("| b |")]
     assert row.startswith("| b | 2 | 0.61 ± 0.01 | 0.61 ± 0.01 | 6 ± 0 |") and row.endswith("| c |")
     assert "exceeded 0.02 nats/token" in text and "sample standard deviation" in text
-    one = tables.as_markdown(ordinary(tmp_path / "one", [1]), "Words.", "1 update", 0.02)
+    one = tables.as_markdown(ordinary(tmp_path / "one", [1]), "Words.", "last update", 0.02)
     assert "| a | 1 | 0.21 ± – |" in one
 
 

@@ -32,8 +32,8 @@ PARSER: dict[str, Any] = {
 }
 WIDTH = 80
 UNITS = (
-    "Mean ± sample standard deviation over the seeds. KL to the reference in nats per response; largest KL of one update, "
-    "limit ({limit}) and the reference's log-likelihood in nats per token."
+    "Mean ± sample standard deviation over the seeds (one seed has none). KL to the reference in nats per "
+    "response; largest KL of one update, limit ({limit}) and the reference's log-likelihood in nats per token."
 )
 
 
@@ -70,6 +70,7 @@ def run(options: argparse.Namespace, start: Start | None = None) -> int:
             f"A comparison needs the package {error.name}, which is not installed. Fix: pip install 'trl-trustkl[demo]'."
         ) from error
     from ..compare.runner import jobs, start_process, unfinished
+    from ..report.text import count
 
     comparison, name = prepare(options)
     folder = Path(options.output_dir)
@@ -79,7 +80,8 @@ def run(options: argparse.Namespace, start: Start | None = None) -> int:
     done = len(planned) - len(left)
     _say(
         console,
-        f"{len(comparison.settings)} settings × {len(comparison.seeds)} seeds, {comparison.updates} updates each, in "
+        f"{count(len(comparison.settings), 'setting')} × {count(len(comparison.seeds), 'seed')}, "
+        f"{count(comparison.updates, 'update')} each, in "
         f"{folder}{f'; {done} of {len(planned)} runs are finished' if done else ''}",
     )
     try:
@@ -242,13 +244,14 @@ def summary_table(report: Report) -> Any:
     from ..compare.tables import cell
     from ..report.text import visible
 
+    spread = any(len(result.rows) > 1 for result in report.results)
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", width=None)
     shown.add_column("\nsetting", max_width=16, overflow="fold")
     for title in COLUMNS.values():
         shown.add_column(title if "\n" in title else f"\n{title}", justify="right", overflow="fold")
     for result in report.results:
         cells = (cell(result, metric) for metric in COLUMNS)
-        shown.add_row(Text(visible(result.name)), *(f"{mean}\n± {spread}" for mean, spread in cells))
+        shown.add_row(Text(visible(result.name)), *(f"{mean}\n± {sd}" if spread else mean for mean, sd in cells))
     return shown
 
 

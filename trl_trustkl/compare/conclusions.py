@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..report.series import Column, mean
-from ..report.text import count, number
-from .metrics import METRICS, Result, shown
+from ..report.text import number
+from .metrics import METRICS, Result, latest, shown
 
 APART = 2.0  # pooled standard deviations
 TENTH = 0.1  # of the larger number, with one seed
 LOGARITHMIC = ("update_kl", "ratio")
+WORDS = {1: "higher", -1: "lower", 0: "not clearly different"}
 CLIP_FIELDS = ("clip_rule", "clip_kwargs", "cliprange", "cliprange_high")
 
 
@@ -52,9 +53,7 @@ def conclude(results: Sequence[Result], *, last: int) -> str:
     if len(results) > 1:
         sentences += [told_apart(results, metric) for metric in ("score", "kl", "update_kl")]
     if found is not None:
-        sentences += [without_anchor(found, metric) for metric in ("kl", "ref_logp", "score")]
-        sentences += [without_clip(found, metric) for metric in ("update_kl", "ratio", "score")]
-        sentences.append(division_of_labour(found))
+        sentences += [*without_anchor(found), *without_clip(found), division_of_labour(found)]
     sentences.append(clip_and_ratio(results))
     return " ".join(sentence for sentence in sentences if sentence)
 
@@ -62,12 +61,12 @@ def conclude(results: Sequence[Result], *, last: int) -> str:
 def basis(results: Sequence[Result], last: int) -> str:
     """What the numbers are means of, and when two settings are told apart."""
     seeds = [len(result.rows) for result in results]
-    over = f"Score, KL to the reference and likelihood are means over the last {count(last, 'update')}"
+    over = f"Score, KL to the reference and likelihood are means over the {latest(last)}"
     if min(seeds) < 2:
         few = "one seed" if max(seeds) == 1 else "one seed for some settings"
         return (
-            f"{over}, of {few}: there is no spread to hold a difference against, so this is what the runs showed, not "
-            "what others will; what differs by less than a tenth counts as equal."
+            f"{over}, of {few}: without a spread to hold a difference against, this is what these runs showed, not what "
+            "others will, and what differs by less than a tenth is not spoken of as different."
         )
     number_of = f"{min(seeds)} seeds" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)} seeds"
     return (
@@ -110,17 +109,18 @@ def told_apart(results: Sequence[Result], metric: str) -> str:
     if not gaps:
         return ""
     title = METRICS[metric].title
+    apart = "told apart" if all(found.sds is not None for found in gaps.values()) else "a tenth or more apart"
     means = {result.name: mean(result.values(metric)) for result in results if _known(result, metric).size}
     low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
     told = sum(found.sign != 0 for found in gaps.values())
     if not told:
-        return f"By {title}, no two settings are told apart ({_values(metric, means[low], means[high], ' to ')})."
+        return f"By {title}, no two settings are {apart} ({_values(metric, means[low], means[high], ' to ')})."
     widest = gaps.get((low, high)) or gaps[high, low]
-    all_pairs = f"{told} of {len(gaps)} pairs of settings are told apart" if len(gaps) > 1 else "the two are told apart"
+    pairs = f"{told} of {len(gaps)} pairs of settings are {apart}" if len(gaps) > 1 else f"the two are {apart}"
     if not widest.sign:
-        return f"By {title}, {all_pairs}."
+        return f"By {title}, {pairs}."
     return (
-        f"By {title}, {all_pairs}: it was highest with {high} ({shown(metric, means[high])}) and lowest with {low} "
+        f"By {title}, {pairs}: it was highest with {high} ({shown(metric, means[high])}) and lowest with {low} "
         f"({shown(metric, means[low])}){widest}."
     )
 
@@ -153,31 +153,50 @@ def _alike(results: Sequence[Result], concerns: Any) -> bool:
     return all(part(result.config) == part(results[0].config) for result in results)
 
 
-def without_anchor(of: Corners, metric: str) -> str:
-    return _without("the anchor", metric, (of.both, of.clip), (of.anchor, of.neither), "the clip")
+def without_anchor(of: Corners) -> list[str]:
+    """What changed where the anchor was taken away, with the clip and without it."""
+    return _without("the anchor", ("kl", "ref_logp", "score"), (of.both, of.clip), (of.anchor, of.neither), "the clip")
 
 
-def without_clip(of: Corners, metric: str) -> str:
-    return _without("the clip", metric, (of.both, of.anchor), (of.clip, of.neither), "the anchor")
-
-
-def _without(mechanism: str, metric: str, on: tuple[Result, Result], off: tuple[Result, Result], other: str) -> str:
-    """What a metric did without a mechanism; `on` and `off`: (with it, without it), the other mechanism on and off."""
-    with_other, alone = gap(*on, metric), gap(*off, metric)
-    if with_other is None or alone is None:
-        return ""
-    title, words = METRICS[metric].title, {1: "higher", -1: "lower", 0: "not told apart"}
-    first, second = (
-        f"{_against(metric, *pair)}{found if found.sign else ''}" for pair, found in ((on, with_other), (off, alone))
+def without_clip(of: Corners) -> list[str]:
+    """What changed where the clip was taken away, with the anchor and without it."""
+    return _without(
+        "the clip", ("update_kl", "ratio", "score"), (of.both, of.anchor), (of.clip, of.neither), "the anchor"
     )
-    begin = f"Without {mechanism} the {title} was"
-    if with_other.sign == alone.sign:
-        return f"{begin} {words[alone.sign]}, with {other} ({first}) and without it ({second})."
-    return f"{begin} {words[with_other.sign]} with {other} ({first}), and {words[alone.sign]} without it ({second})."
 
 
-def _against(metric: str, with_it: Result, without_it: Result) -> str:
-    return _values(metric, mean(without_it.values(metric)), mean(with_it.values(metric)), " against ")
+def _without(
+    mechanism: str, metrics: Sequence[str], on: tuple[Result, Result], off: tuple[Result, Result], other: str
+) -> list[str]:
+    """A sentence for each metric that changed, and one for those that did not.
+
+    on, off: the settings (with the mechanism, without it), where the other mechanism is on and where it is off.
+    """
+    sentences, same = [], []
+    for metric in metrics:
+        with_other, alone = gap(*on, metric), gap(*off, metric)
+        if with_other is None or alone is None:
+            continue
+        if not with_other.sign and not alone.sign:
+            same.append(METRICS[metric].title)
+            continue
+        begin = f"Without {mechanism} the {METRICS[metric].title} was"
+        first, second = _against(metric, *on, with_other), _against(metric, *off, alone)
+        if with_other.sign == alone.sign:
+            sentences.append(f"{begin} {WORDS[alone.sign]}, with {other} ({first}) and without it ({second}).")
+        else:
+            sentences.append(
+                f"{begin} {WORDS[with_other.sign]} with {other} ({first}), and {WORDS[alone.sign]} without it ({second})."
+            )
+    if same:
+        listed = " and ".join(filter(None, [", ".join(same[:-1]), same[-1]]))
+        sentences.append(f"Taking {mechanism} away did not clearly change {listed}.")
+    return sentences
+
+
+def _against(metric: str, with_it: Result, without_it: Result, found: Gap) -> str:
+    values = _values(metric, mean(without_it.values(metric)), mean(with_it.values(metric)), " against ")
+    return f"{values}{found}" if found.sign else values
 
 
 def _values(metric: str, first: float, second: float, between: str) -> str:

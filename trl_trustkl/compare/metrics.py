@@ -15,8 +15,8 @@ from .settings import LIMIT
 
 
 class Metric(NamedTuple):
-    """title: as a table's head; unit: "" for a pure number; how: how it is computed, with {last} for "5 updates" and
-    {limit} for the limit."""
+    """title: as a table's head; unit: "" for a pure number; how: how it is computed, with {last} for "last 5 updates"
+    and {limit} for the limit."""
 
     title: str
     unit: str
@@ -24,21 +24,21 @@ class Metric(NamedTuple):
 
 
 METRICS: dict[str, Metric] = {
-    "score_first": Metric("score at first", "", "mean over the first {last}"),
-    "score": Metric("score", "", "mean over the last {last}"),
+    "score_first": Metric("score at first", "", "mean over as many updates at the start as the score is over at the end"),
+    "score": Metric("score", "", "mean over the {last}"),
     "kl": Metric(
-        "KL to the reference", "nats/response", "exact KL(π‖π_ref) at rollout, mean over the last {last}"
+        "KL to the reference", "nats/response", "exact KL(π‖π_ref) at rollout, mean over the {last}"
     ),
     "update_kl": Metric("largest update KL", "nats/token", "largest KL(π_old‖π) of one update in the run"),
     "over_limit": Metric("updates over the limit", "", "share of the updates whose KL(π_old‖π) exceeded {limit} nats/token"),
     "ratio": Metric("largest ratio", "", "largest π/π_old at a sampled token in the run"),
     "ref_logp": Metric(
-        "reference log-likelihood", "nats/token", "log π_ref of the completions, mean over the last {last}"
+        "reference log-likelihood", "nats/token", "log π_ref of the completions, mean over the {last}"
     ),
-    "distinct_1": Metric("distinct-1", "", "share of distinct words in the completions of the last {last}"),
+    "distinct_1": Metric("distinct-1", "", "share of distinct words in the completions of the {last}"),
     "distinct_2": Metric(
         "distinct-2", "",
-        "share of distinct pairs of successive words in the completions of the last {last} (Li et al., arXiv 1510.03055)",
+        "share of distinct pairs of successive words in the completions of the {last} (Li et al., arXiv 1510.03055)",
     ),
 }  # fmt: skip
 
@@ -81,6 +81,11 @@ def result(name: str, config: Mapping[str, Any], runs: dict[int, Run], *, last: 
 def last_updates(updates: int) -> int:
     """How many updates "the last" are by default: a quarter of them."""
     return max(1, updates // 4)
+
+
+def latest(last: int) -> str:
+    """ "last update", "last 5 updates"."""
+    return "last update" if last == 1 else f"last {last} updates"
 
 
 @np.errstate(all="ignore")  # of numbers near the largest float, what comes out is not finite, and shown as missing

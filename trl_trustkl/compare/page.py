@@ -19,7 +19,7 @@ from ..report.html import environment
 from ..report.tables import LENGTH, Sample
 from ..report.text import count, number, shortened
 from . import figures, tables
-from .metrics import Result
+from .metrics import Result, latest
 
 PAGE_FILE, CSV_FILE, MARKDOWN_FILE = "comparison.html", "comparison.csv", "comparison.md"
 SHOWN = 3  # completions of a setting
@@ -52,7 +52,7 @@ def save(report: Report, folder: Path) -> None:
     contents = {
         PAGE_FILE: page(report, drawn, folder.resolve().name),
         CSV_FILE: tables.as_csv(report.results),
-        MARKDOWN_FILE: tables.as_markdown(report.results, report.paragraph, count(report.last, "update"), report.limit),
+        MARKDOWN_FILE: tables.as_markdown(report.results, report.paragraph, latest(report.last), report.limit),
     }
     for name, content in contents.items():
         unfinished = folder / f".{name}.unfinished"
@@ -72,7 +72,7 @@ def page(report: Report, drawn: Sequence[Drawn], title: str) -> str:
         sides=[Side(result.name, _samples(result)) for result in report.results],
         task=report.task,
         settings=tables.configurations(report.results),
-        explained=tables.explained(count(report.last, "update"), report.limit),
+        explained=tables.explained(latest(report.last), report.limit),
     )
 
 

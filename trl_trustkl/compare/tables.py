@@ -41,7 +41,7 @@ def _head(metric: str) -> str:
 
 
 def explained(last: str, limit: float) -> dict[str, str]:
-    """What each column means; `last`: such as "5 updates"."""
+    """What each column means; `last`: such as "last 5 updates"."""
     return {
         metric.title: metric.how.format(last=last, limit=number(limit)) + (f"; {metric.unit}" if metric.unit else "")
         for metric in METRICS.values()
@@ -70,8 +70,7 @@ def samples(result: Result, count: int) -> list[Completion]:
 
 def one_line(text: str, limit: int = SAMPLE) -> str:
     """Text of unknown origin on one line, and nothing in it that acts."""
-    line = " ".join(visible(shortened(text, limit)).split())
-    return line
+    return " ".join(visible(shortened(text, limit)).split())
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
