@@ -495,7 +495,7 @@ CASES: list[tuple[str, list[Result], list[str], list[str]]] = [
     ("one seed", four(1, **NO_ANCHOR),
      ["of one seed: without a spread",
       "Without the anchor the KL to the reference was higher, with the clip (35.6 against 7.92"],
-     ["standard deviation", "So the anchor"]),
+     [" SD", "standard deviation", "So the anchor"]),
     ("one seed, less than a tenth", four(1, clip={"kl": 8.5}, neither={"kl": 8.5}),
      ["Taking the anchor away did not clearly change KL to the reference,",
       "no two settings are a tenth or more apart (7.92 to"],
@@ -658,7 +658,7 @@ def test_the_page_says_what_was_compared(tmp_path: Path) -> None:
     page.save(report, tmp_path)
     text = Page((tmp_path / page.PAGE_FILE).read_text("utf-8")).text
     assert "2 settings, 3 updates each, seeds 1, 2." in text and "a, seed 3 failed: no luck" in text
-    assert report.paragraph in text and "0.61 ± 0.01" in text and "kl_coef" in text
+    assert report.paragraph in text and "0.61\n± 0.01" in text and "kl_coef" in text
     assert {file.stem for file in (tmp_path / "figures").glob("*.png")} == {
         f"compare_{name}" for name in figures.PANELS
     }

@@ -42,7 +42,7 @@ class Gap(NamedTuple):
     sds: float | None
 
     def __str__(self) -> str:
-        return "" if self.sds is None or not math.isfinite(self.sds) else f", {self.sds:.1f} standard deviations"
+        return "" if self.sds is None or not math.isfinite(self.sds) else f", {self.sds:.1f} SD"
 
 
 @np.errstate(all="ignore")  # numbers near the largest float are compared as well as they can be
@@ -71,8 +71,8 @@ def basis(results: Sequence[Result], last: int) -> str:
     number_of = f"{min(seeds)} seeds" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)} seeds"
     return (
         f"{over} and over {number_of}. Two settings are told apart where their means differ by more than "
-        f"{APART:g} standard deviations (pooled over the two, of the logarithm for update KL and ratio) and their ranges do "
-        "not overlap."
+        f"{APART:g} standard deviations (SD, pooled over the two; of the logarithm for update KL and ratio) and their ranges "
+        "do not overlap."
     )
 
 

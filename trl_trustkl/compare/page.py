@@ -67,7 +67,7 @@ def page(report: Report, drawn: Sequence[Drawn], title: str) -> str:
         subtitle=subtitle(report),
         notes=report.notes,
         paragraph=report.paragraph,
-        table=tables.table(report.results),
+        table=tables.table(report.results, "\n± "),
         figures=drawn,
         sides=[Side(result.name, _samples(result)) for result in report.results],
         task=report.task,

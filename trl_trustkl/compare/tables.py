@@ -25,11 +25,11 @@ def cell(result: Result, metric: str) -> tuple[str, str]:
     return shown(metric, mean(values)), shown(metric, spread(values))
 
 
-def table(results: Sequence[Result]) -> Table:
-    """A row for each setting."""
+def table(results: Sequence[Result], between: str = " ± ") -> Table:
+    """A row for each setting; `between` the mean and the spread of a cell."""
     head = ["setting", "seeds", *(_head(metric) for metric in METRICS)]
     rows = [
-        [result.name, str(len(result.rows)), *(" ± ".join(cell(result, metric)) for metric in METRICS)]
+        [result.name, str(len(result.rows)), *(between.join(cell(result, metric)) for metric in METRICS)]
         for result in results
     ]
     return Table(head, rows)
