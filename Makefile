@@ -13,7 +13,7 @@ FAST := -q -m "not slow" -n $(WORKERS) --dist worksteal
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-slow test-trl112 lint format type clean
+.PHONY: help demo compare test test-slow test-trl112 lint format type clean
 .DEFAULT_GOAL := help
 .SECONDARY:
 .DELETE_ON_ERROR:
@@ -23,6 +23,9 @@ help: ## list the targets
 
 demo: $(ENV)/demo.stamp ## fine-tune a small language model with QLoRA PPO and say what bounded it
 	@$(ENV)/bin/trustkl demo $(ARGS)
+
+compare: $(ENV)/demo.stamp ## the four corners of anchor and clip on the demo's task, told apart by their numbers
+	@$(ENV)/bin/trustkl compare $(ARGS)
 
 test: $(ENV)/dev.stamp ## the tests, on the newest tested TRL
 	@OMP_NUM_THREADS=1 $(OFFLINE) $(ENV)/bin/python -m pytest $(FAST) $(ARGS)

@@ -1,4 +1,4 @@
-"""The command line: `trustkl demo` and `trustkl report`."""
+"""The command line: `trustkl demo`, `trustkl report` and `trustkl compare`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    from . import demo, report
+    from . import compare, demo, report
 
     demo.add_arguments(commands.add_parser("demo", help=demo.HELP, description=demo.DESCRIPTION))
     report.add_arguments(commands.add_parser("report", help=report.HELP, description=report.DESCRIPTION))
+    compare.add_arguments(commands.add_parser("compare", **compare.PARSER))
     options = parser.parse_args(argv)
     try:
         return options.run(options)

@@ -10,23 +10,44 @@ from typing import Any
 
 
 def sentiment_trainer(output_dir: str, *, callbacks: Sequence[Any] = (), **changes: Any) -> Any:
-    """A trainer on a 4-bit SmolLM2 with LoRA, VADER's compound score as reward; `changes` go to the configuration.
-
-    16 responses of 24 tokens make an update of 2 epochs × 2 mini-batches. It computes in bf16 where the hardware
-    multiplies bf16, in float32 elsewhere.
-    """
+    """A trainer on a 4-bit SmolLM2 with LoRA, VADER's compound score as reward; `changes` go to the configuration."""
     quieten()
     import torch
     from datasets import Dataset
     from peft import LoraConfig
 
-    from .. import TrustKLPPOConfig, TrustKLPPOTrainer
+    from .. import TrustKLPPOTrainer
     from ._smollm2 import load_smollm2
     from .prompts import EVAL_PROMPTS, TRAIN_PROMPTS
     from .rewards import sentiment
 
-    gpu = torch.cuda.is_available()
-    bf16 = torch.cuda.is_bf16_supported() if gpu else has_bf16_instructions()
+    config = sentiment_config(output_dir, **changes)
+    model, tokenizer = load_smollm2(quantize=True, dtype=torch.bfloat16 if computes_bf16() else torch.float32)
+
+    def as_chat(texts: Sequence[str]) -> Dataset:
+        return Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in texts]})
+
+    return TrustKLPPOTrainer(
+        args=config,
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=sentiment,
+        train_dataset=as_chat(TRAIN_PROMPTS),
+        eval_dataset=as_chat(EVAL_PROMPTS),
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=list(callbacks),
+    )
+
+
+def sentiment_config(output_dir: str, **changes: Any) -> Any:
+    """The task's configuration: 16 responses of 24 tokens make an update of 2 epochs × 2 mini-batches.
+
+    It computes in bf16 where the hardware multiplies bf16, in float32 elsewhere.
+    """
+    import torch
+
+    from .. import TrustKLPPOConfig
+
     settings: dict[str, Any] = {
         "output_dir": output_dir,
         "per_device_train_batch_size": 8,
@@ -37,8 +58,8 @@ def sentiment_trainer(output_dir: str, *, callbacks: Sequence[Any] = (), **chang
         "temperature": 1.0,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
-        "bf16": bf16,
-        "use_cpu": not gpu,
+        "bf16": computes_bf16(),
+        "use_cpu": not torch.cuda.is_available(),
         "gradient_checkpointing": False,
         "per_device_eval_batch_size": 16,
         "num_sample_generations": 0,
@@ -47,21 +68,14 @@ def sentiment_trainer(output_dir: str, *, callbacks: Sequence[Any] = (), **chang
         "report_to": "none",
         "disable_tqdm": True,
     }
-    model, tokenizer = load_smollm2(quantize=True, dtype=torch.bfloat16 if bf16 else torch.float32)
+    return TrustKLPPOConfig(**settings | changes)
 
-    def as_chat(texts: Sequence[str]) -> Dataset:
-        return Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in texts]})
 
-    return TrustKLPPOTrainer(
-        args=TrustKLPPOConfig(**settings | changes),
-        model=model,
-        processing_class=tokenizer,
-        reward_funcs=sentiment,
-        train_dataset=as_chat(TRAIN_PROMPTS),
-        eval_dataset=as_chat(EVAL_PROMPTS),
-        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=list(callbacks),
-    )
+def computes_bf16() -> bool:
+    """Whether the GPU, or without one the CPU, multiplies bf16 itself."""
+    import torch
+
+    return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else has_bf16_instructions()
 
 
 def has_bf16_instructions() -> bool:

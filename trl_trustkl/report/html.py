@@ -11,7 +11,7 @@ import base64
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from .figures import Drawn
 from .findings import Finding, find
@@ -56,7 +56,7 @@ def section(run: Run, figures: list[Drawn]) -> Section:
 
 def page(sections: Sequence[Section]) -> str:
     """The whole page."""
-    template = _environment().get_template("report.html")
+    template = environment().get_template("report.html")
     runs = [each.run for each in sections]
     return template.render(
         sections=sections,
@@ -66,17 +66,18 @@ def page(sections: Sequence[Section]) -> str:
     )
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("trl_trustkl.report"),
+def environment(*packages: str) -> Environment:
+    """For the templates of the packages and of this one; nothing in them reaches a page unescaped."""
+    made = Environment(
+        loader=ChoiceLoader([PackageLoader(package) for package in (*packages, "trl_trustkl.report")]),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["data_uri"] = data_uri
-    return environment
+    made.filters["data_uri"] = data_uri
+    return made
 
 
 def _shown(value: Any) -> Any:

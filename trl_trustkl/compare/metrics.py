@@ -1,0 +1,148 @@
+"""A run in numbers, from its records and completions alone; a setting as the mean and spread over its seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..report.schema import Run
+from ..report.series import Column, column, largest, mean, reference_per_token
+from ..report.text import number
+from .settings import LIMIT
+
+
+class Metric(NamedTuple):
+    """title: as a table's head; unit: "" for a pure number; how: how it is computed, with {last} for "last 5 updates"
+    and {limit} for the limit."""
+
+    title: str
+    unit: str
+    how: str
+
+
+METRICS: dict[str, Metric] = {
+    "score_first": Metric("score at first", "", "mean over as many updates at the start as the score is over at the end"),
+    "score": Metric("score", "", "mean over the {last}"),
+    "kl": Metric(
+        "KL to the reference", "nats/response", "exact KL(π‖π_ref) at rollout, mean over the {last}"
+    ),
+    "update_kl": Metric("largest update KL", "nats/token", "largest KL(π_old‖π) of one update in the run"),
+    "over_limit": Metric("updates over the limit", "", "share of the updates whose KL(π_old‖π) exceeded {limit} nats/token"),
+    "ratio": Metric("largest ratio", "", "largest π/π_old at a sampled token in the run"),
+    "ref_logp": Metric(
+        "reference log-likelihood", "nats/token", "log π_ref of the completions, mean over the {last}"
+    ),
+    "distinct_1": Metric("distinct-1", "", "share of distinct words in the completions of the {last}"),
+    "distinct_2": Metric(
+        "distinct-2", "",
+        "share of distinct pairs of successive words in the completions of the {last} (Li et al., arXiv 1510.03055)",
+    ),
+}  # fmt: skip
+
+
+class Result(NamedTuple):
+    """A setting in numbers.
+
+    config: the fields it was made with. anchored, clipped: whether the anchor pulled and a clip rule was on, as the records
+    say. clip_end: the upper end of the clip range, None without PPO's clip. rows: its metrics by seed; runs: their source.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    anchored: bool
+    clipped: bool
+    clip_end: float | None
+    rows: dict[int, dict[str, float]]
+    runs: dict[int, Run]
+
+    def values(self, metric: str) -> Column:
+        """One number for each seed."""
+        return np.array([row[metric] for row in self.rows.values()], dtype=np.float64)
+
+
+def result(name: str, config: Mapping[str, Any], runs: dict[int, Run], *, last: int, limit: float = LIMIT) -> Result:
+    """The result of a setting from its runs by seed, at least one."""
+    records = [record for run in runs.values() for record in run.records]
+    trust = records[-1].trust
+    return Result(
+        name,
+        config,
+        anchored=any(record.anchor.coef > 0 for record in records),
+        clipped=trust.rule != "none",
+        clip_end=1 + trust.high if trust.rule == "ppo" else None,
+        rows={seed: of_run(run, last=last, limit=limit) for seed, run in runs.items()},
+        runs=runs,
+    )
+
+
+def last_updates(updates: int) -> int:
+    """How many updates "the last" are by default: a quarter of them."""
+    return max(1, updates // 4)
+
+
+def latest(last: int) -> str:
+    """ "last update", "last 5 updates"."""
+    return "last update" if last == 1 else f"last {last} updates"
+
+
+@np.errstate(all="ignore")  # of numbers near the largest float, what comes out is not finite, and shown as missing
+def of_run(run: Run, *, last: int, limit: float = LIMIT) -> dict[str, float]:
+    """Every metric of METRICS; NaN for one that the records do not give."""
+    records = run.records
+    kl = column(records, "trust.kl")
+    known = kl[np.isfinite(kl)]
+    recent = {record.update for record in records[-last:]}
+    at, ref_logp = reference_per_token(run)
+    texts = [row.completion for row in run.completions if row.update in recent]
+    return {
+        "score_first": mean(column(records[:last], "score")),
+        "score": mean(column(records[-last:], "score")),
+        "kl": mean(column(records[-last:], "anchor.kl_exact")),
+        "update_kl": largest(kl),
+        "over_limit": float((known > limit).mean()) if known.size else math.nan,
+        "ratio": largest(column(records, "trust.max_ratio")),
+        "ref_logp": mean(ref_logp[np.isin(at, list(recent))]),
+        "distinct_1": distinct(texts, 1),
+        "distinct_2": distinct(texts, 2),
+    }
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Share of distinct word n-grams among all of the texts' (Li et al., arXiv 1510.03055); NaN where there is none."""
+    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def spread(values: Column) -> float:
+    """Sample standard deviation (n − 1) of what there is; NaN for fewer than two numbers."""
+    known = values[np.isfinite(values)]
+    return float(known.std(ddof=1)) if known.size > 1 else math.nan
+
+
+def shown(metric: str, value: float) -> str:
+    """A value as a table has it: as many digits as say something."""
+    if not math.isfinite(value):
+        return "–"
+    style = _STYLES.get(metric)
+    return style(value) if style else number(value)
+
+
+def _fixed(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.0%}"
+
+
+_STYLES: dict[str, Callable[[float], str]] = {
+    "score_first": _fixed,
+    "score": _fixed,
+    "ref_logp": _fixed,
+    "distinct_1": _fixed,
+    "distinct_2": _fixed,
+    "over_limit": _share,
+}

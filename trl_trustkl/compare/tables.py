@@ -1,0 +1,113 @@
+"""The comparison as rows: for a page, for Markdown, for a terminal; and every run as a line of CSV."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..report.schema import Completion
+from ..report.series import mean
+from ..report.tables import Table
+from ..report.text import number, shortened, visible
+from .metrics import METRICS, Result, shown, spread
+
+MISSING = "–"
+SAMPLE = 200  # characters of a completion in a table
+
+
+def cell(result: Result, metric: str) -> tuple[str, str]:
+    """The mean over the seeds, and the spread; "–" where there is none."""
+    values = result.values(metric)
+    return shown(metric, mean(values)), shown(metric, spread(values))
+
+
+def table(results: Sequence[Result], between: str = " ± ") -> Table:
+    """A row for each setting; `between` the mean and the spread of a cell."""
+    head = ["setting", "seeds", *(_head(metric) for metric in METRICS)]
+    rows = [
+        [result.name, str(len(result.rows)), *(between.join(cell(result, metric)) for metric in METRICS)]
+        for result in results
+    ]
+    return Table(head, rows)
+
+
+def _head(metric: str) -> str:
+    title, unit, _ = METRICS[metric]
+    return f"{title} ({unit})" if unit else title
+
+
+def explained(last: str, limit: float) -> dict[str, str]:
+    """What each column means; `last`: such as "last 5 updates"."""
+    return {
+        metric.title: metric.how.format(last=last, limit=number(limit)) + (f"; {metric.unit}" if metric.unit else "")
+        for metric in METRICS.values()
+    }
+
+
+def configurations(results: Sequence[Result]) -> Table:
+    """A row for each field that any setting sets, a column for each setting."""
+    fields = list(dict.fromkeys(field for result in results for field in result.config))
+    rows = [[field, *(_value(result.config, field) for result in results)] for field in fields]
+    return Table(["field", *(result.name for result in results)], rows)
+
+
+def _value(config: Mapping[str, Any], field: str) -> str:
+    return shortened(repr(config[field]), 120) if field in config else MISSING
+
+
+def samples(result: Result, count: int) -> list[Completion]:
+    """The first completions of the last update that kept any, of the first run."""
+    for run in result.runs.values():
+        if run.completions:
+            end = max(row.update for row in run.completions)
+            return [row for row in run.completions if row.update == end][:count]
+    return []
+
+
+def one_line(text: str, limit: int = SAMPLE) -> str:
+    """Text of unknown origin on one line, and nothing in it that acts."""
+    return " ".join(visible(shortened(text, limit)).split())
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def as_csv(results: Sequence[Result]) -> str:
+    """A line for each run, with every metric unrounded; an empty field where there is no number."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["setting", "seed", *METRICS])
+    for result in results:
+        for seed, row in result.rows.items():
+            numbers = [row[metric] if row[metric] == row[metric] else "" for metric in METRICS]
+            writer.writerow([visible(result.name), seed, *numbers])
+    return text.getvalue()
+
+
+def as_markdown(results: Sequence[Result], paragraph: str, last: str, limit: float) -> str:
+    """Paragraph, table with a completion of each setting, and what the columns mean."""
+    head, rows = table(results)
+    lines = [_escaped(paragraph), ""]
+    lines += [_row([*map(_escaped, head), "a completion at the end"]), "|" + "---|" * (len(head) + 1)]
+    for result, row in zip(results, rows, strict=True):
+        sample = next((one_line(kept.completion) for kept in samples(result, 1)), MISSING)
+        lines.append(_row([*map(_escaped, row), _escaped(sample)]))
+    lines += ["", "Mean ± sample standard deviation over the seeds (– with one seed).", ""]
+    lines += [f"- {_escaped(title)}: {_escaped(how)}" for title, how in explained(last, limit).items()]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _escaped(text: str) -> str:
+    """Text as Markdown and HTML show it, on one line."""
+    plain = html.escape(" ".join(visible(text).split()), quote=False)
+    return re.sub(
+        r"([\\`*_\[\]|~$])|(?<!\w)(?=https?:|www\.)", lambda found: "\\" + found[0] if found[0] else "\u200b", plain
+    )
