@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
 
 from tests import tiny
 from tests.processes import in_two_processes
@@ -210,7 +209,7 @@ def compare(one: Path, two: Path, case: str) -> None:
     weights = load_file(f"{one / case}-rank0.safetensors")
     for rank in range(2):
         for name, weight in load_file(f"{two / case}-rank{rank}.safetensors").items():
-            torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-5, msg=lambda m: f"{case}: {m}")  # noqa: B023
+            torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-5, msg=lambda m: f"{case}: {m}")
 
 
 def test_two_processes_equal_one_with_twice_the_batch_and_only_the_first_writes(tmp_path):
