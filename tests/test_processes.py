@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
-from tests.processes import in_two_processes
+from tests.processes import ROOT, in_two_processes
 from trl_trustkl import TrustKLPPOTrainer, load_records
-from trl_trustkl.errors import DataError
+from trl_trustkl.errors import DataError, NotAvailableYetError
 from trl_trustkl.ppo.models import trainable
 from trl_trustkl.types import Measurement, Prompts, Rollout, UpdateStats
 
@@ -234,6 +235,54 @@ def test_two_processes_equal_one_with_twice_the_batch_and_only_the_first_writes(
     assert any(kept["stopped"] and kept["steps"] < 6 for kept in stops[0]), "nothing was stopped"
     scales = json.loads((two / "LoRA, shared head-rank0.json").read_text())
     assert any(kept["scale"] < 1 for kept in scales), "nothing was enforced"
+
+
+# -- what is refused, and what is there to start with ------------------------------------------------------------------
+
+STAGES = [{"zero_optimization": {"stage": stage}} for stage in (2, 3)]
+ASKED = [("FSDP", {"fsdp": "full_shard"}), ("FSDP", {"fsdp": True}), ("FSDP", {"fsdp": "full_shard auto_wrap"})]
+ASKED += [("DeepSpeed", {"deepspeed": stage}) for stage in (*STAGES, "zero3.json")]
+
+
+def assert_says_what_works(error: Any, name: str) -> None:
+    message = str(error.value)
+    assert message.startswith(f"{name} is not available yet") and "DDP" in message and "LoRA" in message
+    assert "examples/accelerate/ddp.yaml" in message and "ddp_cpu.yaml" in message
+
+
+@pytest.mark.parametrize(("name", "changes"), ASKED)
+def test_sharding_asked_for_in_the_configuration_is_refused(tmp_path, name, changes):
+    with pytest.raises(NotAvailableYetError) as error:
+        tiny.config(tmp_path, **changes)
+    assert_says_what_works(error, name)
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
+def test_sharding_asked_for_by_the_launcher_is_refused(tmp_path, name, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    with pytest.raises(NotAvailableYetError) as error:
+        tiny.config(tmp_path)
+    assert_says_what_works(error, name)
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
+def test_an_accelerator_that_shards_is_refused(tmp_path, name, monkeypatch):
+    made = TrustKLPPOTrainer.create_accelerator_and_postprocess
+
+    def sharding(self: Any) -> None:
+        made(self)
+        setattr(self, f"is_{name.lower()}_enabled", True)
+
+    monkeypatch.setattr(TrustKLPPOTrainer, "create_accelerator_and_postprocess", sharding)
+    with pytest.raises(NotAvailableYetError) as error:
+        tiny.trainer(tmp_path)
+    assert_says_what_works(error, name)
+
+
+@pytest.mark.parametrize(("file", "kind"), [("ddp.yaml", "MULTI_GPU"), ("ddp_cpu.yaml", "MULTI_CPU")])
+def test_the_ready_made_configurations_are_accelerates(file, kind):
+    config = load_config_from_file(str(ROOT / "examples" / "accelerate" / file))
+    assert config.distributed_type == kind and config.num_processes == 2 and config.use_cpu == (kind == "MULTI_CPU")
 
 
 if __name__ == "__main__":
