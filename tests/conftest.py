@@ -22,3 +22,10 @@ def tokenizer():
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many bad inputs were generated, in this process and in the workers."""
+    properties = [pair for report in terminalreporter.getreports("passed") for pair in report.user_properties]
+    if refused := sum(count for name, count in properties if name == "refused"):
+        terminalreporter.write_line(f"fuzz: {refused:,} bad inputs, all refused")

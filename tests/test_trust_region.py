@@ -8,13 +8,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests import tiny
+from tests.processes import in_two_processes
 from tests.test_exactness import dense_kl, dense_logps, four_bit
 from tests.test_hard_bound import assert_within, witnessed
 from trl_trustkl import TrustKLPPOTrainer, load_records
@@ -546,40 +542,10 @@ TWO_PROCESSES = """
 """
 
 
-def in_two_processes(script: Path, *arguments: str) -> None:
-    """Run a script in two processes that know of each other, as a launcher would."""
-    root = Path(__file__).parents[1]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"PYTHONPATH": os.pathsep.join([str(root), *sys.path]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), *arguments]
-    processes = [
-        subprocess.Popen(
-            command,
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=script.parent,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-
-
 def test_two_processes_take_the_same_scale_and_hold_the_limit_over_the_pooled_batch(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(textwrap.dedent(TWO_PROCESSES))
-    in_two_processes(script, str(tmp_path))
+    in_two_processes(str(script), str(tmp_path), cwd=tmp_path)
     for kind in ("lora", "full"):
         one, other = (json.loads((tmp_path / f"{kind}-rank{rank}.json").read_text()) for rank in range(2))
         assert one["states"] == other["states"]

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
-from .errors import ConfigError, DataError, check_options, out_of_range, unknown_name
+from .errors import ConfigError, DataError, check_options, is_finite, out_of_range, unknown_name
 
 ControllerName = Literal["fixed", "adaptive", "threshold", "pid", "dual", "schedule"]
 
@@ -71,8 +71,8 @@ class Controller(Protocol):
 
 
 def _require(field: str, value: object, holds: Callable[[float], bool], valid: str, fix: str = "") -> None:
-    # NaN fails every comparison, so a condition that is stated positively also rejects it.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
+    # Infinity is for `holds` to judge: it is a valid upper clamp. A whole number that no float can hold is none.
+    if not (is_finite(value) or (isinstance(value, float) and math.isinf(value))) or not holds(value):  # type: ignore[arg-type]
         raise out_of_range(field, value, valid, fix)
 
 

@@ -19,7 +19,6 @@ value nor as gradient; the value is +inf only where it overflows the dtype.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Literal
@@ -27,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .errors import check_options, option_names, out_of_range, unknown_name
+from .errors import check_options, is_finite, option_names, out_of_range, unknown_name
 
 EstimatorName = Literal["k1", "k2", "k3", "abs", "forward_kl", "js", "tv", "hellinger", "chi2", "alpha"]
 KLEstimatorName = Literal["k1", "k2", "k3", "abs", "forward_kl", "js", "tv", "hellinger", "chi2", "alpha", "exact"]
@@ -109,7 +108,7 @@ def alpha(logp: Tensor, ref_logp: Tensor, *, order: float = 0.5) -> Tensor:
     a → 0 gives KL(π‖π_ref), a → 1 KL(π_ref‖π), a = ½ four times the squared Hellinger distance, a = 2 half of χ².
     ConfigError if `order` is 0 or 1, where the formula is undefined: use k3 or forward_kl there.
     """
-    if not _finite(order) or order in (0, 1):
+    if not is_finite(order) or order in (0, 1):
         raise out_of_range(
             "order", order, "a finite number other than 0 and 1", "k3 is the limit at 0, forward_kl at 1."
         )
@@ -190,7 +189,7 @@ def _chi2(logp: Tensor, logq: Tensor) -> Tensor:
 
 
 def _renyi(logp: Tensor, logq: Tensor, *, order: float = 0.5) -> Tensor:
-    if not _finite(order) or order <= 0 or order == 1:
+    if not is_finite(order) or order <= 0 or order == 1:
         raise out_of_range("order", order, "a finite number above 0 other than 1", "'kl' is the limit at 1.")
     d, _ = _difference(logp, logq)
     # The normaliser is 0 up to rounding; subtracting it makes equal policies give 0 to the bit.
@@ -279,7 +278,3 @@ def build_estimator(name: str, options: Mapping[str, float] | None = None) -> Ca
     bound = partial(ESTIMATORS[name], **options)
     bound(torch.zeros(1), torch.zeros(1))  # so that a bad value is reported here and not after the first rollout
     return bound
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Iterable
+
+LONGEST_SHOWN = 200
+"""Characters of a value that a message repeats."""
 
 
 class TrustKLError(Exception):
@@ -34,17 +38,34 @@ class ModelError(TrustKLError, ValueError):
     """A model, adapter or combination of models that cannot be trained."""
 
 
+def shown(value: object) -> str:
+    """A value's repr for a message: cut where it is long, and there even where Python refuses to make one."""
+    try:
+        text = repr(value)
+    except Exception:  # a whole number of thousands of digits, or an object's own repr
+        return f"a value of type {type(value).__name__} that cannot be printed"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+
+
+def is_finite(value: object) -> bool:
+    """Whether `value` is an int or a float that a float can hold; truth values are not."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def unknown_name(field: str, value: object, options: Iterable[str]) -> ConfigError:
     """The error for a name outside a fixed set: says which names exist and suggests the nearest."""
     names = sorted(options)
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(value[:LONGEST_SHOWN], names, n=1, cutoff=0.4) if isinstance(value, str) else []
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return ConfigError(f"`{field}` got {value!r}; it must be one of {', '.join(map(repr, names))}.{hint}")
+    return ConfigError(f"`{field}` got {shown(value)}; it must be one of {', '.join(map(repr, names))}.{hint}")
 
 
 def out_of_range(field: str, value: object, valid: str, fix: str = "") -> ConfigError:
     """The error for a number outside its range: `valid` says which range, `fix` what to do instead."""
-    return ConfigError(f"`{field}` got {value!r}; it must be {valid}.{' ' + fix if fix else ''}")
+    return ConfigError(f"`{field}` got {shown(value)}; it must be {valid}.{' ' + fix if fix else ''}")
 
 
 def option_names(function: Callable[..., object]) -> list[str]:
@@ -57,6 +78,6 @@ def check_options(field: str, name: str, valid: Iterable[str], given: Iterable[s
     valid = list(valid)
     for option in given:
         if not valid:
-            raise ConfigError(f"`{field}` got {option!r}, but {name!r} takes no options; leave it empty.")
+            raise ConfigError(f"`{field}` got {shown(option)}, but {name!r} takes no options; leave it empty.")
         if option not in valid:
             raise unknown_name(field, option, valid)

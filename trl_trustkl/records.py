@@ -66,7 +66,10 @@ def load_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     file = file / BOUNDS_FILE if file.is_dir() else file
     if not file.exists():
         raise DataError(f"no records at {file}; give a run's output_dir, or its {BOUNDS_FILE}.")
-    return list(_rows(file))
+    try:
+        return list(_rows(file))
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}.") from None
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:

@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, check_options, option_names, out_of_range, unknown_name
+from .errors import ConfigError, check_options, is_finite, option_names, out_of_range, unknown_name
 from .masking import masked_mean
 
 ClipRuleName = Literal["none", "ppo", "dual", "rollback", "spo", "cispo", "sapo", "gspo", "gmpo", "dppo_tv", "dppo_kl"]
@@ -358,8 +358,8 @@ def build_surrogate(name: str, low: float, high: float, kwargs: Mapping[str, flo
     options = [option for option in option_names(rule) if option not in _CALL_ARGUMENTS]
     check_options("clip_kwargs", name, options, kwargs)
     for option, value in kwargs.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise out_of_range(f"clip_kwargs['{option}']", value, "a number")
+        if not is_finite(value):
+            raise out_of_range(f"clip_kwargs['{option}']", value, "a finite number")
 
     def bound(log_ratio: Tensor, advantages: Tensor, mask: Tensor, old_logp: Tensor | None = None) -> Surrogate:
         return rule(log_ratio, advantages, mask, low=low, high=high, old_logp=old_logp, **kwargs)

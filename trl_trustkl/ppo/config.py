@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+import typing
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
+from typing import Any, Literal
 
-from transformers import GenerationConfig, TopPLogitsWarper
+from accelerate.utils import parse_flag_from_env
+from transformers import GenerationConfig
+from transformers.generation import logits_process
 
 from ..advantages import ScorePosition
-from ..controllers import CONTROLLERS, ControllerName, FixedKL, LearningRateByKL, ScheduledKL, build_controller
+from ..controllers import ControllerName, FixedKL, LearningRateByKL, ScheduledKL, build_controller
 from ..divergences import ESTIMATORS, KLEstimatorName, Placement, build_estimator, gradient_kind
-from ..errors import ConfigError, NotAvailableYetError, out_of_range, unknown_name
-from ..surrogates import SURROGATES, ClipRuleName, build_surrogate
+from ..errors import ConfigError, NotAvailableYetError, is_finite, out_of_range, shown, unknown_name
+from ..surrogates import ClipRuleName, build_surrogate
+from . import field_types
 from ._upstream import PPOConfig
 from .losses import Penalties
 
@@ -41,6 +45,21 @@ _SET_ELSEWHERE = {
     "output_scores": None,
     "use_cache": None,
 }
+
+# What checks the value of a generation option, and the value that leaves it off.
+_PROCESSORS: dict[str, tuple[str, Any]] = {
+    "top_p": ("TopPLogitsWarper", 1.0),
+    "top_k": ("TopKLogitsWarper", 0),
+    "min_p": ("MinPLogitsWarper", None),
+    "typical_p": ("TypicalLogitsWarper", 1.0),
+    "epsilon_cutoff": ("EpsilonLogitsWarper", 0.0),
+    "eta_cutoff": ("EtaLogitsWarper", 0.0),
+    "repetition_penalty": ("RepetitionPenaltyLogitsProcessor", 1.0),
+    "no_repeat_ngram_size": ("NoRepeatNGramLogitsProcessor", 0),
+}
+
+_LOOSELY_TYPED = ("accelerator_config", "debug", "fsdp", "max_grad_norm")
+"""transformers takes more for these than it says."""
 
 
 def _option(default: Any, help: str) -> Any:
@@ -109,10 +128,17 @@ class TrustKLPPOConfig(PPOConfig):
     )
 
     def __post_init__(self) -> None:
+        _refuse_sharding(self)
         for name in _DICT_FIELDS:
             setattr(self, name, _as_dict(name, getattr(self, name)))
-        super().__post_init__()
         self._check_ranges()
+        self._check_types()
+        try:
+            super().__post_init__()
+        except (ArithmeticError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"transformers refuses this configuration: {shown(error)}; see its TrainingArguments."
+            ) from error
         self._check_anchor()
         self._check_trust_region()
         self._check_generation()
@@ -186,13 +212,11 @@ class TrustKLPPOConfig(PPOConfig):
             value = getattr(self, name)
             if value is None and optional:
                 return
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or not math.isfinite(value)
-                or not ok(value)
-            ):
+            if not is_finite(value) or not ok(value):
                 raise out_of_range(name, value, valid, fix)
+
+        def whole(name: str, valid: str, ok, fix: str = "", optional: bool = False) -> None:
+            number(name, valid, lambda x: isinstance(x, int) and ok(x), fix, optional)
 
         def positive(x: float) -> bool:
             return x > 0
@@ -203,7 +227,7 @@ class TrustKLPPOConfig(PPOConfig):
         number("kl_coef", "a finite number >= 0", not_negative, "0 turns the anchor off.")
         number("trust_coef", "a finite number >= 0", not_negative, "0 turns the penalty off.")
         number("vf_coef", "a finite number >= 0", not_negative)
-        number("kl_horizon", "a positive number of episodes", positive)
+        whole("kl_horizon", "a positive number of episodes", positive)
         number("temperature", "a finite number > 0", positive, "Near-greedy sampling is temperature=0.01.")
         number("cliprange", "in (0, 1)", lambda x: 0 < x < 1, "Use clip_rule='none' to turn clipping off.")
         number("cliprange_high", "a finite number > 0, or None", positive, "None means the same as cliprange.", True)
@@ -219,8 +243,15 @@ class TrustKLPPOConfig(PPOConfig):
         number("missing_eos_penalty", "a finite number >= 0, or None", not_negative, optional=True)
         number("max_grad_norm", "a finite number >= 0, or None", not_negative, "0 or None turns it off.", optional=True)
         number("num_train_epochs", "a positive number", positive)
-        number("seed", "a whole number >= 0", lambda x: x >= 0 and x == int(x))
-        number("total_episodes", "a positive number, or None", positive, optional=True)
+        number("weight_decay", "a finite number >= 0", not_negative)
+        number("adam_epsilon", "a finite number >= 0", not_negative)
+        for name in ("adam_beta1", "adam_beta2"):
+            number(name, "in [0, 1)", lambda x: 0 <= x < 1)
+        whole("seed", "a whole number from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)
+        whole("max_steps", "a whole number >= 1, or -1", lambda x: x >= 1 or x == -1, "-1: total_episodes decides.")
+        whole("total_episodes", "a positive whole number, or None", positive, optional=True)
+        whole("dataset_num_proc", "a whole number >= 1, or None", positive, optional=True)
+        whole("stop_token_id", "a whole number >= 0, or None", not_negative, optional=True)
         for name in (
             "num_ppo_epochs",
             "num_mini_batches",
@@ -230,7 +261,7 @@ class TrustKLPPOConfig(PPOConfig):
             "gradient_accumulation_steps",
             "local_rollout_forward_batch_size",
         ):
-            number(name, "a whole number >= 1", lambda x: x >= 1 and x == int(x))
+            whole(name, "a whole number >= 1", positive)
         local = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if local % self.num_mini_batches:
             raise ConfigError(
@@ -238,18 +269,22 @@ class TrustKLPPOConfig(PPOConfig):
                 f"per_device_train_batch_size × gradient_accumulation_steps = {self.per_device_train_batch_size} × "
                 f"{self.gradient_accumulation_steps} = {local}."
             )
-        if self.reward_weights is not None:
-            weights = self.reward_weights
-            if not isinstance(weights, (list, tuple)) or not all(
-                isinstance(w, (int, float)) and math.isfinite(w) for w in weights
-            ):
-                raise out_of_range("reward_weights", weights, "a list of finite numbers, one for each reward function")
+        if not field_types.fits(self.reward_weights, list[float] | None):
+            raise out_of_range(
+                "reward_weights", self.reward_weights, "a list of finite numbers, one for each reward function, or None"
+            )
+
+    def _check_types(self) -> None:
+        for each, hint in _typed_fields():
+            value = getattr(self, each.name)
+            default = each.default_factory() if each.default_factory is not MISSING else each.default
+            if (value is None and default is None) or field_types.fits(value, hint):
+                continue
+            if (options := field_types.names(hint)) is not None:
+                raise unknown_name(each.name, value, options)
+            raise out_of_range(each.name, value, field_types.in_words(hint), _unquoted(value, hint))
 
     def _check_anchor(self) -> None:
-        if self.kl_estimator not in (*ESTIMATORS, "exact"):
-            raise unknown_name("kl_estimator", self.kl_estimator, (*ESTIMATORS, "exact"))
-        if self.kl_placement not in get_args(Placement):
-            raise unknown_name("kl_placement", self.kl_placement, get_args(Placement))
         if self.build_kl_estimator() is None and self.kl_estimator_kwargs:
             raise ConfigError(f"`kl_estimator_kwargs` got {self.kl_estimator_kwargs}, but 'exact' takes no options.")
         if self.anchored and gradient_kind(self.kl_estimator, self.kl_placement) == "zero":
@@ -268,8 +303,6 @@ class TrustKLPPOConfig(PPOConfig):
     def _check_controllers(self) -> None:
         for prefix in ("kl", "trust"):
             name, target = getattr(self, f"{prefix}_controller"), getattr(self, f"{prefix}_target")
-            if name not in CONTROLLERS:
-                raise unknown_name(f"{prefix}_controller", name, CONTROLLERS)
             controller = self._controller(prefix, getattr(self, f"{prefix}_coef"), target)
             if target is not None and isinstance(controller, (FixedKL, ScheduledKL)):
                 raise ConfigError(
@@ -278,17 +311,11 @@ class TrustKLPPOConfig(PPOConfig):
                 )
 
     def _check_trust_region(self) -> None:
-        if self.clip_rule not in SURROGATES:
-            raise unknown_name("clip_rule", self.clip_rule, SURROGATES)
         self.build_surrogate()
-        if self.trust_estimator not in get_args(TrustEstimator):
-            raise unknown_name("trust_estimator", self.trust_estimator, get_args(TrustEstimator))
         if self.clip_rule == "none" and self.cliprange_high is not None:
             raise ConfigError(
                 f"`cliprange_high` got {self.cliprange_high} with clip_rule='none', which has no range; leave it None."
             )
-        if self.score_position not in get_args(ScorePosition):
-            raise unknown_name("score_position", self.score_position, get_args(ScorePosition))
         if self.trust_max_kl is not None and self.measure_fraction != 1.0:
             raise ConfigError(
                 f"`measure_fraction` got {self.measure_fraction}; it must be 1 with trust_max_kl={self.trust_max_kl}: "
@@ -296,8 +323,6 @@ class TrustKLPPOConfig(PPOConfig):
             )
 
     def _check_generation(self) -> None:
-        if self.stop_token not in ("eos", "none", None):
-            raise unknown_name("stop_token", self.stop_token, ("eos", "none"))
         if self.stop_token is not None and self.stop_token_id is not None:
             raise ConfigError(
                 f"`stop_token` got {self.stop_token!r} and `stop_token_id` got {self.stop_token_id}; set only one of them."
@@ -311,11 +336,16 @@ class TrustKLPPOConfig(PPOConfig):
         for key in extra:
             if key not in known:
                 raise unknown_name("generation_kwargs", key, known)
+        for key, value in extra.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and not is_finite(value):
+                raise out_of_range(f"generation_kwargs['{key}']", value, "a finite number")
         try:
             GenerationConfig(**{"do_sample": True, **extra}).validate()
-            TopPLogitsWarper(extra.get("top_p", 1.0))  # validate() does not look at its range
-        except ValueError as error:
-            raise ConfigError(f"`generation_kwargs` got {extra}: {error}") from None
+            for key, (processor, off) in _PROCESSORS.items():  # validate() does not look at their ranges
+                if extra.get(key, off) not in (None, off):
+                    getattr(logits_process, processor)(extra[key])
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise ConfigError(f"`generation_kwargs` got {shown(extra)}: {error}") from None
 
     def _check_availability(self) -> None:
         for name, (available, what) in _AVAILABLE.items():
@@ -332,6 +362,38 @@ _AVAILABLE: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+@cache
+def _typed_fields() -> list[tuple[Field[Any], Any]]:
+    """The fields with what they are annotated with; once, since that takes a while."""
+    hints = typing.get_type_hints(TrustKLPPOConfig)
+    return [(each, hints[each.name]) for each in fields(TrustKLPPOConfig) if each.name not in _LOOSELY_TYPED]
+
+
+def _unquoted(value: Any, hint: Any) -> str:
+    """The fix for a number that arrived as text."""
+    if not isinstance(value, str) or not field_types.fits(1.5, hint):
+        return ""
+    return "Write the number without quotes; YAML reads 1e-5 as text and 1.0e-5 as a number."
+
+
+def _refuse_sharding(args: Any) -> None:
+    for name, given, flag in (
+        ("FSDP", args.fsdp, "ACCELERATE_USE_FSDP"),
+        ("DeepSpeed", args.deepspeed, "ACCELERATE_USE_DEEPSPEED"),
+    ):
+        if given or parse_flag_from_env(flag):
+            raise sharding_error(name)
+
+
+def sharding_error(name: str) -> NotAvailableYetError:
+    """The error for FSDP and DeepSpeed, which says what does work."""
+    return NotAvailableYetError(
+        f"{name} is not available yet in this version; one process, or several with DDP, work: accelerate launch "
+        "--config_file examples/accelerate/ddp.yaml (ddp_cpu.yaml without a GPU). LoRA or QLoRA (peft_config, a 4-bit "
+        "model) saves most of the memory that sharding would."
+    )
+
+
 def _as_dict(name: str, value: Any) -> dict[str, Any] | None:
     """A dict, or None, from a dict or a JSON object, as the command line gives it."""
     if value is None:
@@ -339,10 +401,12 @@ def _as_dict(name: str, value: Any) -> dict[str, Any] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
-                f"`{name}` got {value!r}, which is not JSON ({error}); write an object such as '{{\"order\": 0.5}}'."
+                f"`{name}` got {shown(value)}, which is not JSON ({error}); write an object such as '{{\"order\": 0.5}}'."
             ) from None
     if not isinstance(value, dict):
-        raise ConfigError(f"`{name}` got {value!r}; it must be a dict, or a JSON object as a string.")
+        raise ConfigError(f"`{name}` got {shown(value)}; it must be a dict, or a JSON object as a string.")
+    if not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"`{name}` got {shown(value)}; its keys must be the names of arguments, as text.")
     return dict(value)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import DataError
+from ..errors import DataError, shown
 from ..types import MicroBatch, Prompts, Rollout
 
 IDS = "input_ids"
@@ -43,25 +43,46 @@ def tokenize_prompts(
     def encode(row: dict[str, Any], index: int) -> dict[str, list[int]]:
         return {IDS: encode_prompt(row["prompt"], tokenizer, where=f"`{name}` row {index}")}
 
+    if "attention_mask" in columns:  # that of other token ids
+        dataset = dataset.remove_columns("attention_mask")
     return dataset.map(encode, with_indices=True, num_proc=num_proc, desc=f"Tokenizing {name}")
 
 
 def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, *, where: str = "prompt") -> list[int]:
     """Token ids of one prompt; messages go through the chat template, with the generation prompt added."""
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-    elif is_chat(prompt) and prompt and all(isinstance(message, dict) and "role" in message for message in prompt):
-        if tokenizer.chat_template is None:
+    try:
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt)["input_ids"]
+        elif is_chat(prompt) and prompt and all(_is_message(message) for message in prompt):
+            if tokenizer.chat_template is None:
+                raise DataError(
+                    f"{where} is a list of messages, but the tokenizer has no chat template; give prompts as text."
+                )
+            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
             raise DataError(
-                f"{where} is a list of messages, but the tokenizer has no chat template; give prompts as text."
+                f"{where} got the prompt {shown(prompt)}; it must be text or a list of {{'role': …, 'content': …}}."
             )
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
-        raise DataError(f"{where} got the prompt {prompt!r}; it must be text or a list of {{'role': …, 'content': …}}.")
+    except DataError:
+        raise
+    except Exception as error:  # a template refuses some conversations, a tokenizer text that is not Unicode
+        raise DataError(
+            f"{where} got the prompt {shown(prompt)}, which the tokenizer or its chat template refuses: {error}"
+        ) from error
     if not ids:
-        raise DataError(f"{where} has a prompt of no tokens ({prompt!r}); give at least one, such as the bos token.")
+        raise DataError(
+            f"{where} has a prompt of no tokens ({shown(prompt)}); give at least one, such as the bos token."
+        )
     return ids
+
+
+def _is_message(message: Any) -> bool:
+    """A dict with a role and a content: text or a list of parts, and nothing only beside tool calls."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    return isinstance(content, str) or (isinstance(content, list) and bool(content)) or bool(message.get("tool_calls"))
 
 
 def prepare_datasets(
@@ -89,21 +110,38 @@ def check_lengths(dataset: Dataset, model: PreTrainedModel, response_length: int
     """Raise DataError for a prompt that is empty, or leaves no room for the response in the model's context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     vocabulary = model.get_input_embeddings().num_embeddings
-    masks = dataset["attention_mask"] if "attention_mask" in dataset.column_names else [None] * len(dataset)
-    for index, (ids, mask) in enumerate(zip(dataset[IDS], masks, strict=True)):
-        if len(ids) == 0 or (mask is not None and not any(mask)):
-            raise DataError(f"`{name}` row {index} has no token in 'input_ids'; every prompt needs at least one.")
+    masked = "attention_mask" in dataset.column_names
+    masks = dataset["attention_mask"] if masked else [None] * len(dataset)
+    for index, (row, mask) in enumerate(zip(dataset[IDS], masks, strict=True)):
+        where = f"`{name}` row {index}"
+        ids = _whole_numbers(row, f"{where}, 'input_ids'")
+        if masked and (
+            len(_whole_numbers(mask, f"{where}, 'attention_mask'")) != len(ids) or not {0, 1} >= set(map(int, mask))
+        ):
+            raise DataError(
+                f"{where} has the attention_mask {shown(mask)} for {len(ids)} tokens; it must be 0 or 1 for each."
+            )
+        if len(ids) == 0 or (masked and not any(mask)):
+            raise DataError(f"{where} has no token in 'input_ids'; every prompt needs at least one.")
         if min(ids) < 0 or max(ids) >= vocabulary:
             bad = next(token for token in ids if not 0 <= token < vocabulary)
             raise DataError(
-                f"`{name}` row {index} has the token id {bad}; the model's vocabulary is 0 to {vocabulary - 1}: tokenize the "
+                f"{where} has the token id {bad}; the model's vocabulary is 0 to {vocabulary - 1}: tokenize the "
                 "dataset with the model's own tokenizer."
             )
         if context is not None and len(ids) + response_length > context:
             raise DataError(
-                f"`{name}` row {index} has {len(ids)} prompt tokens; with response_length={response_length} that is more "
+                f"{where} has {len(ids)} prompt tokens; with response_length={response_length} that is more "
                 f"than the model's context of {context}: shorten or drop the prompt, or lower response_length."
             )
+
+
+def _whole_numbers(values: Any, where: str) -> list[int]:
+    """A flat list of whole numbers; arrays and tensors of them too."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, (list, tuple)) or not all(isinstance(each, int) for each in values):
+        raise DataError(f"{where} got {shown(values)}; it must be a list of whole numbers.")
+    return list(values)
 
 
 def collate(rows: list[dict[str, Any]], pad_token_id: int, device: torch.device) -> Prompts:

@@ -31,12 +31,13 @@ from transformers.utils import logging
 from .. import records
 from ..callbacks.report import BoundReportCallback, is_report
 from ..divergences import gradient_kind
-from ..errors import DataError, NotAvailableYetError
+from ..errors import DataError
 from ..masking import masked_sum
 from ..report import card, read_run
 from ..types import Batch, BoundRecord, MicroBatch, Prompts, TokenOutputs, UpdateStats
 from . import generation, models
 from ._upstream import PPOTrainer
+from .config import sharding_error
 from .data import PromptOrder, collate
 from .optimise import Optimisation
 
@@ -74,10 +75,7 @@ class Plumbing:
         """What depends on the accelerator: batch arithmetic, order of prompts, controllers, models on their device."""
         args, processes = self.args, self.accelerator.num_processes
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise NotAvailableYetError(
-                f"{'DeepSpeed' if self.is_deepspeed_enabled else 'FSDP'} is not available yet in this version; one process, or "
-                "several with DDP (accelerate launch --multi_gpu), work."
-            )
+            raise sharding_error("DeepSpeed" if self.is_deepspeed_enabled else "FSDP")
         self._user_collator = user_collator
         args.world_size = processes
         args.local_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps

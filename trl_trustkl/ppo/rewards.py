@@ -8,18 +8,22 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import ConfigError, RewardError
+from ..errors import ConfigError, RewardError, shown
 from ..types import Rollout
 from .data import is_chat, positions
 from .models import load_scalar_model
 
 logger = logging.getLogger(__name__)
+
+LARGEST_REWARD = torch.finfo(torch.float32).max
+"""Scores are kept in float32."""
 
 RewardFunc: TypeAlias = str | PreTrainedModel | Callable[..., list[float | None]]
 
@@ -127,11 +131,12 @@ def compute_scores(
 ) -> Tensor:
     """The weighted sum of all rewards, [B] in float32; NaN for a row on which every function said None.
 
-    Raises RewardError for a function that raises, or returns the wrong length, NaN or infinity.
+    Raises RewardError for a function that raises, or returns the wrong length, NaN or infinity, and for a sum that float32
+    cannot hold.
     """
     columns = _columns(rollout.rows)
     keywords = {"completion_ids": completion_ids, "trainer_state": state, **columns}
-    total = torch.zeros(len(completions))
+    total = torch.zeros(len(completions), dtype=torch.float64)
     known = torch.zeros(len(completions), dtype=torch.bool)
     for func, weight in zip(funcs, weights, strict=True):
         if isinstance(func, RewardModel):
@@ -139,15 +144,21 @@ def compute_scores(
         else:
             rewards = _call(func, prompts, completions, keywords)
         checked = _checked(rewards, len(completions), reward_name(func))
-        values = torch.tensor([math.nan if r is None else r for r in checked])
+        values = torch.tensor([math.nan if r is None else r for r in checked], dtype=torch.float64)
         total += weight * values.nan_to_num(0.0)
         known |= ~values.isnan()
-    return torch.where(known, total, math.nan).to(rollout.response_ids.device)
+    if (total.abs() > LARGEST_REWARD).any():
+        raise RewardError(
+            f"the weighted rewards (reward_weights={weights}) add up to {float(total[total.abs().argmax()]):g}, beyond what "
+            "float32 holds; scale the rewards or their weights down."
+        )
+    return torch.where(known, total, math.nan).float().to(rollout.response_ids.device)
 
 
 def _columns(rows: list[dict[str, Any]] | None) -> dict[str, list[Any]]:
     """Extra dataset columns, each a list of B values."""
     reserved = {"prompt", "completion", "input_ids", "attention_mask", "completion_ids", "trainer_state"}
+    reserved |= {"prompts", "completions"}  # what every reward function gets by these names
     names = [name for name in (rows[0] if rows else {}) if name not in reserved]
     return {name: [row[name] for row in rows or []] for name in names}
 
@@ -163,7 +174,10 @@ def _score_by_model(
 
 def _call(func: Callable, prompts: list[Any], completions: list[Any], keywords: dict[str, Any]) -> Any:
     """Call a reward function with the keywords it takes, and wait for it where it is async."""
-    parameters = inspect.signature(func).parameters.values()
+    try:
+        parameters = list(inspect.signature(func).parameters.values())
+    except (TypeError, ValueError):  # written in C, it does not tell
+        parameters = []
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         names = {p.name for p in parameters}
         keywords = {name: value for name, value in keywords.items() if name in names}
@@ -187,32 +201,47 @@ def _wait_for(awaitable: Any) -> Any:
 def _checked(rewards: Any, expected: int, name: str) -> list[float | None]:
     """The rewards as floats and None, or a RewardError that says what was wrong with them."""
     if isinstance(rewards, Tensor):
-        rewards = rewards.detach().flatten().tolist()
-    try:
-        if isinstance(rewards, (str, bytes, dict)):
-            raise TypeError
-        rewards = list(rewards)
-    except TypeError:
+        rewards = rewards.detach().cpu()
+    if (
+        (shape := getattr(rewards, "shape", None)) is not None
+        and tuple(shape) == (expected, 1)
+        and hasattr(rewards, "reshape")
+    ):
+        rewards = rewards.reshape(expected)
+    if isinstance(rewards, (str, bytes, dict, set, frozenset)) or not hasattr(rewards, "__iter__"):
         raise RewardError(
             f"reward function `{name}` returned {type(rewards).__name__}; it must return a list of {expected} numbers or None."
+        )
+    try:
+        given = list(islice(rewards, expected + 1))  # a generator may have no end
+    except Exception as error:
+        raise RewardError(f"reward function `{name}` raised {type(error).__name__}: {error}") from error
+    if len(given) != expected:
+        sized = hasattr(rewards, "__len__")
+        count = len(rewards) if sized else f"{'at least ' if len(given) > expected else ''}{len(given)}"
+        raise RewardError(f"reward function `{name}` returned {count} rewards for {expected} completions.")
+    return [_as_float(reward, index, name) for index, reward in enumerate(given)]
+
+
+def _as_float(reward: Any, index: int, name: str) -> float | None:
+    if reward is None:
+        return None
+    try:
+        if isinstance(reward, (str, bytes)) or getattr(reward, "ndim", 0) > 0:
+            raise TypeError
+        value = float(reward)
+    except OverflowError:
+        value = math.inf
+    except Exception:
+        raise RewardError(
+            f"reward function `{name}` returned {shown(reward)} for completion {index}; not a number."
         ) from None
-    if len(rewards) != expected:
-        raise RewardError(f"reward function `{name}` returned {len(rewards)} rewards for {expected} completions.")
-    for index, reward in enumerate(rewards):
-        if reward is None:
-            continue
-        try:
-            rewards[index] = float(reward)
-        except (TypeError, ValueError):
-            raise RewardError(
-                f"reward function `{name}` returned {reward!r} for completion {index}; not a number."
-            ) from None
-        if not abs(rewards[index]) <= torch.finfo(torch.float32).max:  # scores are kept in float32
-            raise RewardError(
-                f"reward function `{name}` returned {reward} for completion {index}; a reward must be finite, or None "
-                "to leave the completion out."
-            )
-    return rewards
+    if not abs(value) <= LARGEST_REWARD:
+        raise RewardError(
+            f"reward function `{name}` returned {shown(reward)} for completion {index}; a reward must be finite, or None to "
+            "leave the completion out."
+        )
+    return value
 
 
 def as_completion(text: str, prompt: Any) -> str | list[dict[str, str]]:
