@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .. import records
 from ..types import BoundRecord
+from . import stock
 
 
 class BoundReportCallback(TrainerCallback):
@@ -42,3 +43,15 @@ class BoundReportCallback(TrainerCallback):
         records.append_line(folder / records.BOUNDS_FILE, records.as_dict(record))
         for row in completions:
             records.append_line(folder / records.COMPLETIONS_FILE, row)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """On one of TRL's own trainers: a record of what it logs."""
+        if state.is_world_process_zero and (record := stock.record_of(args, state, logs or {})) is not None:
+            self.on_record(args, state, control, record=record, completions=[])
