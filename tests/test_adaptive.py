@@ -33,7 +33,7 @@ class Spied:
         self.seen: dict[int, list[tuple[float, float]]] = defaultdict(list)
 
     def keep(self) -> None:
-        if self.model.training:
+        if self.model.training and self.beta:
             self.seen[self.state.global_step].append((self.beta, self._metrics["train"]["kl"][-1]))
 
 
