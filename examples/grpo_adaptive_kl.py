@@ -100,11 +100,10 @@ def main(arguments: list[str] | None = None) -> None:
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     printed = PrintKL()
-    # The three lines that this example is about. Gains for a run of some dozen updates; a long one can do with the default's.
+    # What this example is about. The gains are for a run of some dozen updates; the default ones suit a longer run.
     controller = PIDKL(coef=options.beta, target=options.target, kp=0.3, ki=0.2)
     trainer.add_callback(AdaptiveKLCallback(controller, trainer=trainer))
     trainer.add_callback(BoundReportCallback())
-
     trainer.add_callback(printed)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
