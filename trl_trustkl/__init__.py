@@ -13,19 +13,21 @@ from . import controllers, divergences, surrogates, trust_region
 from .records import load_records
 
 if TYPE_CHECKING:
-    from .callbacks import BoundReportCallback
+    from .callbacks import AdaptiveKLCallback, BoundReportCallback
     from .ppo.config import TrustKLPPOConfig
     from .ppo.trainer import TrustKLPPOTrainer
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "AdaptiveKLCallback": ".callbacks",
     "BoundReportCallback": ".callbacks",
     "TrustKLPPOConfig": ".ppo.config",
     "TrustKLPPOTrainer": ".ppo.trainer",
 }
 
 __all__ = [
+    "AdaptiveKLCallback",
     "BoundReportCallback",
     "TrustKLPPOConfig",
     "TrustKLPPOTrainer",

@@ -15,6 +15,7 @@ from ..errors import ConfigError, out_of_range
 from ..report import MissingPackageError, render_report
 from ..report.text import visible
 from ..types import BoundRecord
+from . import stock
 from .table import HEADER, line, printer
 
 logger = logging.get_logger(__name__)
@@ -89,6 +90,18 @@ class BoundReportCallback(TrainerCallback):
         for row in completions:
             records.append_line(folder / records.COMPLETIONS_FILE, row)
         self.show(record)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """On one of TRL's own trainers: a record of what it logs."""
+        if state.is_world_process_zero and (record := stock.record_of(args, state, logs or {})) is not None:
+            self.on_record(args, state, control, record=record, completions=[])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.report_every is not None and state.global_step % self.report_every == 0 and state.is_world_process_zero:

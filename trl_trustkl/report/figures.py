@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from ..types import BoundRecord
-from .series import Column, column, quantile, shares
+from .series import Column, column, distance, quantile, shares
 
 Records = Sequence[BoundRecord]
 
@@ -150,7 +150,7 @@ def _log(axes: Axes, *drawn: Column) -> None:
 
 
 def frontier(figure: Figure, records: Records) -> None:
-    kl = np.sqrt(np.clip(_drawable(column(records, "anchor.kl_exact")), 0.0, None))
+    kl = np.sqrt(np.clip(_drawable(distance(records)), 0.0, None))
     score, update = _drawable(column(records, "score")), column(records, "update")
     axes = _axes(figure, "mean score", "√KL to the reference  (√nats per response)")
     stride = max(1, len(kl) // 1500)
@@ -168,13 +168,14 @@ def frontier(figure: Figure, records: Records) -> None:
 
 
 def anchor(figure: Figure, records: Records) -> None:
-    x, kl = column(records, "update"), _drawable(column(records, "anchor.kl_exact"))
+    x, kl = column(records, "update"), _drawable(distance(records))
     error, target = _drawable(column(records, "anchor.kl_stderr")), _drawable(column(records, "anchor.target"))
     grid = figure.add_gridspec(2, 1, height_ratios=(3, 2), hspace=0.12)
     above = _axes(figure, "KL to the reference\n(nats per response)", "", grid[0])
     middle = binned(x, POINTS)
-    low, high = binned(kl - error, POINTS, np.nanmin), binned(kl + error, POINTS, np.nanmax)
-    above.fill_between(middle, low, high, color=BLUE, alpha=0.25, linewidth=0, label="± stderr")
+    if np.isfinite(error).any():
+        low, high = binned(kl - error, POINTS, np.nanmin), binned(kl + error, POINTS, np.nanmax)
+        above.fill_between(middle, low, high, color=BLUE, alpha=0.25, linewidth=0, label="± stderr")
     _line(above, x, kl, BLUE, r"KL($\pi\,\|\,\pi_{\mathrm{ref}}$)")
     _line(above, x, target, RED, "target", linestyle="--")
     above.tick_params(labelbottom=False)
@@ -285,7 +286,7 @@ FIGURES: dict[str, Kind] = {
     "gated": Kind(
         "What each mechanism took of the updates",
         "The higher a colour, the more of the update that mechanism took away; the shares overlap, so that a stack can exceed "
-        "1, and an empty place is an update that nothing bound.",
+        "1, and an empty place is an update that nothing bound, or of which no share is on record.",
         gated,
     ),
     "ratios": Kind(

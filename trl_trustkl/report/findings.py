@@ -17,7 +17,9 @@ from .schema import Run
 from .series import (
     Column,
     column,
+    distance,
     first_third,
+    is_stock,
     largest,
     last_third,
     mean,
@@ -53,24 +55,27 @@ class Finding(NamedTuple):
 
 def clip_never_binds(run: Run) -> Finding | None:
     clipped = [record for record in run.records if record.trust.rule != "none" and record.refused is None]
-    if len(clipped) < FEW or any(record.trust.gated > IDLE for record in clipped):
+    if len(clipped) < FEW or not (column(clipped, "trust.gated") <= IDLE).all():  # NaN is not 0
         return None
-    reached = number(largest(column(clipped, "trust.max_ratio")))
-    made = count(len(clipped), "update")
+    reached = largest(column(clipped, "trust.max_ratio"))
+    made, stock = count(len(clipped), "update"), is_stock(run.records)
     if all(record.trust.epochs <= 1 for record in clipped):
         return Finding(
             "clip_never_binds",
             "Clipping is on, and cannot act",
             f"The clip removed nothing in any of {made}, each of them a single pass over its batch. In one pass with one "
-            "mini-batch the policy is still the one that sampled when the clip looks at it: every ratio is 1. Measured "
-            f"after the step, the largest was {reached}.",
-            "Set num_ppo_epochs=2 (or num_mini_batches=2); to bound a single step, set trust_max_kl instead.",
+            "mini-batch the policy is still the one that sampled when the clip looks at it: every ratio is 1."
+            + (f" Measured after the step, the largest was {number(reached)}." if np.isfinite(reached) else ""),
+            "Set num_iterations=2, or for PPO num_ppo_epochs=2."
+            if stock
+            else "Set num_ppo_epochs=2 (or num_mini_batches=2); to bound a single step, set trust_max_kl instead.",
         )
     return Finding(
         "clip_never_binds",
         "Clipping is on, and never acted",
-        f"The clip removed nothing in any of {made}; the largest ratio measured after a step was {reached}. The updates "
-        "are too small for the clip range to matter.",
+        f"The clip removed nothing in any of {made}"
+        + (f"; the largest ratio measured after a step was {number(reached)}" if np.isfinite(reached) else "")
+        + ". The updates are too small for the clip range to matter.",
         f"Set learning_rate={number(2 * mean(column(clipped, 'lr')), 2)}, twice the present one.",
     )
 
@@ -83,14 +88,14 @@ def _still_rising(kl: Column) -> bool:
 
 def coefficient_pinned(run: Run) -> Finding | None:
     late = last_third(run.records)
-    coef, kl, target = (column(late, f"anchor.{key}") for key in ("coef", "kl_exact", "target"))
+    coef, kl, target = column(late, "anchor.coef"), distance(late), column(late, "anchor.target")
     if len(late) < FEW or not np.isfinite(target).all() or np.ptp(coef) != 0:
         return None
     below, above = bool((kl < target / BAND).all()), bool((kl > target * BAND).all())
     if not (below or above):
         return None
     side, bound, value = ("below", "min_coef", coef[0] / 10) if below else ("above", "max_coef", 10 * coef[0])
-    if below and (coef[0] == 0 or _still_rising(column(run.records, "anchor.kl_exact"))):
+    if below and (coef[0] == 0 or _still_rising(distance(run.records))):
         return None
     start = 10 * coef[0] if coef[0] > 0 else 0.05
     fixed = np.ptp(column(run.records, "anchor.coef")) == 0
@@ -100,13 +105,15 @@ def coefficient_pinned(run: Run) -> Finding | None:
         f"β was {number(coef[0])} in each of the last {count(len(late), 'update')}, with a KL to the reference of "
         f"{number(mean(kl))} nats per response against a target of {number(target[-1])}. A controller moves it unless it "
         f"is held at its {'floor' if below else 'ceiling'}" + (", or fixed." if fixed else "."),
-        f'Set kl_controller_kwargs={{"{bound}": {number(value if coef[0] > 0 else start, 2)}}}'
+        f"Give the controller {bound}={number(value if coef[0] > 0 else start, 2)}."
+        if is_stock(run.records)
+        else f'Set kl_controller_kwargs={{"{bound}": {number(value if coef[0] > 0 else start, 2)}}}'
         + (', with kl_controller="adaptive" if it is "fixed".' if fixed else "."),
     )
 
 
 def target_never_reached(run: Run) -> Finding | None:
-    kl, target = column(run.records, "anchor.kl_exact"), column(run.records, "anchor.target")
+    kl, target = distance(run.records), column(run.records, "anchor.target")
     late, aim = last_third(kl), last_third(target)
     if len(run.records) < SOME or not np.isfinite(aim).all() or not np.isfinite(late).any():
         return None
@@ -114,13 +121,15 @@ def target_never_reached(run: Run) -> Finding | None:
     above = bool(np.nanmin(late / aim) > 1 + NEAR)
     if not (below or above):
         return None
-    coef = float(column(run.records, "anchor.coef")[-1])
+    coef, stock = float(column(run.records, "anchor.coef")[-1]), is_stock(run.records)
     when = "in the whole run" if below else f"in the last {count(len(late), 'update')}"
     came = f"came no nearer than {number(largest(kl))}" if below else f"stayed above {number(float(np.nanmin(late)))}"
     if below and _still_rising(kl):
-        advice = f"Set total_episodes={2 * run.records[-1].episode}, twice as many: the KL is still rising."
+        longer = f"max_steps={2 * run.records[-1].update}" if stock else f"total_episodes={2 * run.records[-1].episode}"
+        advice = f"Set {longer}, twice as many: the KL is still rising."
     else:
-        advice = f"Set kl_coef={number(coef / 2 if below else 2 * coef or 0.05, 2)}, {'half' if below else 'twice'} the last β."
+        field = "the controller's coef" if stock else "kl_coef"
+        advice = f"Set {field}={number(coef / 2 if below else 2 * coef or 0.05, 2)}, {'half' if below else 'twice'} the last β."
     return Finding(
         "target_never_reached",
         "The KL to the reference never reached its target" if below else "The KL to the reference is above its target",
@@ -138,10 +147,14 @@ def negative_estimate(run: Run) -> Finding | None:
     mismatch = largest(sampler) > MISMATCH
     evidence = (
         f"The estimate of the KL to the reference was negative in {int(negative.sum()):,} of "
-        f"{count(len(kl), 'update')}, at its lowest {number(float(np.nanmin(kl)))} nats per response, where the exact KL "
-        f"averaged {number(mean(exact[negative]))}. "
+        f"{count(len(kl), 'update')}, at its lowest {number(float(np.nanmin(kl)))} nats per response"
     )
-    if mismatch:
+    stock = is_stock(run.records)
+    evidence += ". " if stock else f", where the exact KL averaged {number(mean(exact[negative]))}. "
+    if stock:
+        why = "A KL never is: near 0, an estimate from few responses is mostly noise."
+        advice = "Set gradient_accumulation_steps to twice what it is: more responses, less noise."
+    elif mismatch:
         why = (
             f"The sampler and the training pass disagree: by {number(mean(sampler))} nats per token on average, "
             f"{number(largest(sampler))} at most (sampler/kl)."
@@ -212,6 +225,8 @@ def early_stop(run: Run) -> Finding | None:
 
 
 def learning_rate_floor(run: Run) -> Finding | None:
+    if is_stock(run.records):  # no trainer of TRL's own adapts the learning rate to the KL
+        return None
     lr = column(run.records, "lr")
     top = largest(lr)
     floor = (lr > 0) & (lr <= 1.05 * LR_FLOOR * top)
@@ -237,7 +252,7 @@ def reward_hacking(run: Run) -> Finding | None:
     before, after = mean(first_third(likelihood)), mean(last_third(likelihood))
     if not (gained > 2 * noise and before - after > COLLAPSE):
         return None
-    kl = mean(last_third(column(run.records, "anchor.kl_exact")))
+    kl = mean(last_third(distance(run.records)))
     return Finding(
         "reward_hacking",
         "The score rises while the text becomes one the reference would not write",
@@ -281,8 +296,19 @@ def biased_estimator(run: Run) -> Finding | None:
         f"The anchor's gradient is {last.gradient}",
         f"The estimator {shortened(last.estimator, 40)} with the placement {shortened(last.placement, 40)} gives a "
         f"gradient that {_GRADIENTS[last.gradient]}.",
-        'Set kl_estimator="k1" with kl_placement="reward"; "exact" with "both" has the least variance.',
+        _better_estimator(last.placement, last.gradient)
+        if is_stock(run.records)
+        else 'Set kl_estimator="k1" with kl_placement="reward"; "exact" with "both" has the least variance.',
     )
+
+
+def _better_estimator(placement: str, gradient: str) -> str:
+    """For TRL's own trainers: GRPO has its anchor in the loss, PPO in the reward."""
+    if placement == "reward":
+        return 'Set kl_estimator="k1".'
+    if gradient == "biased":
+        return "Set use_bias_correction_kl=True, which leaves out the future cost only."
+    return "Use RLOOTrainer: its k1 in the reward has both terms."
 
 
 def updates_refused(run: Run) -> Finding | None:

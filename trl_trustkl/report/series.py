@@ -21,6 +21,18 @@ def column(records: Sequence[BoundRecord], key: str) -> Column:
     return np.array([np.nan if (value := get(record)) is None else value for record in records], dtype=np.float64)
 
 
+def distance(records: Sequence[BoundRecord]) -> Column:
+    """The KL to the reference in nats per response: the exact one where a record has it, the estimate elsewhere."""
+    exact = column(records, "anchor.kl_exact")
+    return np.where(np.isfinite(exact), exact, column(records, "anchor.kl"))
+
+
+def is_stock(records: Sequence[BoundRecord]) -> bool:
+    """Whether the records look like those of a trainer of TRL's own, which measures no update and keeps no such settings."""
+    keys = ("trust.kl", "anchor.kl_exact", "value.explained_variance")
+    return not any(np.isfinite(column(records, key)).any() for key in keys)
+
+
 def quantile(records: Sequence[BoundRecord], level: str) -> Column:
     """A quantile of the ratio after each update, such as "0.99"."""
     return np.array([record.trust.ratio_quantiles.get(level, np.nan) for record in records], dtype=np.float64)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..types import BoundRecord
 from .schema import Run
-from .series import Column, column, first_third, largest, last_third, mean, stderr
+from .series import Column, column, distance, first_third, largest, last_third, mean, stderr
 from .text import count, number, percent, shortened
 
 MECHANISMS = {
@@ -21,6 +21,7 @@ MECHANISMS = {
     "grad_norm": "the limit on the gradient's norm",
     "lr": "the learning rate by KL",
     "none": "nothing (no mechanism took 1 %)",
+    "unknown": "not on record",
 }
 
 
@@ -71,17 +72,25 @@ def binding(run: Run) -> str:
     most = Counter(record.binding for record in run.records).most_common()
     parts = [f"{MECHANISMS.get(name, shortened(name, 40))} in {times:,}" for name, times in most]
     listed = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-    return f"Of {count(len(run.records), 'update')}, the mechanism that took the largest share was {listed}."
+    text = f"Of {count(len(run.records), 'update')}, the mechanism that took the largest share was {listed}."
+    anchored = (column(run.records, "anchor.coef") > 0).any()
+    if anchored and not np.isfinite(column(run.records, "anchor.share")).any():
+        text += " The anchor is not among them: its share is not on record."
+    return text
 
 
 def anchor(run: Run) -> str:
     """Where the KL to the reference stood, against its target where there is one."""
     late = last_third(run.records)
-    kl, target = column(late, "anchor.kl_exact"), column(late, "anchor.target")
+    kl, target = distance(late), column(late, "anchor.target")
     over = f"over the last {count(len(late), 'update')}" if len(late) > 1 else "in the last update"
     stood = f"{number(mean(kl))} nats per response {over}"
+    if not np.isfinite(column(late, "anchor.kl_exact")).any():
+        stood += f" (an estimate, by {shortened(late[-1].anchor.estimator, 40)})"
     coefs = column(run.records, "anchor.coef")
-    if not (coefs > 0).any():
+    if not np.isfinite(kl).any():
+        return f"The KL to the reference is not on record{'; β was 0 throughout' if (coefs == 0).all() else ''}."
+    if (coefs == 0).all():
         return f"None: β was 0 throughout, and the KL to the reference went where the reward took it: {stood}."
     first, last = number(coefs[0]), number(coefs[-1])
     beta = f"β went from {first} to {last}" if first != last else f"β began and ended at {first}"
@@ -132,7 +141,9 @@ def guaranteed(run: Run) -> str:
     bounds = column(run.records, "trust.guaranteed")
     held = np.isfinite(bounds)
     if not held.any():
-        return "Nothing: no mechanism of this run enforces a bound. The numbers above were measured after each update."
+        measured = np.isfinite(column(run.records, "trust.kl")).any()
+        scope = "The numbers above were measured after each update." if measured else "Nor was any update measured."
+        return f"Nothing: no mechanism of this run enforces a bound. {scope}"
     which = "In every update" if held.all() else f"In {int(held.sum()):,} of {count(len(bounds), 'update')}"
     return (
         f"{which}, the mean KL(π_old‖π) over the tokens of the batch was at most {number(largest(bounds))} nats per token: "

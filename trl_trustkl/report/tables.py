@@ -10,7 +10,7 @@ import numpy as np
 
 from ..types import BoundRecord
 from .schema import Completion, Run
-from .series import column, largest, last_third, mean, reference_per_token
+from .series import column, distance, largest, last_third, mean, reference_per_token
 from .text import number, percent, shortened
 
 ROWS = 200  # of the table of updates
@@ -105,7 +105,7 @@ UPDATE_COLUMNS: dict[str, Callable[[BoundRecord], str]] = {
     "update": lambda r: f"{r.update:,}",
     "score": lambda r: number(r.score),
     "length": lambda r: number(r.length),
-    "KL to ref": lambda r: number(r.anchor.kl_exact),
+    "KL to ref": lambda r: number(float(distance([r])[0])),
     "β": lambda r: number(r.anchor.coef),
     "anchor": lambda r: percent(r.anchor.share),
     "gated": lambda r: percent(r.trust.gated),
@@ -157,9 +157,7 @@ def _sample(row: Completion) -> Sample:
 COMPARED: dict[str, Callable[[Run], str]] = {
     "updates": lambda run: f"{len(run.records):,}",
     "score, last third": lambda run: number(mean(last_third(column(run.records, "score")))),
-    "KL to the reference, last third (nats per response)": lambda run: number(
-        mean(last_third(column(run.records, "anchor.kl_exact")))
-    ),
+    "KL to the reference, last third (nats per response)": lambda run: number(mean(last_third(distance(run.records)))),
     "its target": lambda run: number(run.records[-1].anchor.target),
     "β, first → last": lambda run: _numbers(run.records, "anchor.coef"),
     "clip rule": lambda run: shortened(run.records[-1].trust.rule, 40),

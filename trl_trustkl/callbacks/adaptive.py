@@ -1,0 +1,224 @@
+"""AdaptiveKLCallback: a controller of the KL coefficient for TRL's own trainers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
+
+from ..controllers import Controller, ControllerState
+from ..errors import ConfigError
+from .stock import COEF, KL, KL_METRIC, TARGET, Kind, episodes_seen, kind_of
+
+logger = logging.get_logger(__name__)
+
+SMALLEST = 1e-12
+"""Applied for a coefficient of 0: at exactly 0, GRPO and RLOO stop measuring the KL."""
+
+
+class AdaptiveKLState(TrainerCallback, ExportableState):
+    """What of an `AdaptiveKLCallback` goes into checkpoints. It comes with the callback; nobody needs to add it.
+
+    A callback of its own, as transformers may rebuild such callbacks from what the checkpoint holds, and a checkpoint
+    cannot hold the trainer that the other one needs.
+    """
+
+    def __init__(self) -> None:
+        self.saved: dict[str, Any] = {}
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"saved": self.saved}}
+
+
+class AdaptiveKLCallback(TrainerCallback):
+    """Moves the KL coefficient of a stock trainer so that its KL to the reference meets a target.
+
+        trainer = GRPOTrainer(..., args=GRPOConfig(..., beta=0.04))
+        trainer.add_callback(AdaptiveKLCallback(DualKL(coef=0.04, target=0.05), trainer=trainer))
+
+    For `GRPOTrainer` and `RLOOTrainer` (moves `beta`; target in nats per token) and the PPO trainer of TRL ≤ 1.12 (moves
+    `kl_coef`; target in nats per response); `stock.KL_METRIC` says exactly which KL each of them measures. The run starts at
+    the controller's coefficient; of the configured one it only matters that it is not 0, as TRL then loads no reference.
+
+    Once per optimizer step (RLOO: per generation; PPO: per update) the controller sees the KL that the trainer measured
+    since, as max(0, KL), and the coefficient it answers with holds from the next step on. A KL that is not finite changes
+    nothing. TRL pools its metrics over processes, so all of them take the same coefficient. Logged, for each KL:
+    `kl/measured`, `kl/target` (where the controller has one) and `kl/coef`, the coefficient that this KL was had with.
+    Checkpoints keep the controller's state, and a resumed run goes on with it.
+
+    Raises ConfigError for something that is no controller, a trainer without such a coefficient, one whose reference is not
+    loaded (β = 0), and one whose loss has the coefficient built in (Liger's GRPO loss).
+    """
+
+    def __init__(self, controller: Controller, trainer: Any) -> None:
+        self.controller = controller
+        self.state: Any = _first_state(controller)
+        self.trainer = trainer
+        self.kind = _checked_kind(trainer)
+        self.step = 0  # of the last KL, to count episodes from
+        self._values: list[float] = []
+        self._read = 0
+        if self._store() is None:
+            trainer.add_callback(AdaptiveKLState())
+
+    @property
+    def coef(self) -> float:
+        """The coefficient in force."""
+        return self.trainer.args.kl_coef if self.kind == "ppo" else self.trainer.beta
+
+    # -- events --------------------------------------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        callbacks = self.trainer.callback_handler.callbacks
+        if args is not self.trainer.args:
+            raise ConfigError(
+                "`trainer` is not the trainer that this AdaptiveKLCallback was added to; give it that one."
+            )
+        if sum(isinstance(each, AdaptiveKLCallback) for each in callbacks) > 1:
+            raise ConfigError("The trainer got two AdaptiveKLCallbacks; they would both move its coefficient. Add one.")
+        # A state that was loaded, or made before this callback was added, may lack the entry that saving expects.
+        self._restore(state.stateful_callbacks.setdefault(AdaptiveKLState.__name__, AdaptiveKLState().state()), state)
+        self._apply()
+        if self.kind == "ppo":
+            # To the front: what `on_log` adds has to be there before the trackers read the logs.
+            callbacks.remove(self)
+            callbacks.insert(0, self)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.kind == "ppo":
+            return
+        metrics = self.trainer._metrics["train"]
+        values = self._unread(metrics.get(KL_METRIC[self.kind], []))
+        if values:
+            for name, value in self._move(sum(values) / len(values), state.global_step).items():
+                metrics[name].append(value)
+        elif not self._values:
+            raise ConfigError(
+                f"`trainer` got a {type(self.trainer).__name__}, which measured no {KL_METRIC[self.kind]!r} in its first "
+                "step: there is nothing to control. Remove the callback, or let the trainer log its KL to the reference."
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.kind != "ppo" or logs is None or KL_METRIC["ppo"] not in logs:
+            return
+        added = self._move(logs[KL_METRIC["ppo"]], state.global_step)
+        logs.update(added)
+        state.log_history[-1].update(added)
+
+    # -- the coefficient -----------------------------------------------------------------------------------------------
+
+    def _unread(self, values: list[float]) -> list[float]:
+        """The values of the last step. TRL appends to the list until it logs, and then begins a new one."""
+        if not values:  # a step that reuses RLOO's last generation, right after a log
+            return values
+        start = self._read if values is self._values else 0
+        self._values, self._read = values, len(values)
+        return values[start:]
+
+    def _move(self, kl: float, step: int) -> dict[str, float]:
+        """Let the controller answer to a KL; returns what is to be logged."""
+        logged = {KL: kl, COEF: self.coef}
+        target = getattr(self.controller, "target", None)
+        if target is not None:
+            logged[TARGET] = float(target)
+        if math.isfinite(kl):
+            episodes = episodes_seen(self.trainer.args, step) - episodes_seen(self.trainer.args, self.step)
+            self.state = self.controller.update(self.state, kl=max(0.0, kl), episodes=episodes)
+            self.step = step
+            self._apply()
+        else:
+            logger.warning(f"The KL to the reference was {kl} in step {step}; the coefficient stays at {self.coef:g}.")
+        return logged
+
+    def _apply(self) -> None:
+        coef = self.state.coef
+        if not 0 <= coef < math.inf:
+            raise ConfigError(f"`controller` answered with a coefficient of {coef!r}; it must be finite, 0 or above.")
+        if self.kind == "ppo":
+            self.trainer.args.kl_coef = coef
+        else:
+            self.trainer.beta = max(coef, SMALLEST)
+        if (store := self._store()) is not None:
+            store.saved = {
+                "controller": type(self.controller).__name__,
+                "state": self.state._asdict(),
+                "step": self.step,
+            }
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def _store(self) -> AdaptiveKLState | None:
+        callbacks = self.trainer.callback_handler.callbacks
+        return next((each for each in callbacks if isinstance(each, AdaptiveKLState)), None)
+
+    def _restore(self, entry: dict[str, Any], state: TrainerState) -> None:
+        """Go on from what a checkpoint kept; a run that does not resume has nothing there, and starts afresh."""
+        saved = entry["attributes"]["saved"]
+        self.step = min(saved.get("step", 0), state.global_step)
+        if not saved:
+            return
+        own = type(self.controller).__name__
+        if saved["controller"] != own:
+            logger.warning(
+                f"The checkpoint was written with the controller {saved['controller']}, and this run has {own}: it starts "
+                f"at its own coefficient, {self.state.coef:g}."
+            )
+            return
+        self.state = type(self.state)(**saved["state"])
+
+
+def _first_state(controller: Any) -> ControllerState:
+    advice = "give an instance of one of trl_trustkl.controllers, such as AdaptiveKL(coef=0.05, target=0.1)"
+    if isinstance(controller, type) or not all(
+        callable(getattr(controller, name, None)) for name in ("init", "update")
+    ):
+        raise ConfigError(f"`controller` got {controller!r}, which has no init() and update(): {advice}.")
+    state = controller.init()
+    if not hasattr(state, "coef") or not hasattr(state, "_asdict"):
+        raise ConfigError(
+            f"`controller` starts with {state!r}; a state must be a NamedTuple with a field `coef`: {advice}."
+        )
+    return state
+
+
+def _checked_kind(trainer: Any) -> Kind:
+    """Which trainer this is, once it is clear that its coefficient can be moved."""
+    from ..ppo.config import TrustKLPPOConfig
+
+    name, args = type(trainer).__name__, getattr(trainer, "args", None)
+    if isinstance(args, TrustKLPPOConfig):
+        raise ConfigError(
+            f"`trainer` got a {name}, which has controllers of its own. Set kl_controller='adaptive' (or another), "
+            "kl_target and kl_coef in its TrustKLPPOConfig instead."
+        )
+    kind = kind_of(args)
+    if kind is None:
+        raise ConfigError(
+            f"`trainer` got a {name}, which has no KL coefficient that could be moved; it must be a GRPOTrainer, an "
+            "RLOOTrainer or the PPOTrainer of TRL 1.12 or before."
+        )
+    if kind == "ppo":
+        return kind
+    if trainer.beta == 0:
+        raise ConfigError(
+            f"`beta` got {trainer.beta!r}; it must be above 0: at 0, {name} loads no reference and measures no KL. Start "
+            "with a small positive one, such as beta=0.001; the controller's coefficient takes its place at once."
+        )
+    if hasattr(trainer, "liger_loss"):
+        raise ConfigError(
+            "`use_liger_kernel` got True; it must be False: Liger's GRPO loss has `beta` built in, so that nothing can move "
+            "it during the run."
+        )
+    return kind
