@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -11,8 +12,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
+from tests import tiny
+from trl_trustkl import load_records
+from trl_trustkl.controllers import CONTROLLERS
 from trl_trustkl.divergences import exact_from_logps
+from trl_trustkl.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -103,3 +109,159 @@ def test_which_leash_runs_and_says_so(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["which_leash.png", "which_leash.svg"]
     assert (tmp_path / "out" / "which_leash.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "out" / "which_leash.svg").read_text("utf-8")
+
+
+# -- Those that train: on a tiny model, one update, as a user starts them ------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny.llama().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def example(name: str, *arguments: str, capsys: pytest.CaptureFixture) -> list[str]:
+    """Run its main in this process, which has torch and TRL loaded already; returns what it printed."""
+    load(name).main(list(arguments))
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("distance", [0.05, 0.5, 2.0])
+def test_the_divergences_are_those_of_the_estimators(distance: float) -> None:
+    hand = load("divergences_by_hand")
+    p = torch.tensor(hand.policy(distance), dtype=torch.float64).log()
+    closed = hand.closed_forms(hand.policy(distance), hand.REFERENCE)
+    assert set(closed) == set(hand.ESTIMATORS)
+    for name in ("forward_kl", "js", "tv", "hellinger", "chi2"):
+        assert closed[name][1] == pytest.approx(exact_from_logps(name, p, Q).item(), rel=1e-10)
+    for name, (_, value) in closed.items():
+        biased = name == "k2"
+        assert (hand.moments(name, hand.policy(distance))[0] == pytest.approx(value, abs=1e-12)) is not biased
+
+
+def test_the_table_of_divergences_fits_80_columns(capsys) -> None:
+    lines = example("divergences_by_hand", capsys=capsys)
+    assert max(map(len, lines)) <= 80
+    assert sum(line.split()[:1] == [name] for line in lines for name in load("divergences_by_hand").ESTIMATORS) == 10
+
+
+def test_a_controller_of_ones_own_moves_the_coefficient(model, tmp_path, capsys) -> None:
+    try:
+        own = load("custom_controller")
+        own.main(["--model", model, "--updates", "3", "--budget", "1e-6", "--output-dir", str(tmp_path)])
+        coefs = [record["anchor"]["coef"] for record in load_records(tmp_path)]
+        assert coefs[0] == coefs[1] == 0.02 < coefs[2]  # the first update is at the reference, where nothing is over
+        rule = own.BudgetKL(coef=0.1, target=2.0)
+        risen = rule.update(rule.init(), kl=4.0, episodes=8)
+        assert (risen.coef, rule.update(risen, kl=1.0, episodes=8).coef) == pytest.approx((0.2, 0.19))
+        assert rule.update(rule.init(), kl=0.0, episodes=8).coef == 0.1
+        with pytest.raises(ConfigError, match=r"`kl_controller_kwargs` got 'upp'.*Did you mean 'up'"):
+            tiny.config(tmp_path, kl_controller="budget", kl_target=1.0, kl_controller_kwargs={"upp": 1.0})
+    finally:
+        CONTROLLERS.pop("budget", None)
+    assert len(capsys.readouterr().out.splitlines()) >= 4
+
+
+def test_rewards_judge_their_own_rows_only(model, tmp_path, capsys) -> None:
+    own = load("custom_reward")
+    assert own.mentions_word([], ["so Quiet", "loud", "x"], word=["quiet", "quiet", None]) == [1.0, 0.0, None]
+    replies = [[{"role": "assistant", "content": " ".join(["a"] * count)}] for count in (4, 6, 99, 1)]
+    assert own.keeps_limit([], replies, limit=[4, 4, 4, None]) == [0.0, -0.5, -1.0, None]
+    own.main(["--model", model, "--updates", "1", "--output-dir", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
+    requests = {row["request"]: row for row in own.ROWS}
+    for row in rows:
+        asked = requests[row["prompt"][0]["content"]]
+        assert (row["score"] is None) == (asked["word"] is None and asked["limit"] is None)
+    assert any(row["score"] is None for row in rows) and any(row["score"] is not None for row in rows)
+
+
+def test_clip_rules_are_compared_from_one_seed(model, tmp_path, capsys) -> None:
+    rules = ["ppo", "none", "gspo"]
+    lines = example(
+        "compare_clip_rules", "--rules", *rules, "--model", model, "--updates", "1", "--output-dir", str(tmp_path),
+        capsys=capsys,
+    )  # fmt: skip
+    table = {line.split()[0]: line.split() for line in lines if line.split()[:1] and line.split()[0] in rules}
+    assert list(table) == rules
+    assert table["none"][1] == "0.0%"
+    scores = {json.dumps(load_records(tmp_path / rule)[0]["score"]) for rule in rules}
+    assert len(scores) == 1
+    assert max(map(len, lines[-9:])) <= 80
+
+
+def test_qlora_trains_and_adds_up_its_memory(model, tmp_path, capsys) -> None:
+    pytest.importorskip("bitsandbytes")
+    lines = example(
+        "qlora_ppo", "--model", model, "--updates", "1", "--batch", "8", "--micro-batch", "2", "--response-length", "4",
+        "--output-dir", str(tmp_path), capsys=capsys,
+    )  # fmt: skip
+    assert any(line.startswith("estimated peak") and line.endswith("fits 24 GB") for line in lines)
+    assert len(load_records(tmp_path)) == 1
+
+
+def test_the_estimate_of_memory_for_eight_billion_parameters(tmp_path, capsys) -> None:
+    config = LlamaConfig(  # Llama 3.1 8B
+        vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=131_072, tie_word_embeddings=False,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    arguments = ["--model", str(tmp_path), "--estimate-only", "--response-length", "128"]
+    lines = example("qlora_ppo", *arguments, capsys=capsys)
+    size = {line[:40].strip(): float(line[40:].split()[0]) for line in lines}
+    linear, kept, lora = (
+        6_979_321_856,
+        1_050_939_392,
+        41_943_040,
+    )  # as published for Llama 3.1 8B, and LoRA r = 16 on it
+    assert size["4-bit weights"] == pytest.approx(linear * (0.5 + 0.0159) / 1e9, abs=0.01)
+    assert size["embeddings, head, norms in 32 bits"] == pytest.approx(4 * kept / 1e9, abs=0.01)
+    assert size["adapter, its gradient, Adam's moments"] == pytest.approx(16 * lora / 1e9, abs=0.01)
+    assert 10 < size["estimated peak (training or sampling)"] < 24
+    small = example("qlora_ppo", *arguments, "--gpu-memory", "8", capsys=capsys)
+    assert small[-1].endswith("does not fit 8 GB")
+
+
+def notebook_cells() -> list[str]:
+    notebook = json.loads((ROOT / "examples" / "four_corners.ipynb").read_text("utf-8"))
+    assert notebook["nbformat"] == 4 and not any(cell.get("outputs") for cell in notebook["cells"])
+    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_runs_from_top_to_bottom(model, tmp_path, capsys) -> None:
+    settings, *cells = notebook_cells()
+    names: dict[str, object] = {}
+    exec(compile(settings, "settings", "exec"), names)
+    assert set(names) - {"__builtins__"} == {"MODEL", "UPDATES", "OUTPUT"}
+    names |= {"MODEL": model, "UPDATES": 1, "OUTPUT": str(tmp_path)}
+    for number, cell in enumerate(cells, start=2):
+        exec(compile(cell, f"cell {number}", "exec"), names)
+    said = capsys.readouterr().out
+    assert all(f"\n{corner}" in said for corner in names["CORNERS"])
+    assert {path.name for path in tmp_path.iterdir()} == {"anchor_and_clip", "clip_only", "anchor_only", "neither"}
+    records = {path.name: load_records(path)[0] for path in tmp_path.iterdir()}
+    assert [records[name]["anchor"]["coef"] for name in ("anchor_only", "clip_only")] == [0.05, 0.0]
+    assert [records[name]["trust"]["rule"] for name in ("anchor_only", "clip_only")] == ["none", "ppo"]
+
+
+TRAINING = ("custom_controller", "custom_reward", "compare_clip_rules", "qlora_ppo")
+
+
+@pytest.mark.parametrize("name", ["which_leash", "divergences_by_hand", *TRAINING])
+def test_an_example_opens_with_a_paragraph_and_commands(name: str) -> None:
+    paragraphs = (load(name).__doc__ or "").split("\n\n")
+    assert len(paragraphs) >= 3 and f"python examples/{name}.py" in "".join(paragraphs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINING)
+def test_an_example_runs_on_smollm2_without_arguments_but_the_number_of_updates(name: str, tmp_path: Path) -> None:
+    rules = ["--rules", "ppo"] if name == "compare_clip_rules" else []
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--updates", "1", "--output-dir", "out", *rules],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(load_records(tmp_path / "out" / (rules[-1] if rules else ""))) == 1

@@ -664,7 +664,7 @@ DESCENT = {
     "clip_rule": "none",
     "kl_coef": 0.0,
     "max_steps": 1,
-    "seed": 3,
+    "seed": 1,
 }
 
 

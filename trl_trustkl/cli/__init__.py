@@ -1,4 +1,4 @@
-"""The command line: `trustkl demo`, `trustkl report` and `trustkl compare`."""
+"""The command line: `trustkl demo`, `trustkl train`, `trustkl report` and `trustkl compare`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,29 @@ from collections.abc import Sequence
 from .. import __version__
 from ..errors import TrustKLError
 
+EPILOG = (
+    "Exit status: 0; 1 for an error of the run; 2 for one of usage: the command line or a configuration; 130 after Ctrl-C; "
+    "143 after SIGTERM."
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; the exit status is 0, 1 for an error of the run, 2 for one of usage, 130 after Ctrl-C."""
+    """Run a subcommand; returns the exit status, as EPILOG lists it."""
     parser = argparse.ArgumentParser(
-        prog="trustkl", description="PPO on TRL, with a record of what bounds every update."
+        prog="trustkl", description="PPO on TRL, with a record of what bounds every update.", epilog=EPILOG
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    from . import compare, demo, report
+    from . import compare, demo, report, train
 
     demo.add_arguments(commands.add_parser("demo", help=demo.HELP, description=demo.DESCRIPTION))
+    train.add_arguments(commands.add_parser("train", help=train.HELP, add_help=False, allow_abbrev=False))
     report.add_arguments(commands.add_parser("report", help=report.HELP, description=report.DESCRIPTION))
     compare.add_arguments(commands.add_parser("compare", **compare.PARSER))
-    options = parser.parse_args(argv)
+    options, rest = parser.parse_known_args(argv)
+    options.rest = rest
+    if rest and not getattr(options, "parses_rest", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return options.run(options)
     except TrustKLError as error:

@@ -389,7 +389,7 @@ def sharding_error(name: str) -> NotAvailableYetError:
     """The error for FSDP and DeepSpeed, which says what does work."""
     return NotAvailableYetError(
         f"{name} is not available yet in this version; one process, or several with DDP, work: accelerate launch "
-        "--config_file examples/accelerate/ddp.yaml (ddp_cpu.yaml without a GPU). LoRA or QLoRA (peft_config, a 4-bit "
+        "--config_file examples/accelerate/multi_gpu.yaml (cpu_gloo.yaml without a GPU). LoRA or QLoRA (peft_config, a 4-bit "
         "model) saves most of the memory that sharding would."
     )
 

@@ -1,0 +1,135 @@
+"""PPO on a model of 7 to 8 billion parameters, on one GPU of 24 GB: what takes the memory, and which setting moves it.
+
+PPO needs a policy, a reference and a value, and sampling besides. Three full models of 8 billion parameters would take
+some 50 GB of weights alone. Here one backbone in 4 bits serves three times: with the LoRA adapter it is the policy,
+without it the reference, and a small head on its hidden states is the value. The script adds up what remains before it
+trains: the weights (embeddings and head stay in 32 bits, and are a large part of it), the adapter with its gradient and
+Adam's two moments, what the backward pass of one micro-batch keeps, and the keys and values of sampling, which come at
+another time. So `--micro-batch` and `--response-length` set the one peak, `--sample-batch` the other. It is an estimate,
+from the shapes in the model's configuration; on a GPU the measured peak is printed beside it after the run.
+
+    python examples/qlora_ppo.py                                        # SmolLM2-135M on a CPU, some minutes
+    python examples/qlora_ppo.py --model Qwen/Qwen2.5-7B-Instruct --updates 200        # one GPU of 24 GB
+    python examples/qlora_ppo.py --model Qwen/Qwen2.5-7B-Instruct --estimate-only      # reads its config.json, no weights
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from trl_trustkl import TrustKLPPOConfig, TrustKLPPOTrainer, load_records
+from trl_trustkl.cli._smollm2 import smollm2_path
+from trl_trustkl.cli.prompts import TRAIN_PROMPTS
+
+GB = 1e9
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, a byte of scale for 64, and 4 bytes for 256 scales
+
+
+def estimate(config, options: argparse.Namespace) -> dict[str, float]:
+    """Bytes by purpose, from the shapes of the model alone; the model itself is made without memory."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    quantised = sum(m.weight.numel() for m in linear)
+    kept = sum(p.numel() for p in model.parameters()) - quantised
+    adapter = sum(options.lora_r * (m.in_features + m.out_features) for m in linear)
+    text = config.get_text_config()
+    layers, hidden, inner = text.num_hidden_layers, text.hidden_size, text.intermediate_size
+    length = options.prompt_length + options.response_length
+    tokens = options.micro_batch * length
+    head_size = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    return {
+        "4-bit weights": NF4 * quantised,
+        "embeddings, head, norms in 32 bits": 4.0 * kept,
+        "adapter, its gradient, Adam's moments": 16.0 * adapter,
+        "CUDA context and buffers": 1.0 * GB,
+        # Checkpointing keeps each layer's input; then one layer is run again, with all that its backward pass needs.
+        "training: inputs of the layers": 2.0 * layers * tokens * hidden,
+        "training: one layer run again": tokens * (28.0 * hidden + 10.0 * inner) + 2.0 * hidden * inner,
+        "training: hidden states of the batch": 2.0 * options.batch * options.response_length * hidden,
+        "sampling: keys and values": 4.0
+        * options.sample_batch
+        * length
+        * layers
+        * text.num_key_value_heads
+        * head_size,
+        "sampling: next-token scores": 12.0 * options.sample_batch * text.vocab_size,
+    }
+
+
+def peak(parts: dict[str, float]) -> float:
+    """Training and sampling take turns, so that the larger of the two counts."""
+    sums = {phase: sum(v for k, v in parts.items() if k.startswith(phase)) for phase in ("training", "sampling")}
+    return sum(parts.values()) - min(sums.values())
+
+
+def build(name: str, options: argparse.Namespace) -> TrustKLPPOTrainer:
+    gpu = torch.cuda.is_available()
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=gpu,
+        bnb_4bit_compute_dtype=torch.bfloat16 if gpu else torch.float32,
+    )  # fmt: skip
+    return TrustKLPPOTrainer(
+        args=TrustKLPPOConfig(
+            output_dir=options.output_dir, max_steps=options.updates, response_length=options.response_length,
+            per_device_train_batch_size=options.micro_batch, num_mini_batches=4, num_ppo_epochs=2, temperature=1.0,
+            gradient_accumulation_steps=options.batch // options.micro_batch, gradient_checkpointing=gpu,
+            local_rollout_forward_batch_size=options.sample_batch, learning_rate=1e-4 if gpu else 1e-3,
+            kl_controller="adaptive", kl_target=6.0, kl_horizon=500, trust_max_kl=0.05, missing_eos_penalty=0.5,
+            bf16=gpu, use_cpu=not gpu, report_to="none", logging_strategy="no", save_strategy="no",
+        ),
+        model=AutoModelForCausalLM.from_pretrained(name, quantization_config=four_bit, dtype=torch.bfloat16 if gpu else None),
+        processing_class=AutoTokenizer.from_pretrained(name),
+        reward_funcs=options.reward_model or brief,
+        train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in TRAIN_PROMPTS]}),
+        peft_config=LoraConfig(r=options.lora_r, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )  # fmt: skip
+
+
+def brief(prompts, completions, **columns):
+    """A stand-in for a reward model: 1 for an empty reply, falling to 0 at 40 words."""
+    return [max(0.0, 1 - len(completion[0]["content"].split()) / 40) for completion in completions]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="QLoRA PPO with an estimate of its memory.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--model", help="a name or folder; SmolLM2-135M-Instruct, from the hub or its wheel, if left out"
+    )
+    parser.add_argument("--reward-model", help="a sequence classifier with one label; a rule of length if left out")
+    for option, default in {"updates": 4, "batch": 32, "micro-batch": 4, "sample-batch": 32, "lora-r": 16}.items():
+        parser.add_argument(f"--{option}", type=int, default=default)
+    parser.add_argument("--prompt-length", type=int, default=256, help="tokens of the longest prompt, for the estimate")
+    parser.add_argument("--response-length", type=int, default=128 if torch.cuda.is_available() else 24)
+    parser.add_argument("--gpu-memory", type=float, default=24.0, help="GB")
+    parser.add_argument("--estimate-only", action="store_true")
+    parser.add_argument("--output-dir", default="runs/qlora_ppo")
+    options = parser.parse_args(arguments)
+    name = options.model or smollm2_path()
+    parts = estimate(AutoConfig.from_pretrained(name), options)
+    for purpose, size in parts.items():
+        print(f"{purpose:40} {size / GB:7.2f} GB")
+    fits = "fits" if peak(parts) < options.gpu_memory * GB else "does not fit"
+    print(f"{'estimated peak (training or sampling)':40} {peak(parts) / GB:7.2f} GB: {fits} {options.gpu_memory:g} GB")
+    if options.estimate_only:
+        return
+    build(name, options).train()
+    if torch.cuda.is_available():
+        print(f"{'measured peak of the tensors':40} {torch.cuda.max_memory_allocated() / GB:7.2f} GB")
+    for record in load_records(options.output_dir):
+        kl, step = record["anchor"]["kl_exact"], record["trust"]["kl"]
+        print(
+            f"update {record['update']:3d}  score {record['score']:.3f}  KL to ref {kl:6.3f}  KL of the update {step:.4f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

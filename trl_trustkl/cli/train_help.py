@@ -1,0 +1,121 @@
+"""The help text of `trustkl train`: some 250 options in sections, what is this project's first."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+from transformers import TrainingArguments
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+
+_USAGE = """\
+usage: trustkl train --config FILE.yaml [--option VALUE ...]
+       trustkl train --model_name_or_path MODEL --dataset_name DATA
+                     --reward_funcs FUNCTION ... --output_dir DIR [...]
+
+PPO on TRL with an anchor and a trust region. Options come from a YAML file,
+from flags, or from both, and then the flag wins. DATA is a hub name, a folder,
+or a .json, .jsonl, .csv or .parquet file; its column "prompt" has text or lists
+of messages. A mixture of datasets goes into the YAML file, as in TRL's scripts.
+"""
+
+_EPILOG = """
+Several processes:
+  accelerate launch --multi_gpu --num_processes 2 -m trl_trustkl train ...
+
+Exit status: 0; 1 for an error of the run; 2 for one of the options; 130 after
+Ctrl-C; 143 after SIGTERM.
+"""
+
+_SCRIPT, _MODEL, _ANCHOR, _TRUST = "data, rewards, models", "policy: precision and LoRA", "anchor", "trust region"
+_PPO, _COMMON, _REST = "PPO", "training", "further options of transformers' TrainingArguments"
+_SECTIONS = (_SCRIPT, _MODEL, _ANCHOR, _TRUST, _PPO, _COMMON, _REST)
+
+_LISTED = 12  # of an option with more choices, its own text says where they are listed
+# What most runs set, of the many fields that every trainer of transformers has.
+_COMMON_FIELDS = {
+    "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "optim", "bf16", "fp16", "use_cpu",
+    "gradient_checkpointing", "seed", "logging_steps", "report_to", "run_name", "eval_strategy", "eval_steps",
+    "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub", "hub_model_id",
+}  # fmt: skip
+# Fields that TRL's PPO trainer computes, that only TRL's own scripts read, or whose one value here is the default.
+_HIDDEN = {
+    "world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",
+    "mini_batch_size", "reward_model_path", "sft_model_path", "ignore_bias_buffers", "exp_name", "dataset_streaming",
+    "streaming",
+}  # fmt: skip
+
+_MODEL_FIELDS = {each.name for each in fields(ModelConfig)}
+_SCRIPT_FIELDS = {each.name for each in (*fields(ScriptArguments), *fields(DatasetMixtureConfig))} | {
+    "config", "reward_funcs", "reward_model_name_or_path", "reward_weights", "ref_model", "value_model",
+}  # fmt: skip
+_TRAINING_FIELDS = {each.name for each in fields(TrainingArguments)}
+
+
+def add_help(parser: argparse.ArgumentParser) -> None:
+    """--help with the main options, --help-all with every one."""
+    parser.add_argument("-h", "--help", action=_Help, help="print the main options")
+    parser.add_argument("--help-all", action=_Help, help="print every option")
+
+
+def help_text(parser: argparse.ArgumentParser, *, everything: bool) -> str:
+    formatter = _Formatter(parser.prog)
+    for title, actions in _sections(parser).items():
+        if everything or title != _REST:
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+    more = "" if everything else f"\n{_REST}:\n  trustkl train --help-all\n"
+    return f"{_USAGE}\n{formatter.format_help()}{more}{_EPILOG}"
+
+
+def _sections(parser: argparse.ArgumentParser) -> dict[str, list[argparse.Action]]:
+    sections: dict[str, list[argparse.Action]] = {title: [] for title in _SECTIONS}
+    for action in parser._actions:
+        if action.dest not in {*_HIDDEN, argparse.SUPPRESS} and action.nargs != 0:  # --x False says what --no_x says
+            sections[_section(action.dest)].append(action)
+    return sections
+
+
+def _section(name: str) -> str:
+    if name in _SCRIPT_FIELDS:
+        return _SCRIPT
+    if name in _MODEL_FIELDS:
+        return _MODEL
+    if name.startswith("kl_"):
+        return _ANCHOR
+    if name.startswith(("trust_", "clip")) and name != "cliprange_value":
+        return _TRUST
+    if name in _COMMON_FIELDS:
+        return _COMMON
+    return _REST if name in _TRAINING_FIELDS else _PPO
+
+
+class _Help(argparse.Action):
+    def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        print(help_text(parser, everything=option == "--help-all"), end="")
+        parser.exit()
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Each option once, in the spelling of the dataclasses, with its choices, and its default where that is not None."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=6, width=80)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        kind = getattr(action.type, "__name__", "")
+        word = {"string_to_bool": "BOOL", "int": "INT", "float": "NUMBER"}.get(kind, "VALUE")
+        return f"{action.option_strings[0]} {word}{' ...' if action.nargs == '+' else ''}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        choices = [str(choice) for choice in action.choices or ()]
+        if len(choices) <= _LISTED and not all(choice in text for choice in choices):
+            text += f" One of: {', '.join(choices)}."
+        return text if action.default is None or action.default == [] else f"{text} (default: %(default)s)"

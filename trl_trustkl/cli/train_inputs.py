@@ -1,0 +1,171 @@
+"""What a run of `trustkl train` needs, from its options: datasets, models, reward functions."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from datasets import Dataset, load_dataset, load_from_disk
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl import get_dataset, get_peft_config, get_quantization_config
+
+from ..errors import ConfigError, DataError, ModelError, TrustKLError
+from .train_options import Options
+
+_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_datasets(options: Options) -> tuple[Dataset, Dataset | None]:
+    """The training split, and the test split where the run evaluates. DataError for data or a split that is not there."""
+    script = options.script
+    with _as_error(DataError, "dataset_name", script.dataset_name or "datasets"):
+        splits = get_dataset(options.mixture) if options.mixture.datasets else _splits(script)
+
+    def split(field: str) -> Dataset:
+        name = getattr(script, field)
+        if name not in splits:
+            raise DataError(
+                f"`{field}` got {name!r}; the dataset has {', '.join(map(repr, splits))}. A folder with train.jsonl and "
+                "test.jsonl has both splits."
+            )
+        return splits[name]
+
+    evaluates = options.training.eval_strategy != "no"
+    return split("dataset_train_split"), split("dataset_test_split") if evaluates else None
+
+
+def _splits(script: Any) -> Any:
+    """A DatasetDict of a file, of a folder that datasets wrote, or of whatever `load_dataset` finds under the name."""
+    path = Path(script.dataset_name)
+    if path.suffix in _FILES:
+        if not path.is_file():
+            raise DataError(f"`dataset_name` got {script.dataset_name!r}; there is no such file.")
+        return load_dataset(_FILES[path.suffix], data_files=str(path))
+    if (path / "dataset_dict.json").is_file():
+        return load_from_disk(str(path))
+    if (path / "state.json").is_file():
+        return {"train": load_from_disk(str(path))}
+    return load_dataset(script.dataset_name, name=script.dataset_config)
+
+
+def load_models(options: Options) -> dict[str, Any]:
+    """Policy, tokenizer, adapter, reference and value, as arguments of the trainer."""
+    model, training, script = options.model, options.training, options.script
+    name = model.model_name_or_path
+    init_kwargs: Any = training.model_init_kwargs or {}
+    settings = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **init_kwargs,
+    }
+    training.model_init_kwargs = None  # the policy's; a reward model is loaded as its own configuration says
+    tokenizer_settings = {key: settings[key] for key in ("revision", "trust_remote_code") if key in settings}
+    beside = {key: value for key, value in settings.items() if key != "revision"}
+    quantized = {"quantization_config": config} if (config := get_quantization_config(model)) is not None else {}
+    with _as_error(ModelError, "model_name_or_path", name):
+        loaded = {
+            "model": AutoModelForCausalLM.from_pretrained(name, **settings, **quantized),
+            "processing_class": AutoTokenizer.from_pretrained(name, **tokenizer_settings),
+            "peft_config": get_peft_config(model),
+        }
+    if script.ref_model:
+        with _as_error(ModelError, "ref_model", script.ref_model):
+            loaded["ref_model"] = AutoModelForCausalLM.from_pretrained(script.ref_model, **beside, **quantized)
+    if script.value_model:
+        with _as_error(ModelError, "value_model", script.value_model):
+            loaded["value_model"] = AutoModelForSequenceClassification.from_pretrained(
+                script.value_model, num_labels=1, **beside
+            )
+    return loaded
+
+
+def load_rewards(options: Options) -> dict[str, list[Any]]:
+    """Reward functions and models with their tokenizers, in the order of `reward_weights`, as arguments of the trainer."""
+    script = options.script
+    found = [_reward(name) for name in script.reward_funcs or []]
+    if script.reward_model_name_or_path:
+        found.insert(0, _reward_model("reward_model_name_or_path", script.reward_model_name_or_path))
+    funcs, tokenizers = zip(*found, strict=True)
+    return {"reward_funcs": list(funcs), "reward_processing_classes": list(tokenizers)}
+
+
+def _reward(name: str) -> tuple[Any, Any]:
+    """A function by its import path, or else a model; a folder is a model whatever it is called."""
+    if not Path(name).is_dir():
+        place, _, function = name.rpartition(":")
+        if place:
+            return _function(
+                name, _module_of_file(place) if place.endswith(".py") else _module(name, place), function
+            ), None
+        place, _, function = name.rpartition(".")
+        if place and all(part.isidentifier() for part in name.split(".")):
+            return _function(name, _module(name, place), function), None
+    return _reward_model("reward_funcs", name)
+
+
+def _reward_model(field: str, name: str) -> tuple[Any, Any]:
+    with _as_error(ModelError, field, name):
+        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
+        return model, AutoTokenizer.from_pretrained(name)
+
+
+def _module(name: str, module: str) -> ModuleType:
+    if os.getcwd() not in sys.path:  # a script installed by pip does not look there, and a user's functions are there
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"`reward_funcs` got {name!r}, but there is no module {error.name!r} to import; it must be "
+            "package.module.function, path/to/file.py:function, or the name or folder of a reward model."
+        ) from None
+    except Exception as error:
+        raise _failed(name, error) from error
+
+
+def _module_of_file(path: str) -> ModuleType:
+    if not Path(path).is_file():
+        raise ConfigError(f"`reward_funcs` got the file {path!r}; there is no such file.")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None  # a name in .py always has one
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise _failed(path, error) from error
+    return module
+
+
+def _failed(name: str, error: Exception) -> ConfigError:
+    return ConfigError(f"`reward_funcs` got {name!r}; importing it raised {type(error).__name__}: {error}")
+
+
+def _function(name: str, module: ModuleType, function: str) -> Callable[..., Any]:
+    found = getattr(module, function, None)
+    if not callable(found):
+        here = sorted(key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__)
+        what = "does not exist" if found is None else "is not callable"
+        raise ConfigError(
+            f"`reward_funcs` got {name!r}, but {function!r} {what}; there are: {', '.join(here) or 'none'}."
+        )
+    return found
+
+
+@contextmanager
+def _as_error(kind: type[TrustKLError], field: str, value: str) -> Iterator[None]:
+    """What a library says of something it cannot find or read, with the field that asked for it."""
+    try:
+        yield
+    except TrustKLError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        first = " ".join(str(error).split())
+        raise kind(f"`{field}` got {value!r}, which cannot be loaded: {first}") from error

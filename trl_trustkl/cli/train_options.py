@@ -1,0 +1,117 @@
+"""The options of `trustkl train`: TRL's dataclasses and ours, read from flags and a YAML file."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+from ..errors import ConfigError
+from ..ppo.config import TrustKLPPOConfig
+from . import train_help
+
+
+def _option(help: str) -> Any:
+    return field(default=None, metadata={"help": help})
+
+
+@dataclass
+class TrainArguments(ScriptArguments):
+    """TRL's script arguments, the rewards, and the models beside the policy."""
+
+    reward_funcs: list[str] | None = _option(
+        "Reward functions, each as package.module.function, as path/to/file.py:function, or as the name or folder of a "
+        "reward model."
+    )
+    reward_model_name_or_path: str | None = _option(
+        "A reward model; comes before those of reward_funcs, in reward_weights too."
+    )
+    ref_model: str | None = _option(
+        "The reference, loaded as the policy is; without it the policy as it was before the run."
+    )
+    value_model: str | None = _option("The value model, trained in full; without it a head on the policy.")
+
+    def __post_init__(self) -> None:
+        funcs: Any = self.reward_funcs
+        if isinstance(funcs, str):  # YAML may write the one function without a list
+            self.reward_funcs = [funcs]
+
+
+class Options(NamedTuple):
+    """What a command line says."""
+
+    script: TrainArguments
+    training: TrustKLPPOConfig
+    model: ModelConfig
+    mixture: DatasetMixtureConfig
+
+
+_DATACLASSES = (TrainArguments, TrustKLPPOConfig, ModelConfig, DatasetMixtureConfig)
+
+# Fields that only TRL's own script reads, and what stands for them here.
+_ELSEWHERE = {"sft_model_path": "model_name_or_path", "reward_model_path": "reward_model_name_or_path"}
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """The options of a command line and of the YAML file it names; flags win. ConfigError for what cannot be understood."""
+    parser = TrlParser(_DATACLASSES, prog="trustkl train", allow_abbrev=False, add_help=False)
+    train_help.add_help(parser)
+    given = _split_config(arguments)
+    try:
+        *parsed, unknown = parser.parse_args_and_config(given, return_remaining_strings=True)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, TypeError, ImportError, yaml.YAMLError) as error:
+        raise ConfigError(str(error)) from None
+    if unknown:
+        raise _unknown_option(unknown, parser)
+    options = Options(*parsed[: len(_DATACLASSES)])
+    _check(options)
+    return options
+
+
+def _split_config(arguments: Sequence[str]) -> list[str]:
+    """`--config=file` as two words, the one form that TRL's parser knows; its file read once, to say what is wrong with it."""
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" in words:
+        rest = words[words.index("--config") + 1 :]
+        if not rest or not Path(rest[0]).is_file():
+            raise ConfigError(f"`config` got {rest[0] if rest else None!r}; it must be a YAML file of options.")
+    return words
+
+
+def _unknown_option(unknown: list[str], parser: argparse.ArgumentParser) -> ConfigError:
+    names = [option for action in parser._actions for option in action.option_strings]
+    near = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1)
+    hint = f" Did you mean {near[0]}?" if near else " All options: trustkl train --help-all."
+    return ConfigError(f"unknown option {' '.join(unknown)}.{hint}")
+
+
+def _check(options: Options) -> None:
+    """What no dataclass checks by itself."""
+    script, training, model, mixture = options
+    defaults = {each.name: each.default for each in fields(TrustKLPPOConfig)}
+    for name, instead in _ELSEWHERE.items():
+        if getattr(training, name) != defaults[name]:
+            raise ConfigError(f"`{name}` got {getattr(training, name)!r}; trustkl train takes `{instead}`.")
+    if not model.model_name_or_path:
+        raise ConfigError("`model_name_or_path` got None; it must be the name or folder of a causal language model.")
+    if bool(script.dataset_name) == bool(mixture.datasets):
+        raise ConfigError(
+            f"`dataset_name` got {script.dataset_name!r} and `datasets` {mixture.datasets!r}; give exactly one: a name, a "
+            "folder or a file of prompts, or a mixture of datasets in the YAML file."
+        )
+    if script.dataset_streaming or mixture.streaming:
+        raise ConfigError(
+            "`dataset_streaming` got True; the order of prompts needs a dataset with a length: leave it out."
+        )
+    if not script.reward_funcs and not script.reward_model_name_or_path:
+        raise ConfigError(
+            "`reward_funcs` got nothing; give package.module.function, file.py:function, or a reward model's name."
+        )
