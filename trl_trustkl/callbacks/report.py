@@ -15,7 +15,8 @@ class BoundReportCallback(TrainerCallback):
     """Writes `bounds.jsonl`, a line for every update, and `completions.jsonl` into the run's folder.
 
     Each line reaches the operating system before the next update begins: a killed run keeps every finished update. Files
-    of an earlier run in the same folder are moved aside, never appended to. The trainer adds this callback by itself.
+    of an earlier run in the same folder are moved aside, never appended to; a resumed run drops the lines after its
+    checkpoint and goes on from there. The trainer adds this callback by itself.
     """
 
     def on_train_begin(
@@ -26,7 +27,10 @@ class BoundReportCallback(TrainerCallback):
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         for name in (records.BOUNDS_FILE, records.COMPLETIONS_FILE):
-            records.move_aside(folder / name)
+            if state.global_step:
+                records.cut(folder / name, after=state.global_step)
+            else:
+                records.move_aside(folder / name)
 
     def on_record(
         self,

@@ -6,20 +6,28 @@ import asyncio
 import inspect
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import ConfigError, RewardError
+from ..errors import ConfigError, NonFiniteRewardError, RewardError
 from ..types import Rollout
 from .data import is_chat, positions
 from .models import load_scalar_model
 
 logger = logging.getLogger(__name__)
+
+
+def _sleep(seconds: float) -> bool:
+    time.sleep(seconds)
+    return False
+
 
 RewardFunc: TypeAlias = str | PreTrainedModel | Callable[..., list[float | None]]
 
@@ -124,9 +132,12 @@ def compute_scores(
     completion_ids: list[list[int]],
     state: Any,
     batch_size: int,
+    retries: int = 0,
+    wait: Callable[[float], bool] = _sleep,
 ) -> Tensor:
     """The weighted sum of all rewards, [B] in float32; NaN for a row on which every function said None.
 
+    A function that fails is called again, up to `retries` times; `wait` sleeps before that, and says whether to give up.
     Raises RewardError for a function that raises, or returns the wrong length, NaN or infinity.
     """
     columns = _columns(rollout.rows)
@@ -134,15 +145,43 @@ def compute_scores(
     total = torch.zeros(len(completions))
     known = torch.zeros(len(completions), dtype=torch.bool)
     for func, weight in zip(funcs, weights, strict=True):
-        if isinstance(func, RewardModel):
-            rewards = _score_by_model(func, rollout, prompts, completions, batch_size).cpu().tolist()
-        else:
-            rewards = _call(func, prompts, completions, keywords)
-        checked = _checked(rewards, len(completions), reward_name(func))
+        checked = _with_retries(
+            partial(_reward, func, rollout, prompts, completions, keywords, batch_size), retries, wait
+        )
         values = torch.tensor([math.nan if r is None else r for r in checked])
         total += weight * values.nan_to_num(0.0)
         known |= ~values.isnan()
     return torch.where(known, total, math.nan).to(rollout.response_ids.device)
+
+
+def _reward(
+    func: Any,
+    rollout: Rollout,
+    prompts: list[Any],
+    completions: list[Any],
+    keywords: dict[str, Any],
+    batch_size: int,
+) -> list[float | None]:
+    """What one function or model says of the completions, checked."""
+    if isinstance(func, RewardModel):
+        rewards = _score_by_model(func, rollout, prompts, completions, batch_size).cpu().tolist()
+    else:
+        rewards = _call(func, prompts, completions, keywords)
+    return _checked(rewards, len(completions), reward_name(func))
+
+
+def _with_retries(
+    attempt: Callable[[], list[float | None]], retries: int, wait: Callable[[float], bool]
+) -> list[float | None]:
+    for number in range(retries):
+        try:
+            return attempt()
+        except RewardError as error:
+            seconds = min(2.0**number, 60.0)
+            logger.warning(f"{error} Trying again in {seconds:g} s ({number + 1} of {retries}).")
+            if wait(seconds):
+                raise
+    return attempt()
 
 
 def _columns(rows: list[dict[str, Any]] | None) -> dict[str, list[Any]]:
@@ -208,7 +247,7 @@ def _checked(rewards: Any, expected: int, name: str) -> list[float | None]:
                 f"reward function `{name}` returned {reward!r} for completion {index}; not a number."
             ) from None
         if not abs(rewards[index]) <= torch.finfo(torch.float32).max:  # scores are kept in float32
-            raise RewardError(
+            raise NonFiniteRewardError(
                 f"reward function `{name}` returned {reward} for completion {index}; a reward must be finite, or None "
                 "to leave the completion out."
             )
