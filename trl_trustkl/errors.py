@@ -55,6 +55,7 @@ class Interrupted(SystemExit):
 
     def __init__(self, signal: int) -> None:
         super().__init__(128 + signal)
+        self.code: int = 128 + signal
         self.signal = signal
 
 

@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,14 +25,14 @@ from transformers.utils import logging
 
 from .. import records
 from ..divergences import gradient_kind
-from ..errors import Interrupted, NonFiniteRewardError, NotAvailableYetError, RefusedError, RewardError
+from ..errors import Interrupted, NotAvailableYetError
 from ..masking import masked_sum
 from ..types import Batch, BoundRecord, MicroBatch, Prompts, TokenOutputs, UpdateStats
 from . import generation, models, rng, settings
 from .data import PromptOrder, collate
 from .guard import Refusals, StartingPoint
 from .optimise import Optimisation
-from .signals import Overdue, StopRequest
+from .signals import StopRequest
 
 logger = logging.get_logger(__name__)
 
@@ -190,72 +189,6 @@ class Plumbing:
             args=args,
         )
 
-    @contextmanager
-    def _update_in_hand(self) -> Iterator[None]:
-        """One update, whole or not at all: one that is given up leaves nothing behind, and the state before it is saved."""
-        self._begin_update()
-        try:
-            yield
-        except Overdue:
-            self._take_back()
-        except RewardError:
-            self._take_back()
-            if not self._highest(self._stop_request.received or 0):  # a signal's own end is near, and saves too
-                self._save_what_is_done()
-                raise
-
-    @contextmanager
-    def _failing_together(self) -> Iterator[list[str]]:
-        """Reward functions inside: a failure on one process raises on all, and a reward that is not finite is noted.
-
-        Yields a list that has the reason afterwards if the update is to be refused. Evaluation, in which the processes may
-        have different numbers of batches, fails where it fails.
-        """
-        reasons: list[str] = []
-        failure: RewardError | None = None
-        try:
-            yield reasons
-        except RewardError as error:
-            failure = error
-        if self._sampling_key[0] != Draw.GENERATE:
-            if failure is not None:
-                raise failure
-            return
-        failures = [error for error in gather_object([failure]) if error is not None]
-        for error in failures:
-            if not isinstance(error, NonFiniteRewardError):
-                raise error
-        if failures:
-            reasons.append(str(failures[0]))
-            self._bad_reward = str(failures[0])
-
-    def _take_back(self) -> None:
-        """Undo an update that did not come to its end."""
-        if self._start is not None:
-            self._start.restore()
-        self.state.episode -= self.args.batch_size
-        rng.restore(self._random_states)
-
-    def _save_what_is_done(self) -> None:
-        """A checkpoint of the last finished update, unless there is one or none was finished."""
-        if self.state.global_step:
-            self._save_checkpoint(self.model, trial=None)
-
-    def _goes_on(self) -> bool:
-        """Whether there is to be another update, the same on every process."""
-        self.interrupted = self._highest(self._stop_request.received or 0) or None
-        stopped = self.interrupted is not None or self.control.should_training_stop
-        return not stopped and self.state.global_step < self.state.max_steps
-
-    def _give_up_if_overdue(self) -> None:
-        """Leave the update in hand where a signal's grace period is over on any process."""
-        if self._highest(self._stop_request.overdue):
-            raise Overdue
-
-    def _highest(self, number: int) -> int:
-        """The largest of the processes' numbers, on each of them."""
-        return int(self._pooled(torch.tensor([number], device=self.accelerator.device)).max())
-
     def _begin_update(self) -> None:
         self._random_states = rng.capture()
         self._start = None
@@ -293,28 +226,16 @@ class Plumbing:
         for name, value in self._update_metrics(batch, stats, record).items():
             self._metrics[name].append(value)
         self._refusals = self._refusals.after(record.refused is not None)
-        self._print_samples()
         self.control = self.callback_handler.on_step_end(args, self.state, self.control)
         pass_is_over = self.state.global_step % self._order.batches_per_pass == 0
         if pass_is_over:
             self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
+        self._print_samples()
         # Once, with nothing of this update to come: a checkpoint saved here holds all of it.
         self._act_on_control()
         if pass_is_over and self.state.global_step < self.state.max_steps:
             self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
         self._stop_if_refused_too_often(record.refused)
-
-    def _stop_if_refused_too_often(self, reason: str | None) -> None:
-        count, limit = self._refusals.in_a_row, self.args.max_refused
-        if reason is None or count < limit:
-            return
-        self._save_what_is_done()
-        raise RefusedError(
-            f"{count} updates in a row were refused (`max_refused` got {limit}), the last one because {reason}. The weights "
-            f"are those before them, saved in {Path(self.args.output_dir) / f'checkpoint-{self.state.global_step}'}. Start a "
-            "new run from them with a lower learning_rate, with trust_max_kl or with max_grad_norm; see completions.jsonl for "
-            "what the rewards were given for."
-        )
 
     def _move_controllers(self, record: BoundRecord) -> None:
         """Feed the controllers the exact KL, which is 0 at least up to rounding: a negative estimate never reaches them.
@@ -381,14 +302,6 @@ class Plumbing:
         if self.interrupted is not None:
             raise Interrupted(self.interrupted)
         return TrainOutput(self.state.global_step, self._last_loss, metrics)
-
-    def _undo(self, reason: str) -> None:
-        """Put policy, value and optimizer back to where the update began, and say why."""
-        self._start.restore()
-        self._refused = reason
-        logger.warning(
-            f"update {self.state.global_step + 1} is refused: {reason}; the parameters are as they were before it."
-        )
 
     # -- shared by the phases ------------------------------------------------------------------------------------------
 

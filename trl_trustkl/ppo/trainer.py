@@ -54,6 +54,7 @@ from . import generation, models
 from ._upstream import PPOTrainer
 from .config import TrustKLPPOConfig
 from .data import collate_nothing, micro_batch, prepare_datasets, trim_left
+from .endings import Endings
 from .evaluation import Evaluation
 from .guard import StartingPoint
 from .plumbing import Draw, Plumbing
@@ -65,7 +66,7 @@ from .signals import StopRequest
 _TOKEN_COLUMNS = ("logp", "ref_logp", "ref_kl", "entropy")
 
 
-class TrustKLPPOTrainer(Evaluation, Saving, Plumbing, PPOTrainer):
+class TrustKLPPOTrainer(Endings, Evaluation, Saving, Plumbing, PPOTrainer):
     """PPO with an anchor to a reference and a trust region around the old policy, and a record of what bounded each update.
 
     Args:
