@@ -63,8 +63,18 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
 }
 
 
+SMOLLM2 = "SmolLM2 with QLoRA"
+
+
 def build(folder: Any, kind: str = "adapter and value head", **changes: Any) -> TrustKLPPOTrainer:
     """A trainer that saves every second update."""
+    if kind == SMOLLM2:
+        from trl_trustkl.cli.task import sentiment_trainer
+
+        adaptive = {"kl_controller": "adaptive", "kl_target": 4.0, "kl_horizon": 40}
+        return sentiment_trainer(
+            str(folder), max_steps=UPDATES, save_strategy="steps", save_steps=2, **adaptive | changes
+        )
     settings, arguments = KINDS[kind]
     common = {
         "max_steps": UPDATES,

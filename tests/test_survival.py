@@ -91,19 +91,19 @@ def test_a_run_cut_off_while_an_old_checkpoint_is_deleted_is_resumed(tmp_path, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", survival.KINDS)
-def test_twenty_runs_killed_by_sigkill_are_resumed_bit_for_bit(tmp_path, kind):
+@pytest.mark.parametrize(("kind", "count"), [*((kind, 20) for kind in survival.KINDS), (survival.SMOLLM2, 1)])
+def test_runs_killed_by_sigkill_are_resumed_bit_for_bit(tmp_path, kind, count):
     done = subprocess.run(
-        [sys.executable, "-m", "tests.survival", str(tmp_path), kind, "20", "1"],
+        [sys.executable, "-m", "tests.survival", str(tmp_path), kind, str(count), "1"],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     kills = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(kills) == 20
+    assert len(kills) == count
     assert {entry["ended"] for entry in kills} == {-signal.SIGKILL}
     assert {entry["resumed"] for entry in kills} == {0}, (tmp_path / "log").read_text()[-2000:]
     equal = [survival.same(tmp_path / "whole", Path(entry["run"])) for entry in kills]
-    print(f"{sum(equal)} of 20, killed in {', '.join(sorted({entry['in'] for entry in kills}))}")
+    print(f"{sum(equal)} of {count}, killed in {', '.join(sorted({entry['in'] for entry in kills}))}")
     assert all(equal), [entry for entry, good in zip(kills, equal, strict=True) if not good]
 
 
@@ -392,6 +392,30 @@ def test_a_reward_function_that_fails_ends_the_run_with_the_last_update_saved(tm
         [survival.without_clock(record) for record in load_records(tmp_path / name)] for name in ("cut", "whole")
     )
     assert one == other
+
+
+def test_a_reward_function_that_fails_in_an_evaluation_leaves_the_finished_update_whole(tmp_path):
+    calls: list[int] = []
+
+    def fails_in_the_evaluation(prompts: list, completions: list, **_: Any) -> list[float]:
+        calls.append(len(prompts))
+        if len(prompts) == 4:  # the evaluation's batch
+            raise ConnectionError("the service is down")
+        return tiny.good_words(prompts, completions)
+
+    changes = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "per_device_eval_batch_size": 4}
+    trainer = tiny.trainer(
+        tmp_path, changes=changes, reward_funcs=fails_in_the_evaluation, eval_dataset=tiny.prompts(4)
+    )
+    with pytest.raises(RewardError):
+        trainer.train()
+    assert calls == [8, 8, 4] and trainer.state.global_step == 2 and trainer.state.episode == 16
+    reference = tiny.trainer(
+        tmp_path / "whole", changes=changes | {"eval_strategy": "no", "max_steps": 2, "lr_scheduler_type": "linear"}
+    )
+    assert checkpoint.damage(tmp_path / "checkpoint-2") is None
+    after = dict(trainer.model.named_parameters())
+    assert not all(torch.equal(weight, after[name]) for name, weight in reference.model.named_parameters())
 
 
 # -- for long ----------------------------------------------------------------------------------------------------------
