@@ -223,7 +223,9 @@ def main(folder: Path, kind: str, count: int, seed: int) -> None:
 
     assert forked(whole, folder / "log") == 0, (folder / "log").read_text()
     names = json.loads((folder / "moments.json").read_text())
-    chosen = sorted(random.Random(seed).sample(range(len(names)), count))
+    # The one kill of the large model comes after its first checkpoint: there is something to resume from.
+    choice = range(len(names) // 2 if kind == SMOLLM2 else 0, len(names))
+    chosen = sorted(random.Random(seed).sample(choice, count))
     for at in chosen:
         run = folder / f"killed-{at}"
 
