@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import typing
 from typing import Any
 
 import pytest
@@ -17,11 +16,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from tests import tiny
-from trl_trustkl import TrustKLPPOConfig, TrustKLPPOTrainer, load_records
+from trl_trustkl import TrustKLPPOTrainer, load_records
 from trl_trustkl.controllers import CONTROLLERS
 from trl_trustkl.divergences import ESTIMATORS
-from trl_trustkl.errors import ConfigError, DataError, ModelError, NotAvailableYetError, RewardError, out_of_range
-from trl_trustkl.ppo.config import _AVAILABLE
+from trl_trustkl.errors import ConfigError, DataError, ModelError, RefusedError, RewardError, out_of_range
 from trl_trustkl.surrogates import SURROGATES
 from trl_trustkl.types import Prompts, Rollout, Scored
 
@@ -264,37 +262,6 @@ def test_arguments_that_are_neither_a_dict_nor_json_are_refused(tmp_path, field,
     assert_says(error, f"`{field}`", value, *pieces)
 
 
-# -- not available yet -------------------------------------------------------------------------------------------------
-
-
-def candidates(field: str) -> list[Any]:
-    """Values of a field's own type: every name, both truth values, None and a number."""
-    hint = typing.get_type_hints(TrustKLPPOConfig)[field]
-    if typing.get_origin(hint) is typing.Literal:
-        return list(typing.get_args(hint))
-    if hint is bool:
-        return [False, True]
-    return [0.1] if hint is float else [None, 0.1]
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [(field, value) for field in _AVAILABLE for value in candidates(field) if value not in _AVAILABLE[field][0]],
-)
-def test_what_is_not_available_yet_says_so_and_is_never_ignored(tmp_path, field, value):
-    available, what = _AVAILABLE[field]
-    with pytest.raises(NotAvailableYetError) as error:
-        tiny.config(tmp_path, **{field: value})
-    assert_says(error, f"`{field}`", repr(value), what, "not available yet", *map(repr, available))
-
-
-@pytest.mark.parametrize("resume", [True, "checkpoint-1"])
-def test_resuming_is_not_available_yet(tmp_path, resume):
-    with pytest.raises(NotAvailableYetError) as error:
-        tiny.trainer(tmp_path).train(resume_from_checkpoint=resume)
-    assert_says(error, "`resume_from_checkpoint`", "not available yet", "start afresh")
-
-
 # -- datasets, prompts, tokenizers -------------------------------------------------------------------------------------
 
 
@@ -526,8 +493,9 @@ def returns(value: Any):
     ],
 )
 def test_a_reward_function_that_fails_is_named_with_what_it_did(tmp_path, function, pieces):
-    trainer = tiny.trainer(tmp_path, reward_funcs=function)
-    with pytest.raises(RewardError) as error:
+    # One that is not finite refuses the update that it belongs to; the others end the run at once.
+    trainer = tiny.trainer(tmp_path, reward_funcs=function, changes={"max_refused": 1})
+    with pytest.raises(RefusedError if "finite" in pieces else RewardError) as error:
         trainer.train()
     assert_says(error, "reward function", *pieces)
 

@@ -117,9 +117,9 @@ def test_ctrl_c_ends_the_demo_with_its_records_kept_and_the_adapter_saved(tmp_pa
     while not (tmp_path / "bounds.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "Finishing the update in hand" in out and "Traceback" not in out
+    assert "Finishing the update in hand" in err and "Traceback" not in out + err
     assert 1 <= len(load_records(tmp_path)) <= 3
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"

@@ -34,8 +34,33 @@ class RewardError(TrustKLError, ValueError):
     """A reward function that failed, or returned something that is not a list of rewards."""
 
 
+class NonFiniteRewardError(RewardError):
+    """A reward of NaN or infinity; the trainer refuses the update that it belongs to."""
+
+
 class ModelError(TrustKLError, ValueError):
     """A model, adapter or combination of models that cannot be trained."""
+
+
+class CheckpointError(TrustKLError, ValueError):
+    """A checkpoint that is not whole, or does not hold what is needed to go on from it."""
+
+
+class SaveError(TrustKLError, OSError):
+    """A checkpoint or a record that could not be written."""
+
+
+class RefusedError(TrustKLError, RuntimeError):
+    """Too many updates in a row had to be undone."""
+
+
+class Interrupted(SystemExit):
+    """SIGTERM or Ctrl-C ended the run, its state saved; uncaught, the process exits with 128 + the signal: 143 or 130."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(128 + signal)
+        self.code: int = 128 + signal
+        self.signal = signal
 
 
 def shown(value: object) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError
+from .errors import DataError, SaveError
 from .types import BoundRecord
 
 BOUNDS_FILE = "bounds.jsonl"
@@ -40,10 +41,65 @@ def flatten(record: BoundRecord | dict[str, Any], prefix: str = "") -> dict[str,
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Append one line and hand it to the operating system before returning: a killed run keeps every finished update."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        file.flush()
+    """Append one line and hand it to the operating system before returning: a killed run keeps every finished update.
+
+    Raises SaveError where that fails, on a full disk for example.
+    """
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise SaveError(
+            f"`output_dir`: the record of update {row.get('update')} could not be appended to {path} ({error}). Make room "
+            "or mend the folder, then train(resume_from_checkpoint=True)."
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Bring a file or a folder to the disk, so that it survives the machine too."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cut(path: Path, *, after: int) -> None:
+    """Drop the lines of later updates, and a last line cut short, for a run that goes on `after` an update.
+
+    The file is replaced in one step: a kill leaves the old one or the new one.
+    """
+    if not path.exists():
+        return
+    shorter = path.with_name(f".unfinished-{path.name}")
+    with open(path, "rb") as old, open(shorter, "wb") as new:
+        for line in old:
+            if _update_of(line) <= after:
+                new.write(line)
+        new.flush()
+        os.fsync(new.fileno())
+    os.replace(shorter, path)
+    sync(path.parent)
+
+
+def take_over(source: Path, folder: Path) -> None:
+    """Copy the records of the run in `source`, for one that goes on in another `folder`; older files there move aside."""
+    if source.resolve() == folder.resolve():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (BOUNDS_FILE, COMPLETIONS_FILE):
+        move_aside(folder / name)
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _update_of(line: bytes) -> float:
+    """Which update a line is of; infinity for one that is no record."""
+    try:
+        return float(json.loads(line)["update"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return math.inf
 
 
 def move_aside(path: Path) -> Path | None:

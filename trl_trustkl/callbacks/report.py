@@ -26,8 +26,9 @@ class BoundReportCallback(TrainerCallback):
 
     `bounds.jsonl` gets a line for every update, `completions.jsonl` the completions. Each line reaches the operating system
     before the next update begins: a killed run keeps every finished update. Files of an earlier run in the same folder are
-    moved aside, never appended to. The trainer has one of these by itself; another one takes its place. Only the first
-    process writes, renders and prints, and none of its time is in a record's `seconds`.
+    moved aside, never appended to; a resumed run drops the lines after its checkpoint and goes on from there. The trainer
+    has one of these by itself; another one takes its place. Only the first process writes, renders and prints, and none of
+    its time is in a record's `seconds`.
 
     Args:
         report: whether `report.html` and `figures` are rendered when training ends, also when it is stopped early; None:
@@ -73,7 +74,10 @@ class BoundReportCallback(TrainerCallback):
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         for name in (records.BOUNDS_FILE, records.COMPLETIONS_FILE):
-            records.move_aside(folder / name)
+            if state.global_step:
+                records.cut(folder / name, after=state.global_step)
+            else:
+                records.move_aside(folder / name)
 
     def on_record(
         self,

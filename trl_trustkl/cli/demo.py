@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +38,26 @@ def run(options: argparse.Namespace) -> int:
     trainer, table = build(options, console)
     before = evaluate(trainer)
     console.print(_evaluation_line("before", before))
-    with table, finishing_on_interrupt(trainer, console) as interrupted:
-        trainer.train()
+    with table:
+        status = train(trainer, console)
     trainer.save_model(str(Path(options.output_dir) / "adapter"))
-    after = evaluate(trainer) if not interrupted else None
+    after = evaluate(trainer) if status == 0 else None
     conclude(console, options, before, after, table.records, table.rendered)
-    return 130 if interrupted else 0
+    return status
+
+
+def train(trainer: Any, console: Any) -> int:
+    """Run the updates; the exit status: 0, or 128 + the signal that ended them."""
+    from ..errors import Interrupted
+
+    try:
+        trainer.train()
+    except Interrupted as end:
+        return end.code
+    except KeyboardInterrupt:
+        console.print("Stopped.", style="yellow")
+        return 130
+    return 0
 
 
 def build(options: argparse.Namespace, console: Any) -> tuple[Any, Any]:
@@ -77,27 +88,6 @@ def evaluate(trainer: Any) -> dict[str, Any]:
     rows = trainer.evaluate_completions()
     mean = {key: sum(row[key] for row in rows) / len(rows) for key in ("score", "kl", "length")}
     return {**mean, "count": len(rows), "prompt": rows[0]["prompt"][-1]["content"], "completion": rows[0]["completion"]}
-
-
-@contextmanager
-def finishing_on_interrupt(trainer: Any, console: Any) -> Iterator[list[int]]:
-    """The first Ctrl-C ends the run after the update in hand, a second one at once; yields what was pressed."""
-    pressed: list[int] = []
-
-    def stop(number: int, frame: Any) -> None:
-        pressed.append(number)
-        if len(pressed) > 1:
-            raise KeyboardInterrupt
-        trainer.control.should_training_stop = True
-        console.print("Finishing the update in hand; Ctrl-C again stops at once.", style="yellow")
-
-    previous = signal.signal(signal.SIGINT, stop)
-    try:
-        yield pressed
-    except KeyboardInterrupt:
-        console.print("Stopped.", style="yellow")
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _evaluation_line(when: str, result: dict[str, Any]) -> str:

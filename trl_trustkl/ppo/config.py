@@ -11,6 +11,7 @@ from typing import Any, Literal
 from accelerate.utils import parse_flag_from_env
 from transformers import GenerationConfig
 from transformers.generation import logits_process
+from transformers.utils import logging
 
 from ..advantages import ScorePosition
 from ..controllers import ControllerName, FixedKL, LearningRateByKL, ScheduledKL, build_controller
@@ -20,6 +21,8 @@ from ..surrogates import ClipRuleName, build_surrogate
 from . import field_types
 from ._upstream import PPOConfig
 from .losses import Penalties
+
+logger = logging.get_logger(__name__)
 
 TrustEstimator = Literal["exact", "k1", "k3"]
 
@@ -127,6 +130,18 @@ class TrustKLPPOConfig(PPOConfig):
         None, "Arguments of from_pretrained() for models given by name, as a dict or JSON."
     )
 
+    # -- when something goes wrong ------------------------------------------------------------------------------------
+    panic_kl: float | None = _option(
+        None, "Undo an update whose KL(π_old‖π), before any backtracking, exceeds this, in nats per token; None: never."
+    )
+    max_refused: int = _option(5, "End the run, its state saved, when this many updates in a row had to be undone.")
+    reward_retries: int = _option(
+        0, "How often a reward function that failed is called again, after 1, 2, 4, … seconds (60 at most)."
+    )
+    grace_seconds: float = _option(
+        20.0, "How long the update in hand may go on after SIGTERM or Ctrl-C, in seconds; then it is given up."
+    )
+
     def __post_init__(self) -> None:
         _refuse_sharding(self)
         for name in _DICT_FIELDS:
@@ -142,7 +157,7 @@ class TrustKLPPOConfig(PPOConfig):
         self._check_anchor()
         self._check_trust_region()
         self._check_generation()
-        self._check_availability()
+        self._check_saving()
 
     # The pieces the trainer asks for, so that no option is interpreted in two places.
 
@@ -238,10 +253,12 @@ class TrustKLPPOConfig(PPOConfig):
         number("value_learning_rate", "a finite number >= 0, or None", not_negative, optional=True)
         number("measure_fraction", "in (0, 1]", lambda x: 0 < x <= 1, "There is no way to turn the measurement off.")
         number("kl_target", "a positive number of nats per response, or None", positive, optional=True)
-        for name in ("trust_target", "trust_stop", "trust_max_kl", "trust_lr_target"):
+        for name in ("trust_target", "trust_stop", "trust_max_kl", "trust_lr_target", "panic_kl"):
             number(name, "a positive number of nats per token, or None", positive, "None turns it off.", optional=True)
         number("missing_eos_penalty", "a finite number >= 0, or None", not_negative, optional=True)
         number("max_grad_norm", "a finite number >= 0, or None", not_negative, "0 or None turns it off.", optional=True)
+        number("grace_seconds", "a finite number of seconds >= 0", not_negative)
+        whole("reward_retries", "a whole number >= 0", not_negative, "0 turns retrying off.")
         number("num_train_epochs", "a positive number", positive)
         number("weight_decay", "a finite number >= 0", not_negative)
         number("adam_epsilon", "a finite number >= 0", not_negative)
@@ -260,6 +277,7 @@ class TrustKLPPOConfig(PPOConfig):
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
             "local_rollout_forward_batch_size",
+            "max_refused",
         ):
             whole(name, "a whole number >= 1", positive)
         local = self.per_device_train_batch_size * self.gradient_accumulation_steps
@@ -347,19 +365,16 @@ class TrustKLPPOConfig(PPOConfig):
         except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ConfigError(f"`generation_kwargs` got {shown(extra)}: {error}") from None
 
-    def _check_availability(self) -> None:
-        for name, (available, what) in _AVAILABLE.items():
-            value = getattr(self, name)
-            if value not in available:
-                raise NotAvailableYetError(
-                    f"`{name}` got {value!r}: {what} is not available yet in this version; "
-                    f"available: {', '.join(map(repr, available))}."
-                )
-
-
-_AVAILABLE: dict[str, tuple[tuple[Any, ...], str]] = {
-    "load_best_model_at_end": ((False,), "loading the best checkpoint"),
-}
+    def _check_saving(self) -> None:
+        if self.load_best_model_at_end and self.metric_for_best_model in (None, "loss", "eval_loss"):
+            raise ConfigError(
+                f"`metric_for_best_model` got {self.metric_for_best_model!r}; with load_best_model_at_end=True it must be one "
+                "that evaluate() gives: 'score', 'kl' (with greater_is_better=False), 'length' or 'eos_rate'."
+            )
+        if self.enable_jit_checkpoint:
+            # transformers' handler would take SIGTERM away from ours, and write checkpoints that may be cut short.
+            logger.warning("`enable_jit_checkpoint` is ignored: this trainer saves on SIGTERM and Ctrl-C by itself.")
+            self.enable_jit_checkpoint: bool = False
 
 
 @cache

@@ -38,7 +38,7 @@ class Optimisation:
         """All epochs, unless `too_far(micro-batches just stepped)` ends them or a step is refused."""
         args = self.args
         if (reason := not_finite(batch)) is not None:
-            return self._nothing(reason)
+            return self.nothing(reason)
         rule = args.build_surrogate()
         penalties = args.build_penalties(batch.anchor.coef * batch.advantage_scale, batch.trust_coef)
         planned = args.num_ppo_epochs * args.num_mini_batches
@@ -77,7 +77,7 @@ class Optimisation:
             refused=refused,
         )
 
-    def _nothing(self, reason: str) -> UpdateStats:
+    def nothing(self, reason: str) -> UpdateStats:
         """The statistics of an update that was refused before its first step."""
         none = epoch_stats(torch.zeros(len(LossSums._fields)))
         planned = self.args.num_ppo_epochs * self.args.num_mini_batches

@@ -1,4 +1,4 @@
-"""What a trainer owes transformers: optimizer groups, state, callbacks, logs, checkpoints.
+"""What a trainer owes transformers: optimizer groups, state, callbacks, logs.
 
 A mixin, so that the trainer's own file shows the algorithm. It calls `super(PPOTrainer, self)` where TRL 1.12's PPO trainer
 overrides a method of its base for a loop that is not ours.
@@ -7,21 +7,16 @@ overrides a method of its base for a loop that is not ours.
 from __future__ import annotations
 
 import enum
-import json
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from peft import PeftModel
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
@@ -31,15 +26,15 @@ from transformers.utils import logging
 from .. import records
 from ..callbacks.report import BoundReportCallback, is_report
 from ..divergences import gradient_kind
-from ..errors import DataError
+from ..errors import Interrupted
 from ..masking import masked_sum
-from ..report import card, read_run
 from ..types import Batch, BoundRecord, MicroBatch, Prompts, TokenOutputs, UpdateStats
-from . import generation, models
-from ._upstream import PPOTrainer
+from . import generation, models, rng, settings
 from .config import sharding_error
 from .data import PromptOrder, collate
+from .guard import Refusals, StartingPoint
 from .optimise import Optimisation
+from .signals import StopRequest
 
 logger = logging.get_logger(__name__)
 
@@ -68,6 +63,10 @@ class Plumbing:
     optimizer: Any
     lr_scheduler: Any
     _created_lr_scheduler: bool
+    _sampling_key: tuple[int, int] = (Draw.EVALUATE, 0)  # of the update in hand, while there is one
+    _bad_reward: str | None = None
+    _saved_step: int = 0
+    _start: StartingPoint | None = None
 
     # -- construction --------------------------------------------------------------------------------------------------
 
@@ -104,6 +103,8 @@ class Plumbing:
         if hasattr(self.model.policy, "add_model_tags"):
             self.model.policy.add_model_tags(self._tag_names)
         self.state = self._fresh_state()
+        self._config = settings.compared(args)  # as the run was set up: callbacks may change `args` later
+        self._stop_request = StopRequest(args.grace_seconds)
         if args.anchored:
             _warn_of_gradient(args)
 
@@ -139,21 +140,37 @@ class Plumbing:
 
     # -- the loop's bookkeeping ----------------------------------------------------------------------------------------
 
-    def _begin_training(self) -> None:
+    def _begin_training(self, resume_from_checkpoint: str | bool | None) -> None:
+        """A fresh state, or that of a checkpoint; then TRL's callbacks."""
         args = self.args
         self.is_in_train = True
+        self.interrupted: int | None = None
+        folder = self._find_checkpoint(resume_from_checkpoint)
         self.state = self._fresh_state()
+        self._refusals = Refusals()
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._logged_step, self._saved_step = 0, 0
+        self._last_loss = 0.0
+        self._prepare_optimisation()
+        if folder is not None:
+            self._restore_run(folder)
+        self._clear_output(folder)
+        self._set_up_state()
+        self._started, self._episodes_before = time.perf_counter(), self.state.episode
+        self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
+        self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
+        if folder is not None:
+            self._restore_random_states(folder)
+
+    def _set_up_state(self) -> None:
+        """What the state says of this process and of the length of the run."""
+        args = self.args
+        self.state.is_local_process_zero = self.is_local_process_zero()
+        self.state.is_world_process_zero = self.is_world_process_zero()
         self.state.max_steps = args.num_total_batches
         self.state.num_train_epochs = math.ceil(args.num_total_batches / self._order.batches_per_pass)
         self.state.train_batch_size = args.per_device_train_batch_size
         self.state.compute_steps(args, self.state.max_steps)
-        self._prepare_optimisation()
-        self._metrics: dict[str, list[float]] = defaultdict(list)
-        self._logged_step = 0
-        self._last_loss = 0.0
-        self._started = time.perf_counter()
-        self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
-        self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
 
     def _prepare_optimisation(self) -> None:
         """Wrap model and optimizer for the hardware, once; a second train() starts a new schedule."""
@@ -164,7 +181,7 @@ class Plumbing:
             self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
-        self.create_scheduler(num_training_steps=self.state.max_steps)
+        self.create_scheduler(num_training_steps=args.num_total_batches)
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self.model.train()
@@ -178,6 +195,9 @@ class Plumbing:
         )
 
     def _begin_update(self) -> None:
+        self._random_states = rng.capture()
+        self._start = None
+        self._bad_reward = None
         self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
         self.state.episode += self.args.batch_size
         self._sampling_key = (Draw.GENERATE, self.state.global_step)
@@ -188,6 +208,7 @@ class Plumbing:
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         """Add what runs inside to this update's `seconds`."""
+        self._give_up_if_overdue()
         started = time.perf_counter()
         yield
         if self.accelerator.device.type == "cuda":
@@ -209,14 +230,17 @@ class Plumbing:
                     callback.on_record(args, self.state, self.control, record=record, completions=completions)
         for name, value in self._update_metrics(batch, stats, record).items():
             self._metrics[name].append(value)
+        self._refusals = self._refusals.after(record.refused is not None)
         self.control = self.callback_handler.on_step_end(args, self.state, self.control)
-        self._act_on_control()
-        if self.state.global_step % self._order.batches_per_pass == 0:
+        pass_is_over = self.state.global_step % self._order.batches_per_pass == 0
+        if pass_is_over:
             self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
-            self._act_on_control()
-            if self.state.global_step < self.state.max_steps:
-                self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
         self._print_samples()
+        # Once, with nothing of this update to come: a checkpoint saved here holds all of it.
+        self._act_on_control()
+        if pass_is_over and self.state.global_step < self.state.max_steps:
+            self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
+        self._stop_if_refused_too_often(record.refused)
 
     def _move_controllers(self, record: BoundRecord) -> None:
         """Feed the controllers the exact KL, which is 0 at least up to rounding: a negative estimate never reaches them.
@@ -266,24 +290,24 @@ class Plumbing:
         self.control.should_log = self.control.should_evaluate = self.control.should_save = False
 
     def _end_training(self) -> TrainOutput:
+        """The last words of a run; one that a signal ended is saved first, and raises Interrupted last."""
+        if self.interrupted is not None:
+            self._save_what_is_done()
+        elif self.args.load_best_model_at_end:
+            self._load_best_model()
         if self.state.global_step > self._logged_step and self.args.logging_strategy != "no":
             self._flush_metrics()
         seconds = time.perf_counter() - self._started
-        metrics = {"train_runtime": seconds, "train_samples_per_second": self.state.episode / max(seconds, 1e-9)}
+        episodes = self.state.episode - self._episodes_before
+        metrics = {"train_runtime": seconds, "train_samples_per_second": episodes / max(seconds, 1e-9)}
+        metrics["refused_updates"] = self._refusals.total
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         self._act_on_control()
         self._create_final_card()
         self.is_in_train = False
+        if self.interrupted is not None:
+            raise Interrupted(self.interrupted)
         return TrainOutput(self.state.global_step, self._last_loss, metrics)
-
-    def _undo(self, reason: str) -> None:
-        """Put policy and value back to where the update began, and say why."""
-        self._line.restore()
-        self._value_line.restore()
-        self._refused = reason
-        logger.warning(
-            f"update {self.state.global_step + 1} is refused: {reason}; the parameters are as they were before it."
-        )
 
     # -- shared by the phases ------------------------------------------------------------------------------------------
 
@@ -322,7 +346,7 @@ class Plumbing:
         entropy = masked_sum(-self._pooled(scored.logp), mask, dim=1).mean()
         return {
             **records.flatten(record),
-            "eps": self.state.episode / (time.perf_counter() - self._started),
+            "eps": (self.state.episode - self._episodes_before) / (time.perf_counter() - self._started),
             "objective/kl": record.anchor.kl,
             "objective/entropy": float(entropy),
             "objective/non_score_reward": penalty,
@@ -369,82 +393,6 @@ class Plumbing:
             )
         ]
         return [records.as_dict(row) for row in gather_object(rows)]
-
-    # -- saving --------------------------------------------------------------------------------------------------------
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the policy alone, an adapter as an adapter, ready for `from_pretrained`."""
-        super(PPOTrainer, self).save_model(output_dir, _internal_call)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        output_dir = output_dir or self.args.output_dir
-        policy = self.model.policy
-        # PEFT saves every adapter; the frozen clone that serves as reference is no part of the result.
-        chosen = {"selected_adapters": [policy.active_adapter]} if isinstance(policy, PeftModel) else {}
-        policy.save_pretrained(output_dir, state_dict=state_dict, **chosen)
-        self._describe(Path(output_dir))
-        self.processing_class.save_pretrained(output_dir)
-        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """TRL's checkpoint, with the value's weights and the controllers beside it."""
-        self.create_model_card(model_name=self._model_name)
-        super(PPOTrainer, self)._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            value = {n: p.detach().contiguous() for n, p in self.model.value.named_parameters() if p.requires_grad}
-            save_file(value, folder / "value.safetensors")
-            (folder / "trustkl_state.json").write_text(json.dumps(self._controller_states(), indent=2))
-
-    @property
-    def _model_name(self) -> str:
-        return (self.args.hub_model_id or Path(self.args.output_dir).resolve().name).split("/")[-1]
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """TRL's card in output_dir, with a section on how far the run may have moved the model."""
-        super().create_model_card(model_name, dataset_name, tags)
-        self._describe(Path(self.args.output_dir))
-
-    def _create_final_card(self) -> None:
-        """The card at the end of a run that saved none; a README that is no card of a run of ours stays as it is."""
-        readme = Path(self.args.output_dir) / card.README
-        if not readme.exists():
-            self.create_model_card(model_name=self._model_name)
-        elif card.START in readme.read_text(encoding="utf-8", errors="replace"):
-            self._describe(readme.parent)
-
-    def _describe(self, folder: Path) -> None:
-        """Put the section into the folder's README: PEFT's, TRL's, or where the weights have none a copy of TRL's."""
-        if not self.is_world_process_zero():
-            return
-        written = Path(self.args.output_dir) / card.README
-        readme = folder / card.README
-        source = readme if readme.exists() else written
-        if source.exists():
-            report = next((cb.rendered for cb in self.callback_handler.callbacks if is_report(cb)), None)
-            link = None if report is None else os.path.relpath(report, folder)
-            text = source.read_text(encoding="utf-8", errors="replace")
-            readme.write_text(
-                card.with_section(text, card.section(self._recorded(), self.args, link)), encoding="utf-8"
-            )
-
-    def _recorded(self) -> list[BoundRecord]:
-        """The records of this run so far, as its folder has them; none where nothing writes them."""
-        if self.state.global_step == 0 or not any(map(is_report, self.callback_handler.callbacks)):
-            return []
-        try:
-            found = read_run(self.args.output_dir).records
-        except DataError:
-            return []
-        return [record for record in found if record.update <= self.state.global_step]
-
-    def _controller_states(self) -> dict[str, dict[str, float] | None]:
-        states = {"kl_controller": self.kl_state, "trust_controller": self.trust_state, "lr_controller": self.lr_state}
-        return {name: None if state is None else state._asdict() for name, state in states.items()}
 
 
 _GRADIENT_WARNINGS = {

@@ -6,8 +6,10 @@ import asyncio
 import inspect
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import ConfigError, RewardError, shown
+from ..errors import ConfigError, NonFiniteRewardError, RewardError, shown
 from ..types import Rollout
 from .data import is_chat, positions
 from .models import load_scalar_model
@@ -24,6 +26,12 @@ logger = logging.getLogger(__name__)
 
 LARGEST_REWARD = torch.finfo(torch.float32).max
 """Scores are kept in float32."""
+
+
+def _sleep(seconds: float) -> bool:
+    time.sleep(seconds)
+    return False
+
 
 RewardFunc: TypeAlias = str | PreTrainedModel | Callable[..., list[float | None]]
 
@@ -128,9 +136,12 @@ def compute_scores(
     completion_ids: list[list[int]],
     state: Any,
     batch_size: int,
+    retries: int = 0,
+    wait: Callable[[float], bool] = _sleep,
 ) -> Tensor:
     """The weighted sum of all rewards, [B] in float32; NaN for a row on which every function said None.
 
+    A function that fails is called again, up to `retries` times; `wait` sleeps before that, and says whether to give up.
     Raises RewardError for a function that raises, or returns the wrong length, NaN or infinity, and for a sum that float32
     cannot hold.
     """
@@ -139,20 +150,48 @@ def compute_scores(
     total = torch.zeros(len(completions), dtype=torch.float64)
     known = torch.zeros(len(completions), dtype=torch.bool)
     for func, weight in zip(funcs, weights, strict=True):
-        if isinstance(func, RewardModel):
-            rewards = _score_by_model(func, rollout, prompts, completions, batch_size).cpu().tolist()
-        else:
-            rewards = _call(func, prompts, completions, keywords)
-        checked = _checked(rewards, len(completions), reward_name(func))
+        checked = _with_retries(
+            partial(_reward, func, rollout, prompts, completions, keywords, batch_size), retries, wait
+        )
         values = torch.tensor([math.nan if r is None else r for r in checked], dtype=torch.float64)
         total += weight * values.nan_to_num(0.0)
         known |= ~values.isnan()
     if (total.abs() > LARGEST_REWARD).any():
-        raise RewardError(
+        raise NonFiniteRewardError(
             f"the weighted rewards (reward_weights={weights}) add up to {float(total[total.abs().argmax()]):g}, beyond what "
             "float32 holds; scale the rewards or their weights down."
         )
     return torch.where(known, total, math.nan).float().to(rollout.response_ids.device)
+
+
+def _reward(
+    func: Any,
+    rollout: Rollout,
+    prompts: list[Any],
+    completions: list[Any],
+    keywords: dict[str, Any],
+    batch_size: int,
+) -> list[float | None]:
+    """What one function or model says of the completions, checked."""
+    if isinstance(func, RewardModel):
+        rewards = _score_by_model(func, rollout, prompts, completions, batch_size).cpu().tolist()
+    else:
+        rewards = _call(func, prompts, completions, keywords)
+    return _checked(rewards, len(completions), reward_name(func))
+
+
+def _with_retries(
+    attempt: Callable[[], list[float | None]], retries: int, wait: Callable[[float], bool]
+) -> list[float | None]:
+    for number in range(retries):
+        try:
+            return attempt()
+        except RewardError as error:
+            seconds = min(2.0**number, 60.0)
+            logger.warning(f"{error} Trying again in {seconds:g} s ({number + 1} of {retries}).")
+            if wait(seconds):
+                raise
+    return attempt()
 
 
 def _columns(rows: list[dict[str, Any]] | None) -> dict[str, list[Any]]:
@@ -237,7 +276,7 @@ def _as_float(reward: Any, index: int, name: str) -> float | None:
             f"reward function `{name}` returned {shown(reward)} for completion {index}; not a number."
         ) from None
     if not abs(value) <= LARGEST_REWARD:
-        raise RewardError(
+        raise NonFiniteRewardError(
             f"reward function `{name}` returned {shown(reward)} for completion {index}; a reward must be finite, or None to "
             "leave the completion out."
         )

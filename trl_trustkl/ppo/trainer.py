@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,9 +33,9 @@ from ..advantages import (
 )
 from ..callbacks.report import with_report
 from ..divergences import k3
-from ..errors import ConfigError, ModelError, NotAvailableYetError
+from ..errors import ConfigError, ModelError
 from ..masking import masked_mean, masked_moments, masked_sum, whiten, whitening_factor
-from ..trust_region import Line, backtrack, measurement
+from ..trust_region import backtrack, measurement
 from ..types import (
     AnchorMeasurement,
     Batch,
@@ -52,17 +52,22 @@ from ..types import (
 )
 from . import generation, models
 from ._upstream import PPOTrainer
+from .cards import Cards
 from .config import TrustKLPPOConfig
 from .data import collate_nothing, micro_batch, prepare_datasets, trim_left
+from .endings import Endings
 from .evaluation import Evaluation
+from .guard import StartingPoint
 from .plumbing import Draw, Plumbing
 from .reference import build_reference
 from .rewards import RewardFunc, as_completion, build_rewards, compute_scores
+from .saving import Saving
+from .signals import StopRequest
 
 _TOKEN_COLUMNS = ("logp", "ref_logp", "ref_kl", "entropy")
 
 
-class TrustKLPPOTrainer(Evaluation, Plumbing, PPOTrainer):
+class TrustKLPPOTrainer(Endings, Evaluation, Saving, Cards, Plumbing, PPOTrainer):
     """PPO with an anchor to a reference and a trust region around the old policy, and a record of what bounded each update.
 
     Args:
@@ -155,24 +160,37 @@ class TrustKLPPOTrainer(Evaluation, Plumbing, PPOTrainer):
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **_: Any) -> TrainOutput:
-        """Run the updates; returns TRL's TrainOutput, whose metrics are the last record's."""
-        if resume_from_checkpoint:
-            raise NotAvailableYetError("`resume_from_checkpoint` is not available yet in this version; start afresh.")
-        self._begin_training()
-        while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
-            self._begin_update()
-            with self._timed("generate"):
-                rollout = self.rollout(self.next_prompts())
-            with self._timed("score"):
-                scored = self.score(rollout)
-                batch = self.advantages(scored)
-            with self._timed("optimise"):
-                stats = self.optimise(batch)
-            with self._timed("measure"):
-                proposed = self.measure(batch)
-                measured = self.enforce(batch, proposed)
-            self._end_update(batch, stats, self.record(batch, stats, measured))
-        return self._end_training()
+        """Run the updates; returns TRL's TrainOutput.
+
+        `resume_from_checkpoint`: a path, or True for the last whole checkpoint in `output_dir`; the run goes on as if it had
+        never stopped. SIGTERM and Ctrl-C end it after the update in hand (given up after `grace_seconds`), with a
+        checkpoint and `Interrupted`, a SystemExit of 128 + the signal; a second one ends it at once.
+
+        Raises:
+            CheckpointError, ConfigError: a checkpoint that is not whole, or was saved under other settings.
+            RewardError: a reward function that failed; the last finished update is saved.
+            RefusedError: `max_refused` updates in a row had to be undone; the state before them is saved.
+            SaveError: a checkpoint or a record could not be written; the last whole checkpoint stays.
+        """
+        with StopRequest(self.args.grace_seconds) as self._stop_request:
+            self._begin_training(resume_from_checkpoint)
+            while self._goes_on():
+                with self._update_in_hand():
+                    self._update()
+            return self._end_training()
+
+    def _update(self) -> None:
+        with self._timed("generate"):
+            rollout = self.rollout(self.next_prompts())
+        with self._timed("score"):
+            scored = self.score(rollout)
+            batch = self.advantages(scored)
+        with self._timed("optimise"):
+            stats = self.optimise(batch)
+        with self._timed("measure"):
+            proposed = self.measure(batch)
+            measured = self.enforce(batch, proposed)
+        self._end_update(batch, stats, self.record(batch, stats, measured))
 
     # -- the phases ----------------------------------------------------------------------------------------------------
 
@@ -283,12 +301,22 @@ class TrustKLPPOTrainer(Evaluation, Plumbing, PPOTrainer):
 
     def optimise(self, batch: Batch) -> UpdateStats:
         """The PPO epochs on this batch. A step that is not finite is refused, and the update undone with it."""
-        self._line = Line(models.trainable(self.model.policy))
-        self._value_line = Line(models.trainable(self.model.value))
+        self._start = StartingPoint(
+            models.trainable(self.model.policy), models.trainable(self.model.value), self.optimizer
+        )
         limit = self.args.trust_stop
-        too_far = None if limit is None else lambda mini: not self._measure(batch, mini).kl <= limit
+
+        def too_far(mini: Sequence[int]) -> bool:
+            self._give_up_if_overdue()
+            return limit is not None and not self._measure(batch, mini).kl <= limit
+
         with self._learning_rate_by_kl():
-            stats = self._optimisation.run(batch, self._generator(Draw.MINI_BATCHES), too_far)
+            if self._bad_reward is not None:
+                stats = self._optimisation.nothing(self._bad_reward)
+            else:
+                stats = self._optimisation.run(batch, self._generator(Draw.MINI_BATCHES), too_far)
+        if stats.refused is None and not math.isfinite(stats.total.policy_loss + stats.total.value_loss):
+            stats = stats._replace(refused="the loss is not finite")
         if stats.refused is not None:
             self._undo(stats.refused)
         return stats
@@ -299,11 +327,17 @@ class TrustKLPPOTrainer(Evaluation, Plumbing, PPOTrainer):
         return self._measure(batch, range(math.ceil(self.args.measure_fraction * count)))
 
     def enforce(self, batch: Batch, proposed: Measurement) -> Measurement:
-        """Hold `trust_max_kl` by backtracking; an update whose measurement is not finite is undone instead."""
+        """Hold `trust_max_kl` by backtracking; an update that is not finite, or beyond `panic_kl`, is undone instead."""
         limit = self.args.trust_max_kl
         self.enforcement = Enforcement(proposed.kl, scale=None if limit is None else 1.0, tries=0, limit=limit)
+        panic = self.args.panic_kl
+        reason: str | None = None
         if not math.isfinite(proposed.kl):
-            self._undo("the KL(π_old‖π) measured after it is not finite")
+            reason = "the KL(π_old‖π) measured after it is not finite"
+        elif panic is not None and proposed.kl > panic:
+            reason = f"its KL(π_old‖π) of {proposed.kl:.3g} nats per token is above panic_kl = {panic:g}"
+        if reason is not None:
+            self._undo(reason)
             self.enforcement = self.enforcement._replace(scale=None if limit is None else 0.0)
             return self.measure(batch)
         if limit is None or proposed.kl <= limit:
@@ -314,7 +348,7 @@ class TrustKLPPOTrainer(Evaluation, Plumbing, PPOTrainer):
             tried.append(self.measure(batch))
             return tried[-1].kl
 
-        found = backtrack(self._line.set_scale, measure, limit, proposed=proposed.kl)
+        found = backtrack(self._start.policy.set_scale, measure, limit, proposed=proposed.kl)
         self.enforcement = self.enforcement._replace(scale=found.scale, tries=found.tries)
         return next((m for m in tried if m.kl == found.measured), None) or self.measure(batch)
 
@@ -414,16 +448,21 @@ class TrustKLPPOTrainer(Evaluation, Plumbing, PPOTrainer):
         ids = [row[mask].tolist() for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
         completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
         prompts = self._prompt_texts(rollout)
-        scores = compute_scores(
-            self.reward_funcs,
-            self.reward_weights,
-            rollout,
-            prompts=prompts,
-            completions=[as_completion(text, prompt) for text, prompt in zip(completions, prompts, strict=True)],
-            completion_ids=ids,
-            state=self.state,
-            batch_size=self.args.per_device_train_batch_size,
-        )
+        with self._failing_together() as failed:
+            scores = compute_scores(
+                self.reward_funcs,
+                self.reward_weights,
+                rollout,
+                prompts=prompts,
+                completions=[as_completion(text, prompt) for text, prompt in zip(completions, prompts, strict=True)],
+                completion_ids=ids,
+                state=self.state,
+                batch_size=self.args.per_device_train_batch_size,
+                retries=self.args.reward_retries,
+                wait=self._stop_request.wait,
+            )
+        if failed:
+            scores = rollout.response_mask.new_full((len(ids),), math.nan, dtype=torch.float32)
         scores = torch.where(rollout.response_mask.any(-1), scores, math.nan)
         if self.args.missing_eos_penalty is not None:
             ended = generation.ends_with_stop(rollout.response_ids, rollout.response_mask, self._stop_ids)

@@ -1,0 +1,243 @@
+"""Runs that end before their time, at a chosen moment, and what is left of them.
+
+A moment is a call of one of the functions in which a run spends its time or touches the disk. They are counted, so that
+every moment of a run has a number, and the run can be cut off at any of them: by an exception that nothing catches, by a
+signal, or, in a process of its own, by SIGKILL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import safetensors.torch
+import torch
+from datasets import disable_progress_bars
+from torch import Tensor
+from transformers.utils import logging
+
+from tests import tiny
+from trl_trustkl import TrustKLPPOTrainer, load_records, records
+from trl_trustkl.ppo import saving
+
+UPDATES = 6
+PHASES = ("rollout", "score", "advantages", "optimise", "measure", "enforce", "record")
+
+
+class Killed(BaseException):
+    """Stands for a kill within the process: no handler for errors sees it."""
+
+
+def noisy_reward(prompts: list, completions: list, **_: Any) -> list[float]:
+    """A reward that draws from every random stream a user has."""
+    noise = random.random() + float(np.random.rand()) + float(torch.rand(()))
+    return [score + 0.1 * noise for score in tiny.good_words(prompts, completions)]
+
+
+KINDS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
+    "adapter and value head": (
+        {
+            "kl_controller": "pid",
+            "kl_target": 0.5,
+            "trust_controller": "adaptive",
+            "trust_coef": 0.1,
+            "trust_target": 0.01,
+            "trust_lr_target": 0.01,
+            "kl_placement": "both",
+            "kl_estimator": "exact",
+        },
+        dict,
+    ),
+    "all weights and a value model": (
+        {"kl_controller": "adaptive", "kl_target": 0.5, "kl_horizon": 40, "trust_max_kl": 0.02},
+        lambda: {"peft_config": None, "value_model": tiny.scalar_model(tiny.llama())},
+    ),
+}
+
+
+SMOLLM2 = "SmolLM2 with QLoRA"
+
+
+def build(folder: Any, kind: str = "adapter and value head", **changes: Any) -> TrustKLPPOTrainer:
+    """A trainer that saves every second update."""
+    if kind == SMOLLM2:
+        from trl_trustkl.cli.task import sentiment_trainer
+
+        adaptive = {"kl_controller": "adaptive", "kl_target": 4.0, "kl_horizon": 40}
+        return sentiment_trainer(
+            str(folder), max_steps=UPDATES, save_strategy="steps", save_steps=2, **adaptive | changes
+        )
+    settings, arguments = KINDS[kind]
+    common = {
+        "max_steps": UPDATES,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "logging_steps": 3,
+        "lr_scheduler_type": "linear",
+        "learning_rate": 1e-2,
+        "optim": "adamw_torch",
+    }
+    return tiny.trainer(folder, changes=common | settings | changes, reward_funcs=noisy_reward, **arguments())
+
+
+def moments(trainer: TrustKLPPOTrainer) -> list[tuple[Any, str]]:
+    """The functions whose calls are a run's moments."""
+    own = [(trainer, name) for name in (*PHASES, "_end_update", "_write_checkpoint", "_save_optimizer_and_scheduler")]
+    disk = [(os, "fsync"), (os, "rename"), (os, "replace"), (torch, "save"), (saving, "save_file")]
+    return [*own, (torch.optim.AdamW, "step"), (records, "append_line"), (Path, "write_text"), *disk]
+
+
+@contextmanager
+def counted(trainer: TrustKLPPOTrainer, at: int, act: Callable[[str], None]) -> Iterator[list[str]]:
+    """Call `act(name)` before the moment number `at`, counted from 0; yields the names of the moments so far."""
+    seen: list[str] = []
+
+    def watch(name: str, original: Callable) -> Callable:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            seen.append(name)
+            if len(seen) - 1 == at:
+                if name == "append_line":  # half a line
+                    with open(args[0], "a") as file:
+                        file.write(json.dumps(args[1])[: len(seen) % 40])
+                act(name)
+            return original(*args, **kwargs)
+
+        return watched
+
+    with _patched(moments(trainer), watch):
+        yield seen
+
+
+@contextmanager
+def _patched(targets: list[tuple[Any, str]], watch: Callable) -> Iterator[None]:
+    patches = [mock.patch.object(owner, name, watch(name, getattr(owner, name))) for owner, name in targets]
+    for patch in patches:
+        patch.start()
+    try:
+        yield
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+def kill(name: str) -> None:
+    raise Killed(name)
+
+
+def cut_off(trainer: TrustKLPPOTrainer, at: int, act: Callable[[str], None] = kill) -> str | None:
+    """Train until the moment number `at`; the name of the moment, or None where the run was over before it."""
+    with counted(trainer, at, act) as seen:
+        try:
+            trainer.train()
+        except Killed:
+            return seen[-1]
+    return None
+
+
+# -- what is left ------------------------------------------------------------------------------------------------------
+
+
+def tensors(folder: Path, update: int = UPDATES) -> dict[str, Tensor]:
+    """The weights and the optimizer's tensors in the checkpoint of an update."""
+    checkpoint = folder / f"checkpoint-{update}"
+    found = {}
+    for path in checkpoint.glob("*.safetensors"):
+        found |= {f"{path.name} {name}": weight for name, weight in safetensors.torch.load_file(path).items()}
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    found |= {f"{i} {name}": torch.as_tensor(v) for i, entry in state.items() for name, v in entry.items()}
+    return found
+
+
+def left_behind(folder: Path) -> dict[str, Any]:
+    """Everything of a run that does not depend on the clock: the last checkpoint's tensors and states, and the records."""
+    checkpoint = folder / f"checkpoint-{UPDATES}"
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    own = json.loads((checkpoint / "trustkl_state.json").read_text())
+    return {
+        "records": [without_clock(row) for row in load_records(folder)],
+        "completions": (folder / "completions.jsonl").read_text(),
+        "log": [without_clock(row) for row in state.pop("log_history")],
+        "state": state | {"best_model_checkpoint": None},
+        "own": {key: value for key, value in own.items() if key != "metrics"},
+        "rng": (checkpoint / "rng.json").read_text(),
+    }
+
+
+def without_clock(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in row.items()
+        if not key.startswith("seconds") and not key.endswith(("eps", "runtime"))
+    }
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two runs left the same behind, bit for bit."""
+    a, b = tensors(one), tensors(other)
+    return left_behind(one) == left_behind(other) and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# -- processes of their own --------------------------------------------------------------------------------------------
+
+
+def forked(job: Callable[[], Any], log: Path) -> int:
+    """Run a job in a forked process, its output in a file; how it ended: an exit status, or minus the signal."""
+    child = os.fork()
+    if child == 0:
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        status = 1
+        try:
+            job()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def main(folder: Path, kind: str, count: int, seed: int) -> None:
+    """Kill a run with SIGKILL at random moments, once each, and resume it; prints a line of JSON for each.
+
+    A process of its own, which forks before it has used any thread of torch's.
+    """
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+    def whole() -> None:
+        trainer = build(folder / "whole", kind)
+        with counted(trainer, -1, kill) as seen:
+            trainer.train()
+        (folder / "moments.json").write_text(json.dumps(seen))
+
+    assert forked(whole, folder / "log") == 0, (folder / "log").read_text()
+    names = json.loads((folder / "moments.json").read_text())
+    # The one kill of the large model comes after its first checkpoint: there is something to resume from.
+    choice = range(len(names) // 2 if kind == SMOLLM2 else 0, len(names))
+    chosen = sorted(random.Random(seed).sample(choice, count))
+    for at in chosen:
+        run = folder / f"killed-{at}"
+
+        def start(run: Path = run, at: int = at) -> None:
+            cut_off(build(run, kind), at, lambda name: os.kill(os.getpid(), signal.SIGKILL))
+
+        ended = forked(start, folder / "log")
+        resumed = forked(lambda run=run: build(run, kind).train(resume_from_checkpoint=True), folder / "log")
+        print(json.dumps({"at": at, "in": names[at], "ended": ended, "resumed": resumed, "run": str(run)}), flush=True)
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

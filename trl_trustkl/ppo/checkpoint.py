@@ -1,0 +1,163 @@
+"""Folders of checkpoints on a disk that may fill up and in a process that may be killed at any moment.
+
+A checkpoint is written under another name, brought to the disk file by file, and renamed at last: `checkpoint-N` is there
+whole or not at all. Its manifest lists every file with size and digest, so that one that was damaged later (copied in
+part, cut by a failing disk) is recognised too. Nothing here knows what the files mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from ..errors import SaveError
+from ..records import sync
+
+logger = logging.get_logger(__name__)
+
+MANIFEST = "manifest.json"
+PREFIX = "checkpoint-"
+UNFINISHED = ".unfinished-"
+EARLIER = "earlier"
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into that takes the name `folder` when the block ends, complete and on the disk, or not at all.
+
+    Raises SaveError where anything in the block, or the disk, fails; what was written until then is removed.
+    """
+    unfinished = folder.with_name(UNFINISHED + folder.name)
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        _write_manifest(unfinished)
+        for path in sorted(unfinished.rglob("*")):
+            sync(path)
+        sync(unfinished)
+        if folder.exists():
+            discard(folder)
+        os.rename(unfinished, folder)
+        sync(folder.parent)
+    except Exception as error:  # safetensors and torch have errors of their own for a full disk
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise SaveError(
+            f"`output_dir`: {folder} could not be written ({type(error).__name__}: {error}). Nothing of it is left; "
+            f"{_what_is_left(folder.parent)} Make room or mend the folder, then train(resume_from_checkpoint=True)."
+        ) from error
+
+
+def _what_is_left(parent: Path) -> str:
+    last = next((path for path in reversed(checkpoints(parent)) if damage(path, thorough=False) is None), None)
+    return "there is no earlier checkpoint." if last is None else f"{last.name} is whole and can be resumed from."
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": _digest(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=2), encoding="utf-8")
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The folders `checkpoint-N`, whole or not, in the order of N."""
+    found = [(int(match[1]), path) for path in output_dir.glob(f"{PREFIX}*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if path.is_dir()]
+
+
+_NAME = re.compile(rf"{PREFIX}([0-9]{{1,18}})")
+
+
+def damage(folder: Path, *, thorough: bool = True) -> str | None:
+    """What a checkpoint lacks to be whole, or None; digests are compared only where `thorough`."""
+    try:
+        files: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())["files"]
+        for name, wanted in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"it lacks {name}"
+            if (size := path.stat().st_size) != wanted["size"]:
+                return f"{name} has {size} bytes instead of {wanted['size']}"
+            if thorough and _digest(path) != wanted["sha256"]:
+                return f"{name} is not what was written"
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        return f"its {MANIFEST} cannot be read ({type(error).__name__})"
+    return None
+
+
+def newest_whole(output_dir: Path) -> Path | None:
+    """The last checkpoint that is whole; a warning names each later one that is not."""
+    for folder in reversed(checkpoints(output_dir)):
+        if (what := damage(folder)) is None:
+            return folder
+        logger.warning(f"{folder} is not a whole checkpoint ({what}); it is passed over.")
+    return None
+
+
+def rotate(output_dir: Path, limit: int | None, *, best: str | None) -> None:
+    """Delete the oldest checkpoints beyond `limit`; never the last whole one, nor the best.
+
+    Folders that are not whole are neither counted nor deleted: they are not ours, or worth a look.
+    """
+    if limit is None or limit <= 0:
+        return
+    whole = [folder for folder in checkpoints(output_dir) if damage(folder, thorough=False) is None]
+    spared = {whole[-1].name, Path(best).name if best else ""} if whole else set()
+    excess = len(whole) - max(limit, len(spared - {""}))
+    for folder in [folder for folder in whole if folder.name not in spared][: max(excess, 0)]:
+        discard(folder)
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint; cut short, it leaves no folder that looks like one."""
+    doomed = folder.with_name(f"{UNFINISHED}old-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Remove what a killed run left half written."""
+    for path in output_dir.glob(f"{UNFINISHED}*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def move_aside(output_dir: Path, *, after: int = 0) -> None:
+    """Put the checkpoints of an abandoned run, or of its updates beyond `after`, into a folder `earlier.1`, `earlier.2`, …"""
+    old = [folder for folder in checkpoints(output_dir) if number(folder) > after]
+    if not old:
+        return
+    count = 1
+    while (target := output_dir / f"{EARLIER}.{count}").exists():
+        count += 1
+    target.mkdir()
+    for folder in old:
+        os.rename(folder, target / folder.name)
+    logger.warning(f"{len(old)} checkpoints in {output_dir} that this run does not go on from are now in {target}.")
+
+
+def number(folder: Path) -> int:
+    """N of `checkpoint-N`."""
+    return int(folder.name.removeprefix(PREFIX))

@@ -1,0 +1,69 @@
+"""Undoing an update, and counting those that were undone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..trust_region import Line
+
+
+class StartingPoint:
+    """Where an update began: parameters of policy and value, and the state of their optimizer.
+
+    The optimizer's tensors are kept in host memory, so that full fine-tuning needs no more of the GPU's; the parameters
+    stay beside the model, where backtracking reads them. A gradient scaler is left out: that it backs off is how it works.
+    """
+
+    def __init__(self, policy: Sequence[nn.Parameter], value: Sequence[nn.Parameter], optimizer: Any) -> None:
+        self.policy = Line(policy)
+        self.value = Line(value)
+        self._optimizer = optimizer
+        self._state = {
+            parameter: {name: _copied(entry) for name, entry in state.items()}
+            for parameter, state in optimizer.state.items()
+        }
+        self._groups = [
+            {name: copy.deepcopy(entry) for name, entry in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ]
+
+    def restore(self) -> None:
+        """Put everything back, bit for bit."""
+        self.policy.restore()
+        self.value.restore()
+        for parameter in list(self._optimizer.state):
+            if parameter not in self._state:
+                del self._optimizer.state[parameter]
+        for parameter, saved in self._state.items():
+            state = self._optimizer.state[parameter]
+            for name, entry in saved.items():
+                if isinstance(entry, Tensor):
+                    with torch.no_grad():
+                        state[name].copy_(entry)
+                else:
+                    state[name] = copy.deepcopy(entry)
+        for group, settings in zip(self._optimizer.param_groups, self._groups, strict=True):
+            group.update(settings)
+        self._optimizer.zero_grad()
+
+
+def _copied(entry: Any) -> Any:
+    return entry.detach().to("cpu", copy=True) if isinstance(entry, Tensor) else copy.deepcopy(entry)
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """How many updates were undone: in the whole run, and in a row up to now."""
+
+    total: int = 0
+    in_a_row: int = 0
+
+    def after(self, refused: bool) -> Refusals:
+        """The counts after one more update."""
+        return Refusals(self.total + refused, self.in_a_row + 1 if refused else 0)

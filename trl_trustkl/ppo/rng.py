@@ -1,0 +1,44 @@
+"""The random states of a process as JSON: Python's, NumPy's, torch's and the GPU's.
+
+The trainer's own draws depend on the seed and the update alone; these are for reward functions and callbacks.
+"""
+
+from __future__ import annotations
+
+import base64
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def capture() -> dict[str, Any]:
+    """The states now; `restore` takes it, also after a journey through JSON."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), *rest],
+        "torch": _as_text(torch.get_rng_state()),
+        "cuda": _as_text(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
+    }
+
+
+def restore(states: dict[str, Any]) -> None:
+    """Put the states back; the GPU's where there is one and the states know of one."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(_as_tensor(states["torch"]))
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_as_tensor(states["cuda"]))
+
+
+def _as_text(state: Tensor) -> str:
+    return base64.b64encode(bytes(state.tolist())).decode("ascii")
+
+
+def _as_tensor(text: str) -> Tensor:
+    return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)

@@ -1,0 +1,82 @@
+"""Which settings a run may change when it is resumed, and which would make it another run."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from collections.abc import Iterator
+from typing import Any
+
+HARMLESS = (
+    # where and how the run is reported, saved and evaluated
+    "output_dir", "logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter",
+    "include_num_input_tokens_seen", "log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project",
+    "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "eval_strategy", "eval_steps", "eval_delay",
+    "per_device_eval_batch_size", "prediction_loss_only", "eval_on_start", "eval_do_concat_batches",
+    "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics", "save_only_model",
+    "save_strategy", "save_steps", "save_on_each_node", "save_total_limit", "enable_jit_checkpoint", "push_to_hub",
+    "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision",
+    "load_best_model_at_end", "num_sample_generations", "debug", "skip_memory_metrics",
+    # memory, devices and workers: the same numbers, up to rounding
+    "torch_empty_cache_steps", "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
+    "activation_checkpointing_kwargs", "bf16_full_eval", "fp16_full_eval", "use_cpu", "full_determinism",
+    "accelerator_config", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph",
+    "ddp_backend", "ddp_timeout", "ds3_gather_for_generation", "dataset_num_proc", "dataloader_drop_last",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "dataloader_multiprocessing_context", "dataloader_in_order",
+    # fields of other trainers and of scripts, which this trainer does not read
+    "average_tokens_across_devices", "ignore_data_skip", "restore_callback_states_from_checkpoint", "data_seed",
+    "remove_unused_columns", "label_names", "train_sampling_strategy", "length_column_name", "do_train", "do_eval",
+    "do_predict", "resume_from_checkpoint", "local_rank", "sft_model_path", "reward_model_path",
+    # what a run does when something goes wrong
+    "grace_seconds", "max_refused", "reward_retries",
+    # the length of the run, compared as the number of updates; and what follows from other fields and the processes
+    "max_steps", "num_train_epochs", "total_episodes", "world_size", "local_batch_size", "micro_batch_size",
+    "local_mini_batch_size", "mini_batch_size",
+)  # fmt: skip
+"""Fields that may differ between a checkpoint and the run that resumes it. All others, also ones that a later version
+adds, must be the same."""
+
+_LENGTH = "num_total_batches"
+_ENDLESS_SCHEDULES = ("constant", "constant_with_warmup")
+
+
+def compared(args: Any) -> dict[str, Any]:
+    """The fields that must not change, as JSON has them."""
+    fields = [field.name for field in dataclasses.fields(args) if field.init and field.name not in HARMLESS]
+    return json.loads(json.dumps({name: getattr(args, name) for name in fields}, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=repr)
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    return str(value)
+
+
+def as_json(value: Any) -> Any:
+    """A value as it comes back from a JSON file."""
+    return json.loads(json.dumps(value, default=_plain))
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any], args: Any) -> Iterator[str]:
+    """What to say of each field that is another one `now` than in the checkpoint, both as `compared` gave them."""
+    defaults = {f.name: as_json(f.default) for f in dataclasses.fields(args) if f.default is not dataclasses.MISSING}
+    for name, value in now.items():
+        was = saved.get(name, defaults.get(name))
+        if was == value or (name == _LENGTH and not _depends_on_length(args)):
+            continue
+        if name == _LENGTH:
+            name = "max_steps"
+        why = " (the learning rate's schedule depends on the number of updates)" if name == "max_steps" else ""
+        yield f"`{name}`: {was!r} in the checkpoint, {value!r} now{why}"
+
+
+def _depends_on_length(args: Any) -> bool:
+    """Whether the learning rate of an update depends on how many there will be."""
+    schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    return schedule not in _ENDLESS_SCHEDULES or 0 < (args.warmup_steps or 0) < 1
