@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from tests import tiny
-from tests.test_trust_region import in_two_processes
+from tests.processes import in_two_processes
 from trl_trustkl import AdaptiveKLCallback
 from trl_trustkl.callbacks.adaptive import SMALLEST
 from trl_trustkl.controllers import AdaptiveKL, DualKL, ScheduledKL, ThresholdKL
@@ -420,7 +420,7 @@ TWO_PROCESSES = """
 def test_two_processes_take_the_same_coefficient(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(textwrap.dedent(TWO_PROCESSES))
-    in_two_processes(script, str(tmp_path))
+    in_two_processes(script, str(tmp_path), cwd=tmp_path)
     for kind in TRAINERS:
         one, other = (json.loads((tmp_path / f"{kind}-rank{rank}.json").read_text()) for rank in range(2))
         assert one == other

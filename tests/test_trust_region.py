@@ -943,7 +943,7 @@ def test_the_states_of_all_controllers_are_in_the_checkpoint(tmp_path):
         "trust_controller": "dual",
         "trust_coef": 0.1,
         "trust_target": 1e-3,
-        "trust_lr_target": 1e-4,
+        "trust_lr_target": 1e-6,
     }
     trainer = tiny.trainer(tmp_path, changes=changes)
     states, end = [], trainer.callback_handler.on_step_end
@@ -955,7 +955,7 @@ def test_the_states_of_all_controllers_are_in_the_checkpoint(tmp_path):
     names = ("kl_controller", "trust_controller", "lr_controller")
     for update, live in enumerate(states, start=1):
         saved = json.loads((tmp_path / f"checkpoint-{update}" / "trustkl_state.json").read_text())
-        assert tuple(saved) == names
+        assert set(names) <= set(saved)
         for name, state in zip(names, live, strict=True):
             assert type(state)(**saved[name]) == state
     assert all(len(set(kind)) > 1 for kind in zip(*states, strict=True)), "the states moved"

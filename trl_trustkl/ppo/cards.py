@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from transformers.utils import logging
+
 from ..callbacks.report import is_report
 from ..errors import DataError
 from ..report import card, read_run
 from ..types import BoundRecord
+
+logger = logging.get_logger(__name__)
 
 
 class Cards:
@@ -22,7 +26,11 @@ class Cards:
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """TRL's card in output_dir, with a section on how far the run may have moved the model."""
-        super().create_model_card(model_name, dataset_name, tags)
+        try:
+            super().create_model_card(model_name, dataset_name, tags)
+        except ModuleNotFoundError as error:  # TRL's template needs a package that it does not always ask for
+            logger.warning_once(f"No model card was written: the package {error.name} is not installed.")
+            return
         self._describe(Path(self.args.output_dir))
 
     def _create_final_card(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import typing
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from typing import Any, Literal
@@ -14,10 +15,10 @@ from transformers.generation import logits_process
 from transformers.utils import logging
 
 from ..advantages import ScorePosition
-from ..controllers import ControllerName, FixedKL, LearningRateByKL, ScheduledKL, build_controller
+from ..controllers import CONTROLLERS, ControllerName, FixedKL, LearningRateByKL, ScheduledKL, build_controller
 from ..divergences import ESTIMATORS, KLEstimatorName, Placement, build_estimator, gradient_kind
 from ..errors import ConfigError, NotAvailableYetError, is_finite, out_of_range, shown, unknown_name
-from ..surrogates import ClipRuleName, build_surrogate
+from ..surrogates import SURROGATES, ClipRuleName, build_surrogate
 from . import field_types
 from ._upstream import PPOConfig
 from .losses import Penalties
@@ -60,6 +61,14 @@ _PROCESSORS: dict[str, tuple[str, Any]] = {
     "repetition_penalty": ("RepetitionPenaltyLogitsProcessor", 1.0),
     "no_repeat_ngram_size": ("NoRepeatNGramLogitsProcessor", 0),
 }
+
+_NAMES: dict[str, Callable[[], Iterable[str]]] = {
+    "kl_estimator": lambda: (*ESTIMATORS, "exact"),
+    "kl_controller": lambda: CONTROLLERS,
+    "trust_controller": lambda: CONTROLLERS,
+    "clip_rule": lambda: SURROGATES,
+}
+"""Fields that take whatever is registered, a user's own included."""
 
 _LOOSELY_TYPED = ("accelerator_config", "debug", "fsdp", "max_grad_norm")
 """transformers takes more for these than it says."""
@@ -296,6 +305,11 @@ class TrustKLPPOConfig(PPOConfig):
         for each, hint in _typed_fields():
             value = getattr(self, each.name)
             default = each.default_factory() if each.default_factory is not MISSING else each.default
+            if each.name in _NAMES:
+                known = _NAMES[each.name]()
+                if not isinstance(value, str) or value not in known:
+                    raise unknown_name(each.name, value, known)
+                continue
             if (value is None and default is None) or field_types.fits(value, hint):
                 continue
             if (options := field_types.names(hint)) is not None:
