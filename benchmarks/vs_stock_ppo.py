@@ -2,12 +2,12 @@
 
 Each run is a process of its own, and the kinds take turns. *equal* trains the same models as the stock trainer does: a
 4-bit policy with LoRA, a full-precision value model of its own, a full-precision reward model. *recommended* is what this
-package offers by default: a value head on the policy's backbone, a reward function, and bf16 autocast where the hardware
-has it. Measurements and records are on in both; prompts, episodes, epochs and mini-batches are the same everywhere. The
-stock trainer computes in float32: with `bf16=True` it cannot sample from a 4-bit policy (its norms give float32 to an output
-head that it has cast to bf16).
+package offers by default: a value head on the policy's backbone, and a reward function. Both compute under bf16 autocast
+where the hardware multiplies bf16, as TRL's configurations do by default; *equal-float32* does not. The stock trainer has to
+compute in float32: with `bf16=True` it cannot sample from a 4-bit policy (its norms give float32 to an output head that it
+has cast to bf16). Measurements and records are on in all of ours; prompts, episodes, epochs and mini-batches are the same.
 
-    make trl112                                          # the environment with TRL 1.12, once
+    make test-trl112 ARGS=--collect-only                 # makes the environment with TRL 1.12, once
     python benchmarks/vs_stock_ppo.py                    # writes benchmarks/data/vs_stock_ppo.csv and .md
 
 The model is SmolLM2-135M-Instruct; `--model random` needs no weights, and with `--device cuda` is of 0.6 B parameters in
@@ -37,7 +37,7 @@ from typing import Any
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parents[1]
-KINDS = ("stock", "equal", "recommended")
+KINDS = ("stock", "equal", "equal-float32", "recommended")
 PHASES = ("generate", "score", "optimise", "measure", "total")
 QWEN3_06B = {
     "vocab_size": 151_936,
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     device = options.device
     bare = torch.cuda.memory_allocated() if device == "cuda" else peak_bytes()
     seconds: list[dict[str, float]] = []
-    build = {"stock": stock_trainer, "equal": our_trainer, "recommended": our_trainer}[options.run]
+    build = stock_trainer if options.run == "stock" else our_trainer
     build(options, seconds).train()
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_bytes()
     import trl
@@ -154,7 +154,7 @@ def our_trainer(options: argparse.Namespace, seconds: list[dict[str, float]]) ->
         def on_record(self, args: Any, state: Any, control: Any, *, record: Any, **_: Any) -> None:
             seconds.append(dict(record.seconds))
 
-    equal = options.run == "equal"
+    equal = options.run != "recommended"
 
     def length(prompts: Any, completions: Any, completion_ids: Any, **_: Any) -> list[float]:
         """Takes no time: the cost of a reward function is the user's."""
@@ -254,7 +254,7 @@ def in_a_process(options: argparse.Namespace, kind: str, model: str, prompts: Pa
     ]
     for name in ("device", "updates", "epochs", "batch_size", "response_length"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    command += ["--bf16"] if options.bf16 and kind == "recommended" else []
+    command += ["--bf16"] if options.bf16 and kind in ("equal", "recommended") else []
     command += ["--gradient-checkpointing"] if options.gradient_checkpointing else []
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder.parent)
@@ -320,7 +320,7 @@ def summary(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
             )
             lines.append(f"- *{kind}*: {statistics.median(ratios):.2f} × {what} than the stock trainer{spread}")
     shape = f"{options.batch_size} responses × {options.response_length} tokens, {options.epochs} PPO epochs"
-    precision = "float32" + (", *recommended* under bf16 autocast" if options.bf16 else "")
+    precision = "float32" + (", *equal* and *recommended* under bf16 autocast" if options.bf16 else "")
     model = {"smollm2": "SmolLM2-135M", "random": "random weights in the shape of Qwen3"}.get(
         options.model, options.model
     )
@@ -355,7 +355,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="responses of an update (%(default)s)")
     parser.add_argument("--response-length", type=int, help="tokens (32; 512 on a GPU)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="for *recommended* (where it is fast)")
+    parser.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, help="for equal and recommended (where it is fast)"
+    )
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--model", default="smollm2", help="smollm2, random, or a name or folder (%(default)s)")
     parser.add_argument("--run", choices=KINDS, help=argparse.SUPPRESS)

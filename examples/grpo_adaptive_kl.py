@@ -4,7 +4,8 @@ TRL's GRPOTrainer and RLOOTrainer hold the policy near its reference with a fixe
 beta leads to depends on model, reward and learning rate, and is known only afterwards; what one can say beforehand is how
 far the policy may go. So say that: a callback reads the KL that the trainer measures, in nats per token, and moves beta
 until it meets the target. Here beta starts ten times too high or too low, as a guess may, and every line shows what the
-controller made of it. The reward is a list of nice words, which an unheld policy would soon learn to heap up.
+controller made of it. The reward is VADER's sentiment, which an unheld policy
+soon satisfies with a heap of nice words.
 
     python examples/grpo_adaptive_kl.py                         # GRPO on SmolLM2-135M, a CPU, some minutes
     python examples/grpo_adaptive_kl.py --trainer rloo
@@ -28,7 +29,7 @@ from trl_trustkl import AdaptiveKLCallback, BoundReportCallback
 from trl_trustkl.cli._smollm2 import load_smollm2
 from trl_trustkl.cli.prompts import TRAIN_PROMPTS
 from trl_trustkl.cli.rewards import sentiment
-from trl_trustkl.cli.task import quieten
+from trl_trustkl.cli.task import has_bf16_instructions, quieten
 from trl_trustkl.controllers import PIDKL
 
 TRAINERS: dict[str, tuple[Any, Any]] = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
@@ -65,7 +66,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "bf16": gpu,
+        "bf16": gpu or has_bf16_instructions(),
         "use_cpu": not gpu,
         "gradient_checkpointing": gpu,
     }

@@ -31,7 +31,7 @@ class Sampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logps = scores.float().log_softmax(-1)
-        cumulative = logps.double().exp().cumsum(-1)
+        cumulative = logps.exp().cumsum(-1, dtype=torch.float64)
         level = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * cumulative[:, -1:]
         # The first entry whose cumulative probability exceeds the level: never one of probability 0.
         token = torch.searchsorted(cumulative, level, right=True)

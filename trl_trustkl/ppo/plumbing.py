@@ -140,7 +140,7 @@ class Plumbing:
 
     # -- the loop's bookkeeping ----------------------------------------------------------------------------------------
 
-    def _begin_training(self, resume_from_checkpoint: str | bool | None) -> None:
+    def _begin_training(self, resume_from_checkpoint: str | bool | None = None) -> None:
         """A fresh state, or that of a checkpoint; then TRL's callbacks."""
         args = self.args
         self.is_in_train = True
