@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
+from peft import get_peft_model
+from torch import nn
 
 from tests import tiny
+from trl_trustkl.ppo import lora
+from trl_trustkl.ppo.generation import Sampler
 
 
 def dense_logps(model, micro, temperature: float) -> torch.Tensor:
@@ -113,3 +118,44 @@ def test_a_soft_cap_that_is_left_out_would_be_noticed():
     capped = CausalHalves(model).head(hidden)
     assert capped.abs().max() <= 2.0
     assert (CausalHalves(uncapped).head(hidden) - capped).abs().max() > 1e-2
+
+
+def test_the_shorter_pass_of_a_lora_layer_gives_the_numbers_of_pefts():
+    """With gradients, in float32 and up to bf16's rounding under autocast; with the adapter off or merged they are PEFT's own."""
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny.llama(), tiny.lora())
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+        short = copy.deepcopy(model)
+        lora.shorten(short)
+        ids = torch.arange(1, 13).view(2, 6)
+        results = []
+        for each in (model, short):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                logits = each(input_ids=ids).logits
+            logits.float().square().sum().backward()
+            gradient = torch.cat([p.grad.flatten() for p in each.parameters() if p.grad is not None])
+            with each.disable_adapter(), torch.no_grad():
+                results.append((logits.detach().float(), gradient, each(input_ids=ids).logits))
+        for theirs, ours in zip(results[0][:2], results[1][:2], strict=True):
+            assert (theirs - ours).norm() < (0.03 if autocast else 1e-5) * theirs.norm()
+        assert torch.equal(results[0][2], results[1][2])
+        assert not torch.allclose(results[0][0], results[0][2].float(), atol=0.1)
+    merged, plain = copy.deepcopy(short).merge_and_unload(), short
+    torch.testing.assert_close(merged(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_sampling_draws_from_the_distribution_and_never_a_token_of_probability_zero():
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(tiny.VOCAB)
+    logits[5] = -math.inf
+    sampler, count = Sampler(), 100_000
+    token = sampler(torch.zeros(count, 1, dtype=torch.long), logits.expand(count, -1)).argmax(-1)
+    expected = logits.double().softmax(-1) * count
+    found = torch.bincount(token, minlength=tiny.VOCAB).double()
+    alive = expected > 0
+    chi2 = ((found - expected).square() / expected)[alive].sum()
+    assert found[5] == 0 and chi2 < 90  # 41 degrees of freedom: 90 is beyond one in 10,000
+    torch.testing.assert_close(sampler.columns[0], logits.log_softmax(-1)[token])

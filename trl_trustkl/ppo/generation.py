@@ -143,7 +143,8 @@ def ready_to_generate(causal: nn.Module) -> Iterator[None]:
     for module in checkpointed:
         module.gradient_checkpointing = False
     try:
-        yield
+        with models.dequantised_on_cpu(causal):
+            yield
     finally:
         hook.remove()
         causal.generation_config = own_config

@@ -14,7 +14,7 @@ from ..trust_region import Line
 
 
 class StartingPoint:
-    """Where an update began: parameters of policy and value, and the state of their optimizer.
+    """Where an update began: these parameters of policy and value, and the state of their optimizer.
 
     The optimizer's tensors are kept in host memory, so that full fine-tuning needs no more of the GPU's; the parameters
     stay beside the model, where backtracking reads them. A gradient scaler is left out: that it backs off is how it works.
@@ -24,9 +24,11 @@ class StartingPoint:
         self.policy = Line(policy)
         self.value = Line(value)
         self._optimizer = optimizer
+        self._covered = covered = {*policy, *value}
         self._state = {
             parameter: {name: _copied(entry) for name, entry in state.items()}
             for parameter, state in optimizer.state.items()
+            if parameter in covered
         }
         self._groups = [
             {name: copy.deepcopy(entry) for name, entry in group.items() if name != "params"}
@@ -38,7 +40,7 @@ class StartingPoint:
         self.policy.restore()
         self.value.restore()
         for parameter in list(self._optimizer.state):
-            if parameter not in self._state:
+            if parameter in self._covered and parameter not in self._state:
                 del self._optimizer.state[parameter]
         for parameter, saved in self._state.items():
             state = self._optimizer.state[parameter]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -28,6 +28,7 @@ from transformers import (
 from ..errors import ConfigError, ModelError
 from ..logprobs import token_statistics
 from ..types import Head, MicroBatch, Peer, TokenOutputs
+from . import lora
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,7 @@ def prepare_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig |
                 "instead of the weights and are not supported; use LoRA or another adapter of the weights."
             )
         model.set_adapter(args.model_adapter_name or "default")
+        lora.shorten(model)
     disable_dropout(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=_checkpointing_kwargs(args))
@@ -161,6 +163,37 @@ def unpack_4bit_weights(model: nn.Module) -> None:
             module.weight.data, module.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
                 module.weight.data, state
             )
+
+
+@contextmanager
+def dequantised_on_cpu(model: nn.Module) -> Iterator[None]:
+    """Multiply by the same weights, written out once in the compute type, where a CPU would do so again for every token.
+
+    For sampling, when there are no activations to keep; it takes two bytes a weight in bf16. Leaves a GPU to its kernels.
+    """
+    # PEFT's layers around them have the same name, and no compute type.
+    named = [m for m in model.modules() if type(m).__name__ == "Linear4bit" and "compute_dtype" in vars(m)]
+    layers = [m for m in named if m.weight.device.type == "cpu"]
+    for layer in layers:
+        layer.forward = _plain_product(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _plain_product(layer: Any) -> Callable[[Tensor], Tensor]:
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    bias = layer.bias
+
+    def product(x: Tensor) -> Tensor:
+        dtype = x.dtype if layer.compute_dtype is None else layer.compute_dtype
+        return nn.functional.linear(x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)).to(x.dtype)
+
+    return product
 
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -372,6 +405,16 @@ class PolicyAndValue(nn.Module):
     @property
     def shares_backbone(self) -> bool:
         return isinstance(self.value, ValueHead)
+
+    @property
+    def undoable_value(self) -> list[nn.Parameter]:
+        """What of the value an update that is undone takes back: a head, or an adapter.
+
+        A model of its own that is trained in full keeps its steps, each of them finite: to take them back would cost a copy
+        of its weights and of their optimizer's state, three times its size, in every update.
+        """
+        in_full = not self.shares_backbone and not isinstance(self.value.model, PeftModel)
+        return [] if in_full else trainable(self.value)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         self.policy.gradient_checkpointing_enable(**kwargs)

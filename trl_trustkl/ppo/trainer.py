@@ -301,9 +301,7 @@ class TrustKLPPOTrainer(Endings, Evaluation, Saving, Cards, Plumbing, PPOTrainer
 
     def optimise(self, batch: Batch) -> UpdateStats:
         """The PPO epochs on this batch. A step that is not finite is refused, and the update undone with it."""
-        self._start = StartingPoint(
-            models.trainable(self.model.policy), models.trainable(self.model.value), self.optimizer
-        )
+        self._start = StartingPoint(models.trainable(self.model.policy), self.model.undoable_value, self.optimizer)
         limit = self.args.trust_stop
 
         def too_far(mini: Sequence[int]) -> bool:
