@@ -4,10 +4,9 @@ Each point is a fresh process: N = B·T tokens, hidden states of width H for two
 is the peak resident memory beyond what was there with hidden states and head in place, forward alone and forward with
 backward. Dense it grows with N·V; in chunks what the arithmetic holds at a time does not grow with N.
 
-What a process holds is more than that. glibc by default keeps freed blocks of up to 32 MiB for later use, and where a small
-block that lives on, such as a node of the graph, has taken a piece of one, the next chunk does not fit there (allocator
-`default`). With MALLOC_MMAP_THRESHOLD_ fixed, large blocks go back when they are freed, at the cost of page faults
-(allocator `returning`).
+What a process holds can be more than that: glibc by default keeps freed blocks of up to 32 MiB for later use, and does not
+always find a use for them (allocator `default`). With MALLOC_MMAP_THRESHOLD_ fixed, large blocks go back when they are
+freed, at the cost of page faults (allocator `returning`).
 
     python benchmarks/exact_kl_memory.py            # writes benchmarks/data/exact_kl_memory.csv
 """

@@ -3,8 +3,8 @@
 Qwen3-shaped models with random weights, LoRA on all linear layers, value head on the backbone, two PPO epochs, every response
 of full length. One dimension varies at a time, the others stay at the base; each point is a fresh process, whose first
 update warms up and is left out. Seconds are those of the records. Two figures of memory: the peak above a bare interpreter
-with torch, and `working`, the peak above what was there when training began (libraries, weights, adapters), of which an
-update makes use. An exponent is the slope of a line fitted to the logarithms, beside it in brackets that between the two
+with torch, and `working`, the peak above what was there when training began (libraries, weights, adapters), which is
+what updates need. An exponent is the slope of a line fitted to the logarithms, beside it in brackets that between the two
 largest values alone, where constant costs weigh least.
 
     python benchmarks/scaling.py                         # writes benchmarks/data/scaling.csv and .md
@@ -102,14 +102,14 @@ PLANS = {
 EXPECTED = {
     "length": "Every pass is linear in the tokens but for attention, which is quadratic; sampling takes one step a token, "
     "and a step reads a cache that grows. That cache and a micro-batch's activations are linear in T, the "
-    "chunks of logits constant.",
+    "chunks of logits bounded.",
     "batch": "At a fixed micro-batch scoring, optimising and measuring take as many passes as there are micro-batches: linear. "
     "Sampling takes the same steps with more rows in each. Memory keeps one micro-batch's activations at a time: with the "
     "batch grow only the stored hidden states and, while sampling, the cache and one step's logits.",
     "micro_batch": "The same tokens in fewer passes: no more arithmetic, and less overhead. The activations of a pass are "
     "linear in its rows.",
     "vocabulary": "The output head and the sums over the vocabulary are linear in V, the layers do not know it. Of memory, the "
-    "embedding is linear in V and so are the logits of one sampling step; the chunks of logits have a fixed size, so there "
+    "embedding is linear in V and so are the logits of one sampling step; the chunks of logits have at most a fixed size, so there "
     "is no B·T·V term.",
     "model": "x is the number of the layers' parameters. Their arithmetic is linear in it; attention's scores, sampling's "
     "overhead for each layer and the head grow less. Activations grow as width × layers, which is less than parameters.",
