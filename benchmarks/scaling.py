@@ -109,7 +109,7 @@ EXPECTED = {
     "micro_batch": "The same tokens in fewer passes: no more arithmetic, and less overhead. The activations of a pass are "
     "linear in its rows.",
     "vocabulary": "The output head and the sums over the vocabulary are linear in V, the layers do not know it. Of memory, the "
-    "embedding is linear in V and so are the logits of one sampling step; the chunks of logits have at most a fixed size, so there "
+    "embedding is linear in V and so are the logits of one sampling step; the chunks of logits are bounded, so there "
     "is no B·T·V term.",
     "model": "x is the number of the layers' parameters. Their arithmetic is linear in it; attention's scores, sampling's "
     "overhead for each layer and the head grow less. Activations grow as width × layers, which is less than parameters.",
