@@ -2,9 +2,11 @@
 
 Each point is a fresh process: N = B·T tokens, hidden states of width H for two policies, a frozen head of V × H. Measured
 is the peak resident memory beyond what was there with hidden states and head in place, forward alone and forward with
-backward. In chunks it does not grow with N; dense it grows with N·V. The C library is told to give large blocks back when
-they are freed (MALLOC_MMAP_THRESHOLD_): left to itself glibc keeps some of them, and the process grows with what it does
-not use.
+backward. Dense it grows with N·V; in chunks what the arithmetic holds at a time does not grow with N.
+
+What a process holds can be more than that: glibc by default keeps freed blocks of up to 32 MiB for later use, and does not
+always find a use for them (allocator `default`). With MALLOC_MMAP_THRESHOLD_ fixed, large blocks go back when they are
+freed, at the cost of page faults (allocator `returning`).
 
     python benchmarks/exact_kl_memory.py            # writes benchmarks/data/exact_kl_memory.csv
 """
@@ -12,16 +14,15 @@ not use.
 from __future__ import annotations
 
 import argparse
-import csv
+import itertools
 import os
-import platform
-import resource
 import subprocess
 import sys
-from pathlib import Path
+from typing import Any
 
-ENVIRONMENT = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-DATA = Path(__file__).parent / "data" / "exact_kl_memory.csv"
+from common import DATA, machine, peak_bytes, resident_bytes, write_csv
+
+ALLOCATORS = {"default": {}, "returning": {"MALLOC_MMAP_THRESHOLD_": str(2**20)}}
 
 
 def measure(mode: str, tokens: int, vocab: int, hidden: int, backward: bool) -> float:
@@ -38,7 +39,7 @@ def measure(mode: str, tokens: int, vocab: int, hidden: int, backward: bool) -> 
     targets = torch.randint(vocab, (tokens,))
     warm = token_statistics(new[:2], targets[:2], head, vocab_size=vocab, old=Peer(old[:2], head)).old_kl
     del warm
-    before = peak()
+    before = resident_bytes()
     with torch.set_grad_enabled(backward):
         if mode == "chunked":
             kl = token_statistics(new, targets, head, vocab_size=vocab, old=Peer(old, head)).old_kl.mean()
@@ -46,19 +47,22 @@ def measure(mode: str, tokens: int, vocab: int, hidden: int, backward: bool) -> 
             kl = divergences.exact("kl", head(old), head(new)).mean()
         if backward:
             kl.backward()
-    return (peak() - before) / 1024
+    return (peak_bytes() - before) / 2**20
 
 
-def peak() -> int:
-    """Peak resident memory so far, in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def in_a_process(row: dict[str, Any]) -> float:
+    names = ("mode", "tokens", "vocab", "hidden", "backward")
+    command = [sys.executable, __file__, "--point", *(str(row[name]) for name in names)]
+    environment = {**os.environ, **ALLOCATORS[row["allocator"]]}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return float(done.stdout.split()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab", type=int, default=150_000)
     parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--dense-up-to", type=int, default=256, help="largest N that is also computed densely")
     parser.add_argument("--point", nargs=5, metavar=("MODE", "N", "V", "H", "BACKWARD"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -67,27 +71,20 @@ def main() -> None:
         print(measure(mode, int(tokens), int(vocab), int(hidden), backward == "True"))
         return
     rows = []
-    print(f"{os.cpu_count()} cores, V = {options.vocab}, H = {options.hidden}; MiB beyond hidden states and head")
-    for backward in (False, True):
-        for tokens in options.tokens:
-            for mode in ("chunked", "dense"):
-                if mode == "dense" and tokens > options.dense_up_to:
-                    continue
-                point = [mode, tokens, options.vocab, options.hidden, backward]
-                command = [sys.executable, __file__, "--point", *map(str, point)]
-                mib = float(
-                    subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT).stdout.split()[
-                        -1
-                    ]
-                )
-                rows.append([*point, round(mib, 1)])
-                print(f"{'forward+backward' if backward else 'forward':17} {mode:8} N = {tokens:5}: {mib:8.1f} MiB")
-    DATA.parent.mkdir(exist_ok=True)
-    with open(DATA, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["mode", "tokens", "vocab", "hidden", "backward", "extra_mib"])
-        writer.writerows(rows)
-    print(f"written to {DATA.name} ({platform.machine()}, Python {platform.python_version()})")
+    print(f"V = {options.vocab}, H = {options.hidden}; MiB beyond hidden states and head; {machine('cpu')}")
+    for backward, allocator, tokens, mode in itertools.product(
+        (False, True), ALLOCATORS, options.tokens, ("chunked", "dense")
+    ):
+        if mode == "dense" and tokens > options.dense_up_to:
+            continue
+        row = {"mode": mode, "tokens": tokens, "vocab": options.vocab, "hidden": options.hidden, "backward": backward}
+        row["allocator"] = allocator
+        row["extra_mib"] = round(in_a_process(row), 1)
+        rows.append(row)
+        what = "forward+backward" if backward else "forward"
+        print(f"{what:17} {allocator:10} {mode:8} N = {tokens:5}: {row['extra_mib']:8.1f} MiB", flush=True)
+    write_csv(DATA / "exact_kl_memory.csv", rows)
+    print("written to exact_kl_memory.csv")
 
 
 if __name__ == "__main__":

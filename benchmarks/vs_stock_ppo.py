@@ -23,10 +23,8 @@ model of the same size, and the weight gradients of the value model.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -35,10 +33,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-DATA = Path(__file__).parent / "data"
-ROOT = Path(__file__).parents[1]
+from common import (
+    DATA,
+    PHASES,
+    ROOT,
+    byte_tokenizer,
+    distinct_share,
+    lora,
+    machine,
+    most_bytes,
+    phase_clock,
+    training_settings,
+    write_csv,
+)
+from common import random_model as random_qwen3
+
 KINDS = ("stock", "equal", "equal-float32", "recommended")
-PHASES = ("generate", "score", "optimise", "measure", "total")
 QWEN3_06B = {
     "vocab_size": 151_936,
     "hidden_size": 1024,
@@ -60,44 +70,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     device = options.device
-    bare = torch.cuda.memory_allocated() if device == "cuda" else peak_bytes()
+    bare = most_bytes(device)
     seconds: list[dict[str, float]] = []
     build = stock_trainer if options.run == "stock" else our_trainer
     build(options, seconds).train()
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_bytes()
+    peak = most_bytes(device)
     import trl
 
     return {"trl": trl.__version__, "torch": torch.__version__, "seconds": seconds, "mib": (peak - bare) / 2**20}
-
-
-def peak_bytes() -> int:
-    """Peak resident memory of this process (Linux)."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-
-
-def common_settings(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "output_dir": options.output_dir,
-        "per_device_train_batch_size": options.batch_size // 2,
-        "gradient_accumulation_steps": 2,
-        "num_mini_batches": 1,
-        "num_ppo_epochs": options.epochs,
-        "total_episodes": options.updates * options.batch_size,
-        "local_rollout_forward_batch_size": options.batch_size,
-        "response_length": options.response_length,
-        "temperature": 1.0,
-        "learning_rate": 1e-4,
-        "bf16": options.bf16,
-        "use_cpu": options.device == "cpu",
-        "gradient_checkpointing": options.gradient_checkpointing,
-        "num_sample_generations": 0,
-        "report_to": "none",
-        "logging_strategy": "no",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "seed": 0,
-    }
 
 
 def load_tokenizer(options: argparse.Namespace) -> Any:
@@ -139,37 +119,21 @@ def prompt_dataset(options: argparse.Namespace) -> Any:
     return Dataset.from_dict({"input_ids": tokenizer(texts)["input_ids"]})
 
 
-def lora() -> Any:
-    from peft import LoraConfig
-
-    return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
 def our_trainer(options: argparse.Namespace, seconds: list[dict[str, float]]) -> Any:
-    from transformers import TrainerCallback
-
     from trl_trustkl import TrustKLPPOConfig, TrustKLPPOTrainer
-
-    class Phases(TrainerCallback):
-        def on_record(self, args: Any, state: Any, control: Any, *, record: Any, **_: Any) -> None:
-            seconds.append(dict(record.seconds))
 
     equal = options.run != "recommended"
 
-    def length(prompts: Any, completions: Any, completion_ids: Any, **_: Any) -> list[float]:
-        """Takes no time: the cost of a reward function is the user's."""
-        return [len(set(ids)) / len(ids) for ids in completion_ids]
-
     return TrustKLPPOTrainer(
-        args=TrustKLPPOConfig(**common_settings(options)),
+        args=TrustKLPPOConfig(**training_settings(options)),
         model=policy(options),
         processing_class=load_tokenizer(options),
-        reward_funcs=None if equal else length,
+        reward_funcs=None if equal else distinct_share,
         reward_model=scalar_model(options, 1) if equal else None,
         value_model=scalar_model(options, 2) if equal else None,
         train_dataset=prompt_dataset(options),
         peft_config=lora(),
-        callbacks=[Phases()],
+        callbacks=[phase_clock(seconds)],
     )
 
 
@@ -204,7 +168,7 @@ def stock_trainer(options: argparse.Namespace, seconds: list[dict[str, float]]) 
 
     ppo_trainer.batch_generation, ppo_trainer.forward = timed_generation, timed_forward
     return PPOTrainer(
-        args=PPOConfig(**common_settings(options)),
+        args=PPOConfig(**training_settings(options)),
         processing_class=load_tokenizer(options),
         model=policy(options),
         ref_model=None,
@@ -279,18 +243,12 @@ def prepare(options: argparse.Namespace, scratch: Path) -> tuple[str, Path]:
 
 
 def random_model(folder: Path, *, tiny: bool) -> str:
-    """A Qwen3 with random weights, and a tokenizer of single bytes: for machines without a model at hand."""
+    """Random weights in the shape of Qwen3-0.6B, or much smaller, and a tokenizer, in a folder."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
     small = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "head_dim": 16} if tiny else {}
-    torch.manual_seed(0)
-    Qwen3ForCausalLM(Qwen3Config(**QWEN3_06B | small)).to(torch.bfloat16).save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE({c: i for i, c in enumerate(["<eos>", "<pad>", *alphabet])}, []))
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+    random_qwen3(**QWEN3_06B | small).to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
@@ -324,23 +282,9 @@ def summary(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     model = {"smollm2": "SmolLM2-135M", "random": "random weights in the shape of Qwen3"}.get(
         options.model, options.model
     )
-    machine = f"{os.cpu_count()} cores, {memory_gib():.0f} GiB" if options.device == "cpu" else gpu_name()
-    lines += [
-        "",
-        f"{model}, {shape}, {precision}; {machine}; Python {platform.python_version()}, torch {rows[0]['torch']}; ",
-    ]
+    lines += ["", f"{model}, {shape}, {precision}; {machine(options.device)}; "]
     lines[-1] += f"medians of {options.repeats} runs of {options.updates} updates, the first update of each left out."
     return "\n".join(lines) + "\n"
-
-
-def memory_gib() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-
-
-def gpu_name() -> str:
-    import torch
-
-    return torch.cuda.get_device_name()
 
 
 def main() -> None:
@@ -374,12 +318,8 @@ def main() -> None:
     if options.bf16 is None:
         options.bf16 = options.device == "cuda" or has_bf16_instructions()
     rows = measure(options)
-    DATA.mkdir(exist_ok=True)
     name = "vs_stock_ppo" + ("" if options.device == "cpu" else "_cuda")
-    with open(DATA / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(DATA / f"{name}.csv", rows)
     text = summary(rows, options)
     (DATA / f"{name}.md").write_text(text, encoding="utf-8")
     print(f"\n{text}")

@@ -121,7 +121,7 @@ def test_a_soft_cap_that_is_left_out_would_be_noticed():
 
 
 def test_the_shorter_pass_of_a_lora_layer_gives_the_numbers_of_pefts():
-    """With gradients, in float32 and up to bf16's rounding under autocast; with the adapter off or merged they are PEFT's own."""
+    """In float32, and up to rounding under bf16 autocast; with the adapter off or merged they are PEFT's own."""
     for autocast in (False, True):
         torch.manual_seed(0)
         model = get_peft_model(tiny.llama(), tiny.lora())

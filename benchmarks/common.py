@@ -1,0 +1,130 @@
+"""What the benchmarks share: peak memory, settings of a run, models with random weights, and where figures were taken."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parents[1]
+PHASES = ("generate", "score", "optimise", "measure", "total")
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now (Linux)."""
+    return _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process (Linux); a new process begins anew, unlike `ru_maxrss`."""
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{field}:"))
+
+
+def used_bytes(device: str) -> int:
+    """What is in use now: resident memory, or what torch has allocated on the GPU."""
+    import torch
+
+    return torch.cuda.memory_allocated() if device == "cuda" else resident_bytes()
+
+
+def most_bytes(device: str) -> int:
+    """The most that was in use so far, in the sense of `used_bytes`."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if device == "cuda" else peak_bytes()
+
+
+def training_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Fields that TRL's PPOConfig and ours have in common: one mini-batch, and nothing written beside the records."""
+    return {
+        "output_dir": options.output_dir,
+        "per_device_train_batch_size": options.batch_size // 2,
+        "gradient_accumulation_steps": 2,
+        "num_mini_batches": 1,
+        "num_ppo_epochs": options.epochs,
+        "total_episodes": options.updates * options.batch_size,
+        "local_rollout_forward_batch_size": options.batch_size,
+        "response_length": options.response_length,
+        "temperature": 1.0,
+        "learning_rate": 1e-4,
+        "bf16": options.bf16,
+        "use_cpu": options.device == "cpu",
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "num_sample_generations": 0,
+        "report_to": "none",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+
+
+def lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def phase_clock(seconds: list[dict[str, float]]) -> Any:
+    """A callback that appends the phases' seconds of every record."""
+    from transformers import TrainerCallback
+
+    class Phases(TrainerCallback):
+        def on_record(self, args: Any, state: Any, control: Any, *, record: Any, **_: Any) -> None:
+            seconds.append(dict(record.seconds))
+
+    return Phases()
+
+
+def distinct_share(prompts: Any, completions: Any, completion_ids: Any, **_: Any) -> list[float]:
+    """A reward function that takes no time: the cost of a reward function is the user's."""
+    return [len(set(ids)) / len(ids) for ids in completion_ids]
+
+
+def random_model(**shape: Any) -> Any:
+    """A Qwen3 with random weights, for machines without a model at hand; `shape` goes to its configuration."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(**shape))
+
+
+def byte_tokenizer() -> Any:
+    """Single bytes, <eos> and <pad>: 258 tokens, whatever the vocabulary of a random model."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({c: i for i, c in enumerate(["<eos>", "<pad>", *alphabet])}, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>")
+
+
+def machine(device: str) -> str:
+    """Where figures were taken: cores and memory, or the GPU; Python and torch."""
+    import torch
+
+    where = f"{os.cpu_count()} cores, {memory_gib():.0f} GiB" if device == "cpu" else torch.cuda.get_device_name()
+    return f"{where}; Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def memory_gib() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
