@@ -50,8 +50,8 @@ def sentiment_config(output_dir: str, **changes: Any) -> Any:
 
     settings: dict[str, Any] = {
         "output_dir": output_dir,
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
         "num_mini_batches": 2,
         "num_ppo_epochs": 2,
         "response_length": 24,
