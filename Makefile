@@ -13,7 +13,7 @@ FAST := -q -m "not slow" -n $(WORKERS) --dist worksteal
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo compare test test-slow test-trl112 lint format type clean
+.PHONY: help demo compare test test-slow test-trl112 lint format type docs clean
 .DEFAULT_GOAL := help
 .SECONDARY:
 .DELETE_ON_ERROR:
@@ -47,8 +47,12 @@ format: $(ENV)/dev.stamp ## let ruff mend what it can
 type: $(ENV)/dev.stamp ## mypy
 	@$(ENV)/bin/mypy
 
+docs: $(ENV)/docs.stamp ## rewrite the generated pages of docs/, and build the site into site/
+	@$(OFFLINE) $(ENV)/bin/python docs/generate.py
+	@NO_MKDOCS_2_WARNING=1 $(ENV)/bin/mkdocs build --strict
+
 clean: ## remove the environments, caches and build outputs; runs/ stays
-	rm -rf $(ENV) $(ENV112) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(ENV) $(ENV112) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find trl_trustkl tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environments. One file of pins serves both lines of TRL; on 1.12 its line for TRL is replaced.
@@ -72,4 +76,9 @@ $(ENV112)/%: TRL = trl==1.12.0
 %/dev.stamp: %/demo.stamp
 	@echo "$*: downloading the test tools ..."
 	@$*/bin/python -m pip install -q -c $*/constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+%/docs.stamp: %/dev.stamp
+	@echo "$*: downloading the documentation's tools ..."
+	@$*/bin/python -m pip install -q -c $*/constraints.txt -e '.[docs]'
 	@touch $@

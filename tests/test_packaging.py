@@ -49,7 +49,7 @@ def test_one_version() -> None:
     assert f"## [{PROJECT['version']}]" in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize("extra", [None, "quantization", "report", "demo", "dev"])
+@pytest.mark.parametrize("extra", [None, "quantization", "report", "demo", "dev", "docs"])
 def test_lower_bounds_and_no_upper_ones(extra: str | None) -> None:
     for requirement in requirements(extra):
         if requirement.name != "trl-trustkl":
@@ -67,7 +67,7 @@ def test_pins_are_exact_portable_and_satisfy_the_bounds() -> None:
         (spec,) = pin.specifier
         assert spec.operator == "==" and pin.url is None, name
         assert Version(spec.version).local is None, f"{name}: a local version exists on one index only"
-    for extra in (None, "quantization", "report", "demo", "dev"):
+    for extra in (None, "quantization", "report", "demo", "dev", "docs"):
         for requirement in requirements(extra):
             if requirement.name != "trl-trustkl":
                 (spec,) = PINS[requirement.name.lower()].specifier

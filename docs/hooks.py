@@ -1,0 +1,33 @@
+"""MkDocs: files of the repository outside docs/ that a page links to become part of the site, under source/.
+
+The pages link to them relatively, so that the links work in a clone and on a forge as well.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parent.parent
+_OUTSIDE = re.compile(r"\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def on_files(files: Files, config: Any, **_: Any) -> Files:
+    for page in list(files.documentation_pages()):
+        for link in _OUTSIDE.finditer(Path(page.abs_src_path or "").read_text("utf-8")):
+            name = _served(link[1])
+            if (ROOT / link[1]).is_file() and files.get_file_from_path(name) is None:
+                files.append(File.generated(config, name, content=(ROOT / link[1]).read_bytes()))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    return _OUTSIDE.sub(lambda link: f"]({_served(link[1])})", markdown)
+
+
+def _served(path: str) -> str:
+    """Where a file is in the site; as text, so that nothing is made into a page that is not one."""
+    return f"source/{path}" + (".txt" if path.endswith((".md", ".py")) else "")

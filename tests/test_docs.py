@@ -1,0 +1,284 @@
+"""The documentation against the code: what is generated is up to date, what is named exists, what is shown would run."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import doctest
+import importlib
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+import typing
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+import trl_trustkl
+from trl_trustkl.controllers import CONTROLLERS
+from trl_trustkl.divergences import ESTIMATORS, EXACT
+from trl_trustkl.ppo._upstream import PPOConfig
+from trl_trustkl.ppo.config import TrustKLPPOConfig
+from trl_trustkl.records import flatten
+from trl_trustkl.report import meanings
+from trl_trustkl.report.findings import FINDINGS
+from trl_trustkl.report.schema import Completion
+from trl_trustkl.surrogates import SURROGATES
+from trl_trustkl.types import BoundRecord
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text("utf-8") for page in PAGES}
+FIELDS = {each.name for each in dataclasses.fields(TrustKLPPOConfig)}
+NEWEST = PPOConfig.__module__.startswith("trl_trustkl")
+MATHEMATICS = (
+    "advantages",
+    "bounds",
+    "controllers",
+    "divergences",
+    "logprobs",
+    "masking",
+    "surrogates",
+    "trust_region",
+)
+
+
+def load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+generate = load("docs/generate.py")
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """Fenced blocks of a language with their pages; of pages whose blocks are printed by a program, none."""
+    pattern = re.compile(rf"^ *```{language}\n(.*?)^ *```", re.S | re.M)
+    return [(page, block) for page, text in TEXTS.items() if page != "docs/cli.md" for block in pattern.findall(text)]
+
+
+# -- what is generated -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", generate.pages(), ids=lambda page: page.stem)
+def test_generated_parts_are_up_to_date(page: Path) -> None:
+    if page.stem == "cli" and not NEWEST:
+        pytest.skip("the options of `trustkl train` are those of the newest TRL")
+    text = page.read_text("utf-8")
+    assert generate.generated(text) == text, "make docs"
+
+
+def test_every_key_of_a_record_has_a_meaning_and_none_is_left_over() -> None:
+    nested: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(BoundRecord).items():
+        nested[name] = dict.fromkeys(hint._fields) if hasattr(hint, "_fields") else None
+    assert list(flatten(nested)) == list(meanings.RECORD)
+    assert list(meanings.COMPLETION) == list(Completion._fields)
+
+
+def test_every_metric_that_is_logged_has_a_meaning() -> None:
+    from trl_trustkl.callbacks import stock
+
+    source = (ROOT / "trl_trustkl/ppo/plumbing.py").read_text("utf-8")
+    (function,) = (
+        node for node in ast.walk(ast.parse(source)) if getattr(node, "name", "") == "_update_metrics"
+    )  # fmt: skip
+    (returned,) = (node.value for node in ast.walk(function) if isinstance(node, ast.Return))
+    logged = [key.value for key in returned.keys if key is not None]
+    assert logged == list(meanings.TRL)
+    assert list(meanings.ADAPTIVE) == [stock.KL, stock.TARGET, stock.COEF]
+
+
+def test_every_finding_has_its_section_in_order() -> None:
+    assert re.findall(r"^## .*\(`(\w+)`\)$", TEXTS["docs/troubleshooting.md"], re.M) == list(FINDINGS)
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def test_public_names_are_documented() -> None:
+    text = "\n".join(TEXTS.values())
+    names = {*trl_trustkl.__all__, *ESTIMATORS, *EXACT, *CONTROLLERS, *SURROGATES, *generate.config_fields()}
+    assert [name for name in sorted(names) if not re.search(rf"\b{re.escape(name)}\b", text)] == []
+
+
+def test_settings_named_in_the_text_are_settings() -> None:
+    """`field=value` in code style."""
+    others = {
+        "use_cpu", "reward_model", "reward_funcs", "value_model", "ref_model", "peft_config", "callbacks",
+        "resume_from_checkpoint", "adap_kl_ctrl", "kl_penalty", "early_stopping", "weights_only",
+    }  # fmt: skip
+    wrong = []
+    for page, text in TEXTS.items():
+        for name in re.findall(r"`([a-z_]+)=[^`]+`", text):
+            if name not in FIELDS | others:
+                wrong.append(f"{page}: {name}")
+    assert wrong == []
+
+
+def test_keys_of_a_record_named_in_the_text_are_keys() -> None:
+    known = {*meanings.RECORD, *meanings.TRL, *meanings.ADAPTIVE}
+    groups = {key.split("/")[0] for key in meanings.RECORD if "/" in key}
+    found = [
+        (page, key.replace(".", "/"))
+        for page, text in TEXTS.items()
+        for key in re.findall(rf"`((?:{'|'.join(groups)})[./]\w+)`", text)
+    ]
+    assert len(found) > 30
+    assert [(page, key) for page, key in found if key not in known and not key.endswith(("/py", "/json"))] == []
+
+
+# -- code and commands -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("page", "code"), blocks("python"), ids=lambda value: str(value)[:24])
+def test_python_is_python_and_names_what_exists(page: str, code: str) -> None:
+    tree = ast.parse(re.sub(r"^ {4}", "", code, flags=re.M) if code.startswith("    ") else code)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            module = importlib.import_module(node.module)
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == [], node.module
+        if isinstance(node, ast.Call):
+            known = known_arguments(getattr(node.func, "id", ""))
+            given = {word.arg for word in node.keywords if word.arg}
+            assert known is None or given <= known, f"{page}: {given - (known or set())}"
+
+
+def known_arguments(name: str) -> set[str] | None:
+    import inspect
+
+    import trl
+
+    if name.endswith("Config") and hasattr(trl, name):
+        return {each.name for each in dataclasses.fields(getattr(trl, name))}
+    if name == "TrustKLPPOConfig":
+        return FIELDS
+    if name in ("TrustKLPPOTrainer", "BoundReportCallback", "AdaptiveKLCallback"):
+        return set(inspect.signature(getattr(trl_trustkl, name).__init__).parameters)
+    if name in {cls.__name__ for cls in CONTROLLERS.values()}:
+        return {each.name for cls in CONTROLLERS.values() if cls.__name__ == name for each in dataclasses.fields(cls)}
+    return None
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every line of a shell block, and every command in code style, without comments and prompts."""
+    lines = [(page, line) for page, block in blocks("(?:sh|bash|console)?") for line in block.splitlines()]
+    lines += [
+        (page, each)
+        for page, text in TEXTS.items()
+        for each in re.findall(r"`((?:python|trustkl|make) [^`\n]+)`", text)
+    ]
+    return [(page, re.split(r"  +#| # ", line)[0].strip()) for page, line in lines]
+
+
+def known_flags(words: list[str]) -> set[str]:
+    """The options of the command that the words begin with."""
+    from trl_trustkl.cli import train_help
+
+    if words[:2] == ["trustkl", "train"]:
+        from trl import TrlParser
+
+        from trl_trustkl.cli.train_options import _DATACLASSES
+
+        parser = TrlParser(_DATACLASSES, prog="trustkl train", allow_abbrev=False, add_help=False)
+        train_help.add_help(parser)
+        return {option for action in parser._actions for option in action.option_strings} | {"--config"}
+    if words[0] == "trustkl":
+        return set(re.findall(r"--[a-z][\w-]*", generate._printed([*words[1:2], "--help"])))
+    source = (ROOT / words[1]).read_text("utf-8")
+    own = set(re.findall(r"--[a-z][\w-]*", source)) | {
+        f"--{name}" for name in re.findall(r'"([a-z]+-?[a-z]+)"', source)
+    }
+    return own | (known_flags(["trustkl", "compare"]) if "four_corners" in words[1] else set())
+
+
+def test_commands_and_their_flags_exist() -> None:
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
+    seen = 0
+    for page, line in commands():
+        line = line.replace("accelerate launch --multi_gpu --num_processes 2 -m trl_trustkl", "trustkl")
+        with contextlib.suppress(ValueError):
+            words = shlex.split(line)
+            if words[:1] == ["make"]:
+                named = [word for word in words[1:] if re.fullmatch(r"[a-z0-9-]+", word)]
+                assert set(named) <= targets, f"{page}: {line}"
+            elif words[:1] == ["trustkl"] or (words[:1] == ["python"] and words[1].endswith(".py")):
+                if words[0] == "python" and not (ROOT / words[1]).exists():
+                    assert words[1] == "benchmarks/scaling.py", f"{page}: {line}"
+                    continue
+                flags = {word.split("=")[0] for word in words[1:] if word.startswith("--")}
+                assert flags <= known_flags(words) | {"--help", "--version"}, f"{page}: {line}"
+            else:
+                continue
+            seen += 1
+    assert seen > 20
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("yaml"), ids=lambda value: str(value)[:24])
+def test_yaml_is_yaml_of_options(page: str, text: str) -> None:
+    from trl_trustkl.cli.train_options import _DATACLASSES
+
+    known = {each.name for cls in _DATACLASSES for each in dataclasses.fields(cls)}
+    assert set(yaml.safe_load(text)) <= known, page
+
+
+@pytest.mark.parametrize("name", [*MATHEMATICS, "records"])
+def test_docstring_examples_run(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(f"trl_trustkl.{name}")).failed == 0
+
+
+# -- links and figures -------------------------------------------------------------------------------------------------
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that a forge and MkDocs both give to the headings."""
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()).strip() for heading in re.findall(r"^#+ (.+)$", text, re.M))
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.S)):
+        if link.startswith(("http://", "https://")):
+            continue
+        target, _, anchor = link.partition("#")
+        place = page.parent / target if target else page
+        assert place.exists(), link
+        assert not anchor or anchor in anchors(place.read_text("utf-8")), link
+
+
+def test_figures_and_tables_exist_and_are_made_by_a_command_on_the_page() -> None:
+    missing = []
+    for page, text in TEXTS.items():
+        for figure in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+            name = Path(figure).stem
+            assert ((ROOT / page).parent / figure).exists(), f"{page}: {figure}"
+            assert f"python examples/{name}.py" in text, f"{page}: {figure}"
+        for table in re.findall(r'--8<-- "([^"]+)"', text):
+            assert f"python benchmarks/{Path(table).stem}.py" in text, f"{page}: {table}"
+            if not (ROOT / table).exists():
+                missing.append(table)
+    assert set(missing) <= {"benchmarks/data/overhead.md", "benchmarks/data/scaling.md"}
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_needs_no_network(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    outside = re.compile(
+        r'<(?:script|img|iframe)[^>]+src="(?:https?:)?//|<link[^>]+rel="stylesheet"[^>]+href="(?:https?:)?//'
+    )
+    pages = sorted((tmp_path / "site").glob("*.html"))
+    assert len(pages) > 15 and [page.name for page in pages if outside.search(page.read_text("utf-8"))] == []
