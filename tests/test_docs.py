@@ -268,7 +268,7 @@ def test_figures_and_tables_exist_and_are_made_by_a_command_on_the_page() -> Non
             assert f"python benchmarks/{Path(table).stem}.py" in text, f"{page}: {table}"
             if not (ROOT / table).exists():
                 missing.append(table)
-    assert set(missing) <= {"benchmarks/data/overhead.md", "benchmarks/data/scaling.md"}
+    assert set(missing) <= {"benchmarks/data/scaling.md"}
 
 
 @pytest.mark.slow
@@ -282,3 +282,12 @@ def test_the_site_builds_without_a_warning_and_needs_no_network(tmp_path: Path) 
     )
     pages = sorted((tmp_path / "site").glob("*.html"))
     assert len(pages) > 15 and [page.name for page in pages if outside.search(page.read_text("utf-8"))] == []
+
+
+def test_the_readmes_figures_are_those_of_the_benchmark():
+    measured = (ROOT / "benchmarks" / "data" / "vs_stock_ppo.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for kind in ("stock", "equal", "recommended"):
+        cells = re.search(rf"^\| {kind} \|(.*)\|$", measured, flags=re.MULTILINE)[1].split("|")
+        without_tokens = [cell.strip() for number, cell in enumerate(cells) if number != 6]
+        assert f"| {kind} | {' | '.join(without_tokens)} |" in readme
