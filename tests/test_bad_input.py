@@ -784,32 +784,33 @@ def test_a_refused_update_leaves_the_value_as_it_was_too(tmp_path, monkeypatch, 
     assert same(watch.snapshots[1], watch.snapshots[2])
 
 
-@pytest.mark.parametrize(
-    ("steps", "value"),
-    [
-        (1, "head"),
-        (2, "head"),
-        (1, "model"),
-        (2, "model"),
-    ],
-)
-def test_a_value_thrown_beyond_the_numbers_does_not_end_the_training(tmp_path, steps, value):
+class Spike(TrainerCallback):
     """A learning rate that breaks policy and value in the first update, and a usual one after it."""
 
-    class Spike(TrainerCallback):
-        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-            for group in optimizer.param_groups:
-                group["lr"] = 1e36 if state.global_step == 0 else 1e-3
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e36 if state.global_step == 0 else 1e-3
 
-    trainer = tiny.trainer(
-        tmp_path,
-        changes={"optim": "sgd", "max_grad_norm": 0.0, "num_ppo_epochs": 1, "num_mini_batches": steps},
-        value_model=None if value == "head" else tiny.scalar_model(tiny.llama()),
-        callbacks=[Spike()],
-    )
-    trainer.train()
+
+SPIKED = {"optim": "sgd", "max_grad_norm": 0.0, "num_ppo_epochs": 1}
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_value_thrown_beyond_the_numbers_does_not_end_the_training(tmp_path, steps):
+    tiny.trainer(tmp_path, changes=SPIKED | {"num_mini_batches": steps}, callbacks=[Spike()]).train()
     refused = [record["refused"] for record in load_records(tmp_path)]
     assert refused[0] is not None and refused[1:] == [None, None]
+
+
+def test_a_value_model_thrown_beyond_the_numbers_ends_the_run_and_leaves_the_policy(tmp_path):
+    """One that is trained in full is not taken back: nothing is learnt from it any more, and the run says so."""
+    changes = SPIKED | {"num_mini_batches": 1, "max_refused": 3}
+    model = tiny.scalar_model(tiny.llama())
+    trainer = tiny.trainer(tmp_path, changes=changes, value_model=model, callbacks=[Spike()])
+    before = [p.detach().clone() for p in trainer.model.policy.parameters()]
+    with pytest.raises(RefusedError):
+        trainer.train()
+    assert all(torch.equal(old, new) for old, new in zip(before, trainer.model.policy.parameters(), strict=True))
 
 
 def test_a_kl_that_is_not_finite_never_reaches_the_controller(tmp_path, monkeypatch):
