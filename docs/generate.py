@@ -310,11 +310,17 @@ def others() -> str:
 def memory() -> str:
     with open(ROOT / "benchmarks" / "data" / "exact_kl_memory.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    peaks = {(each["mode"], each["tokens"], each["backward"]): f"{float(each['extra_mib']):,.0f}" for each in rows}
-    cases = [(mode, backward) for mode in ("chunked", "dense") for backward in ("False", "True")]
-    head = ["tokens", *(f"{mode}, {'forward and backward' if back == 'True' else 'forward'}" for mode, back in cases)]
+    keys = ("mode", "backward", "allocator")
+    peaks = {(each["tokens"], *(each[key] for key in keys)): f"{float(each['extra_mib']):,.0f}" for each in rows}
+    cases = list(dict.fromkeys(tuple(each[key] for key in keys) for each in rows))
+    head = ["tokens", *(_case(*case) for case in cases)]
     tokens = dict.fromkeys(each["tokens"] for each in rows)
-    return table(head, ((each, *(peaks.get((mode, each, back), "") for mode, back in cases)) for each in tokens))
+    return table(head, ((each, *(peaks.get((each, *case), "") for case in cases)) for each in tokens))
+
+
+def _case(mode: str, backward: str, allocator: str) -> str:
+    passes = "forward and backward" if backward == "True" else "forward"
+    return f"{mode}, {passes}, {allocator} allocator"
 
 
 # -- the command line, and CONTRIBUTING.md ------------------------------------------------------------------------------
