@@ -19,7 +19,7 @@ from . import models
 
 
 class Sampler(LogitsProcessor):
-    """Draws each token, and keeps the log-probability it had; of the scores, it keeps those of one step only.
+    """Draws each token, and keeps the log-probability it had.
 
     It must be the last processor, so that the scores it sees are those that are sampled from. It leaves the drawn token as
     the only one that greedy decoding can take. Inverting the distribution function takes one uniform number for each
@@ -33,8 +33,9 @@ class Sampler(LogitsProcessor):
         logps = scores.float().log_softmax(-1)
         cumulative = logps.exp().cumsum(-1, dtype=torch.float64)
         level = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * cumulative[:, -1:]
-        # The first entry whose cumulative probability exceeds the level: never one of probability 0.
-        token = torch.searchsorted(cumulative, level, right=True)
+        # The first entry whose cumulative probability exceeds the level: never one of probability 0. There is none where
+        # the scores are not numbers; the last one then stands in, and the update is refused for its log-probability.
+        token = torch.searchsorted(cumulative, level, right=True).clamp_(max=scores.shape[-1] - 1)
         self.columns.append(logps.gather(-1, token).squeeze(-1))
         return torch.full_like(scores, -math.inf).scatter_(-1, token, 0.0)
 
