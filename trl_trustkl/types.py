@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 Head = Callable[[Tensor], Tensor]
-"""Hidden states [..., H] to logits [..., V], every scaling or soft-capping of the model included."""
+"""Hidden states [..., H] to logits [..., V], every scaling or soft-capping of the model included.
+
+One whose parameters are trained has them in `parameters()`, as a module does: gradients flow to those alone.
+"""
 
 
 class Peer(NamedTuple):

@@ -235,6 +235,9 @@ class OutputHead:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.projection.parameters()
+
     def frozen(self) -> OutputHead:
         """This head as it is now: itself where nothing in it is trained, else a copy."""
         if not trainable(self.projection):
