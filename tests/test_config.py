@@ -16,6 +16,7 @@ from trl_trustkl import TrustKLPPOConfig
 from trl_trustkl.advantages import ScorePosition
 from trl_trustkl.controllers import CONTROLLERS, AdaptiveKL, ControllerName, FixedKL
 from trl_trustkl.divergences import ESTIMATORS, EstimatorName, KLEstimatorName
+from trl_trustkl.errors import NotAvailableYetError
 from trl_trustkl.ppo import _base
 from trl_trustkl.ppo.config import _DICT_FIELDS
 from trl_trustkl.surrogates import SURROGATES, ClipRuleName
@@ -299,3 +300,25 @@ def test_the_controller_is_built_from_its_fields(tmp_path):
 def test_the_upper_clip_range_is_the_lower_one_unless_it_is_set(tmp_path, high, expected):
     config = tiny.config(tmp_path, cliprange=0.1, cliprange_high=high)
     assert (config.low, config.high) == (0.1, expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"torch_compile": True},
+        {"torch_compile_backend": "eager"},
+        {"torch_compile_mode": "default"},
+        {"use_liger_kernel": True},
+    ],
+)
+def test_other_kernels_are_refused_and_not_ignored(tmp_path, changes):
+    with pytest.raises(
+        NotAvailableYetError, match=rf"`{next(iter(changes)).removesuffix('_backend').removesuffix('_mode')}`"
+    ):
+        tiny.config(tmp_path, **changes)
+
+
+def test_a_compiling_launcher_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(NotAvailableYetError, match="dynamo_backend"):
+        tiny.config(tmp_path)

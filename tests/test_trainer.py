@@ -213,6 +213,21 @@ def test_micro_batches_change_the_memory_and_not_the_step(tmp_path, changes, tol
         torch.testing.assert_close(weight, ends[1][name], rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("changes", "by_length"), [({}, True), ({"num_mini_batches": 2}, False), ({"measure_fraction": 0.5}, False)]
+)
+def test_rows_of_like_length_share_a_micro_batch_where_every_pass_takes_all(tmp_path, changes, by_length):
+    trainer = watched(tmp_path, changes={"num_mini_batches": 1, "measure_fraction": 1.0} | changes)
+    trainer.train()
+    in_order = []
+    for scored in trainer.seen["score"]:
+        length = scored.rollout.prompt_mask.sum(-1) + scored.rollout.response_mask.sum(-1)
+        rows = torch.cat([micro.rows for micro in scored.micro_batches])
+        assert sorted(rows.tolist()) == list(range(len(length)))
+        in_order.append(length[rows].tolist() == sorted(length.tolist(), reverse=True))
+    assert all(in_order) == by_length
+
+
 @pytest.mark.parametrize("limit", [0.05, 0.0, None, 1e9])
 def test_max_grad_norm_limits_the_gradient_that_is_stepped(tmp_path, monkeypatch, limit):
     trainer = watched(tmp_path, changes={"max_grad_norm": limit, "max_steps": 1, "vf_coef": 10.0})

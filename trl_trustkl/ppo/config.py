@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -153,6 +154,7 @@ class TrustKLPPOConfig(PPOConfig):
 
     def __post_init__(self) -> None:
         _refuse_sharding(self)
+        _refuse_other_kernels(self)
         for name in _DICT_FIELDS:
             setattr(self, name, _as_dict(name, getattr(self, name)))
         self._check_ranges()
@@ -421,6 +423,21 @@ def sharding_error(name: str) -> NotAvailableYetError:
         "--config_file examples/accelerate/multi_gpu.yaml (cpu_gloo.yaml without a GPU). LoRA or QLoRA (peft_config, a 4-bit "
         "model) saves most of the memory that sharding would."
     )
+
+
+def _refuse_other_kernels(args: Any) -> None:
+    """Compiled and patched kernels would be others in one pass than in the next, and the ratio not 1 before the first step."""
+    compiled = args.torch_compile or args.torch_compile_backend or args.torch_compile_mode
+    if compiled or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise NotAvailableYetError(
+            "`torch_compile` is not available yet in this version: sampling, scoring and stepping have to compute the same "
+            "numbers. Leave `torch_compile`, its backend and mode out, and accelerate's `dynamo_backend` at no."
+        )
+    if args.use_liger_kernel:
+        raise NotAvailableYetError(
+            "`use_liger_kernel` is not available yet in this version; it must be False. Log-probabilities and exact KLs are "
+            "computed in chunks here, without [B, T, V] logits in memory."
+        )
 
 
 def _as_dict(name: str, value: Any) -> dict[str, Any] | None:

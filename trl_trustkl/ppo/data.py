@@ -190,6 +190,12 @@ def micro_batch(rollout: Rollout, rows: Tensor) -> MicroBatch:
     )
 
 
+def longest_first(rollout: Rollout) -> Tensor:
+    """The rows of a rollout by length, prompt and response together: what does not fit into memory fails at once."""
+    length = rollout.prompt_mask.sum(-1) + rollout.response_mask.sum(-1)
+    return length.argsort(descending=True, stable=True)
+
+
 def positions(mask: Tensor) -> Tensor:
     """Position ids [b, n] that count the tokens under the mask from 0."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)

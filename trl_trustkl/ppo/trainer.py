@@ -54,7 +54,7 @@ from . import generation, models
 from ._upstream import PPOTrainer
 from .cards import Cards
 from .config import TrustKLPPOConfig
-from .data import collate_nothing, micro_batch, prepare_datasets, trim_left
+from .data import collate_nothing, longest_first, micro_batch, prepare_datasets, trim_left
 from .endings import Endings
 from .evaluation import Evaluation
 from .guard import StartingPoint
@@ -381,8 +381,15 @@ class TrustKLPPOTrainer(Endings, Evaluation, Saving, Cards, Plumbing, PPOTrainer
         return self.args.trust_coef if self.args.trust_controller == "fixed" else self.trust_state.coef
 
     def _micro_batches(self, rollout: Rollout) -> list[MicroBatch]:
-        """Rows in a seeded order, in micro-batches that divide a mini-batch evenly, each trimmed to its longest."""
-        order = torch.randperm(len(rollout.response_ids), generator=self._generator(Draw.MICRO_BATCHES))
+        """Micro-batches that divide a mini-batch evenly, each trimmed to its longest row.
+
+        Where every pass takes all rows, rows of like length come together and less is padding; the sums are the same. Where
+        it takes some of them, a mini-batch or a fraction that is measured, these are drawn: rows in a seeded order.
+        """
+        if self.args.num_mini_batches == 1 and self.args.measure_fraction == 1:
+            order = longest_first(rollout)
+        else:
+            order = torch.randperm(len(rollout.response_ids), generator=self._generator(Draw.MICRO_BATCHES))
         chunks = order.to(rollout.response_ids.device).split(self._micro_size)
         return [micro_batch(rollout, rows) for rows in chunks]
 
