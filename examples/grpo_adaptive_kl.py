@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     printed = PrintKL()
     # What this example is about. The gains are for a run of some dozen updates; the default ones suit a longer run.
-    controller = PIDKL(coef=options.beta, target=options.target, kp=0.3, ki=0.2)
+    controller = PIDKL(coef=options.beta, target=options.target, kp=0.5, ki=0.08)
     trainer.add_callback(AdaptiveKLCallback(controller, trainer=trainer))
     trainer.add_callback(BoundReportCallback())
     trainer.add_callback(printed)
