@@ -220,7 +220,7 @@ def _argument(field: dataclasses.Field[Any]) -> str:
 
 
 def _meanings(entries: dict[str, Any]) -> str:
-    return table(("key", "unit", "meaning"), ((f"`{key}`", unit, text) for key, (unit, text) in entries.items()))
+    return table(("key", "unit", "meaning"), ((f"`{key}`", unit, _cell(text)) for key, (unit, text) in entries.items()))
 
 
 def record() -> str:

@@ -3,9 +3,8 @@
 TRL's GRPOTrainer and RLOOTrainer hold the policy near its reference with a fixed coefficient, `beta`. Which KL a given
 beta leads to depends on model, reward and learning rate, and is known only afterwards; what one can say beforehand is how
 far the policy may go. So say that: a callback reads the KL that the trainer measures, in nats per token, and moves beta
-until it meets the target. Here beta starts ten times too high or too low, as a guess may, and every line shows what the
-controller made of it. The reward is VADER's sentiment, which an unheld policy
-soon satisfies with a heap of nice words.
+until it meets the target. Here beta starts at a guess, and every line shows what the controller makes of it. The
+reward is VADER's sentiment, which an unheld policy soon satisfies with a heap of nice words.
 
     python examples/grpo_adaptive_kl.py                         # GRPO on SmolLM2-135M, a CPU, some minutes
     python examples/grpo_adaptive_kl.py --trainer rloo

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import csv
 import dataclasses
 import doctest
 import importlib
@@ -21,15 +22,16 @@ import pytest
 import yaml
 
 import trl_trustkl
-from trl_trustkl.controllers import CONTROLLERS
-from trl_trustkl.divergences import ESTIMATORS, EXACT
+from trl_trustkl.controllers import CONTROLLERS, PIDKL, AdaptiveKL
+from trl_trustkl.divergences import ESTIMATORS, EXACT, exact, k1, k3
 from trl_trustkl.ppo._upstream import PPOConfig
 from trl_trustkl.ppo.config import TrustKLPPOConfig
-from trl_trustkl.records import flatten
+from trl_trustkl.records import flatten, load_records
 from trl_trustkl.report import meanings
 from trl_trustkl.report.findings import FINDINGS
 from trl_trustkl.report.schema import Completion
-from trl_trustkl.surrogates import SURROGATES
+from trl_trustkl.surrogates import SURROGATES, ppo
+from trl_trustkl.trust_region import backtrack
 from trl_trustkl.types import BoundRecord
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,16 +39,6 @@ PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONT
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text("utf-8") for page in PAGES}
 FIELDS = {each.name for each in dataclasses.fields(TrustKLPPOConfig)}
 NEWEST = PPOConfig.__module__.startswith("trl_trustkl")
-MATHEMATICS = (
-    "advantages",
-    "bounds",
-    "controllers",
-    "divergences",
-    "logprobs",
-    "masking",
-    "surrogates",
-    "trust_region",
-)
 
 
 def load(path: str) -> ModuleType:
@@ -58,6 +50,14 @@ def load(path: str) -> ModuleType:
 
 
 generate = load("docs/generate.py")
+
+
+def modules_with_examples() -> list[str]:
+    """The modules of the package that have a `>>>` in their source."""
+    sources = sorted((ROOT / "trl_trustkl").rglob("*.py"))
+    return [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sources if ">>> " in path.read_text("utf-8")
+    ]
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -231,9 +231,20 @@ def test_yaml_is_yaml_of_options(page: str, text: str) -> None:
     assert set(yaml.safe_load(text)) <= known, page
 
 
-@pytest.mark.parametrize("name", [*MATHEMATICS, "records"])
+@pytest.mark.parametrize("name", modules_with_examples())
 def test_docstring_examples_run(name: str) -> None:
-    assert doctest.testmod(importlib.import_module(f"trl_trustkl.{name}")).failed == 0
+    failed, attempted = doctest.testmod(importlib.import_module(name))
+    assert failed == 0 and attempted > 0
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [k1, k3, exact, AdaptiveKL, PIDKL, ppo, backtrack, load_records, TrustKLPPOConfig],
+    ids=lambda shown: shown.__name__,
+)
+def test_what_users_meet_first_has_an_example_which_is_run(shown: Any) -> None:
+    assert doctest.DocTestParser().get_examples(shown.__doc__)
+    assert shown.__module__ in modules_with_examples()
 
 
 # -- links and figures -------------------------------------------------------------------------------------------------
@@ -284,10 +295,39 @@ def test_the_site_builds_without_a_warning_and_needs_no_network(tmp_path: Path) 
     assert len(pages) > 15 and [page.name for page in pages if outside.search(page.read_text("utf-8"))] == []
 
 
-def test_the_readmes_figures_are_those_of_the_benchmark():
-    measured = (ROOT / "benchmarks" / "data" / "vs_stock_ppo.md").read_text(encoding="utf-8")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def measured(name: str) -> str:
+    return (ROOT / "benchmarks" / "data" / name).read_text("utf-8")
+
+
+def test_the_comparison_with_trl_in_the_readme_is_the_benchmarks() -> None:
+    readme, found = TEXTS["README.md"], measured("vs_stock_ppo.md")
     for kind in ("stock", "equal", "recommended"):
-        cells = re.search(rf"^\| {kind} \|(.*)\|$", measured, flags=re.MULTILINE)[1].split("|")
-        without_tokens = [cell.strip() for number, cell in enumerate(cells) if number != 6]
-        assert f"| {kind} | {' | '.join(without_tokens)} |" in readme
+        (row,) = re.findall(rf"^\| {kind} \|(.*)\|$", found, flags=re.M)
+        cells = [cell.strip() for cell in row.split("|")]
+        del cells[6]  # tokens a second
+        assert f"| {kind} | {' | '.join(cells)} |" in readme
+    text = " ".join(readme.split())
+    for kind in ("equal", "recommended"):
+        ((low, high),) = re.findall(rf"- \*{kind}\*: [\d.]+ × faster .* \(([\d.]+) to ([\d.]+) over", found)
+        (less,) = re.findall(rf"- \*{kind}\*: ([\d.]+) × less memory", found)
+        assert f"*{kind}* was {float(low):.1f} to {float(high):.1f} times faster" in text
+        assert f"took {float(less):.1f} times less" in text
+
+
+def test_what_measuring_costs_in_the_readme_is_the_benchmarks() -> None:
+    rows = [row.split(" | ") for row in measured("overhead.md").splitlines() if re.match(r"\| \d", row)]
+    totals = {(row[0].strip("| "), row[1]): float(row[7].rstrip("%")) for row in rows}
+    two, four, cheap = totals["2", "1"], totals["4", "1"], totals["2", "0.25"]
+    said = f"{two:.1f} % of an update of the demo at 2 epochs, {four:.1f} % at 4, and {cheap:.1f} % with"
+    assert said in " ".join(TEXTS["README.md"].split())
+
+
+def test_the_four_corners_in_the_text_are_the_benchmarks() -> None:
+    for row in csv.DictReader(measured("four_corners.csv").splitlines()):
+        number = {key: float(value) for key, value in row.items() if key != "setting"}
+        score = f"{number['score_first']:.2f} → {number['score']:.2f}"
+        ratio, likelihood = f"{number['ratio']:,.0f}", f"{number['ref_logp']:.2f}"
+        whole = (f"{number['kl']:.1f}", f"{number['update_kl']:.3f}", ratio, likelihood, f"{number['distinct_2']:.2f}")
+        assert f"| {row['setting']} | {score} | {' | '.join(whole)} |" in TEXTS["docs/kl_or_trust_region.md"]
+        short = f"{number['kl']:.1f}" if number["kl"] < 10 else f"{number['kl']:.0f}"
+        assert f"| {row['setting'].replace('+', 'and')} | {score} | {short} | {ratio} |" in TEXTS["README.md"]

@@ -142,6 +142,10 @@ class AdaptiveKL:
 
     A proportional controller in log β. Slow by design: at the published clip = 0.2, horizon = 10,000 and 512 episodes
     an update moves β by 1.02 % at most. In a short run take a horizon of a few hundred episodes.
+
+    >>> controller = AdaptiveKL(coef=1.0, target=6.0, horizon=500)
+    >>> controller.update(controller.init(), kl=12.0, episodes=125)
+    State(coef=1.05)
     """
 
     coef: float
@@ -210,6 +214,11 @@ class PIDKL:
     settle if the coefficient sought is below about 0.25, and 0.05 is the default of TRL's trainer. In log β the gain
     does not depend on the scale. The clipped error keeps the first updates of a run whose KL is far above the target
     from throwing β across its whole range. I is kept within the clamp.
+
+    >>> controller = PIDKL(coef=1.0, target=6.0)
+    >>> state = controller.update(controller.init(), kl=9.0, episodes=16)
+    >>> round(state.coef, 4), state.integral, state.error
+    (1.1052, 0.05, 0.5)
     """
 
     coef: float

@@ -53,7 +53,11 @@ def _log_mean_with_one(x: Tensor) -> Tensor:
 
 
 def k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """−log u: unbiased for KL(π‖π_ref), of either sign (Schulman 2020)."""
+    """−log u: unbiased for KL(π‖π_ref), of either sign (Schulman 2020).
+
+    >>> k1(logp=torch.tensor([-1.0, -2.0]), ref_logp=torch.tensor([-2.0, -1.5]))
+    tensor([ 1.0000, -0.5000])
+    """
     return -_log_u(logp, ref_logp)
 
 
@@ -63,7 +67,11 @@ def k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """(u − 1) − log u: unbiased for KL(π‖π_ref), ≥ 0 (Schulman 2020)."""
+    """(u − 1) − log u: unbiased for KL(π‖π_ref), ≥ 0 (Schulman 2020).
+
+    >>> k3(logp=torch.tensor([-1.0, -2.0]), ref_logp=torch.tensor([-2.0, -1.5]))
+    tensor([0.3679, 0.1487])
+    """
     x = _log_u(logp, ref_logp)
     return torch.expm1(x) - x
 
@@ -230,6 +238,9 @@ def exact(name: str, logits: Tensor, ref_logits: Tensor, **options: float) -> Te
     """The divergence `name` between softmax(logits) and softmax(ref_logits), [..., V] to [...]; see `exact_from_logps`.
 
     Both are normalised in float32 at least.
+
+    >>> exact("kl", logits=torch.tensor([0.5, 0.5]).log(), ref_logits=torch.tensor([0.9, 0.1]).log())
+    tensor(0.5108)
     """
     logps, ref_logps = (
         torch.log_softmax(each, -1, dtype=torch.promote_types(each.dtype, torch.float32))

@@ -117,6 +117,12 @@ def load_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The records of a run, one dict an update, from its folder or its `bounds.jsonl`.
 
     Raises DataError for a missing file or a line that is not a JSON object; a last line cut short by a kill is left out.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as run:
+    ...     append_line(Path(run) / "bounds.jsonl", {"update": 1, "binding": "clip"})
+    ...     load_records(run)
+    [{'update': 1, 'binding': 'clip'}]
     """
     file = Path(path)
     file = file / BOUNDS_FILE if file.is_dir() else file

@@ -105,6 +105,10 @@ def ppo(
     """min(w·A, clip(w, 1 − low, 1 + high)·A) (PPO, arXiv 1707.06347, eq. 7; two-sided range: arXiv 2503.14476).
 
     The min only ever binds on the side the advantage pushes to, so this is a one-sided clamp of log w. gated: 1 there.
+
+    >>> ratios, advantages = torch.tensor([1.5, 1.5, 1.1]), torch.tensor([1.0, -1.0, 1.0])
+    >>> ppo(ratios.log(), advantages, torch.tensor([True, True, True]), low=0.2, high=0.2)
+    Surrogate(objective=tensor([ 1.2000, -1.5000,  1.1000]), gated=tensor([1., 0., 0.]))
     """
     log_low, log_high = _log_range(low, high)
     log_ratio, advantages = _masked(log_ratio, advantages, mask)

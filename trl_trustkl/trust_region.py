@@ -99,6 +99,11 @@ def backtrack(
     between them is followed by one to the middle: where KL is flat over most of the line, secants alone would crawl. Ends
     with `measured <= limit`, at the largest scale tried that has it, in the worst case at scale 0, where θ_old is restored
     exactly.
+
+    >>> at = {}
+    >>> kept = backtrack(lambda scale: at.update(scale=scale), lambda: 0.08 * at["scale"] ** 2, limit=0.02)
+    >>> round(kept.scale, 3), round(kept.measured, 3), kept.tries
+    (0.487, 0.019, 1)
     """
     if proposed is None:
         set_scale(1.0)

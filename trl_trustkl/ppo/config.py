@@ -85,6 +85,12 @@ class TrustKLPPOConfig(PPOConfig):
 
     KL divergences are in nats, of the policy at `temperature`. The anchor is KL(π‖π_ref), the trust region
     KL(π_old‖π). Raises `ConfigError`, which names the field, the value, the valid range and the likely fix.
+
+    >>> TrustKLPPOConfig(output_dir="run", use_cpu=True, cliprange_high=0.28).high
+    0.28
+    >>> TrustKLPPOConfig(output_dir="run", use_cpu=True, kl_target=6.0)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    trl_trustkl.errors.ConfigError: `kl_target` got 6.0, but kl_controller='fixed' never looks at it; ...
     """
 
     # -- the anchor: KL(π‖π_ref) --------------------------------------------------------------------------------------
