@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tests import tiny
 from tests.test_exactness import dense_kl
 from trl_trustkl import TrustKLPPOTrainer
-from trl_trustkl.ppo.models import trainable
+from trl_trustkl.ppo.loading import trainable
 from trl_trustkl.types import Batch, BoundRecord, Measurement, Rollout, UpdateStats
 
 pytestmark = pytest.mark.filterwarnings("ignore")

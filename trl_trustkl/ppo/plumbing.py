@@ -29,10 +29,12 @@ from ..divergences import gradient_kind
 from ..errors import Interrupted
 from ..masking import masked_sum
 from ..types import Batch, BoundRecord, MicroBatch, Prompts, TokenOutputs, UpdateStats
-from . import generation, models, rng, settings
+from . import generation, rng, settings
 from .config import sharding_error
 from .data import PromptOrder, collate
+from .four_bit import is_quantized
 from .guard import Refusals, StartingPoint
+from .loading import trainable
 from .optimise import Optimisation
 from .signals import StopRequest
 
@@ -98,7 +100,7 @@ class Plumbing:
         self.lr_controller = args.build_lr_controller()
         self.lr_state = self.lr_controller.init() if self.lr_controller is not None else None
         for module in [self.reference.model, *(getattr(func, "model", None) for func in self.reward_funcs)]:
-            if module is not None and not models.is_quantized(module):
+            if module is not None and not is_quantized(module):
                 module.to(self.accelerator.device)
         if hasattr(self.model.policy, "add_model_tags"):
             self.model.policy.add_model_tags(self._tag_names)
@@ -189,8 +191,8 @@ class Plumbing:
             accelerator=self.accelerator,
             model=self.model_wrapped,
             optimizer=self.optimizer,
-            policy_parameters=models.trainable(self.model.policy),
-            value_parameters=models.trainable(self.model.value),
+            policy_parameters=trainable(self.model.policy),
+            value_parameters=trainable(self.model.value),
             args=args,
         )
 
@@ -263,7 +265,7 @@ class Plumbing:
     @contextmanager
     def _learning_rate_by_kl(self) -> Iterator[None]:
         """The policy's scheduled learning rate times the controller's factor, inside only: the schedule never sees it."""
-        policy = {id(p) for p in models.trainable(self.model.policy)}
+        policy = {id(p) for p in trainable(self.model.policy)}
         groups = [g for g in self.optimizer.param_groups if any(id(p) in policy for p in g["params"])]
         scheduled = [group["lr"] for group in groups]
         for group in groups:

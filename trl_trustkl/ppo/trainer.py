@@ -50,7 +50,7 @@ from ..types import (
     Scored,
     UpdateStats,
 )
-from . import generation, models
+from . import generation, loading
 from ._upstream import PPOTrainer
 from .cards import Cards
 from .config import TrustKLPPOConfig
@@ -58,6 +58,7 @@ from .data import collate_nothing, longest_first, micro_batch, prepare_datasets,
 from .endings import Endings
 from .evaluation import Evaluation
 from .guard import StartingPoint
+from .models import PolicyAndValue
 from .plumbing import Draw, Plumbing
 from .reference import build_reference
 from .rewards import RewardFunc, as_completion, build_rewards, compute_scores
@@ -120,7 +121,7 @@ class TrustKLPPOTrainer(Endings, Evaluation, Saving, Cards, Plumbing, PPOTrainer
                 "`ref_model` is the model itself; give a copy, or None and the trainer makes the reference."
             )
         set_seed(args.seed)  # adapters and value heads start from random numbers
-        policy, tokenizer = models.load_policy(model, processing_class, args, peft_config)
+        policy, tokenizer = loading.load_policy(model, processing_class, args, peft_config)
         self.is_peft_model = isinstance(policy, PeftModel)
         train_dataset, eval_dataset = prepare_datasets(train_dataset, eval_dataset, tokenizer, policy, args)
         self._stop_ids = generation.stop_ids(policy, tokenizer, args, text="prompt" in train_dataset.column_names)
@@ -133,14 +134,12 @@ class TrustKLPPOTrainer(Endings, Evaluation, Saving, Cards, Plumbing, PPOTrainer
             init_kwargs=args.model_init_kwargs,
             vocab_size=len(tokenizer),
         )
-        value = models.prepare_value_model(value_model, args)
-        trained = models.PolicyAndValue(
-            policy, value, temperature=args.temperature, detach_value=args.detach_value_head
-        )
+        value = loading.prepare_value_model(value_model, args)
+        trained = PolicyAndValue(policy, value, temperature=args.temperature, detach_value=args.detach_value_head)
         self.reference = build_reference(
             policy,
             trained.halves,
-            models.load_causal_lm(ref_model, args.model_init_kwargs) if isinstance(ref_model, str) else ref_model,
+            loading.load_causal_lm(ref_model, args.model_init_kwargs) if isinstance(ref_model, str) else ref_model,
             ref_adapter_name=args.ref_adapter_name,
             new_adapter=peft_config is not None,
         )
@@ -301,7 +300,7 @@ class TrustKLPPOTrainer(Endings, Evaluation, Saving, Cards, Plumbing, PPOTrainer
 
     def optimise(self, batch: Batch) -> UpdateStats:
         """The PPO epochs on this batch. A step that is not finite is refused, and the update undone with it."""
-        self._start = StartingPoint(models.trainable(self.model.policy), self.model.undoable_value, self.optimizer)
+        self._start = StartingPoint(loading.trainable(self.model.policy), self.model.undoable_value, self.optimizer)
         limit = self.args.trust_stop
 
         def too_far(mini: Sequence[int]) -> bool:
