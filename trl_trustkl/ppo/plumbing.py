@@ -30,13 +30,13 @@ from ..errors import Interrupted
 from ..masking import masked_sum
 from ..types import Batch, BoundRecord, MicroBatch, Prompts, TokenOutputs, UpdateStats
 from . import generation, rng, settings
-from .config import sharding_error
 from .data import PromptOrder, collate
 from .four_bit import is_quantized
 from .guard import Refusals, StartingPoint
 from .loading import trainable
 from .optimise import Optimisation
 from .signals import StopRequest
+from .unavailable import sharding_error
 
 logger = logging.get_logger(__name__)
 
