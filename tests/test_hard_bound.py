@@ -224,8 +224,8 @@ def smollm2(folder: Any, **changes: Any) -> Witnessed:
     from datasets import Dataset
     from peft import LoraConfig
 
-    from trl_trustkl.cli._smollm2 import load_smollm2
     from trl_trustkl.cli.prompts import TRAIN_PROMPTS
+    from trl_trustkl.cli.smollm2 import load_smollm2
 
     model, tokenizer = load_smollm2()
     settings = TOO_FAST | {

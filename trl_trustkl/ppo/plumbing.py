@@ -1,8 +1,4 @@
-"""What a trainer owes transformers: optimizer groups, state, callbacks.
-
-A mixin, so that the trainer's own file shows the algorithm. It calls `super(PPOTrainer, self)` where TRL 1.12's PPO trainer
-overrides a method of its base for a loop that is not ours.
-"""
+"""What a trainer owes transformers: optimizer groups, state, callbacks. A mixin, so that the trainer shows the algorithm."""
 
 from __future__ import annotations
 
