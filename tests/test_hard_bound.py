@@ -110,14 +110,7 @@ class Witnessed(TrustKLPPOTrainer):
 
 def witnessed(folder: Any, model: Any = None, *, changes: dict[str, Any], **arguments: Any) -> Witnessed:
     """As `tiny.trainer`, with a witness."""
-    settings = {
-        "model": tiny.llama() if model is None else model,
-        "processing_class": tiny.tokenizer(),
-        "reward_funcs": tiny.good_words,
-        "train_dataset": tiny.prompts(),
-        "peft_config": tiny.lora(),
-    }
-    return Witnessed(args=tiny.config(folder, **changes), **settings | arguments)
+    return tiny.trainer(folder, model, kind=Witnessed, changes=changes, **arguments)
 
 
 def assert_within(updates: list[Update], limit: float, *, agreement: float = 1e-5, rounding: float = ROUNDING) -> None:

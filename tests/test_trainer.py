@@ -71,14 +71,7 @@ class Watched(TrustKLPPOTrainer):
 def watched(folder: Any, model: Any = None, *, changes: dict[str, Any] | None = None, **arguments: Any) -> Watched:
     """As `tiny.trainer`, with `script` and what `Watched` keeps."""
     script = arguments.pop("script", None)
-    settings = {
-        "model": tiny.llama() if model is None else model,
-        "processing_class": tiny.tokenizer(),
-        "reward_funcs": tiny.good_words,
-        "train_dataset": tiny.prompts(),
-        "peft_config": tiny.lora(),
-    }
-    trainer = Watched(args=tiny.config(folder, **(changes or {})), **settings | arguments)
+    trainer = tiny.trainer(folder, model, kind=Watched, changes=changes, **arguments)
     trainer.script = script
     return trainer
 

@@ -367,14 +367,7 @@ def assert_equal(one: Any, other: Any) -> None:
 
 
 def careful(folder: Any, model: Any = None, *, changes: dict[str, Any] | None = None, **arguments: Any) -> Careful:
-    given = {
-        "model": tiny.llama() if model is None else model,
-        "processing_class": tiny.tokenizer(),
-        "reward_funcs": tiny.good_words,
-        "train_dataset": tiny.prompts(),
-        "peft_config": tiny.lora(),
-    }
-    return Careful(args=tiny.config(folder, **FAST | (changes or {})), **given | arguments)
+    return tiny.trainer(folder, model, kind=Careful, changes=FAST | (changes or {}), **arguments)
 
 
 def bfloat16(model: nn.Module) -> nn.Module:
