@@ -7,7 +7,7 @@ import typing
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import GenerationConfig
 from transformers.generation import logits_process
@@ -151,6 +151,9 @@ class TrustKLPPOConfig(PPOConfig):
     grace_seconds: float = _option(
         20.0, "How long the update in hand may go on after SIGTERM or Ctrl-C, in seconds; then it is given up."
     )
+
+    writes_records: ClassVar[bool] = True
+    """What tells callbacks that the trainer has records and controllers of its own; TRL's configurations lack it."""
 
     def __post_init__(self) -> None:
         refuse_sharding(self)
