@@ -234,7 +234,7 @@ def prepare(options: argparse.Namespace, scratch: Path) -> tuple[str, Path]:
     prompts = scratch / "prompts.json"
     prompts.write_text(json.dumps(list(TRAIN_PROMPTS)), encoding="utf-8")
     if options.model == "smollm2":
-        from trl_trustkl.cli._smollm2 import smollm2_path
+        from trl_trustkl.cli.smollm2 import smollm2_path
 
         return smollm2_path(), prompts
     if options.model != "random":

@@ -88,7 +88,7 @@ def test_every_key_of_a_record_has_a_meaning_and_none_is_left_over() -> None:
 def test_every_metric_that_is_logged_has_a_meaning() -> None:
     from trl_trustkl.callbacks import stock
 
-    source = (ROOT / "trl_trustkl/ppo/plumbing.py").read_text("utf-8")
+    source = (ROOT / "trl_trustkl/ppo/logs.py").read_text("utf-8")
     (function,) = (
         node for node in ast.walk(ast.parse(source)) if getattr(node, "name", "") == "_update_metrics"
     )  # fmt: skip

@@ -109,7 +109,7 @@ def test_a_model_whose_logits_are_not_head_times_hidden_falls_back_and_says_so(t
 
 def test_a_soft_cap_that_is_left_out_would_be_noticed():
     model = tiny.gemma2()
-    from trl_trustkl.ppo.models import CausalHalves
+    from trl_trustkl.ppo.halves import CausalHalves
 
     assert CausalHalves(model).chunked
     uncapped = copy.deepcopy(model)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tests import tiny
 from tests.test_exactness import dense_kl
 from trl_trustkl import TrustKLPPOTrainer
-from trl_trustkl.ppo.models import trainable
+from trl_trustkl.ppo.loading import trainable
 from trl_trustkl.types import Batch, BoundRecord, Measurement, Rollout, UpdateStats
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -110,14 +110,7 @@ class Witnessed(TrustKLPPOTrainer):
 
 def witnessed(folder: Any, model: Any = None, *, changes: dict[str, Any], **arguments: Any) -> Witnessed:
     """As `tiny.trainer`, with a witness."""
-    settings = {
-        "model": tiny.llama() if model is None else model,
-        "processing_class": tiny.tokenizer(),
-        "reward_funcs": tiny.good_words,
-        "train_dataset": tiny.prompts(),
-        "peft_config": tiny.lora(),
-    }
-    return Witnessed(args=tiny.config(folder, **changes), **settings | arguments)
+    return tiny.trainer(folder, model, kind=Witnessed, changes=changes, **arguments)
 
 
 def assert_within(updates: list[Update], limit: float, *, agreement: float = 1e-5, rounding: float = ROUNDING) -> None:
@@ -224,8 +217,8 @@ def smollm2(folder: Any, **changes: Any) -> Witnessed:
     from datasets import Dataset
     from peft import LoraConfig
 
-    from trl_trustkl.cli._smollm2 import load_smollm2
     from trl_trustkl.cli.prompts import TRAIN_PROMPTS
+    from trl_trustkl.cli.smollm2 import load_smollm2
 
     model, tokenizer = load_smollm2()
     settings = TOO_FAST | {

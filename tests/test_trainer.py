@@ -23,7 +23,7 @@ from trl_trustkl import TrustKLPPOTrainer, load_records
 from trl_trustkl.controllers import AdaptiveKL
 from trl_trustkl.errors import DataError
 from trl_trustkl.masking import masked_mean
-from trl_trustkl.ppo import models
+from trl_trustkl.ppo import halves, loading, models
 from trl_trustkl.ppo.reference import REFERENCE_ADAPTER
 from trl_trustkl.types import Batch, Prompts, Rollout, Scored, UpdateStats
 
@@ -71,14 +71,7 @@ class Watched(TrustKLPPOTrainer):
 def watched(folder: Any, model: Any = None, *, changes: dict[str, Any] | None = None, **arguments: Any) -> Watched:
     """As `tiny.trainer`, with `script` and what `Watched` keeps."""
     script = arguments.pop("script", None)
-    settings = {
-        "model": tiny.llama() if model is None else model,
-        "processing_class": tiny.tokenizer(),
-        "reward_funcs": tiny.good_words,
-        "train_dataset": tiny.prompts(),
-        "peft_config": tiny.lora(),
-    }
-    trainer = Watched(args=tiny.config(folder, **(changes or {})), **settings | arguments)
+    trainer = tiny.trainer(folder, model, kind=Watched, changes=changes, **arguments)
     trainer.script = script
     return trainer
 
@@ -896,7 +889,7 @@ def test_a_reference_model_of_its_own_is_used_and_stays(tmp_path):
     before = weights(reference)
     _, records = run(tmp_path, ref_model=reference, changes={"learning_rate": 1e-2})
     assert records[0]["anchor"]["kl_exact"] > 0.1
-    assert same(before, weights(reference, trained=False)) and not models.trainable(reference)
+    assert same(before, weights(reference, trained=False)) and not loading.trainable(reference)
 
 
 def value_model(kind: str) -> Any:
@@ -946,8 +939,8 @@ def test_the_value_has_a_learning_rate_of_its_own(tmp_path, rate):
     before = weights(trainer.model.value)
     trainer.train()
     rates = {id(p): group["initial_lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
-    assert {rates[id(p)] for p in models.trainable(trainer.model.value)} == {1e-3 if rate is None else rate}
-    assert {rates[id(p)] for p in models.trainable(trainer.model.policy)} == {1e-3}
+    assert {rates[id(p)] for p in loading.trainable(trainer.model.value)} == {1e-3 if rate is None else rate}
+    assert {rates[id(p)] for p in loading.trainable(trainer.model.policy)} == {1e-3}
     assert same(before, weights(trainer.model.value)) == (rate == 0.0)
 
 
@@ -966,11 +959,11 @@ def test_a_quantised_model_is_prepared_for_training(tmp_path):
     """The adapter alone is trained, in float32; norms, embeddings and head keep the dtype they were loaded in."""
     model = tiny.llama().to(torch.bfloat16)
     model.is_loaded_in_4bit = True
-    policy = models.prepare_policy(model, tiny.lora(), tiny.config(tmp_path, gradient_checkpointing=True))
+    policy = loading.prepare_policy(model, tiny.lora(), tiny.config(tmp_path, gradient_checkpointing=True))
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
     assert {p.dtype for name, p in policy.named_parameters() if name not in trained} == {torch.bfloat16}
-    assert models.checkpointed(policy)
+    assert halves.checkpointed(policy)
 
 
 def test_no_forward_pass_keeps_all_hidden_states_or_logits_of_the_whole_rollout(tmp_path, monkeypatch):

@@ -28,8 +28,9 @@ from trl_trustkl.controllers import AdaptiveKL, LearningRateByKL, State, Thresho
 from trl_trustkl.divergences import ESTIMATORS
 from trl_trustkl.errors import ConfigError, DataError
 from trl_trustkl.ppo.data import micro_batch
+from trl_trustkl.ppo.loading import disable_dropout, trainable
 from trl_trustkl.ppo.losses import Penalties, kl_terms
-from trl_trustkl.ppo.models import PolicyAndValue, disable_dropout, trainable
+from trl_trustkl.ppo.models import PolicyAndValue
 from trl_trustkl.trust_region import QUANTILES, Backtrack, Line, backtrack, measurement
 from trl_trustkl.types import Batch, Measurement, MicroBatch, Peer, Rollout, UpdateStats
 
@@ -366,14 +367,7 @@ def assert_equal(one: Any, other: Any) -> None:
 
 
 def careful(folder: Any, model: Any = None, *, changes: dict[str, Any] | None = None, **arguments: Any) -> Careful:
-    given = {
-        "model": tiny.llama() if model is None else model,
-        "processing_class": tiny.tokenizer(),
-        "reward_funcs": tiny.good_words,
-        "train_dataset": tiny.prompts(),
-        "peft_config": tiny.lora(),
-    }
-    return Careful(args=tiny.config(folder, **FAST | (changes or {})), **given | arguments)
+    return tiny.trainer(folder, model, kind=Careful, changes=FAST | (changes or {}), **arguments)
 
 
 def bfloat16(model: nn.Module) -> nn.Module:
@@ -515,7 +509,7 @@ TWO_PROCESSES = """
     from pathlib import Path
 
     from tests.test_trust_region import FULL, careful
-    from trl_trustkl.ppo.models import trainable
+    from trl_trustkl.ppo.loading import trainable
 
     def run(folder, **arguments):
         changes = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, num_mini_batches=2, max_steps=3)

@@ -135,8 +135,10 @@ def config(output_dir: Any, **changes: Any):
     return TrustKLPPOConfig(**settings | changes)
 
 
-def trainer(output_dir: Any, model: Any = None, *, changes: dict[str, Any] | None = None, **arguments: Any):
-    """A trainer on a tiny Llama with LoRA; `changes` go to the configuration, the rest to the trainer."""
+def trainer(
+    output_dir: Any, model: Any = None, *, kind: Any = None, changes: dict[str, Any] | None = None, **arguments: Any
+):
+    """A trainer on a tiny Llama with LoRA, a subclass where it is given as `kind`; `changes` go to the configuration."""
     from trl_trustkl import BoundReportCallback, TrustKLPPOTrainer
     from trl_trustkl.callbacks.report import is_report
 
@@ -150,4 +152,5 @@ def trainer(output_dir: Any, model: Any = None, *, changes: dict[str, Any] | Non
         "train_dataset": prompts(),
         "peft_config": lora(),
     }
-    return TrustKLPPOTrainer(args=config(output_dir, **(changes or {})), model=model, **settings | arguments)
+    kind = TrustKLPPOTrainer if kind is None else kind
+    return kind(args=config(output_dir, **(changes or {})), model=model, **settings | arguments)

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..controllers import Controller, ControllerState
 from ..errors import ConfigError
-from .stock import COEF, KL, KL_METRIC, TARGET, Kind, episodes_seen, kind_of
+from .stock import COEF, KL, KL_METRIC, TARGET, Kind, episodes_seen, kind_of, writes_records
 
 logger = logging.get_logger(__name__)
 
@@ -195,10 +195,8 @@ def _first_state(controller: Any) -> ControllerState:
 
 def _checked_kind(trainer: Any) -> Kind:
     """Which trainer this is, once it is clear that its coefficient can be moved."""
-    from ..ppo.config import TrustKLPPOConfig
-
     name, args = type(trainer).__name__, getattr(trainer, "args", None)
-    if isinstance(args, TrustKLPPOConfig):
+    if writes_records(args):
         raise ConfigError(
             f"`trainer` got a {name}, which has controllers of its own. Set kl_controller='adaptive' (or another), "
             "kl_target and kl_coef in its TrustKLPPOConfig instead."

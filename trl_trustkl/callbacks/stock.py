@@ -39,14 +39,18 @@ _TRAINING: dict[Kind, str] = {
 _CLIPS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # the loss types of GRPO that clip as PPO does
 
 
+def writes_records(args: Any) -> bool:
+    """Whether a configuration is that of TrustKLPPOTrainer, which has records and controllers of its own."""
+    return getattr(args, "writes_records", False)
+
+
 def kind_of(args: Any) -> Kind | None:
     """Which of TRL's trainers a configuration belongs to; None for any other, ours included."""
     from trl import GRPOConfig, RLOOConfig
 
     from ..ppo._upstream import PPOConfig
-    from ..ppo.config import TrustKLPPOConfig
 
-    if isinstance(args, TrustKLPPOConfig):
+    if writes_records(args):
         return None
     kinds: dict[Kind, type] = {"grpo": GRPOConfig, "rloo": RLOOConfig, "ppo": PPOConfig}
     return next((kind for kind, config in kinds.items() if isinstance(args, config)), None)

@@ -17,9 +17,9 @@ def sentiment_trainer(output_dir: str, *, callbacks: Sequence[Any] = (), **chang
     from peft import LoraConfig
 
     from .. import TrustKLPPOTrainer
-    from ._smollm2 import load_smollm2
     from .prompts import EVAL_PROMPTS, TRAIN_PROMPTS
     from .rewards import sentiment
+    from .smollm2 import load_smollm2
 
     config = sentiment_config(output_dir, **changes)
     model, tokenizer = load_smollm2(quantize=True, dtype=torch.bfloat16 if computes_bf16() else torch.float32)

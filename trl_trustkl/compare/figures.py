@@ -20,14 +20,14 @@ from ..report.figures import (
     SKY,
     Drawn,
     Kind,
-    _axes,
-    _drawable,
-    _drawn,
-    _legend,
-    _line,
-    _log,
-    _positive,
-    _updates,
+    add_axes,
+    add_legend,
+    drawable,
+    log_scale,
+    plot_line,
+    positive,
+    render,
+    update_axis,
 )
 from ..report.schema import Run
 from ..report.series import Column, column, reference_per_token
@@ -88,15 +88,15 @@ def draw(results: Sequence[Result]) -> list[Drawn]:
     """Every panel that any run has numbers for."""
     with np.errstate(all="ignore"):
         return [
-            _drawn(f"compare_{name}", Kind(panel.title, panel.caption, partial(_draw, panel, results)), [])
+            render(f"compare_{name}", Kind(panel.title, panel.caption, partial(_draw, panel, results)), [])
             for name, panel in PANELS.items()
         ]
 
 
 def _draw(panel: Panel, results: Sequence[Result], figure: Figure, _: object) -> None:
     """Thin lines for the seeds, a thick one for their mean."""
-    axes = _axes(figure, panel.label)
-    scale = _positive if panel.log else _drawable
+    axes = add_axes(figure, panel.label)
+    scale = positive if panel.log else drawable
     everything, last = [], 1.0
     for number, result in enumerate(results):
         lines = [panel.series(run) for run in result.runs.values()]
@@ -108,17 +108,17 @@ def _draw(panel: Panel, results: Sequence[Result], figure: Figure, _: object) ->
         colour = COLOURS[number % len(COLOURS)]
         if len(lines) > 1:
             for x, y in lines:
-                _line(axes, x, y, colour, alpha=0.35, linewidth=0.7, marker="", **look)
+                plot_line(axes, x, y, colour, alpha=0.35, linewidth=0.7, marker="", **look)
         x, y = _mean(lines)
-        _line(axes, x, y, colour, _label(result.name), linewidth=1.9, **look)
+        plot_line(axes, x, y, colour, _label(result.name), linewidth=1.9, **look)
         everything += [y for _, y in lines]
         last = max(last, float(x[-1]))
     if not everything:
         axes.text(0.5, 0.5, "no numbers", color=INK, ha="center", transform=axes.transAxes)
     elif panel.log:
-        _log(axes, *everything)
-    _updates(axes, np.array([1.0, last]))
-    _legend(axes)
+        log_scale(axes, *everything)
+    update_axis(axes, np.array([1.0, last]))
+    add_legend(axes)
 
 
 def _mean(lines: Sequence[tuple[Column, Column]]) -> tuple[Column, Column]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from accelerate.utils import parse_flag_from_env
 from transformers import GenerationConfig
 from transformers.generation import logits_process
 from transformers.utils import logging
@@ -18,11 +16,13 @@ from transformers.utils import logging
 from ..advantages import ScorePosition
 from ..controllers import CONTROLLERS, ControllerName, FixedKL, LearningRateByKL, ScheduledKL, build_controller
 from ..divergences import ESTIMATORS, KLEstimatorName, Placement, build_estimator, gradient_kind
-from ..errors import ConfigError, NotAvailableYetError, is_finite, out_of_range, shown, unknown_name
+from ..errors import ConfigError, is_finite, out_of_range, shown, unknown_name
 from ..surrogates import SURROGATES, ClipRuleName, build_surrogate
 from . import field_types
 from ._upstream import PPOConfig
 from .losses import Penalties
+from .ranges import check_ranges
+from .unavailable import refuse_other_kernels, refuse_sharding
 
 logger = logging.get_logger(__name__)
 
@@ -158,9 +158,12 @@ class TrustKLPPOConfig(PPOConfig):
         20.0, "How long the update in hand may go on after SIGTERM or Ctrl-C, in seconds; then it is given up."
     )
 
+    writes_records: ClassVar[bool] = True
+    """What tells callbacks that the trainer has records and controllers of its own; TRL's configurations lack it."""
+
     def __post_init__(self) -> None:
-        _refuse_sharding(self)
-        _refuse_other_kernels(self)
+        refuse_sharding(self)
+        refuse_other_kernels(self)
         for name in _DICT_FIELDS:
             setattr(self, name, _as_dict(name, getattr(self, name)))
         self._check_ranges()
@@ -240,63 +243,7 @@ class TrustKLPPOConfig(PPOConfig):
     # Checks. Each says which field, what it got, what it may be, and what to do.
 
     def _check_ranges(self) -> None:
-        def number(name: str, valid: str, ok, fix: str = "", optional: bool = False) -> None:
-            value = getattr(self, name)
-            if value is None and optional:
-                return
-            if not is_finite(value) or not ok(value):
-                raise out_of_range(name, value, valid, fix)
-
-        def whole(name: str, valid: str, ok, fix: str = "", optional: bool = False) -> None:
-            number(name, valid, lambda x: isinstance(x, int) and ok(x), fix, optional)
-
-        def positive(x: float) -> bool:
-            return x > 0
-
-        def not_negative(x: float) -> bool:
-            return x >= 0
-
-        number("kl_coef", "a finite number >= 0", not_negative, "0 turns the anchor off.")
-        number("trust_coef", "a finite number >= 0", not_negative, "0 turns the penalty off.")
-        number("vf_coef", "a finite number >= 0", not_negative)
-        whole("kl_horizon", "a positive number of episodes", positive)
-        number("temperature", "a finite number > 0", positive, "Near-greedy sampling is temperature=0.01.")
-        number("cliprange", "in (0, 1)", lambda x: 0 < x < 1, "Use clip_rule='none' to turn clipping off.")
-        number("cliprange_high", "a finite number > 0, or None", positive, "None means the same as cliprange.", True)
-        number("cliprange_value", "a finite number > 0", positive, "Use clip_value=False to turn value clipping off.")
-        number("gamma", "in [0, 1]", lambda x: 0 <= x <= 1)
-        number("lam", "in [0, 1]", lambda x: 0 <= x <= 1)
-        number("learning_rate", "a finite number >= 0", not_negative)
-        number("value_learning_rate", "a finite number >= 0, or None", not_negative, optional=True)
-        number("measure_fraction", "in (0, 1]", lambda x: 0 < x <= 1, "There is no way to turn the measurement off.")
-        number("kl_target", "a positive number of nats per response, or None", positive, optional=True)
-        for name in ("trust_target", "trust_stop", "trust_max_kl", "trust_lr_target", "panic_kl"):
-            number(name, "a positive number of nats per token, or None", positive, "None turns it off.", optional=True)
-        number("missing_eos_penalty", "a finite number >= 0, or None", not_negative, optional=True)
-        number("max_grad_norm", "a finite number >= 0, or None", not_negative, "0 or None turns it off.", optional=True)
-        number("grace_seconds", "a finite number of seconds >= 0", not_negative)
-        whole("reward_retries", "a whole number >= 0", not_negative, "0 turns retrying off.")
-        number("num_train_epochs", "a positive number", positive)
-        number("weight_decay", "a finite number >= 0", not_negative)
-        number("adam_epsilon", "a finite number >= 0", not_negative)
-        for name in ("adam_beta1", "adam_beta2"):
-            number(name, "in [0, 1)", lambda x: 0 <= x < 1)
-        whole("seed", "a whole number from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)
-        whole("max_steps", "a whole number >= 1, or -1", lambda x: x >= 1 or x == -1, "-1: total_episodes decides.")
-        whole("total_episodes", "a positive whole number, or None", positive, optional=True)
-        whole("dataset_num_proc", "a whole number >= 1, or None", positive, optional=True)
-        whole("stop_token_id", "a whole number >= 0, or None", not_negative, optional=True)
-        for name in (
-            "num_ppo_epochs",
-            "num_mini_batches",
-            "response_length",
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-            "local_rollout_forward_batch_size",
-            "max_refused",
-        ):
-            whole(name, "a whole number >= 1", positive)
+        check_ranges(self)
         local = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if local % self.num_mini_batches:
             raise ConfigError(
@@ -411,39 +358,6 @@ def _unquoted(value: Any, hint: Any) -> str:
     if not isinstance(value, str) or not field_types.fits(1.5, hint):
         return ""
     return "Write the number without quotes; YAML reads 1e-5 as text and 1.0e-5 as a number."
-
-
-def _refuse_sharding(args: Any) -> None:
-    for name, given, flag in (
-        ("FSDP", args.fsdp, "ACCELERATE_USE_FSDP"),
-        ("DeepSpeed", args.deepspeed, "ACCELERATE_USE_DEEPSPEED"),
-    ):
-        if given or parse_flag_from_env(flag):
-            raise sharding_error(name)
-
-
-def sharding_error(name: str) -> NotAvailableYetError:
-    """The error for FSDP and DeepSpeed, which says what does work."""
-    return NotAvailableYetError(
-        f"{name} is not available yet in this version; one process, or several with DDP, work: accelerate launch "
-        "--config_file examples/accelerate/multi_gpu.yaml (cpu_gloo.yaml without a GPU). LoRA or QLoRA (peft_config, a 4-bit "
-        "model) saves most of the memory that sharding would."
-    )
-
-
-def _refuse_other_kernels(args: Any) -> None:
-    """Compiled and patched kernels would be others in one pass than in the next, and the ratio not 1 before the first step."""
-    compiled = args.torch_compile or args.torch_compile_backend or args.torch_compile_mode
-    if compiled or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
-        raise NotAvailableYetError(
-            "`torch_compile` is not available yet in this version: sampling, scoring and stepping have to compute the same "
-            "numbers. Leave `torch_compile`, its backend and mode out, and accelerate's `dynamo_backend` at no."
-        )
-    if args.use_liger_kernel:
-        raise NotAvailableYetError(
-            "`use_liger_kernel` is not available yet in this version; it must be False. Log-probabilities and exact KLs are "
-            "computed in chunks here, without [B, T, V] logits in memory."
-        )
 
 
 def _as_dict(name: str, value: Any) -> dict[str, Any] | None:

@@ -17,8 +17,9 @@ from transformers import TrainerControl
 from ..errors import ConfigError
 from ..masking import masked_sum
 from ..types import Prompts
-from . import generation, models
+from . import generation
 from .data import prepare_datasets
+from .halves import as_in_training
 from .plumbing import Draw
 
 
@@ -71,7 +72,7 @@ class Evaluation:
     def _evaluate_prompts(self, start: int, prompts: Prompts) -> list[dict[str, Any]]:
         training_key, self._sampling_key = getattr(self, "_sampling_key", None), (Draw.EVALUATE, start)
         try:
-            with models.as_in_training(self.model):
+            with as_in_training(self.model):
                 scored = self.score(self.rollout(prompts))
         finally:
             self._sampling_key = training_key

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from ..errors import out_of_range
-from . import models
+from . import four_bit, halves
 
 
 class Sampler(LogitsProcessor):
@@ -135,16 +135,16 @@ def ready_to_generate(causal: nn.Module) -> Iterator[None]:
 
     Its own generation config would fill every option left unset (an end of sequence where there is to be none, a
     repetition penalty), so a blank one stands in. Gradient checkpointing would switch the KV cache off. The model stays in
-    train mode: dropout is off, and eval mode would repack 4-bit weights for inference (see models.unpack_4bit_weights).
+    train mode: dropout is off, and eval mode would repack 4-bit weights for inference (see four_bit.unpack_4bit_weights).
     """
     own_config, causal.generation_config = causal.generation_config, GenerationConfig()
     # generate() slices the prompt's last state; PyTorch multiplies a slice by a copy of the head for each sequence.
     hook = causal.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    checkpointed = models.checkpointed(causal)
+    checkpointed = halves.checkpointed(causal)
     for module in checkpointed:
         module.gradient_checkpointing = False
     try:
-        with models.dequantised_on_cpu(causal):
+        with four_bit.dequantised_on_cpu(causal):
             yield
     finally:
         hook.remove()

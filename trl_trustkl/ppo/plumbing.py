@@ -1,8 +1,4 @@
-"""What a trainer owes transformers: optimizer groups, state, callbacks, logs.
-
-A mixin, so that the trainer's own file shows the algorithm. It calls `super(PPOTrainer, self)` where TRL 1.12's PPO trainer
-overrides a method of its base for a loop that is not ours.
-"""
+"""What a trainer owes transformers: optimizer groups, state, callbacks. A mixin, so that the trainer shows the algorithm."""
 
 from __future__ import annotations
 
@@ -16,25 +12,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from .. import records
 from ..callbacks.report import BoundReportCallback, is_report
 from ..divergences import gradient_kind
 from ..errors import Interrupted
-from ..masking import masked_sum
 from ..types import Batch, BoundRecord, MicroBatch, Prompts, TokenOutputs, UpdateStats
-from . import generation, models, rng, settings
-from .config import sharding_error
+from . import generation, rng, settings
 from .data import PromptOrder, collate
+from .four_bit import is_quantized
 from .guard import Refusals, StartingPoint
+from .loading import trainable
 from .optimise import Optimisation
 from .signals import StopRequest
+from .unavailable import sharding_error
 
 logger = logging.get_logger(__name__)
 
@@ -98,7 +93,7 @@ class Plumbing:
         self.lr_controller = args.build_lr_controller()
         self.lr_state = self.lr_controller.init() if self.lr_controller is not None else None
         for module in [self.reference.model, *(getattr(func, "model", None) for func in self.reward_funcs)]:
-            if module is not None and not models.is_quantized(module):
+            if module is not None and not is_quantized(module):
                 module.to(self.accelerator.device)
         if hasattr(self.model.policy, "add_model_tags"):
             self.model.policy.add_model_tags(self._tag_names)
@@ -189,8 +184,8 @@ class Plumbing:
             accelerator=self.accelerator,
             model=self.model_wrapped,
             optimizer=self.optimizer,
-            policy_parameters=models.trainable(self.model.policy),
-            value_parameters=models.trainable(self.model.value),
+            policy_parameters=trainable(self.model.policy),
+            value_parameters=trainable(self.model.value),
             args=args,
         )
 
@@ -263,7 +258,7 @@ class Plumbing:
     @contextmanager
     def _learning_rate_by_kl(self) -> Iterator[None]:
         """The policy's scheduled learning rate times the controller's factor, inside only: the schedule never sees it."""
-        policy = {id(p) for p in models.trainable(self.model.policy)}
+        policy = {id(p) for p in trainable(self.model.policy)}
         groups = [g for g in self.optimizer.param_groups if any(id(p) in policy for p in g["params"])]
         scheduled = [group["lr"] for group in groups]
         for group in groups:
@@ -334,65 +329,6 @@ class Plumbing:
             batch["attention_mask"].to(ids.device).bool() if "attention_mask" in batch else torch.ones_like(ids).bool()
         )
         return Prompts(ids, mask, rows)
-
-    # -- metrics and logs ----------------------------------------------------------------------------------------------
-
-    def _update_metrics(self, batch: Batch, stats: UpdateStats, record: BoundRecord) -> dict[str, Any]:
-        """The record flattened, and TRL's own metric names, with the values they should have had."""
-        scored = batch.scored
-        mask = self._pooled(scored.rollout.response_mask)
-        ends = torch.tensor(self._stop_ids, device=mask.device, dtype=torch.long)
-        penalty = -record.anchor.coef * record.anchor.kl
-        entropy = masked_sum(-self._pooled(scored.logp), mask, dim=1).mean()
-        return {
-            **records.flatten(record),
-            "eps": (self.state.episode - self._episodes_before) / (time.perf_counter() - self._started),
-            "objective/kl": record.anchor.kl,
-            "objective/entropy": float(entropy),
-            "objective/non_score_reward": penalty,
-            "objective/rlhf_reward": penalty + (record.score or 0.0),
-            "objective/scores": record.score,
-            "policy/approxkl_avg": stats.total.approx_kl,
-            "policy/clipfrac_avg": stats.total.clip_fraction,
-            "policy/entropy_avg": record.entropy,
-            "loss/policy_avg": stats.total.policy_loss,
-            "loss/value_avg": stats.total.value_loss,
-            "val/clipfrac_avg": stats.total.value_gated,
-            "val/ratio": stats.total.ratio,
-            "val/ratio_var": stats.total.ratio_var,
-            "val/num_eos_tokens": int((torch.isin(self._pooled(scored.rollout.response_ids), ends) & mask).sum()),
-        }
-
-    def _flush_metrics(self) -> None:
-        """Log the mean of each number since the last log, and the latest of everything else."""
-        logs: dict[str, Any] = {}
-        for name, values in self._metrics.items():
-            numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
-            logs[name] = sum(numbers) / len(numbers) if numbers else values[-1]
-        logs |= {"update": self.state.global_step, "episode": self.state.episode}
-        self._metrics.clear()
-        self._logged_step = self.state.global_step
-        self.log(logs)
-
-    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Everything goes into `state.log_history`; trackers, which plot, get the numbers."""
-        numbers = {k: v for k, v in logs.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-        rest = {k: v for k, v in logs.items() if k not in numbers}
-        super().log(numbers, start_time)
-        self.state.log_history[-1].update(rest)
-
-    def _completion_rows(self, batch: Batch) -> list[dict[str, Any]]:
-        """What goes into `completions.jsonl`: prompt, completion, score and the reference's log-likelihood of it, in nats."""
-        scored = batch.scored
-        likelihood = masked_sum(scored.ref_logp, scored.rollout.response_mask, dim=1).tolist()
-        prompts = self._prompt_texts(scored.rollout)
-        rows = [
-            {"update": self.state.global_step, "prompt": prompt, "completion": text, "score": score, "ref_logp": logp}
-            for prompt, text, score, logp in zip(
-                prompts, scored.completions, scored.scores.tolist(), likelihood, strict=True
-            )
-        ]
-        return [records.as_dict(row) for row in gather_object(rows)]
 
 
 _GRADIENT_WARNINGS = {

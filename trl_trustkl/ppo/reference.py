@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError
 from ..types import MicroBatch, Peer
-from .models import CausalHalves, disable_dropout, model_inputs
+from .halves import CausalHalves, model_inputs
+from .loading import disable_dropout
 
 REFERENCE_ADAPTER = "trustkl_ref"
 

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import ConfigError, NonFiniteRewardError, RewardError, shown
 from ..types import Rollout
 from .data import is_chat, positions
-from .models import load_scalar_model
+from .loading import load_scalar_model
 
 logger = logging.getLogger(__name__)
 

@@ -50,6 +50,7 @@ class Saving:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy alone, an adapter as an adapter, ready for `from_pretrained`."""
+        # Not TRL 1.12's PPO trainer's own, which is written for a loop that is not ours.
         super(PPOTrainer, self).save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -11,33 +11,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from .. import bounds
 from ..advantages import (
-    anchor_part,
     anchor_rewards,
-    anchor_share,
-    explained_variance,
     gae,
     place_scores,
     value_positions,
 )
 from ..callbacks.report import with_report
-from ..divergences import k3
 from ..errors import ConfigError, ModelError
-from ..masking import masked_mean, masked_moments, masked_sum, whiten, whitening_factor
-from ..trust_region import backtrack, measurement
+from ..masking import masked_moments, whiten, whitening_factor
+from ..trust_region import backtrack
 from ..types import (
-    AnchorMeasurement,
     Batch,
     BoundRecord,
     Enforcement,
@@ -46,11 +41,10 @@ from ..types import (
     Peer,
     Prompts,
     Rollout,
-    RolloutSummary,
     Scored,
     UpdateStats,
 )
-from . import generation, models
+from . import generation, loading
 from ._upstream import PPOTrainer
 from .cards import Cards
 from .config import TrustKLPPOConfig
@@ -58,16 +52,20 @@ from .data import collate_nothing, longest_first, micro_batch, prepare_datasets,
 from .endings import Endings
 from .evaluation import Evaluation
 from .guard import StartingPoint
+from .logs import Logs
+from .measuring import Measuring
+from .models import PolicyAndValue
 from .plumbing import Draw, Plumbing
 from .reference import build_reference
-from .rewards import RewardFunc, as_completion, build_rewards, compute_scores
+from .rewards import RewardFunc, build_rewards
 from .saving import Saving
+from .scoring import Scoring
 from .signals import StopRequest
 
 _TOKEN_COLUMNS = ("logp", "ref_logp", "ref_kl", "entropy")
 
 
-class TrustKLPPOTrainer(Endings, Evaluation, Saving, Cards, Plumbing, PPOTrainer):
+class TrustKLPPOTrainer(Scoring, Measuring, Endings, Evaluation, Saving, Cards, Logs, Plumbing, PPOTrainer):
     """PPO with an anchor to a reference and a trust region around the old policy, and a record of what bounded each update.
 
     Args:
@@ -111,21 +109,12 @@ class TrustKLPPOTrainer(Endings, Evaluation, Saving, Cards, Plumbing, PPOTrainer
         reward_processing_classes: Any = None,
     ) -> None:
         args = TrustKLPPOConfig("trainer_output") if args is None else args
-        if not isinstance(args, TrustKLPPOConfig):
-            raise ConfigError(f"`args` got {type(args).__name__}; it must be a TrustKLPPOConfig.")
-        if model is None or train_dataset is None:
-            raise ConfigError(f"`{'model' if model is None else 'train_dataset'}` got None; it is required.")
-        if ref_model is model and not isinstance(model, str):
-            raise ModelError(
-                "`ref_model` is the model itself; give a copy, or None and the trainer makes the reference."
-            )
+        _check_arguments(args, model, ref_model, train_dataset, reward_model, reward_funcs)
         set_seed(args.seed)  # adapters and value heads start from random numbers
-        policy, tokenizer = models.load_policy(model, processing_class, args, peft_config)
+        policy, tokenizer = loading.load_policy(model, processing_class, args, peft_config)
         self.is_peft_model = isinstance(policy, PeftModel)
         train_dataset, eval_dataset = prepare_datasets(train_dataset, eval_dataset, tokenizer, policy, args)
         self._stop_ids = generation.stop_ids(policy, tokenizer, args, text="prompt" in train_dataset.column_names)
-        if reward_model is not None and reward_funcs is not None:
-            raise ConfigError("`reward_model` and `reward_funcs` were both given; put the model into `reward_funcs`.")
         self.reward_funcs, self.reward_weights = build_rewards(
             reward_funcs if reward_model is None else reward_model,
             reward_processing_classes,
@@ -133,14 +122,12 @@ class TrustKLPPOTrainer(Endings, Evaluation, Saving, Cards, Plumbing, PPOTrainer
             init_kwargs=args.model_init_kwargs,
             vocab_size=len(tokenizer),
         )
-        value = models.prepare_value_model(value_model, args)
-        trained = models.PolicyAndValue(
-            policy, value, temperature=args.temperature, detach_value=args.detach_value_head
-        )
+        value = loading.prepare_value_model(value_model, args)
+        trained = PolicyAndValue(policy, value, temperature=args.temperature, detach_value=args.detach_value_head)
         self.reference = build_reference(
             policy,
             trained.halves,
-            models.load_causal_lm(ref_model, args.model_init_kwargs) if isinstance(ref_model, str) else ref_model,
+            loading.load_causal_lm(ref_model, args.model_init_kwargs) if isinstance(ref_model, str) else ref_model,
             ref_adapter_name=args.ref_adapter_name,
             new_adapter=peft_config is not None,
         )
@@ -301,7 +288,7 @@ class TrustKLPPOTrainer(Endings, Evaluation, Saving, Cards, Plumbing, PPOTrainer
 
     def optimise(self, batch: Batch) -> UpdateStats:
         """The PPO epochs on this batch. A step that is not finite is refused, and the update undone with it."""
-        self._start = StartingPoint(models.trainable(self.model.policy), self.model.undoable_value, self.optimizer)
+        self._start = StartingPoint(loading.trainable(self.model.policy), self.model.undoable_value, self.optimizer)
         limit = self.args.trust_stop
 
         def too_far(mini: Sequence[int]) -> bool:
@@ -393,90 +380,16 @@ class TrustKLPPOTrainer(Endings, Evaluation, Saving, Cards, Plumbing, PPOTrainer
         chunks = order.to(rollout.response_ids.device).split(self._micro_size)
         return [micro_batch(rollout, rows) for rows in chunks]
 
-    def _measure(self, batch: Batch, indices: Iterable[int]) -> Measurement:
-        """Measure some of the micro-batches (all of them, for a guarantee) under the policy as it is now."""
-        scored = batch.scored
-        mask = torch.zeros_like(scored.rollout.response_mask)
-        columns = {name: torch.zeros_like(scored.logp) for name in ("logp", "old_kl", "old_tv")}
-        for index in indices:
-            micro = scored.micro_batches[index]
-            out = self._forward_only(micro, values=False, old=scored.old_peers[index])
-            length = micro.response_ids.shape[1]
-            mask[micro.rows, :length] = micro.response_mask
-            for name, column in columns.items():
-                column[micro.rows, :length] = getattr(out, name).float()
-        mask = self._pooled(mask)
-        return measurement(
-            self._pooled(columns["old_kl"]),
-            self._pooled(columns["old_tv"]),
-            self._pooled(columns["logp"] - scored.logp),
-            mask,
-            complete=bool((mask == self._pooled(scored.rollout.response_mask)).all()),
-        )
 
-    def _anchor_share(self, rewards: Tensor, advantages: Tensor, mask: Tensor) -> float:
-        part = gae(rewards, torch.zeros_like(rewards), gamma=self.args.gamma, lam=self.args.lam)
-        pooled_mask = self._pooled(mask)
-        part = anchor_part(part, mask, self._pooled(part), pooled_mask)
-        return anchor_share(self._pooled(part), self._pooled(advantages), pooled_mask)
-
-    def _anchor(self, scored: Scored, estimate: Tensor, coef: float, share: float | None) -> AnchorMeasurement:
-        mask = self._pooled(scored.rollout.response_mask)
-        exact = masked_sum(self._pooled(scored.ref_kl), mask, dim=1).double()
-        error = float(exact.std() / math.sqrt(len(exact))) if len(exact) > 1 else 0.0
-        sampled = float(masked_sum(self._pooled(estimate), mask, dim=1).double().mean())
-        return AnchorMeasurement(coef=coef, kl=sampled, kl_exact=float(exact.mean()), kl_stderr=error, share=share)
-
-    def _summary(self, batch: Batch) -> RolloutSummary:
-        scored, rollout = batch.scored, batch.scored.rollout
-        mask, scores = self._pooled(rollout.response_mask), self._pooled(scored.scores)
-        ended = generation.ends_with_stop(rollout.response_ids, rollout.response_mask, self._stop_ids)
-        known = scores[~scores.isnan()]
-        sampler_kl = None
-        if rollout.sampler_logp is not None:
-            sampled = k3(self._pooled(rollout.sampler_logp), self._pooled(scored.logp))
-            sampler_kl = float(masked_mean(sampled, mask))
-        return RolloutSummary(
-            score=float(known.mean()) if len(known) else None,
-            length=float(mask.sum(-1).float().mean()),
-            eos_rate=float(self._pooled(ended).float().mean()),
-            entropy=float(masked_mean(self._pooled(scored.entropy), mask)),
-            sampler_kl=sampler_kl,
-            explained_variance=explained_variance(
-                self._pooled(scored.values), self._pooled(batch.returns), self._pooled(scored.value_mask)
-            ),
-        )
-
-    def _rewards(self, rollout: Rollout) -> tuple[list[str], Tensor]:
-        """Completions as text, and the score of each, NaN where no function gave one; `missing_eos_penalty` taken off."""
-        tokenizer = self.processing_class
-        ids = [row[mask].tolist() for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
-        completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        prompts = self._prompt_texts(rollout)
-        with self._failing_together() as failed:
-            scores = compute_scores(
-                self.reward_funcs,
-                self.reward_weights,
-                rollout,
-                prompts=prompts,
-                completions=[as_completion(text, prompt) for text, prompt in zip(completions, prompts, strict=True)],
-                completion_ids=ids,
-                state=self.state,
-                batch_size=self.args.per_device_train_batch_size,
-                retries=self.args.reward_retries,
-                wait=self._stop_request.wait,
-            )
-        if failed:
-            scores = rollout.response_mask.new_full((len(ids),), math.nan, dtype=torch.float32)
-        scores = torch.where(rollout.response_mask.any(-1), scores, math.nan)
-        if self.args.missing_eos_penalty is not None:
-            ended = generation.ends_with_stop(rollout.response_ids, rollout.response_mask, self._stop_ids)
-            scores = torch.where(ended, scores, scores - self.args.missing_eos_penalty)
-        return completions, scores
-
-    def _prompt_texts(self, rollout: Rollout) -> list[Any]:
-        """The prompts as the dataset has them; decoded where it has token ids only."""
-        if rollout.rows and "prompt" in rollout.rows[0]:
-            return [row["prompt"] for row in rollout.rows]
-        ids = [row[mask] for row, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
-        return self.processing_class.batch_decode(ids, skip_special_tokens=True)
+def _check_arguments(
+    args: Any, model: Any, ref_model: Any, train_dataset: Any, reward_model: Any, reward_funcs: Any
+) -> None:
+    """Which arguments of the trainer there have to be, and which exclude each other."""
+    if not isinstance(args, TrustKLPPOConfig):
+        raise ConfigError(f"`args` got {type(args).__name__}; it must be a TrustKLPPOConfig.")
+    if model is None or train_dataset is None:
+        raise ConfigError(f"`{'model' if model is None else 'train_dataset'}` got None; it is required.")
+    if ref_model is model and not isinstance(model, str):
+        raise ModelError("`ref_model` is the model itself; give a copy, or None and the trainer makes the reference.")
+    if reward_model is not None and reward_funcs is not None:
+        raise ConfigError("`reward_model` and `reward_funcs` were both given; put the model into `reward_funcs`.")

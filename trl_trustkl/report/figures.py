@@ -77,11 +77,11 @@ def binned(values: Column, bins: int, reduce: Callable[..., Any] = np.nanmean) -
     return np.array([np.nan if np.isnan(part).all() else reduce(part) for part in parts])
 
 
-def _drawable(values: Column) -> Column:
+def drawable(values: Column) -> Column:
     return np.clip(values, -LARGEST, LARGEST)
 
 
-def _positive(values: Column) -> Column:
+def positive(values: Column) -> Column:
     """For a logarithmic axis, where 0 has no place."""
     return np.where(values > 0, np.clip(values, 1 / LARGEST, LARGEST), np.nan)
 
@@ -89,7 +89,7 @@ def _positive(values: Column) -> Column:
 # -- what all figures share --------------------------------------------------------------------------------------------
 
 
-def _axes(figure: Figure, ylabel: str, xlabel: str = "update", place: Any = 111, sharex: Axes | None = None) -> Axes:
+def add_axes(figure: Figure, ylabel: str, xlabel: str = "update", place: Any = 111, sharex: Axes | None = None) -> Axes:
     axes = figure.add_subplot(place, sharex=sharex)
     axes.set_xlabel(xlabel, color=INK, fontsize=9)
     axes.set_ylabel(ylabel, color=INK, fontsize=9)
@@ -103,13 +103,13 @@ def _axes(figure: Figure, ylabel: str, xlabel: str = "update", place: Any = 111,
     return axes
 
 
-def _updates(axes: Axes, x: Column) -> None:
+def update_axis(axes: Axes, x: Column) -> None:
     """Whole numbers on the axis, also where there is a single update."""
     axes.set_xlim(x[0] - 0.5, x[-1] + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
 
 
-def _line(axes: Axes, x: Column, y: Column, color: str, label: str | None = None, **style: Any) -> None:
+def plot_line(axes: Axes, x: Column, y: Column, color: str, label: str | None = None, **style: Any) -> None:
     """A line where there is anything to draw, with dots where updates are few; a long one as median and envelope."""
     if not np.isfinite(y).any():
         return
@@ -120,7 +120,7 @@ def _line(axes: Axes, x: Column, y: Column, color: str, label: str | None = None
     axes.plot(x, y, color=color, label=label, **{"linewidth": 1.4, **dots, **style})
 
 
-def _legend(axes: Axes, columns: int = 2) -> None:
+def add_legend(axes: Axes, columns: int = 2) -> None:
     """Above the axes, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
@@ -132,7 +132,7 @@ def _legend(axes: Axes, columns: int = 2) -> None:
             text.set_color(INK)
 
 
-def _log(axes: Axes, *drawn: Column) -> None:
+def log_scale(axes: Axes, *drawn: Column) -> None:
     """A logarithmic axis, where any of what was drawn is positive; within two decades with ticks at 1, 2 and 5."""
     values = np.concatenate(drawn)
     values = values[values > 0]
@@ -150,9 +150,9 @@ def _log(axes: Axes, *drawn: Column) -> None:
 
 
 def frontier(figure: Figure, records: Records) -> None:
-    kl = np.sqrt(np.clip(_drawable(distance(records)), 0.0, None))
-    score, update = _drawable(column(records, "score")), column(records, "update")
-    axes = _axes(figure, "mean score", "√KL to the reference  (√nats per response)")
+    kl = np.sqrt(np.clip(drawable(distance(records)), 0.0, None))
+    score, update = drawable(column(records, "score")), column(records, "update")
+    axes = add_axes(figure, "mean score", "√KL to the reference  (√nats per response)")
     stride = max(1, len(kl) // 1500)
     size = 14 if len(kl) > 60 else 26
     points = axes.scatter(
@@ -168,45 +168,45 @@ def frontier(figure: Figure, records: Records) -> None:
 
 
 def anchor(figure: Figure, records: Records) -> None:
-    x, kl = column(records, "update"), _drawable(distance(records))
-    error, target = _drawable(column(records, "anchor.kl_stderr")), _drawable(column(records, "anchor.target"))
+    x, kl = column(records, "update"), drawable(distance(records))
+    error, target = drawable(column(records, "anchor.kl_stderr")), drawable(column(records, "anchor.target"))
     grid = figure.add_gridspec(2, 1, height_ratios=(3, 2), hspace=0.12)
-    above = _axes(figure, "KL to the reference\n(nats per response)", "", grid[0])
+    above = add_axes(figure, "KL to the reference\n(nats per response)", "", grid[0])
     middle = binned(x, POINTS)
     if np.isfinite(error).any():
         low, high = binned(kl - error, POINTS, np.nanmin), binned(kl + error, POINTS, np.nanmax)
         above.fill_between(middle, low, high, color=BLUE, alpha=0.25, linewidth=0, label="± stderr")
-    _line(above, x, kl, BLUE, r"KL($\pi\,\|\,\pi_{\mathrm{ref}}$)")
-    _line(above, x, target, RED, "target", linestyle="--")
+    plot_line(above, x, kl, BLUE, r"KL($\pi\,\|\,\pi_{\mathrm{ref}}$)")
+    plot_line(above, x, target, RED, "target", linestyle="--")
     above.tick_params(labelbottom=False)
-    _legend(above, 3)
-    below = _axes(figure, "β", "update", grid[1], sharex=above)
-    _line(below, x, _drawable(column(records, "anchor.coef")), GREEN)
+    add_legend(above, 3)
+    below = add_axes(figure, "β", "update", grid[1], sharex=above)
+    plot_line(below, x, drawable(column(records, "anchor.coef")), GREEN)
     below.set_ylim(bottom=0)
-    _updates(below, x)
+    update_axis(below, x)
     figure.align_ylabels()
 
 
 def trust_region(figure: Figure, records: Records) -> None:
     x = column(records, "update")
-    proposed, kl = (_positive(column(records, f"trust.{key}")) for key in ("kl_proposed", "kl"))
-    limit, worst = (_positive(column(records, f"trust.{key}")) for key in ("limit", "kl_max"))
-    axes = _axes(figure, r"KL($\pi_{\mathrm{old}}\,\|\,\pi$) after the update" "\n(nats per token)")
-    _line(axes, x, worst, SKY, "worst token", linewidth=0.9, alpha=0.8)
+    proposed, kl = (positive(column(records, f"trust.{key}")) for key in ("kl_proposed", "kl"))
+    limit, worst = (positive(column(records, f"trust.{key}")) for key in ("limit", "kl_max"))
+    axes = add_axes(figure, r"KL($\pi_{\mathrm{old}}\,\|\,\pi$) after the update" "\n(nats per token)")
+    plot_line(axes, x, worst, SKY, "worst token", linewidth=0.9, alpha=0.8)
     if (column(records, "trust.scale") < 1).any():
-        _line(axes, x, proposed, ORANGE, "mean, without enforcement")
-    _line(axes, x, kl, BLUE, "mean, as measured")
-    _line(axes, x, limit, RED, "limit that is enforced", linestyle="--")
-    _log(axes, proposed, kl, limit, worst)
-    _updates(axes, x)
-    _legend(axes)
+        plot_line(axes, x, proposed, ORANGE, "mean, without enforcement")
+    plot_line(axes, x, kl, BLUE, "mean, as measured")
+    plot_line(axes, x, limit, RED, "limit that is enforced", linestyle="--")
+    log_scale(axes, proposed, kl, limit, worst)
+    update_axis(axes, x)
+    add_legend(axes)
 
 
 def gated(figure: Figure, records: Records) -> None:
     names = {"anchor": BLUE, "clip": ORANGE, "stop": GREEN, "backtrack": RED, "grad_norm": PURPLE}
     labels = {"stop": "early stop", "backtrack": "backtracking", "grad_norm": "gradient norm"}
     taken = {name: values for name, values in shares(records).items() if (values > 0).any()}
-    axes = _axes(figure, "share of the update taken\n(by each mechanism, stacked)")
+    axes = add_axes(figure, "share of the update taken\n(by each mechanism, stacked)")
     x = column(records, "update")
     middle, width = binned(x, 120), max(1.0, len(x) / 120) if len(x) > 60 else 0.9
     bottom = np.zeros(len(middle))
@@ -223,18 +223,18 @@ def gated(figure: Figure, records: Records) -> None:
             alpha=0.85,
         )
         bottom = bottom + height
-    _updates(axes, x)
+    update_axis(axes, x)
     axes.set_ylim(0, max(0.05, 1.05 * float(bottom.max())))
-    _legend(axes, 3)
+    add_legend(axes, 3)
 
 
 def ratios(figure: Figure, records: Records) -> None:
     x, last = column(records, "update"), records[-1].trust
     at = {
-        level: _positive(quantile(records, level)) for level in ("0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99")
+        level: positive(quantile(records, level)) for level in ("0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99")
     }
-    top = _positive(column(records, "trust.max_ratio"))
-    axes = _axes(figure, r"ratio $\pi/\pi_{\mathrm{old}}$ at the sampled tokens")
+    top = positive(column(records, "trust.max_ratio"))
+    axes = add_axes(figure, r"ratio $\pi/\pi_{\mathrm{old}}$ at the sampled tokens")
     middle = binned(x, POINTS)
     if last.rule != "none" and np.isfinite(last.low + last.high):
         low, high = np.clip([1 - last.low, 1 + last.high], 1 / LARGEST, LARGEST)
@@ -246,22 +246,22 @@ def ratios(figure: Figure, records: Records) -> None:
     ):
         low, high = binned(at[low_level], POINTS), binned(at[high_level], POINTS)
         axes.fill_between(middle, low, high, color=BLUE, alpha=alpha, linewidth=0, label=label)
-    _line(axes, x, top, RED, "largest", linewidth=0.9)
-    _line(axes, middle, binned(at["0.5"], POINTS), BLUE, "median")
-    _log(axes, top, *at.values())
-    _updates(axes, x)
-    _legend(axes, 3)
+    plot_line(axes, x, top, RED, "largest", linewidth=0.9)
+    plot_line(axes, middle, binned(at["0.5"], POINTS), BLUE, "median")
+    log_scale(axes, top, *at.values())
+    update_axis(axes, x)
+    add_legend(axes, 3)
 
 
 def gradient(figure: Figure, records: Records) -> None:
     x = column(records, "update")
-    norm, limit = _positive(column(records, "gradient.norm")), _positive(column(records, "gradient.max_norm"))
-    axes = _axes(figure, "norm of the policy's gradient\n(before clipping, mean over the steps)")
-    _line(axes, x, norm, BLUE, "norm")
-    _line(axes, x, limit, RED, "max_grad_norm", linestyle="--")
-    _log(axes, norm, limit)
-    _updates(axes, x)
-    _legend(axes)
+    norm, limit = positive(column(records, "gradient.norm")), positive(column(records, "gradient.max_norm"))
+    axes = add_axes(figure, "norm of the policy's gradient\n(before clipping, mean over the steps)")
+    plot_line(axes, x, norm, BLUE, "norm")
+    plot_line(axes, x, limit, RED, "max_grad_norm", linestyle="--")
+    log_scale(axes, norm, limit)
+    update_axis(axes, x)
+    add_legend(axes)
 
 
 FIGURES: dict[str, Kind] = {
@@ -307,10 +307,10 @@ FIGURES: dict[str, Kind] = {
 
 def draw(records: Records) -> list[Drawn]:
     """All figures of a run."""
-    return [_drawn(name, kind, records) for name, kind in FIGURES.items()]
+    return [render(name, kind, records) for name, kind in FIGURES.items()]
 
 
-def _drawn(name: str, kind: Kind, records: Records) -> Drawn:
+def render(name: str, kind: Kind, records: Records) -> Drawn:
     figure = Figure(figsize=(4.6, 3.3), layout="constrained")
     FigureCanvasAgg(figure)
     kind.draw(figure, records)

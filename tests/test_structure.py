@@ -1,0 +1,345 @@
+"""The shape of the code, read from its source alone: sizes, the direction of imports, what is private, what nothing uses.
+
+Each rule is a function from sources to what breaks it, so that the tests below also show each of them failing.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "trl_trustkl"
+LONGEST_FUNCTION, LARGEST_MODULE = 60, 400  # lines
+
+LAYERS = (
+    ("errors", "masking", "types"),
+    ("advantages", "bounds", "controllers", "divergences", "logprobs", "records", "surrogates", "trust_region"),
+    ("report",),
+    ("ppo._base", "ppo._upstream"),
+    ("callbacks",),
+    ("ppo",),
+    ("compare",),
+    ("cli", "__main__"),
+)
+"""From the bottom up, as docs/design.md has them: a module imports from its own layer and from those before it. The longest
+name that fits counts, so that `ppo._upstream` is not in the layer of `ppo`. The package's own `__init__`, which loads what
+is above the mathematics on first use, is in none."""
+
+PRIVATE_ON_PURPOSE = {
+    "callbacks.stock imports PPOConfig of ppo._upstream": "one file alone knows which TRL is installed",
+}
+UNNAMED_ON_PURPOSE = {
+    "cli.train_help._format_action_invocation": "argparse calls it",
+    "cli.train_help._get_help_string": "argparse calls it",
+    "ppo._base._name": "TRL's model card reads it",
+    "ppo._base._paper": "TRL's model card reads it",
+    "ppo.saving._save": "transformers calls it",
+}
+"""What breaks a rule, and why it does."""
+
+
+class Source(NamedTuple):
+    text: str
+    tree: ast.Module
+    is_package: bool
+
+
+class Import(NamedTuple):
+    """`name` of `target`, a module of the package, in `module`; None where the module itself is imported."""
+
+    module: str
+    target: str
+    name: str | None
+
+
+@cache
+def package() -> dict[str, Source]:
+    paths = sorted((ROOT / PACKAGE).rglob("*.py"))
+    return parsed({str(path.relative_to(ROOT / PACKAGE)): path.read_text(encoding="utf-8") for path in paths})
+
+
+def parsed(files: Mapping[str, str]) -> dict[str, Source]:
+    """Modules by their dotted names inside the package; "" is the package's own `__init__`."""
+    sources = {}
+    for path, text in files.items():
+        parts = Path(path).with_suffix("").parts
+        is_package = parts[-1] == "__init__"
+        sources[".".join(parts[:-1] if is_package else parts)] = Source(text, ast.parse(text), is_package)
+    return sources
+
+
+def everything_else() -> Iterator[Path]:
+    """The files that may name what the package defines, beside its own modules and this test."""
+    for folder, endings in (("tests", "py"), ("examples", "py ipynb yaml"), ("benchmarks", "py"), ("docs", "py md")):
+        for ending in endings.split():
+            yield from (path for path in (ROOT / folder).rglob(f"*.{ending}") if path != Path(__file__))
+    yield from (ROOT / PACKAGE).rglob("*.html")
+    yield from (ROOT / "README.md", ROOT / "pyproject.toml")
+
+
+# -- the rules ---------------------------------------------------------------------------------------------------------
+
+
+def functions(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(lines, name) of every function and method, signature and docstring included."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node.end_lineno - node.lineno + 1, node.name
+
+
+def too_long(texts: Mapping[str, str]) -> list[str]:
+    return [
+        f"{path}: {name} has {lines} lines"
+        for path, text in texts.items()
+        for lines, name in functions(ast.parse(text))
+        if lines > LONGEST_FUNCTION
+    ]
+
+
+def too_large(sources: Mapping[str, Source]) -> list[str]:
+    lines = lines_of_modules(sources)
+    return [f"{module} has {count} lines" for module, count in lines.items() if count > LARGEST_MODULE]
+
+
+def lines_of_modules(sources: Mapping[str, Source]) -> dict[str, int]:
+    return {module: len(source.text.splitlines()) for module, source in sources.items()}
+
+
+def imports(sources: Mapping[str, Source]) -> Iterator[Import]:
+    """What the modules import of each other: at their top, under TYPE_CHECKING or inside of a function."""
+    for module, source in sources.items():
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names if alias.name.split(".")[0] == PACKAGE]
+                yield from (Import(module, name.removeprefix(PACKAGE).lstrip("."), None) for name in names)
+            elif isinstance(node, ast.ImportFrom):
+                base = _resolved(node, module, source.is_package)
+                for alias in node.names if base is not None else ():
+                    inside = f"{base}.{alias.name}".lstrip(".")
+                    yield Import(module, inside, None) if inside in sources else Import(module, base, alias.name)
+
+
+def _resolved(node: ast.ImportFrom, module: str, is_package: bool) -> str | None:
+    """The module of this package that is imported from; None for any other."""
+    if not node.level:
+        top, _, rest = (node.module or "").partition(".")
+        return rest if top == PACKAGE else None
+    parts = [part for part in module.split(".") if part]
+    kept = parts[: len(parts) - node.level + is_package]
+    return ".".join([*kept, *([node.module] if node.module else [])])
+
+
+def layer(module: str) -> int | None:
+    """The number of a module's layer; None for one that is in none."""
+    fitting = [
+        (len(name), i) for i, names in enumerate(LAYERS) for name in names if f"{module}.".startswith(f"{name}.")
+    ]
+    return max(fitting)[1] if fitting else None
+
+
+def upward(found: list[Import]) -> list[str]:
+    """Imports of a higher layer, and modules that have no layer."""
+    wrong = [
+        f"{module} is in no layer" for module in {each.module for each in found} if module and layer(module) is None
+    ]
+    for each in found:
+        own, other = layer(each.module), layer(each.target)
+        if own is not None and other is not None and other > own:
+            wrong.append(f"{each.module} imports {each.target}, which is above it")
+    return wrong
+
+
+def cycle(found: list[Import]) -> list[str]:
+    """The modules of a circle of imports; none where there is no circle."""
+    graph: dict[str, set[str]] = {}
+    for each in found:
+        graph.setdefault(each.module, set()).add(each.target)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def private(found: list[Import]) -> list[str]:
+    """Imports of another module's underscored names, or of an underscored module by another package's."""
+    wrong = []
+    for each in found:
+        folder, _, last = each.target.rpartition(".")
+        hidden = each.name is not None and each.name.startswith("_") and not each.name.startswith("__")
+        if hidden or (last.startswith("_") and not f"{each.module}.".startswith(f"{folder}.")):
+            wrong.append(f"{each.module} imports {each.name or 'the module'} of {each.target}")
+    return wrong
+
+
+def definitions(tree: ast.Module) -> Iterator[str]:
+    """The names that a module defines: functions, classes, methods, fields and module-level constants."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name
+        if isinstance(node, (ast.Module, ast.ClassDef)):
+            for statement in node.body:
+                targets = (
+                    statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+                )
+                yield from (name.id for target in targets if target for name in ast.walk(target) if _is_new(name))
+
+
+def _is_new(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+
+
+def names(tree: ast.Module) -> Iterator[str]:
+    """The names that a module uses: read, imported, given as a keyword, or spelled in a string."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            yield node.attr
+        elif isinstance(node, ast.alias):
+            yield node.name
+        elif isinstance(node, ast.keyword) and node.arg:
+            yield node.arg
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 80:
+            yield from re.findall(r"\w+", node.value)
+
+
+def unused(sources: Mapping[str, Source], elsewhere: set[str]) -> list[str]:
+    """module.name of what is defined and never named again."""
+    used = elsewhere.union(*(names(source.tree) for source in sources.values()))
+    return [
+        f"{module}.{name}"
+        for module, source in sources.items()
+        for name in definitions(source.tree)
+        if name not in used and not name.startswith("__")
+    ]
+
+
+# -- the package -------------------------------------------------------------------------------------------------------
+
+
+@cache
+def found_imports() -> list[Import]:
+    return list(imports(package()))
+
+
+def test_figures(capsys):
+    """Nothing but a line for the log of CI."""
+    lines = lines_of_modules(package())
+    longest = max((*each, module) for module, source in package().items() for each in functions(source.tree))
+    largest = max(lines, key=lines.__getitem__)
+    with capsys.disabled():
+        print(
+            f"\n{PACKAGE}: {len(lines)} modules, {sum(lines.values()):,} lines, {len(found_imports())} imports of each other; "
+            f"largest module {largest} ({lines[largest]} lines), longest function {longest[2]}.{longest[1]} ({longest[0]})"
+        )
+
+
+@pytest.mark.parametrize("folder", [PACKAGE, "tests", "examples", "benchmarks", "docs"])
+def test_no_function_is_too_long(folder):
+    paths = sorted((ROOT / folder).rglob("*.py"))
+    assert paths and too_long({str(path): path.read_text(encoding="utf-8") for path in paths}) == []
+
+
+def test_no_module_is_too_large():
+    assert too_large(package()) == []
+
+
+def test_imports_point_down():
+    assert upward(found_imports()) == []
+
+
+def test_no_imports_form_a_circle():
+    assert cycle(found_imports()) == []
+
+
+def test_what_is_private_stays_in_its_module():
+    assert sorted(private(found_imports())) == sorted(PRIVATE_ON_PURPOSE)
+
+
+def test_the_design_names_every_module():
+    design = re.sub(r"```.*?```", "", (ROOT / "docs/design.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    words = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", design))))
+    assert [module for module in package() if module and module.rpartition(".")[2] not in words] == []
+
+
+def test_everything_is_named_somewhere():
+    elsewhere = {word for path in everything_else() for word in re.findall(r"\w+", path.read_text(encoding="utf-8"))}
+    assert sorted(unused(package(), elsewhere)) == sorted(UNNAMED_ON_PURPOSE)
+
+
+# -- that each rule can fail -------------------------------------------------------------------------------------------
+
+
+def broken(path: str, text: str) -> list[Import]:
+    """The imports of the package with one file of it, or a new one, that says `text`."""
+    return list(imports({**package(), **parsed({path: text})}))
+
+
+@pytest.mark.parametrize(("lines", "fails"), [(LONGEST_FUNCTION, False), (LONGEST_FUNCTION + 1, True)])
+def test_a_long_function_is_found(lines, fails):
+    body = "\n".join(["        pass"] * (lines - 1))
+    assert bool(too_long({"a": f"class A:\n    async def f(self):\n{body}"})) == fails
+
+
+@pytest.mark.parametrize(("lines", "fails"), [(LARGEST_MODULE, False), (LARGEST_MODULE + 1, True)])
+def test_a_large_module_is_found(lines, fails):
+    assert bool(too_large(parsed({"a.py": "x = 1\n" * lines}))) == fails
+
+
+@pytest.mark.parametrize(
+    ("statement", "above"),
+    [
+        ("from .ppo.config import TrustKLPPOConfig", "ppo.config"),
+        ("from . import ppo", "ppo"),
+        ("from .ppo import config", "ppo.config"),
+        ("import trl_trustkl.ppo.config", "ppo.config"),
+        ("from trl_trustkl.report import schema", "report.schema"),
+        ("def f():\n    from .report.schema import Run", "report.schema"),
+        ("if TYPE_CHECKING:\n    from .cli import main", "cli"),
+    ],
+)
+def test_an_upward_import_is_found_wherever_it_stands(statement, above):
+    assert upward(broken("bounds.py", statement)) == [f"bounds imports {above}, which is above it"]
+
+
+def test_an_upward_import_of_a_package_is_found():
+    """Relative imports count from the package itself, one level higher than in its modules."""
+    assert upward(broken("report/__init__.py", "from ..compare import page")) == [
+        "report imports compare.page, which is above it"
+    ]
+    assert upward(broken("report/__init__.py", "from .schema import Run")) == []
+
+
+def test_a_module_without_a_layer_is_found():
+    assert upward(broken("helpers.py", "from .errors import ConfigError")) == ["helpers is in no layer"]
+
+
+def test_a_circle_is_found():
+    assert set(cycle(broken("masking.py", "def f():\n    from .trust_region import Line"))) == {
+        "masking",
+        "trust_region",
+    }
+
+
+@pytest.mark.parametrize(
+    "statement", ["from ..report.figures import _label", "from ..ppo import _base", "from ..ppo._base import PPOConfig"]
+)
+def test_a_private_import_is_found(statement):
+    assert len(private(broken("cli/table.py", statement))) == len(PRIVATE_ON_PURPOSE) + 1
+
+
+def test_what_nothing_names_is_found():
+    sources = parsed(
+        {"a.py": "LEFT = 1\nclass Used:\n    field: int\n    def method(self): ...\ndef over(): ...\nUsed()"}
+    )
+    assert sorted(unused(sources, set())) == ["a.LEFT", "a.field", "a.method", "a.over"]
+    assert sorted(unused(sources, {"over", "field"})) == ["a.LEFT", "a.method"]

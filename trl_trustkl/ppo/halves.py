@@ -1,0 +1,155 @@
+"""A causal language model in two halves, backbone and output head, so that logits need not be made for all tokens at once."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..errors import ModelError
+from ..types import Head, MicroBatch
+from .loading import trainable
+
+logger = logging.getLogger(__name__)
+
+
+class OutputHead:
+    """Hidden states to logits as the model itself computes them: projection, scaling, soft-capping."""
+
+    def __init__(self, projection: nn.Module, config: Any) -> None:
+        self.projection = projection
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.divisor = getattr(config, "logits_scaling", None)
+        self.factor = getattr(config, "logit_scale", None)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = self.projection(hidden)
+        if self.divisor is not None:
+            logits = logits / self.divisor
+        if self.factor is not None:
+            logits = logits * self.factor
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.projection.parameters()
+
+    def frozen(self) -> OutputHead:
+        """This head as it is now: itself where nothing in it is trained, else a copy."""
+        if not trainable(self.projection):
+            return self
+        clone = copy.copy(self)
+        clone.projection = copy.deepcopy(self.projection).requires_grad_(False)
+        return clone
+
+
+def _identity_head(logits: Tensor) -> Tensor:
+    return logits
+
+
+class CausalHalves:
+    """A causal language model as backbone (tokens to hidden states) and head (hidden states to logits).
+
+    Not a module: it registers nothing. Where the head does not reproduce the model's own logits (probed once), it falls
+    back to the model's whole forward pass with the logits in the place of the hidden states, and says so.
+    """
+
+    def __init__(self, model: nn.Module, *, name: str = "model") -> None:
+        self.model = model
+        self.causal = model.get_base_model() if isinstance(model, PeftModel) else model
+        config = self.causal.config.get_text_config()
+        projection = self.causal.get_output_embeddings()
+        if projection is None:
+            raise ModelError(f"`{name}` is a {type(self.causal).__name__}, which has no output head over a vocabulary.")
+        self.vocab_size = int(projection.weight.shape[0]) if hasattr(projection, "weight") else int(config.vocab_size)
+        self.hidden_size = int(config.hidden_size)
+        self.backbone = getattr(self.causal, self.causal.base_model_prefix, None)
+        self.head: OutputHead | Any = OutputHead(projection, config)
+        self.chunked = self.backbone is not None and self._reproduces_logits()
+        if not self.chunked:
+            self.head = _identity_head
+            logger.warning(
+                "%s: the logits of %s are not its output head applied to its hidden states; exact divergences take them "
+                "from the whole forward pass, [b, t, V] for a micro-batch at a time.",
+                name,
+                type(self.causal).__name__,
+            )
+
+    @torch.no_grad()
+    def _reproduces_logits(self) -> bool:
+        device = next(self.causal.parameters()).device
+        ids = torch.arange(1, 5, device=device).unsqueeze(0) % self.vocab_size
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        with as_in_training(self.causal):
+            try:
+                mine = self.head(self.backbone(**inputs).last_hidden_state)
+            except (TypeError, AttributeError, RuntimeError):
+                return False
+            theirs = self.causal(**inputs).logits
+        return mine.shape == theirs.shape and torch.allclose(mine.float(), theirs.float(), rtol=1e-3, atol=1e-3)
+
+    def hidden(self, inputs: dict[str, Tensor], first: int) -> tuple[Tensor, Tensor]:
+        """What the head wants and what the value wants at the positions from `first` on: [b, t + 1, H or V], [b, t + 1, H]."""
+        with attention_kernel(self.causal, inputs["input_ids"]):
+            if self.chunked:
+                states = self.backbone(**accepted(self.backbone, inputs), use_cache=False).last_hidden_state[:, first:]
+                return states, states
+            out = self.causal(**accepted(self.causal, inputs), use_cache=False, output_hidden_states=True)
+        return out.logits[:, first:], out.hidden_states[-1][:, first:]
+
+    def frozen_head(self) -> Head:
+        return self.head.frozen() if self.chunked else self.head
+
+
+def model_inputs(micro: MicroBatch) -> tuple[dict[str, Tensor], int]:
+    """A backbone's arguments, and the first position whose state predicts a response token."""
+    first = micro.input_ids.shape[1] - micro.response_ids.shape[1] - 1
+    return {name: getattr(micro, name) for name in ("input_ids", "attention_mask", "position_ids")}, first
+
+
+def accepted(module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs that the module's forward names, since some models have no position ids; all where it names none."""
+    names = inspect.signature(module.forward).parameters
+    if "input_ids" not in names:
+        return inputs
+    return {name: value for name, value in inputs.items() if name in names}
+
+
+def checkpointed(model: nn.Module) -> list[nn.Module]:
+    """The parts of a model that are recomputed in the backward pass."""
+    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+
+
+SHORT = 128
+"""Tokens up to which, on a CPU in bf16, attention written out beats the fused kernel with its slow backward."""
+
+
+def attention_kernel(model: nn.Module, input_ids: Tensor) -> AbstractContextManager[Any]:
+    """The faster kernel of `scaled_dot_product_attention` for these tokens, the same in every pass over them.
+
+    A pass that is recomputed in the backward would be so outside of this context; there the choice is PyTorch's.
+    """
+    bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    if input_ids.device.type != "cpu" or not bf16 or input_ids.shape[1] > SHORT or checkpointed(model):
+        return nullcontext()
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+@contextmanager
+def as_in_training(model: nn.Module) -> Iterator[None]:
+    """`model` in train mode: the kernels of a forward pass may depend on it (see `four_bit.unpack_4bit_weights`)."""
+    was_training = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(was_training)

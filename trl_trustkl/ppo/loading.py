@@ -1,0 +1,146 @@
+"""Models by name, and every model made ready to train: adapter, quantised weights, dropout, gradient checkpointing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..errors import ConfigError, ModelError
+from . import lora
+from .four_bit import is_quantized, unpack_4bit_weights
+
+
+def load_causal_lm(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedModel:
+    """A causal language model by name; `init_kwargs` go to `from_pretrained`."""
+    return AutoModelForCausalLM.from_pretrained(name, **(init_kwargs or {}))
+
+
+def load_scalar_model(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedModel:
+    """A reward or value model (a sequence classifier with one label) by name."""
+    return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **(init_kwargs or {}))
+
+
+def load_policy(
+    model: str | PreTrainedModel | PeftModel,
+    processing_class: PreTrainedTokenizerBase | None,
+    args: Any,
+    peft_config: PeftConfig | None,
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The policy, ready to train, and its tokenizer, with a padding token; both loaded where `model` is a name."""
+    if processing_class is None:
+        if not isinstance(model, str):
+            raise ModelError("`processing_class` got None; it is optional only when `model` is a name.")
+        processing_class = AutoTokenizer.from_pretrained(model)
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise ModelError(f"`processing_class` got {type(processing_class).__name__}; it must be a tokenizer.")
+    if isinstance(model, str):
+        model = load_causal_lm(model, args.model_init_kwargs)
+    elif args.model_init_kwargs:
+        raise ConfigError(
+            "`model_init_kwargs` was given with a model that is loaded already; it is for models given by name."
+        )
+    if not isinstance(model, (PreTrainedModel, PeftModel)):
+        raise ModelError(f"`model` got {type(model).__name__}; it must be a causal language model or the name of one.")
+    model.config.get_text_config().pad_token_id = pad_token_id(processing_class)
+    return prepare_policy(model, peft_config, args), processing_class
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokenizer's padding token; the stop token stands in where it has none, which the masks make safe."""
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(
+                "`processing_class` has neither a pad token nor an eos token; set one, for example "
+                "tokenizer.add_special_tokens({'pad_token': '<pad>'})."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer.pad_token_id
+
+
+def prepare_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: Any) -> nn.Module:
+    """The policy ready to train: quantised weights prepared, adapter added, dropout off, gradient checkpointing on."""
+    if peft_config is not None:
+        if not isinstance(peft_config, PeftConfig):
+            raise ModelError(
+                f"`peft_config` got {type(peft_config).__name__}; it must be a peft.PeftConfig such as LoraConfig(...)."
+            )
+        if isinstance(model, PeftModel):
+            raise ModelError(
+                "`peft_config` was given with a model that already has an adapter; leave `peft_config` out to go on "
+                "training that adapter, or merge it first with model.merge_and_unload()."
+            )
+        if is_quantized(model):
+            unpack_4bit_weights(model)
+        model = get_peft_model(model, peft_config)
+    elif is_quantized(model):
+        if not isinstance(model, PeftModel):
+            raise ModelError(
+                "`model` is quantised and has no adapter: its weights cannot be trained; pass `peft_config=LoraConfig(...)`."
+            )
+        unpack_4bit_weights(model)
+    if isinstance(model, PeftModel):
+        if model.active_peft_config.is_prompt_learning:
+            raise ModelError(
+                f"`peft_config` is {type(model.active_peft_config).__name__}: prompt-learning adapters change the input "
+                "instead of the weights and are not supported; use LoRA or another adapter of the weights."
+            )
+        model.set_adapter(args.model_adapter_name or "default")
+        lora.shorten(model)
+    disable_dropout(model)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=_checkpointing_kwargs(args))
+        if isinstance(model, PeftModel):
+            model.enable_input_require_grads()
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ModelError(
+            "`model` has no trainable parameter; load its adapter with is_trainable=True, or pass `peft_config`."
+        )
+    return model
+
+
+def prepare_value_model(model: Any, args: Any) -> nn.Module | None:
+    """A value model of its own, ready to train; None stays None, for a head on the policy."""
+    if model is None:
+        return None
+    if isinstance(model, str):
+        model = load_scalar_model(model, args.model_init_kwargs)
+    if is_quantized(model):
+        unpack_4bit_weights(model)
+    disable_dropout(model)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=_checkpointing_kwargs(args))
+        if isinstance(model, PeftModel):
+            model.enable_input_require_grads()
+    if not trainable(model):
+        raise ModelError("`value_model` has no trainable parameter; load its adapter with is_trainable=True.")
+    return model
+
+
+def _checkpointing_kwargs(args: Any) -> dict[str, Any]:
+    return {"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {})}
+
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0, the attention's own rates included: with dropout the ratio is not 1 before the first step."""
+    for module in model.modules():
+        if isinstance(module, _DROPOUTS):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]

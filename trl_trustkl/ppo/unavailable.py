@@ -1,0 +1,43 @@
+"""What transformers offers and this version refuses: sharded models, compiled and patched kernels."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from accelerate.utils import parse_flag_from_env
+
+from ..errors import NotAvailableYetError
+
+
+def refuse_sharding(args: Any) -> None:
+    for name, given, flag in (
+        ("FSDP", args.fsdp, "ACCELERATE_USE_FSDP"),
+        ("DeepSpeed", args.deepspeed, "ACCELERATE_USE_DEEPSPEED"),
+    ):
+        if given or parse_flag_from_env(flag):
+            raise sharding_error(name)
+
+
+def sharding_error(name: str) -> NotAvailableYetError:
+    """The error for FSDP and DeepSpeed, which says what does work."""
+    return NotAvailableYetError(
+        f"{name} is not available yet in this version; one process, or several with DDP, work: accelerate launch "
+        "--config_file examples/accelerate/multi_gpu.yaml (cpu_gloo.yaml without a GPU). LoRA or QLoRA (peft_config, a 4-bit "
+        "model) saves most of the memory that sharding would."
+    )
+
+
+def refuse_other_kernels(args: Any) -> None:
+    """Compiled and patched kernels would be others in one pass than in the next, and the ratio not 1 before the first step."""
+    compiled = args.torch_compile or args.torch_compile_backend or args.torch_compile_mode
+    if compiled or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise NotAvailableYetError(
+            "`torch_compile` is not available yet in this version: sampling, scoring and stepping have to compute the same "
+            "numbers. Leave `torch_compile`, its backend and mode out, and accelerate's `dynamo_backend` at no."
+        )
+    if args.use_liger_kernel:
+        raise NotAvailableYetError(
+            "`use_liger_kernel` is not available yet in this version; it must be False. Log-probabilities and exact KLs are "
+            "computed in chunks here, without [B, T, V] logits in memory."
+        )
