@@ -212,9 +212,6 @@ def test_commands_and_their_flags_exist() -> None:
                 named = [word for word in words[1:] if re.fullmatch(r"[a-z0-9-]+", word)]
                 assert set(named) <= targets, f"{page}: {line}"
             elif words[:1] == ["trustkl"] or (words[:1] == ["python"] and words[1].endswith(".py")):
-                if words[0] == "python" and not (ROOT / words[1]).exists():
-                    assert words[1] == "benchmarks/scaling.py", f"{page}: {line}"
-                    continue
                 flags = {word.split("=")[0] for word in words[1:] if word.startswith("--")}
                 assert flags <= known_flags(words) | {"--help", "--version"}, f"{page}: {line}"
             else:
@@ -269,7 +266,6 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_figures_and_tables_exist_and_are_made_by_a_command_on_the_page() -> None:
-    missing = []
     for page, text in TEXTS.items():
         for figure in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
             name = Path(figure).stem
@@ -277,9 +273,7 @@ def test_figures_and_tables_exist_and_are_made_by_a_command_on_the_page() -> Non
             assert f"python examples/{name}.py" in text, f"{page}: {figure}"
         for table in re.findall(r'--8<-- "([^"]+)"', text):
             assert f"python benchmarks/{Path(table).stem}.py" in text, f"{page}: {table}"
-            if not (ROOT / table).exists():
-                missing.append(table)
-    assert set(missing) <= {"benchmarks/data/scaling.md"}
+            assert (ROOT / table).exists(), f"{page}: {table}"
 
 
 @pytest.mark.slow
