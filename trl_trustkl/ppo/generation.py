@@ -87,7 +87,7 @@ def stop_ids(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, args: Any, *
     with "none", the default for a dataset of token ids, as in TRL.
     """
     if args.stop_token_id is not None:
-        vocabulary = policy.get_input_embeddings().num_embeddings
+        vocabulary = policy.get_input_embeddings().weight.shape[0]
         if not 0 <= args.stop_token_id < vocabulary:
             raise out_of_range("stop_token_id", args.stop_token_id, f"a token of the model's, 0 to {vocabulary - 1}")
         return [args.stop_token_id]
