@@ -286,10 +286,12 @@ class CausalHalves:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         with as_in_training(self.causal):
             try:
-                mine = self.head(self.backbone(**inputs).last_hidden_state)
+                states = self.backbone(**inputs).last_hidden_state
+                mine = self.head(states)
             except (TypeError, AttributeError, RuntimeError):
                 return False
             theirs = self.causal(**inputs).logits
+        self.hidden_size = int(states.shape[-1])  # what the value reads; a few models (OPT-350m) project their states
         return mine.shape == theirs.shape and torch.allclose(mine.float(), theirs.float(), rtol=1e-3, atol=1e-3)
 
     def hidden(self, inputs: dict[str, Tensor], first: int) -> tuple[Tensor, Tensor]:
