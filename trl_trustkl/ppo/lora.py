@@ -15,7 +15,6 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
-
 _LINEAR = ("Linear", "Linear4bit", "Linear8bitLt")
 """PEFT's layers around a linear map; one around a parameter of a module, as of a mixture's router, is another thing."""
 
