@@ -115,18 +115,25 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *wanted: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(each is None for each in wanted):  # what comes after cut the gradient off
+            return (None,) * (3 + len(ctx.trained))
         hidden, targets = ctx.saved_tensors
-        of_hidden, of_trained = torch.empty_like(hidden), [torch.zeros_like(p) for p in ctx.trained]
+        # In float32 at least: a sum of many chunks in half precision would lose the small ones.
+        dtypes = [torch.promote_types(p.dtype, torch.float32) for p in ctx.trained]
+        of_hidden = torch.empty_like(hidden)
+        of_trained = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(ctx.trained, dtypes, strict=True)]
         for chunk in _slices(hidden, _chunk_rows(ctx.plan)):
             part = hidden[chunk].detach().requires_grad_()
             plan, asked = ctx.plan.at(chunk), _at(wanted, chunk)
             with ctx.autocast():
                 logits, gradient = _chunk_gradient(part, targets[chunk], asked, plan)
-            of_hidden[chunk], *others = torch.autograd.grad(logits, [part, *ctx.trained], gradient)
+            of_hidden[chunk], *others = torch.autograd.grad(
+                logits, [part, *ctx.trained], gradient, allow_unused=True, materialize_grads=True
+            )
             del logits, gradient  # before the next chunk has its own
             for total, each in zip(of_trained, others, strict=True):
                 total += each
-        return of_hidden, None, None, *of_trained
+        return of_hidden, None, None, *(each.to(p.dtype) for p, each in zip(ctx.trained, of_trained, strict=True))
 
 
 def _chunk_columns(hidden: Tensor, target: Tensor, plan: _Plan) -> list[Tensor]:

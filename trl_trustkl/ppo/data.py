@@ -109,7 +109,7 @@ def prepare_datasets(
 def check_lengths(dataset: Dataset, model: PreTrainedModel, response_length: int, *, name: str) -> None:
     """Raise DataError for a prompt that is empty, or leaves no room for the response in the model's context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     masked = "attention_mask" in dataset.column_names
     masks = dataset["attention_mask"] if masked else [None] * len(dataset)
     for index, (row, mask) in enumerate(zip(dataset[IDS], masks, strict=True)):

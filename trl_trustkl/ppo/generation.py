@@ -62,6 +62,11 @@ def sample_responses(
     """
     sampler = Sampler()
     causal = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    padding = config.pad_token_id
+    if padding >= causal.get_input_embeddings().weight.shape[0]:  # the model must not see it, not even masked
+        config = copy.copy(config)
+        config.pad_token_id = 0
+        prompt_ids = torch.where(prompt_mask, prompt_ids, 0)
     with torch.no_grad(), ready_to_generate(causal):
         sequences = causal.generate(
             input_ids=prompt_ids,
@@ -72,10 +77,10 @@ def sample_responses(
     new = sequences[:, prompt_ids.shape[1] :]
     logp = torch.stack(sampler.columns, dim=1)[:, : new.shape[1]]
     missing = config.max_new_tokens - new.shape[1]
-    response = nn.functional.pad(new, (0, missing), value=config.pad_token_id)
+    response = nn.functional.pad(new, (0, missing), value=padding)
     sampled = torch.arange(config.max_new_tokens, device=new.device) < new.shape[1]
     mask = response_mask(response, stop_ids) & sampled
-    response = torch.where(mask, response, config.pad_token_id)
+    response = torch.where(mask, response, padding)
     return response, mask, torch.where(mask, nn.functional.pad(logp, (0, missing)), 0.0)
 
 
@@ -87,7 +92,7 @@ def stop_ids(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, args: Any, *
     with "none", the default for a dataset of token ids, as in TRL.
     """
     if args.stop_token_id is not None:
-        vocabulary = policy.get_input_embeddings().num_embeddings
+        vocabulary = policy.get_input_embeddings().weight.shape[0]
         if not 0 <= args.stop_token_id < vocabulary:
             raise out_of_range("stop_token_id", args.stop_token_id, f"a token of the model's, 0 to {vocabulary - 1}")
         return [args.stop_token_id]

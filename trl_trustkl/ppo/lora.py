@@ -15,11 +15,16 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
+_LINEAR = ("Linear", "Linear4bit", "Linear8bitLt")
+"""PEFT's layers around a linear map; one around a parameter of a module, as of a mixture's router, is another thing."""
+
 
 def shorten(model: nn.Module) -> None:
     """Give every LoRA layer of linear maps the shorter pass; those it does not fit keep PEFT's."""
     for module in model.modules():
-        if isinstance(module, LoraLayer) and all(type(a) is nn.Linear for a in module.lora_A.values()):
+        if not isinstance(module, LoraLayer) or type(module).__name__ not in _LINEAR:
+            continue
+        if all(type(a) is nn.Linear for a in module.lora_A.values()):
             module.__class__ = _shortened(type(module))
 
 

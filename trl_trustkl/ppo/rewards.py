@@ -69,6 +69,12 @@ class RewardModel:
     def score_ids(self, rollout: Rollout, rows: slice) -> Tensor:
         ids = torch.cat([rollout.prompt_ids[rows], rollout.response_ids[rows]], dim=1)
         mask = torch.cat([rollout.prompt_mask[rows], rollout.response_mask[rows]], dim=1)
+        known = self.model.get_input_embeddings().weight.shape[0]
+        if (largest := int((ids * mask).max())) >= known:  # in the rows that pad a policy's vocabulary, for example
+            raise RewardError(
+                f"the policy sampled the token {largest}, and the reward model `{self.__name__}` knows 0 to {known - 1}; give "
+                "it a tokenizer of its own in `reward_processing_classes`, so that it reads the text."
+            )
         backbone = getattr(self.model, self.model.base_model_prefix)
         inputs = {"input_ids": ids * mask, "attention_mask": mask.long(), "position_ids": positions(mask)}
         states = backbone(**inputs, use_cache=False).last_hidden_state
@@ -111,9 +117,9 @@ def _as_reward(
     if isinstance(func, str):
         return RewardModel(load_scalar_model(func, init_kwargs), tokenizer or AutoTokenizer.from_pretrained(func))
     if isinstance(func, nn.Module):
-        if tokenizer is None and func.get_input_embeddings().num_embeddings < vocab_size:
+        if tokenizer is None and func.get_input_embeddings().weight.shape[0] < vocab_size:
             raise ConfigError(
-                f"`reward_processing_classes` got None for a reward model with {func.get_input_embeddings().num_embeddings} "
+                f"`reward_processing_classes` got None for a reward model with {func.get_input_embeddings().weight.shape[0]} "
                 f"embeddings, fewer than the policy's {vocab_size} tokens; give the reward model's own tokenizer."
             )
         return RewardModel(func, tokenizer)
