@@ -5,8 +5,8 @@ is the peak resident memory beyond what was there with hidden states and head in
 backward. Dense it grows with N·V; in chunks what the arithmetic holds at a time does not grow with N.
 
 What a process holds can be more than that: glibc by default keeps freed blocks of up to 32 MiB for later use, and does not
-always find a use for them (allocator `default`): small blocks that are still needed lie between them. With MALLOC_MMAP_THRESHOLD_ fixed, large blocks go back when they are
-freed, at the cost of page faults (allocator `returning`).
+always find a use for them (allocator `default`): small blocks that are still needed lie between them. With
+MALLOC_MMAP_THRESHOLD_ fixed, large blocks go back when they are freed, at the cost of page faults (allocator `returning`).
 
     python benchmarks/exact_kl_memory.py            # writes benchmarks/data/exact_kl_memory.csv
 """

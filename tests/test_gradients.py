@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests import tiny
+from tests import formulas, tiny
 from trl_trustkl import TrustKLPPOTrainer
 from trl_trustkl.advantages import anchor_rewards, gae, value_positions
 from trl_trustkl.divergences import ESTIMATORS, KLEstimatorName, Placement, gradient_kind
@@ -280,20 +280,11 @@ def anchor_gradient(args: Any, world: Tables, **arguments: Any) -> Tensor:
 
 Cost = Callable[[Tensor, Tensor], Tensor]
 
-# One sample of each divergence as its definition reads, from log p and log q.
-DEFINITIONS: dict[str, Cost] = {
-    "k1": lambda p, q: p - q,
-    "k2": lambda p, q: (p - q) ** 2 / 2,
-    "k3": lambda p, q: (q - p).exp() - 1 - (q - p),
-    "abs": lambda p, q: (p - q).abs(),
-    "forward_kl": lambda p, q: (q - p).exp() * (q - p) - (q - p).exp() + 1,
-    "js": lambda p, q: ((q - p).exp() * (q - p) - (1 + (q - p).exp()) * ((1 + (q - p).exp()) / 2).log()) / 2,
-    "tv": lambda p, q: ((q - p).exp() - 1).abs() / 2,
-    "hellinger": lambda p, q: (((q - p) / 2).exp() - 1) ** 2 / 2,
-    "chi2": lambda p, q: ((q - p).exp() - 1) ** 2,
-    "alpha": lambda p, q: 4 * (((q - p).exp() + 1) / 2 - ((q - p) / 2).exp()),
-    "alpha-2.0": lambda p, q: ((q - p).exp() - 1) ** 2 / 2,
-}
+
+def definition(name: str) -> Cost:
+    """One sample of a divergence as its definition reads, from log p and log q; alpha-2.0 is alpha with that order."""
+    name, _, order = name.partition("-")
+    return lambda p, q: formulas.sample(name, q - p, float(order or 0.5))
 
 
 def kl(logp: Tensor, logq: Tensor) -> Tensor:
@@ -335,15 +326,15 @@ class Tree:
 
     def own_divergence(self, name: str) -> Tensor:
         """∇ of what `gradient_kind` refers to."""
-        kl_of_contexts = self.expected(DEFINITIONS["k1"])
-        return self.whole(kl_of_contexts if name in OF_THE_KL else self.expected(DEFINITIONS[name]))
+        kl_of_contexts = self.expected(definition("k1"))
+        return self.whole(kl_of_contexts if name in OF_THE_KL else self.expected(definition(name)))
 
     def terms(self, name: str) -> dict[str, Tensor]:
         """What the placements give according to theory: E[∇k] in the loss, E[k·∇log p] in the reward, and their sum."""
         if name == "exact":
             loss, both = self.present(kl(self.logp, self.logq)), self.whole(kl(self.logp, self.logq))
         else:
-            loss, both = self.present(self.pathwise(DEFINITIONS[name])), self.whole(self.expected(DEFINITIONS[name]))
+            loss, both = self.present(self.pathwise(definition(name))), self.whole(self.expected(definition(name)))
         return {"loss": loss, "reward": both - loss, "both": both}
 
 
@@ -671,7 +662,7 @@ def test_the_token_ratio_makes_the_loss_term_that_of_the_policy_as_it_is_now(con
         expected = moved.gradient(kl(moved.logp, moved.logq))
         assert_same(biased, expected)
     else:
-        cost = DEFINITIONS["alpha-2.0" if options else name]
+        cost = definition("alpha-2.0" if options else name)
         expected = moved.pathwise(moved.logp.exp(), cost)
         assert_same(biased, moved.pathwise(moved.logmu.exp(), cost))
         assert gap(found, biased) > CLEARLY

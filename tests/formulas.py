@@ -1,0 +1,65 @@
+"""Every divergence by its definition, apart from the package's own formulas: a row for each estimator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Definition(NamedTuple):
+    """As the textbook writes them, control variates and numerical care left out.
+
+    sample: one sample of the estimator from u = q/p at the sampled token, any shape. whole: what it has in expectation, from
+    the distributions p and q [V]. Both take the order of the divergences that have one.
+    """
+
+    sample: Callable[[Tensor, float], Tensor]
+    whole: Callable[[Tensor, Tensor, float], Tensor]
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p * (p / q).log()).sum()
+
+
+def js(p: Tensor, q: Tensor) -> Tensor:
+    m = (p + q) / 2
+    return (kl(p, m) + kl(q, m)) / 2
+
+
+DEFINITIONS: dict[str, Definition] = {
+    "k1": Definition(lambda u, _: -u.log(), lambda p, q, _: kl(p, q)),
+    "k2": Definition(lambda u, _: u.log() ** 2 / 2, lambda p, q, _: (p * (p / q).log() ** 2).sum() / 2),
+    "k3": Definition(lambda u, _: u - 1 - u.log(), lambda p, q, _: kl(p, q)),
+    "abs": Definition(lambda u, _: u.log().abs(), lambda p, q, _: (p * (p / q).log().abs()).sum()),
+    "forward_kl": Definition(lambda u, _: u * u.log() - (u - 1), lambda p, q, _: kl(q, p)),
+    "js": Definition(
+        lambda u, _: (u * u.log() - (1 + u) * ((1 + u) / 2).log()) / 2,
+        lambda p, q, _: js(p, q),
+    ),
+    "tv": Definition(lambda u, _: (u - 1).abs() / 2, lambda p, q, _: (p - q).abs().sum() / 2),
+    "hellinger": Definition(lambda u, _: (u.sqrt() - 1) ** 2 / 2, lambda p, q, _: 1 - (p * q).sqrt().sum()),
+    "chi2": Definition(lambda u, _: (u - 1) ** 2, lambda p, q, _: ((q - p) ** 2 / p).sum()),
+    "alpha": Definition(
+        lambda u, order: (u**order - order * u - (1 - order)) / (order * (order - 1)),
+        lambda p, q, order: ((p ** (1 - order) * q**order).sum() - 1) / (order * (order - 1)),
+    ),
+}
+
+WHOLE: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    **{name: definition.whole for name, definition in DEFINITIONS.items()},
+    "kl": lambda p, q, _: kl(p, q),
+    "renyi": lambda p, q, order: (p * (p / q) ** (order - 1)).sum().log() / (order - 1),
+}
+
+
+def sample(name: str, log_u: Tensor, order: float = 0.5) -> Tensor:
+    """One sample of the estimator `name`, in float64."""
+    return DEFINITIONS[name].sample(log_u.double().exp(), order)
+
+
+def whole(name: str, p: Tensor, q: Tensor, order: float = 0.5) -> float:
+    """The divergence `name` between two distributions [V], in float64."""
+    return float(WHOLE[name](torch.as_tensor(p).double(), torch.as_tensor(q).double(), order))
