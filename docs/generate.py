@@ -344,7 +344,7 @@ def _printed(arguments: list[str]) -> str:
 
 def contributing() -> str:
     text = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("\n")[2].lstrip()
-    return re.sub(r"\]\((?!http|#)", "](../", text)
+    return re.sub(r"\]\((?!http|#|docs/)", "](../", text).replace("](docs/", "](")
 
 
 PARTS: dict[str, Callable[[], str]] = {
