@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -196,18 +197,32 @@ def same(one: Path, other: Path) -> bool:
 
 
 def fork(job: Callable[[], Any], log: Path) -> int:
-    """Start a job in a forked process that then ends as any program does, its output in a file; the process's number.
+    """Start a job in a forked process, its output in a file; the process's number.
 
-    For a program that has used no thread of torch's yet, and has nothing open that its end would clean up.
+    It ends with the status that Python would end with, less the clearing up, which takes longer than these runs. For a
+    program that has used no thread of torch's yet.
     """
     child = os.fork()
     if child:
         return child
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    job()
-    sys.exit(0)
+    status = 1
+    try:
+        job()
+        status = 0
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
 
 
 def end_of(child: int, seconds: float = 600.0) -> int | None:
@@ -244,9 +259,14 @@ def program(module: str, *arguments: object, before: Sequence[str] = (), threads
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+def load_all(folder: Path) -> None:
+    """Load what a trainer needs before the first fork, so that not every child has to; trains nothing."""
+    quieten()
+    build(folder / "not trained")
+
+
 def train(run: Path, resume: bool = False) -> None:
     """Train in a process of its own."""
-    quieten()
     build(run).train(resume_from_checkpoint=resume)
 
 

@@ -37,11 +37,12 @@ class Case(NamedTuple):
 
 
 FULL, READ_ONLY, LIMITED = "No space left on device", "Read-only file system", "File too large"
+FULL_TO_TORCH = "with 0.0 MiB free on its disk"
 CASES = [
     Case("fill", "record", 2, FULL, "the record of update 3 could not be appended"),
     Case("fill", "_write_checkpoint", 1, FULL, "checkpoint-4 could not be written"),
     Case("fill", "save_file", 3, FULL, "checkpoint-4 could not be written"),
-    Case("fill", "save", 4, FULL, "checkpoint-4 could not be written"),
+    Case("fill", "save", 4, FULL_TO_TORCH, "checkpoint-4 could not be written"),
     Case("make read-only", "record", 2, READ_ONLY, "the record of update 3 could not be appended"),
     Case("make read-only", "_write_checkpoint", 1, READ_ONLY, "checkpoint-4 could not be written"),
 ]
@@ -53,6 +54,7 @@ LIMIT = Case("limit", "_write_checkpoint", 1, LIMITED, "checkpoint-4 could not b
 
 def main(folder: Path, cases: list[Case]) -> None:
     """Break the disk under a run, resume it on the broken disk, mend the disk, resume it; a line of JSON for each case."""
+    survival.load_all(folder)
     assert survival.forked(lambda: survival.train(folder / "whole"), folder / "log") == 0
     for index, case in enumerate(cases):
         disk = folder / str(index)
@@ -70,7 +72,6 @@ def one_case(case: Case, run: Path) -> dict[str, Any]:
     disk = run.parent
 
     def start() -> None:
-        survival.quieten()
         survival.cut_off(survival.build(run), (case.name, case.number), lambda name: BREAK[case.what](disk))
 
     def resume(limit: bool = False) -> None:

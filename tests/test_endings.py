@@ -65,6 +65,7 @@ CASES = [
 
 def main(folder: Path) -> None:
     """Train in two processes and do to them what each case says, then resume; prints a line of JSON for each."""
+    survival.quieten()
     pair(folder / "whole", folder / "whole-log", lambda run: survival.train(run))
     for index, case in enumerate(CASES):
         run, log = folder / str(index), folder / f"{index}-log"
@@ -97,7 +98,6 @@ def last_line(log: Path) -> str:
 
 def meet(case: Case, run: Path) -> None:
     """Train until the case's moment, and do there what it says on its processes."""
-    survival.quieten()
     trainer = survival.build(run)
     if trainer.accelerator.process_index not in case.ranks:
         trainer.train()

@@ -65,6 +65,7 @@ CASES = [
 
 def main(folder: Path) -> None:
     """Send each case's signals to a run, then resume it; prints a line of JSON for each."""
+    survival.load_all(folder)
     assert survival.forked(lambda: survival.train(folder / "whole"), folder / "log") == 0
     for index, case in enumerate(CASES):
         run = folder / str(index)
@@ -82,7 +83,6 @@ def signalled(run: Path, case: Case, log: Path) -> tuple[int | None, float]:
     heard, said = os.pipe()
 
     def job() -> None:
-        survival.quieten()
         trainer = survival.build(run, grace_seconds=case.grace_seconds)
         survival.cut_off(
             trainer, (case.name, case.number), lambda name: wait_for_signals(trainer, said, len(case.signals))
