@@ -94,7 +94,8 @@ def build(folder: Any, kind: str = "adapter and value head", **changes: Any) -> 
 
 def moments(trainer: TrustKLPPOTrainer) -> list[tuple[Any, str]]:
     """The functions whose calls are a run's moments."""
-    own = [(trainer, name) for name in (*PHASES, "_end_update", "_write_checkpoint", "_save_optimizer_and_scheduler")]
+    writing = ("_save_checkpoint", "_write_checkpoint", "_save_optimizer_and_scheduler")
+    own = [(trainer, name) for name in (*PHASES, "_end_update", *writing)]
     disk = [(os, "fsync"), (os, "rename"), (os, "replace"), (torch, "save"), (saving, "save_file")]
     return [*own, (torch.optim.AdamW, "step"), (records, "append_line"), (Path, "write_text"), *disk]
 

@@ -107,7 +107,7 @@ def make_read_only(disk: Path) -> None:
 
 
 def limit_files(disk: Path) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, 2**15))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))
 
 
 BREAK: dict[str, Callable[[Path], None]] = {"fill": fill, "make read-only": make_read_only, "limit": limit_files}

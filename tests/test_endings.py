@@ -99,9 +99,8 @@ def last_line(log: Path) -> str:
 def meet(case: Case, run: Path) -> None:
     """Train until the case's moment, and do there what it says on its processes."""
     trainer = survival.build(run)
-    if trainer.accelerator.process_index not in case.ranks:
-        trainer.train()
-    survival.cut_off(trainer, (case.name, case.number), lambda name: ACTS[case.what](trainer))
+    mine = trainer.accelerator.process_index in case.ranks
+    survival.cut_off(trainer, (case.name, case.number) if mine else -1, lambda name: ACTS[case.what](trainer))
 
 
 def fail(trainer: Any) -> None:
@@ -124,7 +123,7 @@ ACTS = {
     "interrupt": lambda trainer: os.kill(os.getpid(), signal.SIGINT),
     "kill": lambda trainer: os.kill(os.getpid(), signal.SIGKILL),
     "fill the records' disk": fill_the_records_disk,
-    "limit files": lambda trainer: resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, 2**15)),
+    "limit files": lambda trainer: resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14)),
 }
 
 
