@@ -254,7 +254,7 @@ def program(module: str, *arguments: object, before: Sequence[str] = (), threads
     """Run a module of these tests as a program of its own; the lines of JSON that it printed."""
     done = subprocess.run(
         [*before, sys.executable, "-m", module, *map(str, arguments)],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, timeout=1800,
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, timeout=3600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

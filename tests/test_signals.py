@@ -50,7 +50,11 @@ MOMENTS = {  # and the update that is the last one then: the one in hand, or the
 }
 CASES = [
     *(Case(*moment, (TERM,), 143, updates) for moment, updates in MOMENTS.items()),
-    *(Case(*moment, (INT,), 130, updates) for moment, updates in MOMENTS.items() if moment[0] not in ("fsync", "step")),
+    *(
+        Case(*moment, (INT,), 130, updates)
+        for moment, updates in MOMENTS.items()
+        if moment[0] in ("score", "measure", "save_file")
+    ),
     Case("rollout", 2, (TERM,), 143, 2, grace_seconds=0.0),
     Case("step", 9, (INT,), 130, 2, grace_seconds=0.0),
     Case("score", 2, (TERM,), 143, 2, grace_seconds=0.1),
