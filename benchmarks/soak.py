@@ -2,12 +2,14 @@
 
     python benchmarks/soak.py [updates]
 
-Prints the slope of the resident memory over the second half of the run, in bytes an update, and the open file handles at
-the start and the end.
+Prints the slope of the resident memory over each half of the run, in bytes an update, what is resident at the start, at the
+end, and once glibc has given back what it holds of freed memory (Linux), and the open file handles at the start and the end.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import sys
@@ -41,15 +43,26 @@ def soak(folder: str | os.PathLike[str], updates: int) -> dict[str, float]:
     changes = {"max_steps": updates, "save_strategy": "steps", "save_steps": 50, "save_total_limit": 2}
     changes |= {"logging_steps": 100, "kl_controller": "adaptive", "kl_target": 1.0, "trust_max_kl": 0.05}
     tiny.trainer(folder, changes=changes, callbacks=[watch]).train()
-    half = watch.memory[len(watch.memory) // 2 :]
+    half = updates // 2
+    at_the_end = watch.memory[-1]
+    give_back_freed_memory()
     return {
         "updates": updates,
-        "bytes_per_update": slope(half),
+        "bytes_per_update_first_half": slope(watch.memory[min(10, half) : half]),
+        "bytes_per_update_second_half": slope(watch.memory[half:]),
         "mib_at_the_start": watch.memory[min(10, updates - 1)] / 2**20,
-        "mib_at_the_end": watch.memory[-1] / 2**20,
+        "mib_at_the_end": at_the_end / 2**20,
+        "mib_in_use": watch.process.memory_info().rss / 2**20,
         "handles_at_the_start": watch.handles[min(10, updates - 1)],
         "handles_at_the_end": watch.handles[-1],
     }
+
+
+def give_back_freed_memory() -> None:
+    """Return what Python and the C library hold of freed memory to the operating system, where that is possible."""
+    gc.collect()
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
 
 
 def slope(values: list[int]) -> float:

@@ -11,13 +11,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def in_two_processes(*command: str, cwd: Path) -> None:
-    """Run Python with these arguments in two processes, in the folder `cwd`; an AssertionError shows what one said."""
+def environment() -> dict[str, str]:
+    """What both processes find in their environment; RANK and LOCAL_RANK are each one's own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
+    return common | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
+
+
+def in_two_processes(*command: str, cwd: Path) -> None:
+    """Run Python with these arguments in two processes, in the folder `cwd`; an AssertionError shows what one said."""
+    common = environment()
     processes = [
         subprocess.Popen(
             [sys.executable, *command],

@@ -11,7 +11,11 @@ import json
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,7 @@ from tests import tiny
 from trl_trustkl import TrustKLPPOTrainer, load_records, records
 from trl_trustkl.ppo import saving
 
+ROOT = Path(__file__).parent.parent
 UPDATES = 6
 PHASES = ("rollout", "score", "advantages", "optimise", "measure", "enforce", "record")
 
@@ -71,10 +76,9 @@ def build(folder: Any, kind: str = "adapter and value head", **changes: Any) -> 
     if kind == SMOLLM2:
         from trl_trustkl.cli.task import sentiment_trainer
 
-        adaptive = {"kl_controller": "adaptive", "kl_target": 4.0, "kl_horizon": 40}
-        return sentiment_trainer(
-            str(folder), max_steps=UPDATES, save_strategy="steps", save_steps=2, **adaptive | changes
-        )
+        settings = {"max_steps": UPDATES, "save_strategy": "steps", "save_steps": 2, "response_length": 12}
+        settings |= {"gradient_accumulation_steps": 2, "kl_controller": "adaptive", "kl_target": 4.0, "kl_horizon": 40}
+        return sentiment_trainer(str(folder), **settings | changes)
     settings, arguments = KINDS[kind]
     common = {
         "max_steps": UPDATES,
@@ -90,20 +94,25 @@ def build(folder: Any, kind: str = "adapter and value head", **changes: Any) -> 
 
 def moments(trainer: TrustKLPPOTrainer) -> list[tuple[Any, str]]:
     """The functions whose calls are a run's moments."""
-    own = [(trainer, name) for name in (*PHASES, "_end_update", "_write_checkpoint", "_save_optimizer_and_scheduler")]
+    writing = ("_save_checkpoint", "_write_checkpoint", "_save_optimizer_and_scheduler")
+    own = [(trainer, name) for name in (*PHASES, "_end_update", *writing)]
     disk = [(os, "fsync"), (os, "rename"), (os, "replace"), (torch, "save"), (saving, "save_file")]
     return [*own, (torch.optim.AdamW, "step"), (records, "append_line"), (Path, "write_text"), *disk]
 
 
+Moment = int | tuple[str, int]
+"""The number of a moment in the run; or the name of its function, and the number among its calls. Both from 0."""
+
+
 @contextmanager
-def counted(trainer: TrustKLPPOTrainer, at: int, act: Callable[[str], None]) -> Iterator[list[str]]:
-    """Call `act(name)` before the moment number `at`, counted from 0; yields the names of the moments so far."""
+def counted(trainer: TrustKLPPOTrainer, at: Moment, act: Callable[[str], None]) -> Iterator[list[str]]:
+    """Call `act(name)` before the moment `at`; yields the names of the moments so far."""
     seen: list[str] = []
 
     def watch(name: str, original: Callable) -> Callable:
         def watched(*args: Any, **kwargs: Any) -> Any:
             seen.append(name)
-            if len(seen) - 1 == at:
+            if at == (len(seen) - 1 if isinstance(at, int) else (name, seen.count(name) - 1)):
                 if name == "append_line":  # half a line
                     with open(args[0], "a") as file:
                         file.write(json.dumps(args[1])[: len(seen) % 40])
@@ -132,8 +141,8 @@ def kill(name: str) -> None:
     raise Killed(name)
 
 
-def cut_off(trainer: TrustKLPPOTrainer, at: int, act: Callable[[str], None] = kill) -> str | None:
-    """Train until the moment number `at`; the name of the moment, or None where the run was over before it."""
+def cut_off(trainer: TrustKLPPOTrainer, at: Moment, act: Callable[[str], None] = kill) -> str | None:
+    """Train until the moment `at`; the name of the moment, or None where the run was over before it."""
     with counted(trainer, at, act) as seen:
         try:
             trainer.train()
@@ -188,32 +197,83 @@ def same(one: Path, other: Path) -> bool:
 # -- processes of their own --------------------------------------------------------------------------------------------
 
 
-def forked(job: Callable[[], Any], log: Path) -> int:
-    """Run a job in a forked process, its output in a file; how it ended: an exit status, or minus the signal."""
-    child = os.fork()
-    if child == 0:
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        status = 1
-        try:
-            job()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def fork(job: Callable[[], Any], log: Path) -> int:
+    """Start a job in a forked process, its output in a file; the process's number.
 
-
-def main(folder: Path, kind: str, count: int, seed: int) -> None:
-    """Kill a run with SIGKILL at random moments, once each, and resume it; prints a line of JSON for each.
-
-    A process of its own, which forks before it has used any thread of torch's.
+    It ends with the status that Python would end with, less the clearing up, which takes longer than these runs. For a
+    program that has used no thread of torch's yet.
     """
+    child = os.fork()
+    if child:
+        return child
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    status = 1
+    try:
+        job()
+        status = 0
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def end_of(child: int, seconds: float = 600.0) -> int | None:
+    """How a forked process ended: an exit status, or minus the signal; None for one that had to be killed for its time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        number, status = os.waitpid(child, os.WNOHANG)
+        if number:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+def forked(job: Callable[[], Any], log: Path) -> int | None:
+    """Run a job in a forked process; how it ended."""
+    return end_of(fork(job, log))
+
+
+def quieten() -> None:
     disable_progress_bars()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+def program(module: str, *arguments: object, before: Sequence[str] = (), threads: int = 1) -> list[dict[str, Any]]:
+    """Run a module of these tests as a program of its own; the lines of JSON that it printed."""
+    done = subprocess.run(
+        [*before, sys.executable, "-m", module, *map(str, arguments)],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, timeout=3600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def load_all(folder: Path) -> None:
+    """Load what a trainer needs before the first fork, so that not every child has to; trains nothing."""
+    quieten()
+    build(folder / "not trained")
+
+
+def train(run: Path, resume: bool = False) -> None:
+    """Train in a process of its own."""
+    build(run).train(resume_from_checkpoint=resume)
+
+
+def main(folder: Path, kind: str, count: int, seed: int) -> None:
+    """Kill a run with SIGKILL at random moments, once each, and resume it; prints a line of JSON for each."""
+    quieten()
 
     def whole() -> None:
         trainer = build(folder / "whole", kind)
@@ -238,6 +298,4 @@ def main(folder: Path, kind: str, count: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    import sys
-
     main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,9 @@ def test_the_best_checkpoint_is_remembered_kept_and_loaded_at_the_end(tmp_path):
         (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
         (lambda folder: flip_a_byte(folder / "policy.safetensors"), "policy.safetensors is not what was written"),
+        (lambda folder: flip_a_byte(folder / "optimizer.pt"), "optimizer.pt is not what was written"),
+        (lambda folder: cut_in_half(folder / "adapter_model.safetensors"), "adapter_model.safetensors has"),
+        (lambda folder: cut_in_half(folder / "manifest.json"), "manifest.json cannot be read"),
     ],
 )
 def test_a_damaged_checkpoint_is_recognised_and_the_last_whole_one_used(whole, copy, caplog, damage, what):
@@ -182,6 +186,10 @@ def flip_a_byte(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
+
+
+def cut_in_half(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
 
 
 def test_without_a_whole_checkpoint_a_run_starts_afresh_with_a_warning(whole, tmp_path, caplog):
@@ -265,6 +273,12 @@ def test_settings_that_would_make_it_another_run_are_named(copy, changes, pieces
     ("arguments", "piece"),
     [
         ({"train_dataset": tiny.prompts(24)}, "rows of train_dataset: 16 in the checkpoint, 24 now"),
+        ({"train_dataset": tiny.prompts(8)}, "rows of train_dataset: 16 in the checkpoint, 8 now"),
+        ({"model": tiny.llama(num_hidden_layers=1)}, "trained numbers of the policy: "),
+        ({"model": tiny.llama(num_hidden_layers=3)}, "trained numbers of the policy: "),
+        ({"model": tiny.llama(hidden_size=64)}, "trained numbers of the value: 33 in the checkpoint, 65 now"),
+        ({"value_model": tiny.scalar_model(tiny.llama())}, "trained numbers of the value: 33 in the checkpoint, "),
+        ({"peft_config": None}, "adapter: "),
         ({"peft_config": tiny.lora(r=2)}, "adapter `r`: 4 in the checkpoint, 2 now"),
         ({"model": tiny.llama(vocab_size=50)}, "vocabulary size: 43 in the checkpoint, 50 now"),
     ],
@@ -275,6 +289,17 @@ def test_models_and_data_that_would_make_it_another_run_are_named(copy, argument
     with pytest.raises(ConfigError) as error:
         tiny.trainer(copy, changes=changes, **arguments).train(resume_from_checkpoint=True)
     assert piece in str(error.value)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_another_shape_of_a_fully_tuned_model_is_named(tmp_path, layers):
+    kind = "all weights and a value model"
+    build(tmp_path, kind, max_steps=2).train()
+    settings, arguments = survival.KINDS[kind]
+    changes = {"max_steps": 2, "lr_scheduler_type": "linear", "learning_rate": 1e-2, "optim": "adamw_torch"} | settings
+    other = tiny.trainer(tmp_path, tiny.llama(num_hidden_layers=layers), changes=changes, **arguments())
+    with pytest.raises(ConfigError, match="trained numbers of the policy"):
+        other.train(resume_from_checkpoint=True)
 
 
 def test_harmless_settings_may_change(copy):

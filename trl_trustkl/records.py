@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,21 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
     Raises SaveError where that fails, on a full disk for example.
     """
     text = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    failure = f"the record of update {row.get('update')} could not be appended to {path}"
+    with written(failure), open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+
+
+@contextmanager
+def written(failure: str) -> Iterator[None]:
+    """SaveError in place of an OSError inside; `failure` says what could not be done."""
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(text)
+        yield
+    except SaveError:
+        raise
     except OSError as error:
         raise SaveError(
-            f"`output_dir`: the record of update {row.get('update')} could not be appended to {path} ({error}). Make room "
-            "or mend the folder, then train(resume_from_checkpoint=True)."
+            f"`output_dir`: {failure} ({error}). Make room or mend the folder, then train(resume_from_checkpoint=True)."
         ) from error
 
 

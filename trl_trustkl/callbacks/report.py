@@ -72,12 +72,13 @@ class BoundReportCallback(TrainerCallback):
         self.rendered = None
         self._begin_table(args)
         folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (records.BOUNDS_FILE, records.COMPLETIONS_FILE):
-            if state.global_step:
-                records.cut(folder / name, after=state.global_step)
-            else:
-                records.move_aside(folder / name)
+        with records.written(f"the records in {folder} could not be made ready"):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in (records.BOUNDS_FILE, records.COMPLETIONS_FILE):
+                if state.global_step:
+                    records.cut(folder / name, after=state.global_step)
+                else:
+                    records.move_aside(folder / name)
 
     def on_record(
         self,

@@ -49,12 +49,22 @@ def written_whole(folder: Path) -> Iterator[Path]:
             discard(folder)
         os.rename(unfinished, folder)
         sync(folder.parent)
-    except Exception as error:  # safetensors and torch have errors of their own for a full disk
+    except (
+        Exception
+    ) as error:  # safetensors and torch have errors of their own for a full disk; torch's says another thing
+        free = _free_space(folder.parent)
         shutil.rmtree(unfinished, ignore_errors=True)
         raise SaveError(
-            f"`output_dir`: {folder} could not be written ({type(error).__name__}: {error}). Nothing of it is left; "
+            f"`output_dir`: {folder} could not be written ({type(error).__name__}: {error}){free}. Nothing of it is left; "
             f"{_what_is_left(folder.parent)} Make room or mend the folder, then train(resume_from_checkpoint=True)."
         ) from error
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        return f", with {shutil.disk_usage(folder).free / 2**20:,.1f} MiB free on its disk"
+    except OSError:
+        return ""
 
 
 def _what_is_left(parent: Path) -> str:

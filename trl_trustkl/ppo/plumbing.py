@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ..callbacks.report import BoundReportCallback, is_report
 from ..divergences import gradient_kind
-from ..errors import Interrupted
+from ..errors import Interrupted, SaveError
 from ..types import Batch, BoundRecord, MicroBatch, Prompts, TokenOutputs, UpdateStats
 from . import generation, rng, settings
 from .data import PromptOrder, collate
@@ -219,10 +219,7 @@ class Plumbing:
         self._move_controllers(record)
         self._last_loss = stats.total.policy_loss + args.vf_coef * stats.total.value_loss
         completions = self._completion_rows(batch)
-        if self.is_world_process_zero():
-            for callback in self.callback_handler.callbacks:
-                if hasattr(callback, "on_record"):
-                    callback.on_record(args, self.state, self.control, record=record, completions=completions)
+        self._hand_out(record, completions)
         for name, value in self._update_metrics(batch, stats, record).items():
             self._metrics[name].append(value)
         self._refusals = self._refusals.after(record.refused is not None)
@@ -236,6 +233,18 @@ class Plumbing:
         if pass_is_over and self.state.global_step < self.state.max_steps:
             self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
         self._stop_if_refused_too_often(record.refused)
+
+    def _hand_out(self, record: BoundRecord, completions: list[dict[str, Any]]) -> None:
+        """Give the record to the callbacks of the first process; SaveError on all processes where it cannot be written."""
+        failure: SaveError | None = None
+        if self.is_world_process_zero():
+            try:
+                for callback in self.callback_handler.callbacks:
+                    if hasattr(callback, "on_record"):
+                        callback.on_record(self.args, self.state, self.control, record=record, completions=completions)
+            except SaveError as error:
+                failure = error
+        self._raise_everywhere(failure)
 
     def _move_controllers(self, record: BoundRecord) -> None:
         """Feed the controllers the exact KL, which is 0 at least up to rounding: a negative estimate never reaches them.

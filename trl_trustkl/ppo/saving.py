@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -140,6 +141,8 @@ class Saving:
             "number of processes": self.accelerator.num_processes,
             "rows of train_dataset": len(self.train_dataset),
             "vocabulary size": self.model.halves.vocab_size,
+            "trained numbers of the policy": _count(self.model.policy),
+            "trained numbers of the value": _count(self.model.value),
             "adapter": adapter,
         }
 
@@ -168,15 +171,25 @@ class Saving:
         return found
 
     def _clear_output(self, folder: Path | None) -> None:
-        """Remove half-written folders, and move aside what an earlier run left that this one does not go on from."""
+        """Remove half-written folders, and move aside what an earlier run left that this one does not go on from.
+
+        SaveError on all processes where output_dir cannot be written into: sooner than after the first update.
+        """
         output = Path(self.args.output_dir)
-        if self.is_world_process_zero() and output.exists():
-            checkpoint.remove_unfinished(output)
-            ours = folder is not None and folder.resolve().parent == output.resolve()
-            checkpoint.move_aside(output, after=checkpoint.number(folder) if ours else 0)
-        if folder is not None and self.is_world_process_zero():
-            records.take_over(folder.parent, output)
-        self.accelerator.wait_for_everyone()
+        failure: SaveError | None = None
+        if self.is_world_process_zero():
+            try:
+                with records.written(f"{output} cannot be written into"):
+                    output.mkdir(parents=True, exist_ok=True)
+                    TemporaryFile(dir=output).close()
+                    checkpoint.remove_unfinished(output)
+                    ours = folder is not None and folder.resolve().parent == output.resolve()
+                    checkpoint.move_aside(output, after=checkpoint.number(folder) if ours else 0)
+                    if folder is not None:
+                        records.take_over(folder.parent, output)
+            except SaveError as error:
+                failure = error
+        self._raise_everywhere(failure)
 
     def _restore_run(self, folder: Path) -> None:
         """Everything a checkpoint holds but the random states, which `_restore_random_states` puts back last."""
@@ -276,6 +289,10 @@ def _read(path: Path) -> Any:
 
 def _trained_weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().contiguous() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def _without(weights: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:

@@ -1,0 +1,171 @@
+"""Disks that fill up or turn read-only under a run, for real: what it says, and that it goes on once there is room.
+
+The disk is a tmpfs in a mount namespace of its own (`unshare`, of util-linux), which needs no privileges where the kernel
+allows user namespaces, and binds a superuser too. A limit on the size of files (RLIMIT_FSIZE) stands for it where there is
+none. This file is also the program whose forked children are the runs.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests import survival
+from trl_trustkl import load_records
+from trl_trustkl.ppo import checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+OWN_MOUNTS = ("unshare", "--map-root-user", "--mount")
+
+
+class Case(NamedTuple):
+    """What happens to the disk in the `number`-th call of a function, and what the error says then."""
+
+    what: str
+    name: str
+    number: int
+    reason: str
+    failed: str
+
+
+FULL, READ_ONLY, LIMITED = "No space left on device", "Read-only file system", "File too large"
+FULL_TO_TORCH = "with 0.0 MiB free on its disk"
+CASES = [
+    Case("fill", "record", 2, FULL, "the record of update 3 could not be appended"),
+    Case("fill", "_write_checkpoint", 1, FULL, "checkpoint-4 could not be written"),
+    Case("fill", "save_file", 3, FULL, "checkpoint-4 could not be written"),
+    Case("fill", "save", 4, FULL_TO_TORCH, "checkpoint-4 could not be written"),
+    Case("make read-only", "record", 2, READ_ONLY, "the record of update 3 could not be appended"),
+    Case("make read-only", "_write_checkpoint", 1, READ_ONLY, "checkpoint-4 could not be written"),
+]
+LIMIT = Case("limit", "_write_checkpoint", 1, LIMITED, "checkpoint-4 could not be written")
+
+
+# -- the program -------------------------------------------------------------------------------------------------------
+
+
+def main(folder: Path, cases: list[Case]) -> None:
+    """Break the disk under a run, resume it on the broken disk, mend the disk, resume it; a line of JSON for each case."""
+    survival.load_all(folder)
+    assert survival.forked(lambda: survival.train(folder / "whole"), folder / "log") == 0
+    for index, case in enumerate(cases):
+        disk = folder / str(index)
+        disk.mkdir()
+        if case.what != "limit":
+            mount("-t", "tmpfs", "-o", "size=16m", "tmpfs", disk)
+        print(json.dumps(one_case(case, disk / "run")), flush=True)
+        if case.what != "limit":
+            shutil.copytree(disk / "run", folder / f"left-{index}")
+            subprocess.run(["umount", disk], check=True)
+            (folder / f"left-{index}").rename(disk / "run")
+
+
+def one_case(case: Case, run: Path) -> dict[str, Any]:
+    disk = run.parent
+
+    def start() -> None:
+        survival.cut_off(survival.build(run), (case.name, case.number), lambda name: BREAK[case.what](disk))
+
+    def resume(limit: bool = False) -> None:
+        if limit:
+            BREAK["limit"](disk)
+        survival.train(run, resume=True)
+
+    found: dict[str, Any] = {"ended": survival.forked(start, log := disk.with_name(f"{disk.name}-log"))}
+    found["said"] = log.read_text().splitlines()[-1]
+    found["whole"] = [folder.name for folder in checkpoint.checkpoints(run) if checkpoint.damage(folder) is None]
+    found["updates"] = len(load_records(run))
+    again = disk.with_name(f"{disk.name}-again")
+    found["ended again"] = survival.forked(lambda: resume(limit=case.what == "limit"), again)
+    found["said again"] = again.read_text().splitlines()[-1]
+    if case.what != "limit":
+        mend(disk)
+    found["resumed"] = survival.forked(resume, log)
+    return found
+
+
+def fill(disk: Path) -> None:
+    with open(disk / "ballast", "wb", buffering=0) as file:
+        for size in (2**16, 2**12, 1):
+            try:
+                while file.write(b"\0" * size):
+                    pass
+            except OSError:
+                continue
+
+
+def make_read_only(disk: Path) -> None:
+    mount("-o", "remount,ro", disk)
+
+
+def limit_files(disk: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))
+
+
+BREAK: dict[str, Callable[[Path], None]] = {"fill": fill, "make read-only": make_read_only, "limit": limit_files}
+
+
+def mend(disk: Path) -> None:
+    mount("-o", "remount,rw", disk)
+    (disk / "ballast").unlink(missing_ok=True)
+
+
+def mount(*arguments: object) -> None:
+    subprocess.run(["mount", *map(str, arguments)], check=True)
+
+
+# -- what they leave ---------------------------------------------------------------------------------------------------
+
+
+def can_mount(folder: Path) -> bool:
+    try:
+        tried = subprocess.run([*OWN_MOUNTS, "mount", "-t", "tmpfs", "tmpfs", str(folder)], capture_output=True)
+    except FileNotFoundError:
+        return False
+    return tried.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def mounted(tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("disks")
+    if not can_mount(folder):
+        pytest.skip("this machine lets nobody mount a tmpfs in a namespace of one's own")
+    return folder, survival.program("tests.test_disks", folder, "mounted", before=OWN_MOUNTS)
+
+
+def check(case: Case, found: dict[str, Any], run: Path, whole: Path) -> None:
+    assert found["ended"] == 1
+    assert found["said"].startswith("trl_trustkl.errors.SaveError: `output_dir`"), found["said"]
+    for piece in (case.failed, case.reason, "resume_from_checkpoint=True"):
+        assert piece in found["said"], found["said"]
+    last = 2 if "checkpoint-4" in case.failed or "update 3" in case.failed else None
+    assert found["whole"] == [f"checkpoint-{last}"]
+    assert found["updates"] == (2 if "record" in case.failed else 4)
+    assert found["ended again"] == 1
+    assert found["said again"].startswith("trl_trustkl.errors.SaveError: `output_dir`"), found["said again"]
+    assert case.reason in found["said again"]
+    assert found["resumed"] == 0 and survival.same(whole, run)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.what}-{case.name}-{case.number}")
+def test_a_disk_that_breaks_ends_a_run_with_its_last_checkpoint_whole(mounted, case):
+    folder, found = mounted
+    index = CASES.index(case)
+    check(case, found[index], folder / str(index) / "run", folder / "whole")
+
+
+def test_a_limit_on_the_size_of_files_ends_a_run_with_its_last_checkpoint_whole(tmp_path):
+    (found,) = survival.program("tests.test_disks", tmp_path, "limited")
+    check(LIMIT, found, tmp_path / "0" / "run", tmp_path / "whole")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), CASES if sys.argv[2] == "mounted" else [LIMIT])
