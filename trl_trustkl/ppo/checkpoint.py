@@ -49,9 +49,8 @@ def written_whole(folder: Path) -> Iterator[Path]:
             discard(folder)
         os.rename(unfinished, folder)
         sync(folder.parent)
-    except (
-        Exception
-    ) as error:  # safetensors and torch have errors of their own for a full disk; torch's says another thing
+    # safetensors and torch have errors of their own for a full disk, and torch's does not say so
+    except Exception as error:
         free = _free_space(folder.parent)
         shutil.rmtree(unfinished, ignore_errors=True)
         raise SaveError(
