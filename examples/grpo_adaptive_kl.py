@@ -7,7 +7,7 @@ until it meets the target. Here beta starts at a guess, and every line shows wha
 reward is VADER's sentiment, which an unheld policy soon satisfies with a heap of nice words.
 
     python examples/grpo_adaptive_kl.py                         # GRPO on SmolLM2-135M, a CPU, some minutes
-    python examples/grpo_adaptive_kl.py --trainer rloo
+    python examples/grpo_adaptive_kl.py --trainer rloo --steps 60
     python examples/grpo_adaptive_kl.py --model Qwen/Qwen2.5-0.5B-Instruct --batch-size 64 --steps 200      # a GPU
 
 It needs pip install '.[demo]' for the reward. bounds.jsonl in the output folder is what `trustkl report` reads.
