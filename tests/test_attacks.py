@@ -21,7 +21,8 @@ from tests.test_exactness import dense_kl, dense_logps
 from trl_trustkl import TrustKLPPOTrainer, logprobs
 from trl_trustkl.errors import RewardError
 from trl_trustkl.logprobs import token_statistics
-from trl_trustkl.ppo.models import CausalHalves, OutputHead, trainable
+from trl_trustkl.ppo.halves import CausalHalves, OutputHead
+from trl_trustkl.ppo.loading import trainable
 from trl_trustkl.types import Batch, BoundRecord, Peer, Scored
 
 pytestmark = pytest.mark.filterwarnings("ignore")
