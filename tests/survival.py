@@ -77,7 +77,7 @@ def build(folder: Any, kind: str = "adapter and value head", **changes: Any) -> 
         from trl_trustkl.cli.task import sentiment_trainer
 
         settings = {"max_steps": UPDATES, "save_strategy": "steps", "save_steps": 2, "response_length": 12}
-        settings |= {"gradient_accumulation_steps": 2, "kl_controller": "adaptive", "kl_target": 4.0, "kl_horizon": 40}
+        settings |= {"gradient_accumulation_steps": 1, "kl_controller": "adaptive", "kl_target": 4.0, "kl_horizon": 40}
         return sentiment_trainer(str(folder), **settings | changes)
     settings, arguments = KINDS[kind]
     common = {
@@ -250,11 +250,11 @@ def quieten() -> None:
     logging.set_verbosity_error()
 
 
-def program(module: str, *arguments: object, before: Sequence[str] = (), threads: int = 1) -> list[dict[str, Any]]:
+def program(module: str, *arguments: object, before: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Run a module of these tests as a program of its own; the lines of JSON that it printed."""
     done = subprocess.run(
         [*before, sys.executable, "-m", module, *map(str, arguments)],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, timeout=3600,
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=3600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

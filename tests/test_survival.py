@@ -100,8 +100,7 @@ def test_a_run_cut_off_between_a_checkpoint_s_rename_and_the_next_record_is_resu
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "count"), [*((kind, 20) for kind in survival.KINDS), (survival.SMOLLM2, 1)])
 def test_runs_killed_by_sigkill_are_resumed_bit_for_bit(tmp_path, kind, count):
-    threads = 2 if kind == survival.SMOLLM2 else 1
-    kills = survival.program("tests.survival", tmp_path, kind, count, 1, threads=threads)
+    kills = survival.program("tests.survival", tmp_path, kind, count, 1)
     assert len(kills) == count
     assert {entry["ended"] for entry in kills} == {-signal.SIGKILL}
     assert {entry["resumed"] for entry in kills} == {0}, (tmp_path / "log").read_text()[-2000:]
