@@ -454,6 +454,22 @@ def recomputed(t: Witness) -> dict[str, Any]:
         "value/explained_variance": explained,
         "sampler/kl": 0.0,
     }
+    return out | steps_by_hand(t, distributions, responses, advantages, old, ref, spread)
+
+
+def steps_by_hand(
+    t: Witness,
+    distributions: Callable[..., list[Tensor]],
+    responses: list[Tensor],
+    advantages: Any,
+    old: list[Tensor],
+    ref: list[Tensor],
+    spread: float,
+) -> dict[str, Any]:
+    """What the clip rule took of the gradient, and the gradient's norm, of each step at the weights it was made from."""
+    args, scores = t.args, t.batch.scored.scores
+    at = [torch.arange(len(r)) for r in responses]
+    old_logp = [p[i, r] for p, i, r in zip(old, at, responses, strict=True)]
     weights, gated, low, norms = 0.0, 0.0, 0.0, []
     for model, which in t.steps:
         found = distributions(model.policy, which)
@@ -476,7 +492,7 @@ def recomputed(t: Witness) -> dict[str, Any]:
         grads = torch.autograd.grad(loss / count, trainable(model.policy))
         norms.append(float(torch.cat([g.flatten() for g in grads]).norm()))
     limit = args.max_grad_norm or math.inf
-    return out | {
+    return {
         "trust/gated": gated / weights,
         "trust/gated_low": low / weights,
         "trust/gated_high": (gated - low) / weights,
