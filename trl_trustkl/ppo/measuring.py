@@ -49,7 +49,7 @@ class Measuring:
     def _anchor(self, scored: Scored, estimate: Tensor, coef: float, share: float | None) -> AnchorMeasurement:
         mask = self._pooled(scored.rollout.response_mask)
         exact = masked_sum(self._pooled(scored.ref_kl), mask, dim=1).double()
-        error = float(exact.std() / math.sqrt(len(exact))) if len(exact) > 1 else 0.0
+        error = float(exact.std() / math.sqrt(len(exact))) if len(exact) > 1 else math.nan
         sampled = float(masked_sum(self._pooled(estimate), mask, dim=1).double().mean())
         return AnchorMeasurement(coef=coef, kl=sampled, kl_exact=float(exact.mean()), kl_stderr=error, share=share)
 
