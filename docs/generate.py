@@ -219,32 +219,30 @@ def _argument(field: dataclasses.Field[Any]) -> str:
 # -- metrics -----------------------------------------------------------------------------------------------------------
 
 
-def _meanings(entries: dict[str, Any]) -> str:
-    return table(("key", "unit", "meaning"), ((f"`{key}`", unit, _cell(text)) for key, (unit, text) in entries.items()))
+def meanings(schema: Any, prefix: str = "") -> dict[str, Any]:
+    """Each key of a record as trackers see it, with what its field is annotated with."""
+    found: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(schema, include_extras=True).items():
+        nested = hasattr(hint, "_fields")
+        found |= meanings(hint, f"{prefix}{name}/") if nested else {f"{prefix}{name}": hint.__metadata__[0]}
+    return found
+
+
+def _keys(schema: Any) -> str:
+    rows = ((f"`{key}`", meaning.unit, _cell(meaning.text)) for key, meaning in meanings(schema).items())
+    return table(("key", "unit", "meaning"), rows)
 
 
 def record() -> str:
-    from trl_trustkl.report import meanings
+    from trl_trustkl.types import BoundRecord
 
-    return _meanings(meanings.RECORD)
-
-
-def trl_metrics() -> str:
-    from trl_trustkl.report import meanings
-
-    return _meanings(meanings.TRL)
-
-
-def adaptive_metrics() -> str:
-    from trl_trustkl.report import meanings
-
-    return _meanings(meanings.ADAPTIVE)
+    return _keys(BoundRecord)
 
 
 def completions() -> str:
-    from trl_trustkl.report import meanings
+    from trl_trustkl.report.schema import Completion
 
-    return _meanings(meanings.COMPLETION)
+    return _keys(Completion)
 
 
 # -- mathematics: the first paragraph of each docstring is formula and source ------------------------------------------
@@ -350,7 +348,7 @@ def contributing() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     each.__name__: each
     for each in (
-        configuration, inherited, options, record, trl_metrics, adaptive_metrics, completions, estimators, rules,
+        configuration, inherited, options, record, completions, estimators, rules,
         controllers, gradients, bounds, others, memory, commands, contributing,
     )
 }  # fmt: skip

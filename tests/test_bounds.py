@@ -403,7 +403,7 @@ def test_guaranteed_needs_a_limit_the_whole_batch_and_the_kl_within_it(limit, co
 def args(**changes: object) -> SimpleNamespace:
     settings = {
         "kl_estimator": "k3", "kl_placement": "reward", "kl_target": 6.0, "clip_rule": "ppo", "low": 0.2, "high": 0.28,
-        "num_ppo_epochs": 2, "clip_value": True, "cliprange_value": 0.2, "max_grad_norm": 1.0,
+        "num_ppo_epochs": 2, "value_range": 0.2, "norm_limit": 1.0,
     }  # fmt: skip
     return SimpleNamespace(**settings | changes)
 
@@ -444,7 +444,7 @@ def test_a_record_holds_what_was_measured() -> None:
 
 
 def test_what_is_off_is_null() -> None:
-    line = record(args(clip_value=False, max_grad_norm=0))
+    line = record(args(value_range=None, norm_limit=None))
     assert line.value.clip is None and line.gradient.max_norm is None
     assert line.trust.guaranteed is None and line.trust.limit is None and line.trust.scale is None
     assert line.binding == "anchor"

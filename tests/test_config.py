@@ -302,6 +302,13 @@ def test_the_upper_clip_range_is_the_lower_one_unless_it_is_set(tmp_path, high, 
     assert (config.low, config.high) == (0.1, expected)
 
 
+def test_a_limit_that_is_off_is_none(tmp_path):
+    assert (tiny.config(tmp_path).value_range, tiny.config(tmp_path).norm_limit) == (0.2, 1.0)
+    for off in (0, 0.0, None):
+        config = tiny.config(tmp_path, clip_value=False, max_grad_norm=off)
+        assert (config.value_range, config.norm_limit) == (None, None)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

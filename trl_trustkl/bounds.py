@@ -107,11 +107,11 @@ def build_record(
         ),
         trust=_trust_record(args, trust_coef, stats, measured, enforcement),
         value=ValueRecord(
-            clip=args.cliprange_value if args.clip_value else None,
+            clip=args.value_range,
             gated=stats.total.value_gated,
             explained_variance=rollout.explained_variance,
         ),
-        gradient=GradientRecord(norm=stats.grad_norm, max_norm=args.max_grad_norm or None, scale=stats.grad_scale),
+        gradient=GradientRecord(norm=stats.grad_norm, max_norm=args.norm_limit, scale=stats.grad_scale),
         sampler=SamplerRecord(kl=rollout.sampler_kl),
         binding=binding(binding_shares(anchor, stats, enforcement, lr_factor)),
     )

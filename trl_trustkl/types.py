@@ -8,7 +8,7 @@ token counts. Divergences are in nats.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from torch import Tensor
 
@@ -17,6 +17,13 @@ Head = Callable[[Tensor], Tensor]
 
 One whose parameters are trained has them in `parameters()`, as a module does: gradients flow to those alone.
 """
+
+
+class Meaning(NamedTuple):
+    """What a field of a record means, and its unit; docs/metrics.md is made from these."""
+
+    text: str
+    unit: str = ""
 
 
 class Peer(NamedTuple):
@@ -216,70 +223,126 @@ class Enforcement(NamedTuple):
 
 
 class AnchorRecord(NamedTuple):
-    estimator: str
-    placement: str
-    gradient: str
-    coef: float
-    target: float | None
-    kl: float
-    kl_exact: float
-    kl_stderr: float
-    share: float | None
+    estimator: Annotated[str, Meaning("`kl_estimator`: the formula of the anchor.")]
+    placement: Annotated[str, Meaning("`kl_placement`: where the anchor acts.")]
+    gradient: Annotated[
+        str,
+        Meaning(
+            "What the anchor's gradient is: `exact`, `partial`, `biased` or `zero` ([table](mathematics.md#gradients))."
+        ),
+    ]
+    coef: Annotated[float, Meaning("The coefficient β that this update used.")]
+    target: Annotated[float | None, Meaning("`kl_target`, or `null`.", "nats/response")]
+    kl: Annotated[
+        float, Meaning("KL(π_old‖π_ref) at rollout by the estimator; from samples it may be negative.", "nats/response")
+    ]
+    kl_exact: Annotated[
+        float,
+        Meaning("The same over the whole vocabulary, summed over a response: what controllers see.", "nats/response"),
+    ]
+    kl_stderr: Annotated[
+        float, Meaning("Standard error of `anchor/kl_exact` over the responses of the batch.", "nats/response")
+    ]
+    share: Annotated[
+        float | None,
+        Meaning(
+            'The anchor\'s part of the absolute advantage, before whitening; `null` with `kl_placement="loss"`.',
+            "share",
+        ),
+    ]
 
 
 class TrustRecord(NamedTuple):
-    rule: str
-    low: float
-    high: float
-    gated: float
-    gated_low: float
-    gated_high: float
-    coef: float
-    epochs: float
-    stopped: bool
-    kl: float
-    kl_max: float
-    kl_proposed: float
-    tv: float
-    max_ratio: float
-    ratio_quantiles: dict[str, float]
-    scale: float | None
-    tries: int
-    limit: float | None
-    guaranteed: float | None
+    rule: Annotated[str, Meaning("`clip_rule`.")]
+    low: Annotated[float, Meaning("The clip range begins at 1 − `low`.")]
+    high: Annotated[float, Meaning("The clip range ends at 1 + `high`.")]
+    gated: Annotated[
+        float, Meaning("**Gated**: what the clip rule removed of Σ|w·A| over all steps of the update.", "share")
+    ]
+    gated_low: Annotated[float, Meaning("The part of `trust/gated` removed where π/π_old is below 1.", "share")]
+    gated_high: Annotated[float, Meaning("The part of `trust/gated` removed where π/π_old is above 1.", "share")]
+    coef: Annotated[float, Meaning("The coefficient λ of the penalty on KL(π_old‖π) that this update used.")]
+    epochs: Annotated[float, Meaning("Passes made over the batch: the optimizer's steps, as epochs.", "epochs")]
+    stopped: Annotated[bool, Meaning("Whether `trust_stop` ended the update.")]
+    kl: Annotated[
+        float,
+        Meaning(
+            "**Measured** after the update and its enforcement: mean exact KL(π_old‖π) over the batch's contexts.",
+            "nats/token",
+        ),
+    ]
+    kl_max: Annotated[float, Meaning("The largest KL(π_old‖π) of any context of the batch.", "nats/token")]
+    kl_proposed: Annotated[float, Meaning("`trust/kl` as the optimizer left it, before enforcement.", "nats/token")]
+    tv: Annotated[float, Meaning("Mean total variation between π_old and π, from 0 to 1.")]
+    max_ratio: Annotated[float, Meaning("Largest π/π_old of a sampled token, after the update.")]
+    ratio_quantiles: Annotated[dict[str, float], Meaning("Quantiles of that ratio, by their level.")]
+    scale: Annotated[
+        float | None,
+        Meaning(
+            "What enforcement kept of the step: 1 where the limit held anyway, `null` without `trust_max_kl`.", "share"
+        ),
+    ]
+    tries: Annotated[int, Meaning("Scales that backtracking tried.")]
+    limit: Annotated[float | None, Meaning("`trust_max_kl`, or `null`.", "nats/token")]
+    guaranteed: Annotated[
+        float | None,
+        Meaning(
+            "**Guaranteed**: a number only where `trust_max_kl` was enforced on the whole batch; then `trust/kl` is within it.",
+            "nats/token",
+        ),
+    ]
 
 
 class ValueRecord(NamedTuple):
-    clip: float | None
-    gated: float
-    explained_variance: float
+    clip: Annotated[float | None, Meaning("`cliprange_value`, or `null` with `clip_value=False`.", "the return's")]
+    gated: Annotated[float, Meaning("Positions at which the clip took the value's gradient away.", "share")]
+    explained_variance: Annotated[
+        float, Meaning("Of the returns' variance, by the value: 1 is all, 0 what a constant does.", "share")
+    ]
 
 
 class GradientRecord(NamedTuple):
-    norm: float
-    max_norm: float | None
-    scale: float
+    norm: Annotated[float, Meaning("Mean norm of the policy's gradient before it is limited.")]
+    max_norm: Annotated[float | None, Meaning("`max_grad_norm`, or `null`.")]
+    scale: Annotated[float, Meaning("Mean factor that the limit put on the gradient.", "share")]
 
 
 class SamplerRecord(NamedTuple):
-    kl: float | None
+    kl: Annotated[
+        float | None,
+        Meaning(
+            "How far the sampler was from the training pass before any step (k3); near 0 unless sampling is filtered or "
+            "the two disagree. `null` where the sampler does not tell.",
+            "nats/token",
+        ),
+    ]
 
 
 class BoundRecord(NamedTuple):
-    """One update, as a line of `bounds.jsonl`; docs/metrics.md says what each key means and its unit."""
+    """One update, as a line of `bounds.jsonl`."""
 
-    update: int
-    episode: int
-    score: float | None
-    length: float
-    eos_rate: float
-    entropy: float
-    lr: float
-    refused: str | None
-    seconds: dict[str, float]
+    update: Annotated[int, Meaning("The update's number, from 1.")]
+    episode: Annotated[int, Meaning("Responses sampled so far, over all processes.", "responses")]
+    score: Annotated[
+        float | None, Meaning("Mean score of the responses that have one; `null` where none has.", "the reward's")
+    ]
+    length: Annotated[float, Meaning("Mean length of a response, its stop token included.", "tokens")]
+    eos_rate: Annotated[float, Meaning("Responses that ended by themselves, and not at `response_length`.", "share")]
+    entropy: Annotated[float, Meaning("Mean entropy of π_old at the contexts of the batch.", "nats/token")]
+    lr: Annotated[float, Meaning("Learning rate of this update, `trust_lr_target`'s factor included.")]
+    refused: Annotated[str | None, Meaning("Why the update was undone, as text; `null` for an update that stands.")]
+    seconds: Annotated[
+        dict[str, float], Meaning("Time in `generate`, `score`, `optimise` and `measure`, and in all: `total`.", "s")
+    ]
     anchor: AnchorRecord
     trust: TrustRecord
     value: ValueRecord
     gradient: GradientRecord
     sampler: SamplerRecord
-    binding: str
+    binding: Annotated[
+        str,
+        Meaning(
+            "The mechanism that took the largest share of the update: `anchor`, `clip`, `penalty`, `stop`, `backtrack`, "
+            "`grad_norm`, `lr`, or `none` where all are below 1 %."
+        ),
+    ]

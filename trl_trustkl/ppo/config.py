@@ -190,6 +190,16 @@ class TrustKLPPOConfig(PPOConfig):
     def high(self) -> float:
         return self.cliprange if self.cliprange_high is None else self.cliprange_high
 
+    @property
+    def value_range(self) -> float | None:
+        """Half the width of the value's clip range; None where the value loss is not clipped."""
+        return self.cliprange_value if self.clip_value else None
+
+    @property
+    def norm_limit(self) -> float | None:
+        """`max_grad_norm`, or None where it is off."""
+        return self.max_grad_norm or None
+
     def build_kl_controller(self):
         return self._controller("kl", self.kl_coef, self.kl_target)
 
@@ -200,9 +210,14 @@ class TrustKLPPOConfig(PPOConfig):
         """Of the factor on the learning rate; None where it is off."""
         return None if self.trust_lr_target is None else LearningRateByKL(self.trust_lr_target)
 
+    @property
+    def exact_anchor(self) -> bool:
+        """Whether the anchor is the KL over the whole vocabulary: of a context, not of the token sampled in it."""
+        return self.kl_estimator == "exact"
+
     def build_kl_estimator(self):
         """(logp, ref_logp) -> [B, T]; None for `exact`, which has no sampled form."""
-        return None if self.kl_estimator == "exact" else build_estimator(self.kl_estimator, self.kl_estimator_kwargs)
+        return None if self.exact_anchor else build_estimator(self.kl_estimator, self.kl_estimator_kwargs)
 
     def build_penalties(self, anchor_coef: float, trust_coef: float) -> Penalties:
         """The KL terms of the loss, at the coefficients of the update."""
@@ -272,7 +287,7 @@ class TrustKLPPOConfig(PPOConfig):
             raise out_of_range(each.name, value, field_types.in_words(hint), _unquoted(value, hint))
 
     def _check_anchor(self) -> None:
-        if self.build_kl_estimator() is None and self.kl_estimator_kwargs:
+        if self.exact_anchor and self.kl_estimator_kwargs:
             raise ConfigError(f"`kl_estimator_kwargs` got {self.kl_estimator_kwargs}, but 'exact' takes no options.")
         if self.anchored and gradient_kind(self.kl_estimator, self.kl_placement) == "zero":
             raise ConfigError(

@@ -105,7 +105,7 @@ class Optimisation:
                     scale,
                     rule=rule,
                     vf_coef=args.vf_coef,
-                    value_range=args.cliprange_value if args.clip_value else None,
+                    value_range=args.value_range,
                     penalties=penalties,
                 )
                 # Gradients are averaged over processes; the loss is already divided by the count of all of them.
@@ -137,10 +137,10 @@ class Optimisation:
             return 0.0
         if self.accelerator.scaler is not None and parameters is self.policy_parameters:
             self.accelerator.unscale_gradients()
-        return float(nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm or math.inf))
+        return float(nn.utils.clip_grad_norm_(parameters, self.args.norm_limit or math.inf))
 
     def _scale(self, norm: float) -> float:
-        limit = self.args.max_grad_norm
+        limit = self.args.norm_limit
         return min(1.0, limit / (norm + 1e-6)) if limit else 1.0
 
 

@@ -250,7 +250,7 @@ class TrustKLPPOTrainer(Scoring, Measuring, Endings, Evaluation, Saving, Cards, 
             value_mask=value_mask,
             scores=scores,
             completions=completions,
-            ref_peers=ref_peers if self.args.anchor_in_loss and self.args.kl_estimator == "exact" else None,
+            ref_peers=ref_peers if self.args.anchor_in_loss and self.args.exact_anchor else None,
             **columns,
         )
 
@@ -260,9 +260,7 @@ class TrustKLPPOTrainer(Scoring, Measuring, Endings, Evaluation, Saving, Cards, 
         coef = self.kl_coef
         estimator = args.build_kl_estimator()
         divergence = scored.ref_kl if estimator is None else estimator(scored.logp, scored.ref_logp)
-        pull = anchor_rewards(
-            divergence, mask, coef if args.anchor_in_reward else 0.0, of_contexts=args.kl_estimator == "exact"
-        )
+        pull = anchor_rewards(divergence, mask, coef if args.anchor_in_reward else 0.0, of_contexts=args.exact_anchor)
         rewards = pull + place_scores(scored.scores, mask, args.score_position)
         scale = 1.0
         if args.whiten_rewards:

@@ -15,24 +15,24 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from ..errors import DataError
 from ..records import BOUNDS_FILE, COMPLETIONS_FILE, load_records
-from ..types import BoundRecord
+from ..types import BoundRecord, Meaning
 
 Row = TypeVar("Row")
 Reader = Callable[[Any], Any]
 
 
 class Completion(NamedTuple):
-    """A line of `completions.jsonl`; ref_logp: log π_ref(completion | prompt), nats per response."""
+    """A line of `completions.jsonl`."""
 
-    update: int
-    prompt: str
-    completion: str
-    score: float | None
-    ref_logp: float | None
+    update: Annotated[int, Meaning("The update that sampled it.")]
+    prompt: Annotated[str, Meaning("Text, or a list of messages.")]
+    completion: Annotated[str, Meaning("Text, or a list of messages.")]
+    score: Annotated[float | None, Meaning("Its score, or `null`.", "the reward's")]
+    ref_logp: Annotated[float | None, Meaning("log π_ref(completion | prompt).", "nats/response")]
 
 
 class Run(NamedTuple):
