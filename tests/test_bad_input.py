@@ -784,6 +784,35 @@ def test_a_refused_update_leaves_the_value_as_it_was_too(tmp_path, monkeypatch, 
     assert same(watch.snapshots[1], watch.snapshots[2])
 
 
+def beyond_panic(monkeypatch, trainer):
+    """The bad update goes further than it may."""
+    measure = trainer.measure
+
+    def far(batch):
+        found = measure(batch)
+        first = trainer._refused is None and trainer.state.global_step == BAD_UPDATE - 1
+        return found._replace(kl=1e9) if first else found
+
+    monkeypatch.setattr(trainer, "measure", far)
+
+
+@pytest.mark.parametrize("limit", [1.0, None], ids=["limit", "no limit"])
+@pytest.mark.parametrize("poison", [*(poison for poison, _ in REFUSALS), beyond_panic])
+def test_a_refused_update_was_bound_by_nothing_and_keeps_nothing_of_its_step(tmp_path, monkeypatch, poison, limit):
+    """Whether it was undone while optimising or after; the limit on the gradient bounds the updates beside it."""
+    changes = {"trust_max_kl": limit, "panic_kl": 1e6, "max_grad_norm": 1e-9, "kl_coef": 1e-3}
+    trainer = tiny.trainer(tmp_path, changes=changes)
+    poison(monkeypatch, trainer)
+    trainer.train()
+    bad = BAD_UPDATE - 1
+    found = load_records(tmp_path)
+    assert [record["refused"] is None for record in found] == [i != bad for i in range(3)]
+    assert [record["binding"] for record in found] == ["none" if i == bad else "grad_norm" for i in range(3)]
+    kept = [None] * 3 if limit is None else [0.0 if i == bad else 1.0 for i in range(3)]
+    assert [record["trust"]["scale"] for record in found] == kept
+    assert found[bad]["trust"]["kl"] == 0 and found[bad]["trust"]["guaranteed"] == limit
+
+
 class Spike(TrainerCallback):
     """A learning rate that breaks policy and value in the first update, and a usual one after it."""
 

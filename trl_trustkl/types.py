@@ -207,7 +207,10 @@ class Measurement(NamedTuple):
 
 
 class Enforcement(NamedTuple):
-    """What enforcement did: the KL before it, the scale kept of the step, the tries it took, the limit it holds."""
+    """What enforcement did: the KL before it, the scale kept of the step, the tries it took, the limit it holds.
+
+    The scale is None without a limit, and 0 of an update that was refused.
+    """
 
     kl_proposed: float
     scale: float | None

@@ -63,7 +63,8 @@ RECORD: dict[str, Meaning] = {
     "trust/max_ratio": Meaning("", "Largest π/π_old of a sampled token, after the update."),
     "trust/ratio_quantiles": Meaning("", "Quantiles of that ratio, by their level."),
     "trust/scale": Meaning(
-        "share", "What enforcement kept of the step: 1 where the limit held anyway, `null` without `trust_max_kl`."
+        "share",
+        "What was kept of the step: 1 where the limit held anyway, 0 of a refused update, `null` without `trust_max_kl`.",
     ),
     "trust/tries": Meaning("", "Scales that backtracking tried."),
     "trust/limit": Meaning("nats/token", "`trust_max_kl`, or `null`."),
@@ -87,7 +88,8 @@ RECORD: dict[str, Meaning] = {
     "binding": Meaning(
         "",
         "The mechanism that took the largest share of the update: `anchor`, `clip`, `penalty`, `stop`, `backtrack`, "
-        "`grad_norm`, `lr`, or `none` where all are below 1 %.",
+        "`grad_norm`, `lr`, or `none` where all are below 1 %, or the update was refused: what moved nothing was bound by "
+        "none of them.",
     ),
 }
 """Every key of a line of `bounds.jsonl`."""
