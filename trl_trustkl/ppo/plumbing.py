@@ -58,6 +58,8 @@ class Plumbing:
     optimizer: Any
     lr_scheduler: Any
     _created_lr_scheduler: bool
+    _refused: str | None
+    _warned_of_sampler = False
     _sampling_key: tuple[int, int] = (Draw.EVALUATE, 0)  # of the update in hand, while there is one
     _bad_reward: str | None = None
     _saved_step: int = 0
@@ -198,7 +200,7 @@ class Plumbing:
         self._sampling_key = (Draw.GENERATE, self.state.global_step)
         self._seconds: dict[str, float] = {}
         self._update_started = time.perf_counter()
-        self._refused: str | None = None
+        self._refused = None
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -217,6 +219,7 @@ class Plumbing:
         self.state.epoch = self.state.global_step / self._order.batches_per_pass
         self.lr_scheduler.step()
         self._move_controllers(record)
+        self._warn_of_sampler(record)
         self._last_loss = stats.total.policy_loss + args.vf_coef * stats.total.value_loss
         completions = self._completion_rows(batch)
         self._hand_out(record, completions)
@@ -245,6 +248,19 @@ class Plumbing:
             except SaveError as error:
                 failure = error
         self._raise_everywhere(failure)
+
+    def _warn_of_sampler(self, record: BoundRecord) -> None:
+        """Say once that responses are not the policy's own, where nothing that was asked for explains it."""
+        kl = record.sampler.kl
+        if self._warned_of_sampler or kl is None or not kl > _MISMATCH or self.args.generation_kwargs:
+            return
+        self._warned_of_sampler = True
+        logger.warning(
+            f"update {record.update}: `model` says other things when it generates than when it is trained, by "
+            f"{kl:.3g} nats per token (sampler/kl): the responses are not its own, and no gradient of them is right. Some "
+            "architectures mistake padding for text, in one of the two or in both: give prompts of one length, or set "
+            "per_device_train_batch_size=1 and local_rollout_forward_batch_size=1. With bf16=True, try bf16=False."
+        )
 
     def _move_controllers(self, record: BoundRecord) -> None:
         """Feed the controllers the exact KL, which is 0 at least up to rounding: a negative estimate never reaches them.
@@ -339,6 +355,9 @@ class Plumbing:
         )
         return Prompts(ids, mask, rows)
 
+
+_MISMATCH = 0.05
+"""Nats per token between sampler and training pass, ten times what rounding makes."""
 
 _GRADIENT_WARNINGS = {
     "biased": "its gradient is that of something else than the KL divergence, so the run settles somewhere else too",
