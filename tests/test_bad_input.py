@@ -624,6 +624,10 @@ def adapted() -> Any:
         ({"model": adapted}, ("`peft_config`", "already has an adapter", "merge_and_unload")),
         ({"ref_model": lambda: tiny.llama(vocab_size=50)}, ("`ref_model`", "50", tiny.VOCAB, "same vocabulary")),
         ({"value_model": tiny.llama}, ("`value_model`", "LlamaForCausalLM", "num_labels=1", "None for a value head")),
+        (
+            {"value_model": lambda: tiny.scalar_model(tiny.llama(vocab_size=20))},
+            ("`value_model`", "20 embeddings", f"{tiny.VOCAB} tokens", f"resize_token_embeddings({tiny.VOCAB})"),
+        ),
         ({"changes": {"ref_adapter_name": "sft"}}, ("`ref_adapter_name`", "'sft'", "['default']")),
         ({"changes": {"model_init_kwargs": {"dtype": "auto"}}}, ("`model_init_kwargs`", "given by name")),
         ({"train_dataset": None}, ("`train_dataset`", "None", "required")),
