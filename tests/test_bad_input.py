@@ -647,6 +647,44 @@ def test_the_model_as_its_own_reference_is_refused(tmp_path):
     assert_says(error, "`ref_model`", "the model itself", "a copy, or None")
 
 
+# -- an optimizer of one's own -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "pieces"),
+    [
+        (
+            lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+            ("28 of the 28", "`peft_config`", "get_peft_model"),
+        ),
+        (lambda model: torch.optim.SGD, ("torch.optim", "in the first place")),
+    ],
+    ids=["made before the adapter", "a class"],
+)
+def test_an_optimizer_that_would_train_nothing_is_refused(tmp_path, optimizer, pieces):
+    model = tiny.llama()
+    with pytest.raises(ConfigError) as error:
+        tiny.trainer(tmp_path, model, optimizers=(optimizer(model), None))
+    assert_says(error, "`optimizers`", *pieces)
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+@pytest.mark.parametrize("peft", [True, False], ids=["lora", "full"])
+def test_an_optimizer_of_ones_own_trains_the_value_too(tmp_path, peft, scheduled):
+    model = adapted() if peft else tiny.llama()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0) if scheduled else None
+    changes = {} if scheduled else {"value_learning_rate": 0.01}
+    trainer = tiny.trainer(tmp_path, model, optimizers=(optimizer, scheduler), peft_config=None, changes=changes)
+    before = weights(trainer.model)
+    trainer.train()
+    after = weights(trainer.model)
+    assert {name for name in before if torch.equal(before[name], after[name])} == set()
+    rates = {id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
+    expected = 1e-3 if scheduled else 0.01
+    assert {rates[id(p)] for p in trainer.model.value.parameters()} == {expected}
+
+
 # -- losses and KL that are not finite ---------------------------------------------------------------------------------
 
 
