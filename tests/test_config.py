@@ -322,3 +322,21 @@ def test_a_compiling_launcher_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     with pytest.raises(NotAvailableYetError, match="dynamo_backend"):
         tiny.config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "pieces"),
+    [
+        ({"optim": "lomo"}, ("`optim`", "'lomo'", "backward", "'adafactor'")),
+        ({"optim": "galore_adamw_layerwise"}, ("`optim`", "'galore_adamw_layerwise'", "undone")),
+        ({"optim": "schedule_free_adamw"}, ("`optim`", "other weights")),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"},
+            ("`lr_scheduler_type`", "plateau", "`trust_lr_target`"),
+        ),
+    ],
+)
+def test_optimizers_and_schedules_that_cannot_work_are_refused_before_the_run(tmp_path, changes, pieces):
+    with pytest.raises(NotAvailableYetError) as error:
+        tiny.config(tmp_path, **changes)
+    assert all(piece in str(error.value) for piece in pieces), str(error.value)

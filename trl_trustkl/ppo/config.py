@@ -22,7 +22,7 @@ from . import field_types
 from ._upstream import PPOConfig
 from .losses import Penalties
 from .ranges import check_ranges
-from .unavailable import refuse_other_kernels, refuse_sharding
+from .unavailable import refuse_optimizers, refuse_other_kernels, refuse_sharding
 
 logger = logging.get_logger(__name__)
 
@@ -164,6 +164,7 @@ class TrustKLPPOConfig(PPOConfig):
     def __post_init__(self) -> None:
         refuse_sharding(self)
         refuse_other_kernels(self)
+        refuse_optimizers(self)
         for name in _DICT_FIELDS:
             setattr(self, name, _as_dict(name, getattr(self, name)))
         self._check_ranges()
