@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback
@@ -614,10 +615,20 @@ def adapted() -> Any:
     return get_peft_model(tiny.llama(), tiny.lora())
 
 
+def encoder_decoder() -> Any:
+    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 16, "num_layers": 1, "num_heads": 2}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=tiny.VOCAB, **sizes))
+
+
 @pytest.mark.parametrize(
     ("arguments", "pieces"),
     [
         ({"model": lambda: torch.nn.Linear(2, 2)}, ("`model`", "Linear", "causal language model")),
+        ({"model": encoder_decoder}, ("`model`", "T5ForConditionalGeneration", "causal language model")),
+        (
+            {"model": lambda: tiny.scalar_model(tiny.llama())},
+            ("`model`", "SequenceClassification", "AutoModelForCausalLM"),
+        ),
         ({"processing_class": None}, ("`processing_class`", "None", "only when `model` is a name")),
         ({"processing_class": 3}, ("`processing_class`", "int", "must be a tokenizer")),
         ({"peft_config": {"r": 4}}, ("`peft_config`", "dict", "LoraConfig")),
