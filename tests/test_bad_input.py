@@ -331,6 +331,19 @@ def test_no_evaluation_set_is_an_error_of_evaluate(tmp_path):
     assert_says(error, "`eval_dataset`", "None", "give one")
 
 
+def test_one_of_several_evaluation_sets_goes_by_its_name(tmp_path):
+    trainer = tiny.trainer(tmp_path, eval_dataset={"few": tiny.prompts(2), "more": tiny.prompts(5)})
+    few = trainer.evaluate("few")
+    assert few["eval_score"] == trainer.evaluate()["eval_few_score"]
+    assert len(trainer.evaluate_completions("more")) == 5
+    with pytest.raises(ConfigError) as error:
+        trainer.evaluate("fewer")
+    assert_says(error, "`eval_dataset`", "'fewer'", "'few', 'more'")
+    with pytest.raises(ConfigError) as error:
+        trainer.evaluate_completions()
+    assert_says(error, "`eval_dataset`", "'few', 'more'")
+
+
 class Scripted(TrustKLPPOTrainer):
     """Responses from a list of token ids and lengths instead of sampling; `scored` keeps the last score phase's result."""
 

@@ -132,7 +132,7 @@ class Plumbing:
         return optimizer
 
     def _adopt_optimizer(self) -> None:
-        """One that was given: it must have all that is trained of the policy; the value, which may be the trainer's, it gets."""
+        """One that was given: it must have all that is trained of the policy; the value's head, made here, it gets."""
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise ConfigError(
                 f"`optimizers` got {shown(self.optimizer)} in the first place; it must be a torch.optim.Optimizer or None."
@@ -142,8 +142,8 @@ class Plumbing:
         policy = trainable(self.model.policy)
         if left_out := sum(id(p) not in had for p in policy):
             raise ConfigError(
-                f"`optimizers` got an optimizer without {left_out} of the {len(policy)} tensors of the policy that are trained. "
-                "With `peft_config` the trainer makes them: give it a model that has its adapter, from "
+                f"`optimizers` got an optimizer without {left_out} of the {len(policy)} tensors of the policy that are "
+                "trained. With `peft_config` the trainer makes them: give it a model that has its adapter, from "
                 "peft.get_peft_model(model, peft_config), or leave `optimizers` out and set `optim` and `learning_rate`."
             )
         if value := [p for p in trainable(self.model.value) if id(p) not in had]:
