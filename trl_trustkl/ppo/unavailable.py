@@ -56,5 +56,5 @@ def refuse_optimizers(args: Any) -> None:
     if schedule in ("reduce_lr_on_plateau", "greedy"):
         raise NotAvailableYetError(
             f"`lr_scheduler_type` got {schedule!r}, which is not available in this version: schedules step once in every "
-            "update. Use another, such as 'linear', or `trust_lr_target`, which moves the learning rate by the KL of the updates."
+            "update. Use another, such as 'linear', or `trust_lr_target`: it moves the learning rate by the KL of the updates."
         )
