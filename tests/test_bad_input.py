@@ -5,6 +5,7 @@ Messages are read, not only their type: each case lists the pieces that have to 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from typing import Any
@@ -523,6 +524,39 @@ def test_the_error_of_a_reward_function_stays_attached(tmp_path, function):
 
 def none_for_even_rows(prompts, completions, **_):
     return [None if i % 2 == 0 else float(i) for i in range(len(completions))]
+
+
+async def gives_up(prompts, completions, **_):
+    raise asyncio.CancelledError
+
+
+def test_an_async_reward_function_that_gives_up_has_failed(tmp_path):
+    with pytest.raises(RewardError, match="`gives_up` raised CancelledError"):
+        tiny.trainer(tmp_path, reward_funcs=gives_up).train()
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_what_a_reward_function_does_to_its_arguments_reaches_nothing_else(tmp_path, chat):
+    seen = []
+
+    def vandal(prompts, completions, completion_ids, wanted, trainer_state, **_):
+        trainer_state.global_step = 99
+        torch.set_grad_enabled(False)
+        for messages in (*prompts, *completions) if chat else ():
+            messages[0]["content"] = "broken"
+        for given in (prompts, completions, completion_ids[0], completion_ids, wanted):
+            given.clear()
+        return [0.0] * 8
+
+    def watch(prompts, completions, completion_ids, wanted, **_):
+        seen.append(str((prompts, completions, completion_ids, wanted)))
+        return tiny.good_words(prompts, completions)
+
+    for name, functions in (("alone", [watch]), ("after", [vandal, watch])):
+        tiny.trainer(tmp_path / name, reward_funcs=functions, train_dataset=tiny.prompts(chat=chat)).train()
+    assert len(seen) == 6 and seen[:3] == seen[3:]
+    one, other = ((tmp_path / name / "completions.jsonl").read_text() for name in ("alone", "after"))
+    assert one == other and "broken" not in one
 
 
 @pytest.mark.parametrize("position", ["after_eos", "eos"])
