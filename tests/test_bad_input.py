@@ -345,6 +345,17 @@ def test_one_of_several_evaluation_sets_goes_by_its_name(tmp_path):
     assert_says(error, "`eval_dataset`", "'few', 'more'")
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_collator_may_pad_on_either_side(tmp_path, side):
+    """Most tokenizers pad on the right, and so does transformers' collator with them."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.padding_side = side
+    tiny.trainer(tmp_path / "with", data_collator=transformers.DataCollatorWithPadding(tokenizer)).train()
+    tiny.trainer(tmp_path / "without").train()
+    one, other = ([without_seconds(r) for r in load_records(tmp_path / name)] for name in ("with", "without"))
+    assert one == other
+
+
 class Scripted(TrustKLPPOTrainer):
     """Responses from a list of token ids and lengths instead of sampling; `scored` keeps the last score phase's result."""
 

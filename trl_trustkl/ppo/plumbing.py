@@ -377,7 +377,9 @@ class Plumbing:
         mask = (
             batch["attention_mask"].to(ids.device).bool() if "attention_mask" in batch else torch.ones_like(ids).bool()
         )
-        return Prompts(ids, mask, rows)
+        # A tokenizer may pad on the right, which a model cannot go on from.
+        prompts = [{"input_ids": row[counts]} for row, counts in zip(ids, mask, strict=True)]
+        return collate(prompts, self.processing_class.pad_token_id, ids.device)._replace(rows=rows)
 
 
 _MISMATCH = 0.05
