@@ -6,6 +6,7 @@ Messages are read, not only their type: each case lists the pieces that have to 
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import math
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import transformers
 from datasets import Dataset
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from tests import tiny
 from trl_trustkl import TrustKLPPOTrainer, load_records
@@ -662,6 +663,19 @@ def test_a_reward_model_with_a_smaller_vocabulary_asks_for_its_tokenizer(tmp_pat
     with pytest.raises(ConfigError) as error:
         tiny.trainer(tmp_path, reward_funcs=tiny.scalar_model(tiny.llama(vocab_size=20)))
     assert_says(error, "`reward_processing_classes`", "20 embeddings", tiny.VOCAB, "own tokenizer")
+
+
+@pytest.mark.parametrize("own_tokenizer", [True, False])
+@pytest.mark.parametrize("kind", ["classifier", "language model"])
+def test_a_reward_model_of_several_labels_is_refused_whichever_might_be_meant(tmp_path, kind, own_tokenizer):
+    """The first of a sentiment classifier's labels is the negative one."""
+    config = copy.deepcopy(tiny.llama().config)
+    config.num_labels = 2
+    model = AutoModelForSequenceClassification.from_config(config) if kind == "classifier" else tiny.llama()
+    tokenizers = tiny.tokenizer() if own_tokenizer else None
+    with pytest.raises(ConfigError) as error:
+        tiny.trainer(tmp_path, reward_funcs=model, reward_processing_classes=tokenizers)
+    assert_says(error, "`reward_funcs`", type(model).__name__, "2 labels", "num_labels=1", "a function")
 
 
 # -- models ------------------------------------------------------------------------------------------------------------

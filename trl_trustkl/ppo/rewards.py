@@ -118,6 +118,11 @@ def _as_reward(
     if isinstance(func, str):
         return RewardModel(load_scalar_model(func, init_kwargs), tokenizer or AutoTokenizer.from_pretrained(func))
     if isinstance(func, nn.Module):
+        if (labels := getattr(getattr(func, "config", None), "num_labels", 1)) != 1:
+            raise ConfigError(
+                f"`reward_funcs` got a {type(func).__name__} with {labels} labels; a reward model has 1 (num_labels=1). Of a "
+                "classifier with several give a function that returns the logit or probability that is to be the reward."
+            )
         if tokenizer is None and func.get_input_embeddings().weight.shape[0] < vocab_size:
             raise ConfigError(
                 f"`reward_processing_classes` got None for a reward model with {func.get_input_embeddings().weight.shape[0]} "
