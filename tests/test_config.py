@@ -16,7 +16,7 @@ from trl_trustkl import TrustKLPPOConfig
 from trl_trustkl.advantages import ScorePosition
 from trl_trustkl.controllers import CONTROLLERS, AdaptiveKL, ControllerName, FixedKL
 from trl_trustkl.divergences import ESTIMATORS, EstimatorName, KLEstimatorName
-from trl_trustkl.errors import NotAvailableYetError
+from trl_trustkl.errors import ConfigError, NotAvailableYetError
 from trl_trustkl.ppo import _base
 from trl_trustkl.ppo.config import _DICT_FIELDS
 from trl_trustkl.surrogates import SURROGATES, ClipRuleName
@@ -340,3 +340,11 @@ def test_optimizers_and_schedules_that_cannot_work_are_refused_before_the_run(tm
     with pytest.raises(NotAvailableYetError) as error:
         tiny.config(tmp_path, **changes)
     assert all(piece in str(error.value) for piece in pieces), str(error.value)
+
+
+@pytest.mark.parametrize("name", ["file", "file/run", ""])
+def test_an_output_folder_that_cannot_be_one_is_refused_before_the_run(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"`output_dir` got .* must be a folder") as error:
+        tiny.config(tmp_path / name if name else "")
+    assert not name or f"{tmp_path / 'file'} is a file" in str(error.value)

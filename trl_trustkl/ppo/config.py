@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from transformers import GenerationConfig
@@ -336,6 +338,11 @@ class TrustKLPPOConfig(PPOConfig):
             raise ConfigError(f"`generation_kwargs` got {shown(extra)}: {error}") from None
 
     def _check_saving(self) -> None:
+        folder = Path(self.output_dir)
+        in_the_way = [str(place) for place in (folder, *folder.parents) if os.path.isfile(place)]
+        if in_the_way or self.output_dir == "":
+            why = f"{in_the_way[0]} is a file" if in_the_way else "it has no name"
+            raise out_of_range("output_dir", self.output_dir, "a folder, or one that can be made", f"Here {why}.")
         if self.load_best_model_at_end and self.metric_for_best_model in (None, "loss", "eval_loss"):
             raise ConfigError(
                 f"`metric_for_best_model` got {self.metric_for_best_model!r}; with load_best_model_at_end=True it must be one "
