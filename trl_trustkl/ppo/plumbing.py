@@ -20,14 +20,14 @@ from transformers.utils import logging
 
 from ..callbacks.report import BoundReportCallback, is_report
 from ..divergences import gradient_kind
-from ..errors import ConfigError, Interrupted, SaveError, shown
+from ..errors import Interrupted, SaveError
 from ..types import Batch, BoundRecord, MicroBatch, Prompts, TokenOutputs, UpdateStats
 from . import generation, rng, settings
 from .data import PromptOrder, collate
 from .four_bit import is_quantized
 from .guard import Refusals, StartingPoint
 from .loading import trainable
-from .optimise import Optimisation
+from .optimise import Optimisation, adopt
 from .signals import StopRequest
 from .unavailable import sharding_error
 
@@ -100,7 +100,8 @@ class Plumbing:
         if hasattr(self.model.policy, "add_model_tags"):
             self.model.policy.add_model_tags(self._tag_names)
         if self.optimizer is not None:
-            self._adopt_optimizer()
+            rate = args.value_learning_rate
+            adopt(self.optimizer, self.model, rate=rate, scheduled=self.lr_scheduler is not None)
         self.state = self._fresh_state()
         self._config = settings.compared(args)  # as the run was set up: callbacks may change `args` later
         self._stop_request = StopRequest(args.grace_seconds)
@@ -130,28 +131,6 @@ class Plumbing:
                 settings = {key: setting for key, setting in group.items() if key != "params"}
                 optimizer.add_param_group({**settings, "params": mine, "lr": group["lr"] if rate is None else rate})
         return optimizer
-
-    def _adopt_optimizer(self) -> None:
-        """One that was given: it must have all that is trained of the policy; the value's head, made here, it gets."""
-        if not isinstance(self.optimizer, torch.optim.Optimizer):
-            raise ConfigError(
-                f"`optimizers` got {shown(self.optimizer)} in the first place; it must be a torch.optim.Optimizer or None."
-            )
-        groups = self.optimizer.param_groups
-        had = {id(p) for group in groups for p in group["params"]}
-        policy = trainable(self.model.policy)
-        if left_out := sum(id(p) not in had for p in policy):
-            raise ConfigError(
-                f"`optimizers` got an optimizer without {left_out} of the {len(policy)} tensors of the policy that are "
-                "trained. With `peft_config` the trainer makes them: give it a model that has its adapter, from "
-                "peft.get_peft_model(model, peft_config), or leave `optimizers` out and set `optim` and `learning_rate`."
-            )
-        if value := [p for p in trainable(self.model.value) if id(p) not in had]:
-            rate = self.args.value_learning_rate
-            if self.lr_scheduler is not None:  # it was made for the groups that there are
-                groups[0]["params"].extend(value)
-            else:
-                self.optimizer.add_param_group({"params": value} | ({} if rate is None else {"lr": rate}))
 
     def add_callback(self, callback: Any) -> None:
         """As in transformers; a BoundReportCallback takes the place of the one there, or every record would come twice."""
