@@ -169,8 +169,8 @@ def adopt(optimizer: Any, model: Any, *, rate: float | None, scheduled: bool) ->
     policy = trainable(model.policy)
     if left_out := sum(id(p) not in had for p in policy):
         raise ConfigError(
-            f"`optimizers` got an optimizer without {left_out} of the {len(policy)} tensors of the policy that are trained. With "
-            "`peft_config` the trainer makes them: give it a model that has its adapter, from "
+            f"`optimizers` got an optimizer without {left_out} of the {len(policy)} tensors of the policy that are trained. "
+            "With `peft_config` the trainer makes them: give it a model that has its adapter, from "
             "peft.get_peft_model(model, peft_config), or leave `optimizers` out and set `optim` and `learning_rate`."
         )
     value = [p for p in trainable(model.value) if id(p) not in had]
