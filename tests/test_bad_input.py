@@ -5,15 +5,18 @@ Messages are read, not only their type: each case lists the pieces that have to 
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import logging
 import math
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from tests import tiny
 from trl_trustkl import TrustKLPPOTrainer, load_records
@@ -330,6 +333,30 @@ def test_no_evaluation_set_is_an_error_of_evaluate(tmp_path):
     assert_says(error, "`eval_dataset`", "None", "give one")
 
 
+def test_one_of_several_evaluation_sets_goes_by_its_name(tmp_path):
+    trainer = tiny.trainer(tmp_path, eval_dataset={"few": tiny.prompts(2), "more": tiny.prompts(5)})
+    few = trainer.evaluate("few")
+    assert few["eval_score"] == trainer.evaluate()["eval_few_score"]
+    assert len(trainer.evaluate_completions("more")) == 5
+    with pytest.raises(ConfigError) as error:
+        trainer.evaluate("fewer")
+    assert_says(error, "`eval_dataset`", "'fewer'", "'few', 'more'")
+    with pytest.raises(ConfigError) as error:
+        trainer.evaluate_completions()
+    assert_says(error, "`eval_dataset`", "'few', 'more'")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_collator_may_pad_on_either_side(tmp_path, side):
+    """Most tokenizers pad on the right, and so does transformers' collator with them."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.padding_side = side
+    tiny.trainer(tmp_path / "with", data_collator=transformers.DataCollatorWithPadding(tokenizer)).train()
+    tiny.trainer(tmp_path / "without").train()
+    one, other = ([without_seconds(r) for r in load_records(tmp_path / name)] for name in ("with", "without"))
+    assert one == other
+
+
 class Scripted(TrustKLPPOTrainer):
     """Responses from a list of token ids and lengths instead of sampling; `scored` keeps the last score phase's result."""
 
@@ -511,6 +538,39 @@ def none_for_even_rows(prompts, completions, **_):
     return [None if i % 2 == 0 else float(i) for i in range(len(completions))]
 
 
+async def gives_up(prompts, completions, **_):
+    raise asyncio.CancelledError
+
+
+def test_an_async_reward_function_that_gives_up_has_failed(tmp_path):
+    with pytest.raises(RewardError, match="`gives_up` raised CancelledError"):
+        tiny.trainer(tmp_path, reward_funcs=gives_up).train()
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_what_a_reward_function_does_to_its_arguments_reaches_nothing_else(tmp_path, chat):
+    seen = []
+
+    def vandal(prompts, completions, completion_ids, wanted, trainer_state, **_):
+        trainer_state.global_step = 99
+        torch.set_grad_enabled(False)
+        for messages in (*prompts, *completions) if chat else ():
+            messages[0]["content"] = "broken"
+        for given in (prompts, completions, completion_ids[0], completion_ids, wanted):
+            given.clear()
+        return [0.0] * 8
+
+    def watch(prompts, completions, completion_ids, wanted, **_):
+        seen.append(str((prompts, completions, completion_ids, wanted)))
+        return tiny.good_words(prompts, completions)
+
+    for name, functions in (("alone", [watch]), ("after", [vandal, watch])):
+        tiny.trainer(tmp_path / name, reward_funcs=functions, train_dataset=tiny.prompts(chat=chat)).train()
+    assert len(seen) == 6 and seen[:3] == seen[3:]
+    one, other = ((tmp_path / name / "completions.jsonl").read_text() for name in ("alone", "after"))
+    assert one == other and "broken" not in one
+
+
 @pytest.mark.parametrize("position", ["after_eos", "eos"])
 def test_a_row_without_a_reward_gets_no_gradient_and_leaves_the_others_theirs(tmp_path, position):
     script = [([5, 7, EOS], 3), WORDS]
@@ -605,6 +665,19 @@ def test_a_reward_model_with_a_smaller_vocabulary_asks_for_its_tokenizer(tmp_pat
     assert_says(error, "`reward_processing_classes`", "20 embeddings", tiny.VOCAB, "own tokenizer")
 
 
+@pytest.mark.parametrize("own_tokenizer", [True, False])
+@pytest.mark.parametrize("kind", ["classifier", "language model"])
+def test_a_reward_model_of_several_labels_is_refused_whichever_might_be_meant(tmp_path, kind, own_tokenizer):
+    """The first of a sentiment classifier's labels is the negative one."""
+    config = copy.deepcopy(tiny.llama().config)
+    config.num_labels = 2
+    model = AutoModelForSequenceClassification.from_config(config) if kind == "classifier" else tiny.llama()
+    tokenizers = tiny.tokenizer() if own_tokenizer else None
+    with pytest.raises(ConfigError) as error:
+        tiny.trainer(tmp_path, reward_funcs=model, reward_processing_classes=tokenizers)
+    assert_says(error, "`reward_funcs`", type(model).__name__, "2 labels", "num_labels=1", "a function")
+
+
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
@@ -614,16 +687,30 @@ def adapted() -> Any:
     return get_peft_model(tiny.llama(), tiny.lora())
 
 
+def encoder_decoder() -> Any:
+    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 16, "num_layers": 1, "num_heads": 2}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=tiny.VOCAB, **sizes))
+
+
 @pytest.mark.parametrize(
     ("arguments", "pieces"),
     [
         ({"model": lambda: torch.nn.Linear(2, 2)}, ("`model`", "Linear", "causal language model")),
+        ({"model": encoder_decoder}, ("`model`", "T5ForConditionalGeneration", "causal language model")),
+        (
+            {"model": lambda: tiny.scalar_model(tiny.llama())},
+            ("`model`", "SequenceClassification", "AutoModelForCausalLM"),
+        ),
         ({"processing_class": None}, ("`processing_class`", "None", "only when `model` is a name")),
         ({"processing_class": 3}, ("`processing_class`", "int", "must be a tokenizer")),
         ({"peft_config": {"r": 4}}, ("`peft_config`", "dict", "LoraConfig")),
         ({"model": adapted}, ("`peft_config`", "already has an adapter", "merge_and_unload")),
         ({"ref_model": lambda: tiny.llama(vocab_size=50)}, ("`ref_model`", "50", tiny.VOCAB, "same vocabulary")),
         ({"value_model": tiny.llama}, ("`value_model`", "LlamaForCausalLM", "num_labels=1", "None for a value head")),
+        (
+            {"value_model": lambda: tiny.scalar_model(tiny.llama(vocab_size=20))},
+            ("`value_model`", "20 embeddings", f"{tiny.VOCAB} tokens", f"resize_token_embeddings({tiny.VOCAB})"),
+        ),
         ({"changes": {"ref_adapter_name": "sft"}}, ("`ref_adapter_name`", "'sft'", "['default']")),
         ({"changes": {"model_init_kwargs": {"dtype": "auto"}}}, ("`model_init_kwargs`", "given by name")),
         ({"train_dataset": None}, ("`train_dataset`", "None", "required")),
@@ -641,6 +728,44 @@ def test_the_model_as_its_own_reference_is_refused(tmp_path):
     with pytest.raises(ModelError) as error:
         tiny.trainer(tmp_path, model, ref_model=model)
     assert_says(error, "`ref_model`", "the model itself", "a copy, or None")
+
+
+# -- an optimizer of one's own -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "pieces"),
+    [
+        (
+            lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+            ("28 of the 28", "`peft_config`", "get_peft_model"),
+        ),
+        (lambda model: torch.optim.SGD, ("torch.optim", "in the first place")),
+    ],
+    ids=["made before the adapter", "a class"],
+)
+def test_an_optimizer_that_would_train_nothing_is_refused(tmp_path, optimizer, pieces):
+    model = tiny.llama()
+    with pytest.raises(ConfigError) as error:
+        tiny.trainer(tmp_path, model, optimizers=(optimizer(model), None))
+    assert_says(error, "`optimizers`", *pieces)
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+@pytest.mark.parametrize("peft", [True, False], ids=["lora", "full"])
+def test_an_optimizer_of_ones_own_trains_the_value_too(tmp_path, peft, scheduled):
+    model = adapted() if peft else tiny.llama()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0) if scheduled else None
+    changes = {} if scheduled else {"value_learning_rate": 0.01}
+    trainer = tiny.trainer(tmp_path, model, optimizers=(optimizer, scheduler), peft_config=None, changes=changes)
+    before = weights(trainer.model)
+    trainer.train()
+    after = weights(trainer.model)
+    assert {name for name in before if torch.equal(before[name], after[name])} == set()
+    rates = {id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
+    expected = 1e-3 if scheduled else 0.01
+    assert {rates[id(p)] for p in trainer.model.value.parameters()} == {expected}
 
 
 # -- losses and KL that are not finite ---------------------------------------------------------------------------------
@@ -782,6 +907,35 @@ def test_a_refused_update_leaves_the_value_as_it_was_too(tmp_path, monkeypatch, 
     poison(monkeypatch, trainer)
     trainer.train()
     assert same(watch.snapshots[1], watch.snapshots[2])
+
+
+def beyond_panic(monkeypatch, trainer):
+    """The bad update goes further than it may."""
+    measure = trainer.measure
+
+    def far(batch):
+        found = measure(batch)
+        first = trainer._refused is None and trainer.state.global_step == BAD_UPDATE - 1
+        return found._replace(kl=1e9) if first else found
+
+    monkeypatch.setattr(trainer, "measure", far)
+
+
+@pytest.mark.parametrize("limit", [1.0, None], ids=["limit", "no limit"])
+@pytest.mark.parametrize("poison", [*(poison for poison, _ in REFUSALS), beyond_panic])
+def test_a_refused_update_was_bound_by_nothing_and_keeps_nothing_of_its_step(tmp_path, monkeypatch, poison, limit):
+    """Whether it was undone while optimising or after; the limit on the gradient bounds the updates beside it."""
+    changes = {"trust_max_kl": limit, "panic_kl": 1e6, "max_grad_norm": 1e-9, "kl_coef": 1e-3}
+    trainer = tiny.trainer(tmp_path, changes=changes)
+    poison(monkeypatch, trainer)
+    trainer.train()
+    bad = BAD_UPDATE - 1
+    found = load_records(tmp_path)
+    assert [record["refused"] is None for record in found] == [i != bad for i in range(3)]
+    assert [record["binding"] for record in found] == ["none" if i == bad else "grad_norm" for i in range(3)]
+    kept = [None] * 3 if limit is None else [0.0 if i == bad else 1.0 for i in range(3)]
+    assert [record["trust"]["scale"] for record in found] == kept
+    assert found[bad]["trust"]["kl"] == 0 and found[bad]["trust"]["guaranteed"] == limit
 
 
 class Spike(TrainerCallback):

@@ -16,7 +16,7 @@ from trl_trustkl import TrustKLPPOConfig
 from trl_trustkl.advantages import ScorePosition
 from trl_trustkl.controllers import CONTROLLERS, AdaptiveKL, ControllerName, FixedKL
 from trl_trustkl.divergences import ESTIMATORS, EstimatorName, KLEstimatorName
-from trl_trustkl.errors import NotAvailableYetError
+from trl_trustkl.errors import ConfigError, NotAvailableYetError
 from trl_trustkl.ppo import _base
 from trl_trustkl.ppo.config import _DICT_FIELDS
 from trl_trustkl.surrogates import SURROGATES, ClipRuleName
@@ -329,3 +329,29 @@ def test_a_compiling_launcher_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     with pytest.raises(NotAvailableYetError, match="dynamo_backend"):
         tiny.config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "pieces"),
+    [
+        ({"optim": "lomo"}, ("`optim`", "'lomo'", "backward", "'adafactor'")),
+        ({"optim": "galore_adamw_layerwise"}, ("`optim`", "'galore_adamw_layerwise'", "undone")),
+        ({"optim": "schedule_free_adamw"}, ("`optim`", "other weights")),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"},
+            ("`lr_scheduler_type`", "plateau", "`trust_lr_target`"),
+        ),
+    ],
+)
+def test_optimizers_and_schedules_that_cannot_work_are_refused_before_the_run(tmp_path, changes, pieces):
+    with pytest.raises(NotAvailableYetError) as error:
+        tiny.config(tmp_path, **changes)
+    assert all(piece in str(error.value) for piece in pieces), str(error.value)
+
+
+@pytest.mark.parametrize("name", ["file", "file/run", ""])
+def test_an_output_folder_that_cannot_be_one_is_refused_before_the_run(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"`output_dir` got .* must be a folder") as error:
+        tiny.config(tmp_path / name if name else "")
+    assert not name or f"{tmp_path / 'file'} is a file" in str(error.value)

@@ -13,6 +13,7 @@ import pytest
 from trl_trustkl.report import read_run
 from trl_trustkl.report.findings import FINDINGS, find
 from trl_trustkl.report.schema import Run
+from trl_trustkl.report.series import shares
 from trl_trustkl.report.summary import summarise
 
 Row = dict[str, Any]
@@ -254,3 +255,17 @@ def test_refused_updates_are_told(run_of) -> None:
     said = words(run_of(refused=lambda p: "not finite" if p == 1 else None, score=rising))
     assert "The mean score rose: 0.325 over the first third" in said["Outcome"]
     assert said["Outcome"].endswith("1 update was refused: the parameters stayed as they were.")
+
+
+def test_a_refused_update_is_neither_bound_nor_shortened(run_of) -> None:
+    """Whatever its record says: one of an earlier version may name what took a share of what was undone."""
+    run = run_of(
+        refused=lambda p: "too far" if p == 1 else None,
+        binding=lambda p: "backtrack" if p == 1 else "clip",
+        trust__scale=lambda p: 0.0 if p == 1 else 1.0,
+        trust__kl_proposed=lambda p: 99.0 if p == 1 else 0.01,
+    )
+    said = words(run)
+    assert said["What bound the updates"].endswith("was the clip in 11 and none, as the update was refused, in 1.")
+    assert "shortened" not in said["The largest update"]
+    assert all(values[-1] == 0 for values in shares(run.records).values())

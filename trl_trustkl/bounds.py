@@ -113,7 +113,7 @@ def build_record(
         ),
         gradient=GradientRecord(norm=stats.grad_norm, max_norm=args.norm_limit, scale=stats.grad_scale),
         sampler=SamplerRecord(kl=rollout.sampler_kl),
-        binding=binding(binding_shares(anchor, stats, enforcement, lr_factor)),
+        binding="none" if refused is not None else binding(binding_shares(anchor, stats, enforcement, lr_factor)),
     )
 
 

@@ -214,7 +214,10 @@ class Measurement(NamedTuple):
 
 
 class Enforcement(NamedTuple):
-    """What enforcement did: the KL before it, the scale kept of the step, the tries it took, the limit it holds."""
+    """What enforcement did: the KL before it, the scale kept of the step, the tries it took, the limit it holds.
+
+    The scale is None without a limit, and 0 of an update that was refused.
+    """
 
     kl_proposed: float
     scale: float | None
@@ -279,7 +282,8 @@ class TrustRecord(NamedTuple):
     scale: Annotated[
         float | None,
         Meaning(
-            "What enforcement kept of the step: 1 where the limit held anyway, `null` without `trust_max_kl`.", "share"
+            "What was kept of the step: 1 where the limit held anyway, 0 of a refused update, `null` without `trust_max_kl`.",
+            "share",
         ),
     ]
     tries: Annotated[int, Meaning("Scales that backtracking tried.")]
@@ -343,6 +347,7 @@ class BoundRecord(NamedTuple):
         str,
         Meaning(
             "The mechanism that took the largest share of the update: `anchor`, `clip`, `penalty`, `stop`, `backtrack`, "
-            "`grad_norm`, `lr`, or `none` where all are below 1 %."
+            "`grad_norm`, `lr`, or `none` where all are below 1 %, or the update was refused: what moved nothing was bound by "
+            "none of them."
         ),
     ]

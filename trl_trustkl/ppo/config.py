@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from transformers import GenerationConfig
-from transformers.generation import logits_process
 from transformers.utils import logging
 
 from ..advantages import ScorePosition
 from ..controllers import CONTROLLERS, ControllerName, FixedKL, LearningRateByKL, ScheduledKL, build_controller
 from ..divergences import ESTIMATORS, KLEstimatorName, Placement, build_estimator, gradient_kind
-from ..errors import ConfigError, is_finite, out_of_range, shown, unknown_name
+from ..errors import ConfigError, out_of_range, shown, unknown_name
 from ..surrogates import SURROGATES, ClipRuleName, build_surrogate
 from . import field_types
 from ._upstream import PPOConfig
+from .generation_options import check_generation_kwargs
 from .losses import Penalties
 from .ranges import check_ranges
-from .unavailable import refuse_other_kernels, refuse_sharding
+from .unavailable import refuse_optimizers, refuse_other_kernels, refuse_sharding
 
 logger = logging.get_logger(__name__)
 
@@ -36,32 +37,6 @@ _DICT_FIELDS = (
     "generation_kwargs",
     "model_init_kwargs",
 )
-
-_SET_ELSEWHERE = {
-    "max_new_tokens": "response_length",
-    "max_length": "response_length",
-    "temperature": "temperature",
-    "eos_token_id": "stop_token_id",
-    "pad_token_id": "the tokenizer's pad token",
-    "do_sample": None,
-    "num_beams": None,
-    "num_return_sequences": None,
-    "return_dict_in_generate": None,
-    "output_scores": None,
-    "use_cache": None,
-}
-
-# What checks the value of a generation option, and the value that leaves it off.
-_PROCESSORS: dict[str, tuple[str, Any]] = {
-    "top_p": ("TopPLogitsWarper", 1.0),
-    "top_k": ("TopKLogitsWarper", 0),
-    "min_p": ("MinPLogitsWarper", None),
-    "typical_p": ("TypicalLogitsWarper", 1.0),
-    "epsilon_cutoff": ("EpsilonLogitsWarper", 0.0),
-    "eta_cutoff": ("EtaLogitsWarper", 0.0),
-    "repetition_penalty": ("RepetitionPenaltyLogitsProcessor", 1.0),
-    "no_repeat_ngram_size": ("NoRepeatNGramLogitsProcessor", 0),
-}
 
 _NAMES: dict[str, Callable[[], Iterable[str]]] = {
     "kl_estimator": lambda: (*ESTIMATORS, "exact"),
@@ -164,6 +139,7 @@ class TrustKLPPOConfig(PPOConfig):
     def __post_init__(self) -> None:
         refuse_sharding(self)
         refuse_other_kernels(self)
+        refuse_optimizers(self)
         for name in _DICT_FIELDS:
             setattr(self, name, _as_dict(name, getattr(self, name)))
         self._check_ranges()
@@ -329,27 +305,14 @@ class TrustKLPPOConfig(PPOConfig):
             raise ConfigError(
                 f"`stop_token` got {self.stop_token!r} and `stop_token_id` got {self.stop_token_id}; set only one of them."
             )
-        extra: Any = self.generation_kwargs or {}
-        for key, instead in _SET_ELSEWHERE.items():
-            if key in extra:
-                fix = f"set {instead} instead." if instead else "the trainer depends on its value; leave it out."
-                raise ConfigError(f"`generation_kwargs` got {key!r}: {fix}")
-        known = GenerationConfig().to_dict()
-        for key in extra:
-            if key not in known:
-                raise unknown_name("generation_kwargs", key, known)
-        for key, value in extra.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and not is_finite(value):
-                raise out_of_range(f"generation_kwargs['{key}']", value, "a finite number")
-        try:
-            GenerationConfig(**{"do_sample": True, **extra}).validate()
-            for key, (processor, off) in _PROCESSORS.items():  # validate() does not look at their ranges
-                if extra.get(key, off) not in (None, off):
-                    getattr(logits_process, processor)(extra[key])
-        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            raise ConfigError(f"`generation_kwargs` got {shown(extra)}: {error}") from None
+        check_generation_kwargs(self.generation_kwargs or {})
 
     def _check_saving(self) -> None:
+        folder = Path(self.output_dir)
+        in_the_way = [str(place) for place in (folder, *folder.parents) if os.path.isfile(place)]
+        if in_the_way or self.output_dir == "":
+            why = f"{in_the_way[0]} is a file" if in_the_way else "it has no name"
+            raise out_of_range("output_dir", self.output_dir, "a folder, or one that can be made", f"Here {why}.")
         if self.load_best_model_at_end and self.metric_for_best_model in (None, "loss", "eval_loss"):
             raise ConfigError(
                 f"`metric_for_best_model` got {self.metric_for_best_model!r}; with load_best_model_at_end=True it must be one "

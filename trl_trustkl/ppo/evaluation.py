@@ -14,7 +14,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from transformers import TrainerControl
 
-from ..errors import ConfigError
+from ..errors import ConfigError, unknown_name
 from ..masking import masked_sum
 from ..types import Prompts
 from . import generation
@@ -36,7 +36,7 @@ class Evaluation:
         Metrics: `score`; `kl`, the exact KL(π‖π_ref) in nats per response; `length` in tokens; `eos_rate`; each behind
         `metric_key_prefix`. The training run is not affected: nothing it draws depends on it.
         """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self._evaluation_set(eval_dataset)
         if isinstance(dataset, dict):
             parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
             return {key: value for part in parts for key, value in part.items()}
@@ -54,13 +54,24 @@ class Evaluation:
     def evaluate_completions(self, eval_dataset: Any = None) -> list[dict[str, Any]]:
         """A sampled response to every prompt: `prompt`, `completion`, `score` (NaN where no function gave one), `kl`,
         `length` and `eos_rate` of each, from all processes."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is None:
-            raise ConfigError("`eval_dataset` got None; give one to the trainer or to evaluate().")
+        dataset = self._evaluation_set(eval_dataset)
+        if isinstance(dataset, dict):
+            raise ConfigError(f"`eval_dataset` got several; name one of {', '.join(map(repr, dataset))}.")
         if "input_ids" not in dataset.column_names:
             dataset = prepare_datasets(dataset, None, self.processing_class, self.model.policy, self.args)[0]
         rows = [row for part in self._evaluation_batches(dataset) for row in self._evaluate_prompts(*part)]
         return gather_object(rows)
+
+    def _evaluation_set(self, given: Any) -> Any:
+        """What to evaluate on: a dataset or several of them, the trainer's own for None, one of those for a name."""
+        own = self.eval_dataset
+        if isinstance(given, str):
+            if not isinstance(own, dict) or given not in own:
+                raise unknown_name("eval_dataset", given, own if isinstance(own, dict) else ())
+            return own[given]
+        if given is None and own is None:
+            raise ConfigError("`eval_dataset` got None; give one to the trainer or to evaluate().")
+        return own if given is None else given
 
     def _evaluation_batches(self, dataset: Any) -> Iterator[tuple[int, Prompts]]:
         """This process's share of the prompts, in batches."""

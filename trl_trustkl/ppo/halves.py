@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import ModelError
 from ..types import Head, MicroBatch
+from .data import positions
 from .loading import trainable
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,26 @@ class CausalHalves:
                 name,
                 type(self.causal).__name__,
             )
+        if not self._ignores_padding():
+            logger.warning(
+                "%s: %s does not ignore padding: what it makes of a prompt depends on how much longer the prompts beside it "
+                "are, when it generates, is trained and is measured. Give prompts of one length, or set "
+                "per_device_train_batch_size=1 and local_rollout_forward_batch_size=1, and nothing is padded.",
+                name,
+                type(self.causal).__name__,
+            )
+
+    @torch.no_grad()
+    def _ignores_padding(self) -> bool:
+        """Whether the tokens under the mask make no difference; where they make none, it is none to the bit."""
+        device = next(self.causal.parameters()).device
+        one = torch.arange(1, 9, device=device).unsqueeze(0) % self.vocab_size
+        other = torch.cat([one[:, :4].flip(1), one[:, 4:]], dim=1)
+        mask = torch.arange(8, device=device).unsqueeze(0) >= 4
+        inputs = {"attention_mask": mask.long(), "position_ids": positions(mask)}
+        with as_in_training(self.causal):
+            states, others = (self.hidden({"input_ids": ids} | inputs, 4)[0] for ids in (one, other))
+        return bool((states - others).abs().max() <= 1e-3 * states.abs().max())
 
     @torch.no_grad()
     def _reproduces_logits(self) -> bool:

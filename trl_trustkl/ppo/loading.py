@@ -50,6 +50,12 @@ def load_policy(
         )
     if not isinstance(model, (PreTrainedModel, PeftModel)):
         raise ModelError(f"`model` got {type(model).__name__}; it must be a causal language model or the name of one.")
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not causal.can_generate() or getattr(causal.config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"`model` got {type(causal).__name__}, which does not go on from a prompt; it must be a causal language model, "
+            "such as AutoModelForCausalLM.from_pretrained(name)."
+        )
     model.config.get_text_config().pad_token_id = pad_token_id(processing_class)
     return prepare_policy(model, peft_config, args), processing_class
 

@@ -34,9 +34,12 @@ class ValueHead(nn.Module):
 
 
 class ValueModel(nn.Module):
-    """A value model of its own: a sequence classifier with one label, read at every position."""
+    """A value model of its own: a sequence classifier with one label, read at every position.
 
-    def __init__(self, model: nn.Module) -> None:
+    `vocab_size` is the policy's: the value reads whatever that may sample.
+    """
+
+    def __init__(self, model: nn.Module, vocab_size: int) -> None:
         super().__init__()
         self.model = model
         base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -45,6 +48,13 @@ class ValueModel(nn.Module):
             raise ModelError(
                 f"`value_model` is a {type(base).__name__}; it must be a sequence classifier with one label, such as "
                 "AutoModelForSequenceClassification.from_pretrained(name, num_labels=1), or None for a value head."
+            )
+        known = backbone.get_input_embeddings().weight.shape[0]
+        if known < vocab_size:
+            raise ModelError(
+                f"`value_model` has {known} embeddings, fewer than the {vocab_size} tokens of the policy, whose token ids it "
+                "reads; take one with the policy's tokenizer, and where that is so, "
+                f"value_model.resize_token_embeddings({vocab_size})."
             )
         self._parts = (backbone, score)  # a tuple, so that nothing is registered twice
 
@@ -68,7 +78,10 @@ class PolicyAndValue(nn.Module):
         super().__init__()
         self.policy = policy
         self.halves = CausalHalves(policy)
-        self.value = ValueModel(value_model) if value_model is not None else ValueHead(self.halves.hidden_size)
+        if value_model is None:
+            self.value: nn.Module = ValueHead(self.halves.hidden_size)
+        else:
+            self.value = ValueModel(value_model, self.halves.vocab_size)
         self.value.to(next(policy.parameters()).device)
         self.temperature = temperature
         self.detach_value = detach_value

@@ -12,8 +12,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..errors import ConfigError, shown
 from ..types import Batch, Peer, TokenOutputs, UpdateStats
 from .config import TrustKLPPOConfig
+from .loading import trainable
 from .losses import LossScale, LossSums, Penalties, Rule, epoch_stats, micro_loss, stacked
 
 
@@ -152,3 +154,27 @@ def not_finite(batch: Batch) -> str | None:
     if not batch.finite:
         return "an advantage or a return is not finite"
     return None
+
+
+def adopt(optimizer: Any, model: Any, *, rate: float | None, scheduled: bool) -> None:
+    """Make an optimizer that was given fit a PolicyAndValue: it must have the policy's parameters, and gets the value's.
+
+    They come into a group of their own with `value_learning_rate`; into the first where a scheduler counts the groups.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            f"`optimizers` got {shown(optimizer)} in the first place; it must be a torch.optim.Optimizer or None."
+        )
+    had = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    policy = trainable(model.policy)
+    if left_out := sum(id(p) not in had for p in policy):
+        raise ConfigError(
+            f"`optimizers` got an optimizer without {left_out} of the {len(policy)} tensors of the policy that are trained. "
+            "With `peft_config` the trainer makes them: give it a model that has its adapter, from "
+            "peft.get_peft_model(model, peft_config), or leave `optimizers` out and set `optim` and `learning_rate`."
+        )
+    value = [p for p in trainable(model.value) if id(p) not in had]
+    if value and scheduled:
+        optimizer.param_groups[0]["params"].extend(value)
+    elif value:
+        optimizer.add_param_group({"params": value} | ({} if rate is None else {"lr": rate}))

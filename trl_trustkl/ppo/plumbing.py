@@ -27,7 +27,7 @@ from .data import PromptOrder, collate
 from .four_bit import is_quantized
 from .guard import Refusals, StartingPoint
 from .loading import trainable
-from .optimise import Optimisation
+from .optimise import Optimisation, adopt
 from .signals import StopRequest
 from .unavailable import sharding_error
 
@@ -58,6 +58,8 @@ class Plumbing:
     optimizer: Any
     lr_scheduler: Any
     _created_lr_scheduler: bool
+    _refused: str | None
+    _warned_of_sampler = False
     _sampling_key: tuple[int, int] = (Draw.EVALUATE, 0)  # of the update in hand, while there is one
     _bad_reward: str | None = None
     _saved_step: int = 0
@@ -97,6 +99,9 @@ class Plumbing:
                 module.to(self.accelerator.device)
         if hasattr(self.model.policy, "add_model_tags"):
             self.model.policy.add_model_tags(self._tag_names)
+        if self.optimizer is not None:
+            rate = args.value_learning_rate
+            adopt(self.optimizer, self.model, rate=rate, scheduled=self.lr_scheduler is not None)
         self.state = self._fresh_state()
         self._config = settings.compared(args)  # as the run was set up: callbacks may change `args` later
         self._stop_request = StopRequest(args.grace_seconds)
@@ -198,7 +203,7 @@ class Plumbing:
         self._sampling_key = (Draw.GENERATE, self.state.global_step)
         self._seconds: dict[str, float] = {}
         self._update_started = time.perf_counter()
-        self._refused: str | None = None
+        self._refused = None
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -217,6 +222,7 @@ class Plumbing:
         self.state.epoch = self.state.global_step / self._order.batches_per_pass
         self.lr_scheduler.step()
         self._move_controllers(record)
+        self._warn_of_sampler(record)
         self._last_loss = stats.total.policy_loss + args.vf_coef * stats.total.value_loss
         completions = self._completion_rows(batch)
         self._hand_out(record, completions)
@@ -245,6 +251,19 @@ class Plumbing:
             except SaveError as error:
                 failure = error
         self._raise_everywhere(failure)
+
+    def _warn_of_sampler(self, record: BoundRecord) -> None:
+        """Say once that responses are not the policy's own, where nothing that was asked for explains it."""
+        kl = record.sampler.kl
+        if self._warned_of_sampler or kl is None or not kl > _MISMATCH or self.args.generation_kwargs:
+            return
+        self._warned_of_sampler = True
+        logger.warning(
+            f"update {record.update}: `model` says other things when it generates than when it is trained, by "
+            f"{kl:.3g} nats per token (sampler/kl): the responses are not its own, and no gradient of them is right. Some "
+            "architectures mistake padding for text, in one of the two or in both: give prompts of one length, or set "
+            "per_device_train_batch_size=1 and local_rollout_forward_batch_size=1. With bf16=True, try bf16=False."
+        )
 
     def _move_controllers(self, record: BoundRecord) -> None:
         """Feed the controllers the exact KL, which is 0 at least up to rounding: a negative estimate never reaches them.
@@ -337,8 +356,13 @@ class Plumbing:
         mask = (
             batch["attention_mask"].to(ids.device).bool() if "attention_mask" in batch else torch.ones_like(ids).bool()
         )
-        return Prompts(ids, mask, rows)
+        # A tokenizer may pad on the right, which a model cannot go on from.
+        prompts = [{"input_ids": row[counts]} for row, counts in zip(ids, mask, strict=True)]
+        return collate(prompts, self.processing_class.pad_token_id, ids.device)._replace(rows=rows)
 
+
+_MISMATCH = 0.05
+"""Nats per token between sampler and training pass, ten times what rounding makes."""
 
 _GRADIENT_WARNINGS = {
     "biased": "its gradient is that of something else than the KL divergence, so the run settles somewhere else too",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import logging
 import math
@@ -117,6 +118,11 @@ def _as_reward(
     if isinstance(func, str):
         return RewardModel(load_scalar_model(func, init_kwargs), tokenizer or AutoTokenizer.from_pretrained(func))
     if isinstance(func, nn.Module):
+        if (labels := getattr(getattr(func, "config", None), "num_labels", 1)) != 1:
+            raise ConfigError(
+                f"`reward_funcs` got a {type(func).__name__} with {labels} labels; a reward model has 1 (num_labels=1). Of a "
+                "classifier with several give a function that returns the logit or probability that is to be the reward."
+            )
         if tokenizer is None and func.get_input_embeddings().weight.shape[0] < vocab_size:
             raise ConfigError(
                 f"`reward_processing_classes` got None for a reward model with {func.get_input_embeddings().weight.shape[0]} "
@@ -218,7 +224,10 @@ def _score_by_model(
 
 
 def _call(func: Callable, prompts: list[Any], completions: list[Any], keywords: dict[str, Any]) -> Any:
-    """Call a reward function with the keywords it takes, and wait for it where it is async."""
+    """Call a reward function with the keywords it takes, and wait for it where it is async.
+
+    It gets copies, and leaves autograd as it was: what it changes reaches neither the next function nor the trainer.
+    """
     try:
         parameters = list(inspect.signature(func).parameters.values())
     except (TypeError, ValueError):  # written in C, it does not tell
@@ -226,10 +235,15 @@ def _call(func: Callable, prompts: list[Any], completions: list[Any], keywords: 
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         names = {p.name for p in parameters}
         keywords = {name: value for name, value in keywords.items() if name in names}
+    given = {name: copy.copy(value) for name, value in keywords.items()}  # a column may hold what has no deep copy
+    given |= {"prompts": copy.deepcopy(prompts), "completions": copy.deepcopy(completions)}
+    if "completion_ids" in given:
+        given["completion_ids"] = copy.deepcopy(keywords["completion_ids"])
     try:
-        result = func(prompts=prompts, completions=completions, **keywords)
-        return _wait_for(result) if inspect.isawaitable(result) else result
-    except Exception as error:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            result = func(**given)
+            return _wait_for(result) if inspect.isawaitable(result) else result
+    except (Exception, asyncio.CancelledError) as error:
         raise RewardError(f"reward function `{reward_name(func)}` raised {type(error).__name__}: {error}") from error
 
 

@@ -321,8 +321,9 @@ class TrustKLPPOTrainer(Scoring, Measuring, Endings, Evaluation, Saving, Cards, 
             reason = f"its KL(π_old‖π) of {proposed.kl:.3g} nats per token is above panic_kl = {panic:g}"
         if reason is not None:
             self._undo(reason)
+        if self._refused:  # here, or while optimising: nothing of the step is left
             self.enforcement = self.enforcement._replace(scale=None if limit is None else 0.0)
-            return self.measure(batch)
+            return proposed if reason is None else self.measure(batch)
         if limit is None or proposed.kl <= limit:
             return proposed
         tried = [proposed]

@@ -1,4 +1,4 @@
-"""What transformers offers and this version refuses: sharded models, compiled and patched kernels."""
+"""What transformers offers and this version refuses: sharded models, other kernels, some optimizers and schedules."""
 
 from __future__ import annotations
 
@@ -40,4 +40,21 @@ def refuse_other_kernels(args: Any) -> None:
         raise NotAvailableYetError(
             "`use_liger_kernel` is not available yet in this version; it must be False. Log-probabilities and exact KLs are "
             "computed in chunks here, without [B, T, V] logits in memory."
+        )
+
+
+def refuse_optimizers(args: Any) -> None:
+    """Those that step where an update cannot be looked at, and schedules that wait for a metric instead of an update."""
+    optimizer, schedule = (str(getattr(name, "value", name)) for name in (args.optim, args.lr_scheduler_type))
+    why = "steps within the backward pass, where no gradient norm can be limited and no update undone"
+    why = "trains other weights than those that it saves" if optimizer.startswith("schedule_free") else why
+    if optimizer.startswith(("lomo", "adalomo", "schedule_free")) or optimizer.endswith("_layerwise"):
+        raise NotAvailableYetError(
+            f"`optim` got {optimizer!r}, which is not available in this version: it {why}. Use 'adamw_torch', or "
+            "'adamw_8bit' or 'adafactor' for less memory."
+        )
+    if schedule in ("reduce_lr_on_plateau", "greedy"):
+        raise NotAvailableYetError(
+            f"`lr_scheduler_type` got {schedule!r}, which is not available in this version: schedules step once in every "
+            "update. Use another, such as 'linear', or `trust_lr_target`: it moves the learning rate by the KL of the updates."
         )

@@ -76,7 +76,7 @@ def stop_share(records: Sequence[BoundRecord]) -> Column:
 
 
 def shares(records: Sequence[BoundRecord]) -> dict[str, Column]:
-    """The share each mechanism took of each update, of those that a record holds."""
+    """The share each mechanism took of each update, of those that a record holds; 0 of an update that was refused."""
     backtracked = np.nan_to_num(1.0 - column(records, "trust.scale"))
     taken = {
         "anchor": column(records, "anchor.share"),
@@ -85,7 +85,8 @@ def shares(records: Sequence[BoundRecord]) -> dict[str, Column]:
         "backtrack": backtracked,
         "grad_norm": 1.0 - column(records, "gradient.scale"),
     }
-    return {name: np.clip(np.nan_to_num(values), 0.0, 1.0) for name, values in taken.items()}
+    stands = np.array([record.refused is None for record in records])
+    return {name: np.where(stands, np.clip(np.nan_to_num(values), 0.0, 1.0), 0.0) for name, values in taken.items()}
 
 
 def reference_per_token(run: Run) -> tuple[Column, Column]:

@@ -21,6 +21,7 @@ MECHANISMS = {
     "grad_norm": "the limit on the gradient's norm",
     "lr": "the learning rate by KL",
     "none": "nothing (no mechanism took 1 %)",
+    "refused": "none, as the update was refused,",
     "unknown": "not on record",
 }
 
@@ -69,7 +70,7 @@ def outcome(run: Run) -> str:
 
 def binding(run: Run) -> str:
     """Which mechanism took the largest share of how many updates."""
-    most = Counter(record.binding for record in run.records).most_common()
+    most = Counter("refused" if r.refused is not None else r.binding for r in run.records).most_common()
     parts = [f"{MECHANISMS.get(name, shortened(name, 40))} in {times:,}" for name, times in most]
     listed = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
     text = f"Of {count(len(run.records), 'update')}, the mechanism that took the largest share was {listed}."
@@ -126,8 +127,9 @@ def largest_update(run: Run) -> str:
     )
     if trust.rule != "none":
         text += f", with a clip range of [{number(1 - trust.low, 2)}, {number(1 + trust.high, 2)}]"
-    proposed = column(run.records, "trust.kl_proposed")
-    shortened_by = int((column(run.records, "trust.scale") < 1).sum())
+    standing = [record for record in run.records if record.refused is None]
+    proposed = column(standing, "trust.kl_proposed")
+    shortened_by = int((column(standing, "trust.scale") < 1).sum())
     if shortened_by:
         text += (
             f". Backtracking shortened {count(shortened_by, 'update')}; without it the largest would have moved the policy "

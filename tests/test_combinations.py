@@ -1,0 +1,151 @@
+"""Mechanisms that are each tested alone, at once: every record and result of them still right.
+
+This file is also the program whose forked children are the two processes of the first test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor
+
+from tests import survival, tiny
+from tests.test_attacks import before_the_first_step
+from tests.test_endings import pair
+from tests.test_exactness import four_bit
+from trl_trustkl import load_records
+from trl_trustkl.ppo.loading import trainable
+from trl_trustkl.types import Batch
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# -- a rule for whole responses, early stop, a hard limit, two processes, one of them killed ---------------------------
+
+LIMIT, STOP = 2e-3, 4e-3
+STEERED = {
+    "clip_rule": "gspo",
+    "trust_stop": STOP,
+    "trust_max_kl": LIMIT,
+    "num_ppo_epochs": 3,
+    "trust_lr_target": None,
+    "trust_coef": 0.02,
+    "trust_target": LIMIT,
+}
+"""On top of an exact anchor in both places, and a controller for each coefficient."""
+
+
+def main(folder: Path) -> None:
+    """An uninterrupted run, and one whose second process is killed in the fourth update and which is resumed."""
+    survival.load_all(folder)
+
+    def train(run: Path, resume: bool = False) -> None:
+        survival.build(run, **STEERED).train(resume_from_checkpoint=resume)
+
+    def killed(run: Path) -> None:
+        trainer = survival.build(run, **STEERED)
+        at = ("enforce", 3) if trainer.accelerator.process_index == 1 else -1
+        survival.cut_off(trainer, at, lambda name: os.kill(os.getpid(), signal.SIGKILL))
+
+    whole, run, log = (folder / name for name in ("whole", "killed", "log"))
+    found = {"whole": pair(whole, log, train), "killed": pair(run, log, killed), "left": len(load_records(run))}
+    print(json.dumps(found | {"resumed": pair(run, log, lambda run: train(run, resume=True))}), flush=True)
+
+
+def test_a_rule_for_responses_a_stop_and_a_limit_in_two_processes_survive_a_kill(tmp_path):
+    (found,) = survival.program("tests.test_combinations", tmp_path)
+    assert found == {"whole": [0, 0], "killed": [1, -signal.SIGKILL], "left": 3, "resumed": [0, 0]}
+    assert survival.same(tmp_path / "whole", tmp_path / "killed")
+    records = load_records(tmp_path / "killed")
+    assert [record["update"] for record in records] == [*range(1, survival.UPDATES + 1)]
+    for record in records:
+        trust = record["trust"]
+        assert trust["rule"] == "gspo" and record["refused"] is None
+        assert 0 < trust["kl"] <= LIMIT == trust["guaranteed"] and trust["kl"] <= trust["kl_max"]
+        assert (trust["scale"] < 1) == (trust["kl_proposed"] > LIMIT) == (trust["tries"] > 0)
+        assert trust["stopped"] == (trust["epochs"] < STEERED["num_ppo_epochs"])
+    assert any(record["trust"]["stopped"] for record in records), "nothing was stopped"
+    assert any(record["trust"]["scale"] < 1 for record in records), "nothing was enforced"
+
+
+# -- exact anchor in reward and loss, penalty, accumulation, bf16 ------------------------------------------------------
+
+EXACT = {
+    "kl_estimator": "exact",
+    "kl_placement": "both",
+    "kl_coef": 0.3,
+    "trust_coef": 0.5,
+    "num_mini_batches": 1,
+    "max_grad_norm": None,
+}
+WHOLE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+PIECES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+
+
+def gradient(trainer: Any, batch: Batch) -> Tensor:
+    """That of all of the batch, at the policy a fixed step away from the one that sampled it."""
+    generator = torch.Generator().manual_seed(5)
+    for parameter in trainable(trainer.model.policy):
+        parameter.data.add_(0.03 * torch.randn(parameter.shape, generator=generator))
+    args, indices = trainer.args, [*range(len(batch.scored.micro_batches))]
+    penalties = args.build_penalties(batch.anchor.coef * batch.advantage_scale, batch.trust_coef)
+    trainer._optimisation._backward(batch, indices, args.build_surrogate(), penalties)
+    return torch.cat([p.grad.flatten().double() for p in trainable(trainer.model)])
+
+
+@pytest.mark.parametrize(("bf16", "near"), [(False, 1e-5), (True, 0.05)], ids=["float32", "bf16"])
+def test_exact_divergences_in_pieces_give_the_gradient_of_the_whole(bf16, near, tmp_path):
+    """In bf16 as far as it resolves: passes of other shapes round otherwise."""
+    trainers = [tiny.trainer(tmp_path, changes=EXACT | {"bf16": bf16} | split) for split in (WHOLE, PIECES)]
+    rollout, _ = (before_the_first_step(trainer).scored.rollout for trainer in trainers)
+    ends = torch.arange(6) <= torch.tensor([0, 5, 2, 5, 1, 5, 3, 5]).unsqueeze(-1)  # pieces of unequal weight
+    rollout = rollout._replace(response_mask=rollout.response_mask & ends)
+    batches = [trainer.advantages(trainer.score(rollout)) for trainer in trainers]
+    assert [len(batch.scored.micro_batches) for batch in batches] == [1, 4]
+    for trainer, batch in zip(trainers, batches, strict=True):
+        measured = trainer.measure(batch)
+        assert measured.kl == 0.0 and measured.max_ratio == 1.0
+    one, other = (gradient(*both) for both in zip(trainers, batches, strict=True))
+    assert (one - other).norm() <= near * one.norm()
+
+
+# -- a value model of its own, a 4-bit policy, gradient checkpointing, LoRA --------------------------------------------
+
+VALUES = {
+    "full": lambda: tiny.scalar_model(tiny.llama()),
+    "LoRA": lambda: get_peft_model(tiny.scalar_model(tiny.llama()), tiny.lora(task_type="SEQ_CLS")),
+}
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_a_value_model_beside_a_4_bit_policy_moves_alone_with_the_adapter_and_is_resumed(value, tmp_path):
+    def build(folder: Path) -> Any:
+        changes = {"max_steps": survival.UPDATES, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+        changes |= {"gradient_checkpointing": True, "trust_max_kl": 0.02, "optim": "adamw_torch", "vf_coef": 1.0}
+        arguments = {"value_model": VALUES[value](), "reward_funcs": survival.noisy_reward}
+        return tiny.trainer(folder, four_bit(tmp_path), changes=changes, **arguments)
+
+    trainer = build(tmp_path / "whole")
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.train()
+    moved = {name for name, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad} == moved
+    policy = {name for name in moved if name.startswith("policy.")}
+    assert policy and all("lora_" in name for name in policy)
+    assert any(name.startswith("value.") for name in moved)
+    assert any(before[name].dtype == torch.uint8 for name in before.keys() - moved), "nothing is in 4 bits"
+    assert all(record["trust"]["kl"] <= 0.02 for record in load_records(tmp_path / "whole"))
+    assert survival.cut_off(build(tmp_path / "cut"), ("measure", 4)) == "measure"
+    build(tmp_path / "cut").train(resume_from_checkpoint=True)
+    assert survival.same(tmp_path / "whole", tmp_path / "cut")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
