@@ -462,3 +462,14 @@ def test_errors_name_the_field_and_the_nearest_name():
     assert torch.equal(
         build_estimator("alpha", {"order": 2.0})(zero, zero - 1), divergences.alpha(zero, zero - 1, order=2.0)
     )
+
+
+def test_an_estimator_of_ones_own_has_the_gradient_of_its_own_divergence(monkeypatch):
+    monkeypatch.setitem(ESTIMATORS, "mine", ESTIMATORS["k3"])
+    assert [gradient_kind("mine", placement) for placement in ("reward", "loss", "both")] == [
+        "biased",
+        "biased",
+        "exact",
+    ]
+    with pytest.raises(ConfigError, match="`kl_estimator` got 'yours'.*'mine'"):
+        gradient_kind("yours", "both")

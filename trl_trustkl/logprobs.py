@@ -51,16 +51,15 @@ def token_statistics(
     entropy: bool = False,
     ref: Peer | None = None,
     old: Peer | None = None,
-    ref_divergence: str = "kl",
 ) -> TokenStatistics:
     """Log-probabilities of `targets` [N] from `hidden` [N, H], with what can be had from the same logits.
 
     Every distribution is softmax(logits / temperature). entropy: in nats. With `ref`: log π_ref(target) and the exact
-    divergence of π from π_ref, KL(π‖π_ref) by default. With `old`: the exact KL(π_old‖π) and total variation. Gradients
+    KL(π‖π_ref). With `old`: the exact KL(π_old‖π) and total variation. Gradients
     flow to `hidden` and to `head.parameters()`, where it has them, never to a peer. Chunk boundaries depend on N and V only,
     so that two passes over the same tokens do the same arithmetic.
     """
-    plan = _Plan(head, vocab_size, temperature, entropy, ref, old, ref_divergence)
+    plan = _Plan(head, vocab_size, temperature, entropy, ref, old)
     trained = [p for p in getattr(head, "parameters", tuple)() if p.requires_grad]
     columns = _Chunked.apply(hidden, targets, plan, *trained)  # type: ignore[no-untyped-call]
     return TokenStatistics(**dict(zip(plan.names, columns, strict=True)))
@@ -75,7 +74,6 @@ class _Plan(NamedTuple):
     entropy: bool
     ref: Peer | None
     old: Peer | None
-    ref_divergence: str
 
     @property
     def names(self) -> list[str]:
@@ -190,7 +188,7 @@ def _block(logits: Tensor, target: Tensor, peers: list[Tensor | None], plan: _Pl
         out.append(-torch.where(logps.isneginf(), 0.0, logps.exp() * logps).sum(-1))
     if ref_logits is not None:
         ref_logps = torch.log_softmax(ref_logits, -1)
-        out += [_gather(ref_logps, target), divergences.exact_from_logps(plan.ref_divergence, logps, ref_logps)]
+        out += [_gather(ref_logps, target), divergences.exact_from_logps("kl", logps, ref_logps)]
     if old_logits is not None:
         old_logps = torch.log_softmax(old_logits, -1)
         out += [divergences.exact_from_logps("kl", old_logps, logps)]
