@@ -86,6 +86,10 @@ def test_an_unknown_name_is_answered_with_those_that_exist_and_the_nearest(tmp_p
             {"kl_controller": "adaptive", "kl_target": 1.0, "kl_controller_kwargs": '{"clip": -1}'},
             ("`kl_controller_kwargs['clip']`", "-1", "above 0"),
         ),
+        (
+            {"kl_controller": "adaptive", "kl_target": 1.0, "kl_controller_kwargs": {"horizon": 8, "clip": 1.0}},
+            ("`kl_controller_kwargs['horizon']` got 8", "above 8", "1 × 8"),
+        ),
     ],
 )
 def test_an_unknown_argument_of_a_mechanism_is_named(tmp_path, settings, pieces):
@@ -107,6 +111,7 @@ ADAPTIVE = {"kl_controller": "adaptive", "kl_target": 1.0}
         (ADAPTIVE | {"kl_target": NAN}, ("positive", "nats per response")),
         (ADAPTIVE | {"kl_horizon": 0}, ("positive number of episodes",)),
         (ADAPTIVE | {"kl_horizon": -5}, ("positive number of episodes",)),
+        (ADAPTIVE | {"kl_horizon": 1}, ("`kl_horizon` got 1", "above 1.6", "0.2 × 8")),
         ({"cliprange": 0.0}, ("(0, 1)", "clip_rule='none'")),
         ({"cliprange": 1.0}, ("(0, 1)", "clip_rule='none'")),
         ({"cliprange": NAN}, ("(0, 1)", "clip_rule='none'")),

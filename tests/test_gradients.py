@@ -155,6 +155,7 @@ class OneProcess:
     device = torch.device("cpu")
     num_processes = 1
     scaler = None
+    optimizer_step_was_skipped = False
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -592,6 +593,21 @@ def test_with_whitening_an_exact_anchor_alone_still_points_along_the_gradient_of
     args = config(name, "both", whiten_advantages=whiten_advantages, whiten_rewards=whiten_rewards)
     found = update(args, world)
     assert_same(found.gradient / (COEF * found.batch.advantage_scale), Tree(world).own_divergence(name))
+
+
+@whitenings
+@pytest.mark.parametrize("score", [0.0, 0.7])
+def test_a_batch_without_a_difference_does_not_magnify_the_anchor_in_the_loss(
+    config, whiten_advantages, whiten_rewards, score
+):
+    """All advantages the same: 1/√(var + 1e-8) would be ten thousand."""
+    world = tables(10)
+    args = config("k3", "loss", whiten_advantages=whiten_advantages, whiten_rewards=whiten_rewards and not score)
+    scores = torch.full((len(population(world)),), score, dtype=torch.float64)
+    found = update(args, world, scores=scores, baseline=False)
+    assert found.batch.advantage_scale == 1.0
+    plain = update(config("k3", "loss"), world, baseline=False)
+    assert_same(found.gradient, plain.gradient)
 
 
 @fixed_and_own_length

@@ -24,6 +24,7 @@ from trl_trustkl.controllers import AdaptiveKL
 from trl_trustkl.errors import DataError
 from trl_trustkl.masking import masked_mean
 from trl_trustkl.ppo import halves, loading, models
+from trl_trustkl.ppo.optimise import Optimisation
 from trl_trustkl.ppo.reference import REFERENCE_ADAPTER
 from trl_trustkl.types import Batch, Prompts, Rollout, Scored, UpdateStats
 
@@ -1225,3 +1226,28 @@ def test_every_test_that_the_table_of_defects_names_exists():
         assert named, f"defect {number} names no test"
         for file, test in named:
             assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
+def test_an_override_of_enforce_needs_nothing_of_the_one_above(tmp_path):
+    class Unenforced(TrustKLPPOTrainer):
+        def enforce(self, batch: Batch, proposed: Any) -> Any:
+            return proposed
+
+    tiny.trainer(tmp_path, kind=Unenforced, changes={"max_steps": 1, "trust_max_kl": 1e-9}).train()
+    (record,) = load_records(tmp_path)
+    assert record["trust"]["kl"] == record["trust"]["kl_proposed"] > 1e-9
+    assert record["trust"]["scale"] is record["trust"]["limit"] is record["trust"]["guaranteed"] is None
+
+
+def test_a_step_that_the_loss_scaler_skipped_is_not_counted(tmp_path, monkeypatch):
+    """fp16: the scaler starts high, and its first steps overflow: their norm is infinite, and nothing moves."""
+    trainer = tiny.trainer(tmp_path, changes={"max_steps": 1, "num_ppo_epochs": 2, "num_mini_batches": 1})
+    skipped = iter([True, False])
+    monkeypatch.setattr(type(trainer.accelerator), "optimizer_step_was_skipped", property(lambda _: next(skipped)))
+    norms = iter([math.inf, math.inf, 2.0, 2.0])  # of policy and value, twice
+    monkeypatch.setattr(Optimisation, "_clip", lambda self, parameters: next(norms))
+    monkeypatch.setattr(trainer.accelerator, "scaler", torch.amp.GradScaler("cpu", enabled=False))
+    trainer.train()
+    (record,) = load_records(tmp_path)
+    assert record["gradient"] == {"norm": 2.0, "max_norm": 1.0, "scale": pytest.approx(0.5, rel=1e-5)}
+    assert record["trust"]["epochs"] == 1 and record["refused"] is None

@@ -43,3 +43,11 @@ def whiten(values: Tensor, mask: Tensor, *, mean: Tensor, var: Tensor, shift_mea
 def whitening_factor(var: Tensor) -> Tensor:
     """What whitening multiplies by: 1/√(var + 1e-8), the constant being TRL's."""
     return torch.rsqrt(var + 1e-8)
+
+
+def weighing_factor(mean: Tensor, var: Tensor) -> Tensor:
+    """`whitening_factor` for what is weighed against the whitened values; 1 where these are all the same but for rounding.
+
+    Those are 0 when whitened, so that there is nothing to weigh, and the factor 1/√1e-8 would only make the other huge.
+    """
+    return torch.where(var > 1e-12 * mean**2, whitening_factor(var), torch.ones_like(var))

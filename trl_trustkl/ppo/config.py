@@ -14,7 +14,15 @@ from typing import Any, ClassVar, Literal
 from transformers.utils import logging
 
 from ..advantages import ScorePosition
-from ..controllers import CONTROLLERS, ControllerName, FixedKL, LearningRateByKL, ScheduledKL, build_controller
+from ..controllers import (
+    CONTROLLERS,
+    AdaptiveKL,
+    ControllerName,
+    FixedKL,
+    LearningRateByKL,
+    ScheduledKL,
+    build_controller,
+)
 from ..divergences import ESTIMATORS, KLEstimatorName, Placement, build_estimator, gradient_kind
 from ..errors import ConfigError, out_of_range, shown, unknown_name
 from ..surrogates import SURROGATES, ClipRuleName, build_surrogate
@@ -74,7 +82,9 @@ class TrustKLPPOConfig(PPOConfig):
     )
     kl_estimator_kwargs: dict | str | None = _option(None, "Its arguments, as a dict or JSON: {'order': 0.5}.")
     kl_placement: Placement = _option("reward", "Where the anchor acts: 'reward', 'loss' or 'both'.")
-    kl_offpolicy: bool = _option(False, "Whether a KL term in the loss is weighted by the (stopped) token ratio.")
+    kl_offpolicy: bool = _option(
+        False, "Whether a KL term in the loss is weighted by the (stopped) token ratio; 'exact' does not need it."
+    )
     kl_controller: ControllerName = _option("fixed", "Controller of kl_coef; it is fed the exact KL.")
     kl_controller_kwargs: dict | str | None = _option(None, "Its arguments, as a dict or JSON.")
     kl_target: float | None = _option(None, "Target of the KL to the reference, in nats per response.")
@@ -263,7 +273,7 @@ class TrustKLPPOConfig(PPOConfig):
             raise out_of_range(each.name, value, field_types.in_words(hint), _unquoted(value, hint))
 
     def _check_anchor(self) -> None:
-        if self.exact_anchor and self.kl_estimator_kwargs:
+        if self.build_kl_estimator() is None and self.kl_estimator_kwargs:
             raise ConfigError(f"`kl_estimator_kwargs` got {self.kl_estimator_kwargs}, but 'exact' takes no options.")
         if self.anchored and gradient_kind(self.kl_estimator, self.kl_placement) == "zero":
             raise ConfigError(
@@ -287,6 +297,21 @@ class TrustKLPPOConfig(PPOConfig):
                     f"`{prefix}_target` got {target}, but {prefix}_controller={name!r} never looks at it; "
                     f"choose {prefix}_controller='adaptive', or leave {prefix}_target None."
                 )
+        self.check_horizons(self.per_device_train_batch_size * self.gradient_accumulation_steps)
+
+    def check_horizons(self, episodes: int) -> None:
+        """ConfigError where one update of `episodes` responses could turn an adaptive coefficient's sign."""
+        for prefix in ("kl", "trust"):
+            controller = self._controller(prefix, getattr(self, f"{prefix}_coef"), getattr(self, f"{prefix}_target"))
+            if not isinstance(controller, AdaptiveKL) or controller.horizon > controller.clip * episodes:
+                continue
+            plain = prefix == "kl" and "horizon" not in (self.kl_controller_kwargs or {})
+            raise out_of_range(
+                "kl_horizon" if plain else f"{prefix}_controller_kwargs['horizon']",
+                controller.horizon,
+                f"above {controller.clip * episodes:g}, clip × responses of an update = {controller.clip:g} × {episodes}",
+                "A few hundred suit a short run.",
+            )
 
     def _check_trust_region(self) -> None:
         self.build_surrogate()

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import DataError, shown
 from ..types import MicroBatch, Prompts, Rollout
+from .rng import generator
 
 IDS = "input_ids"
 
@@ -220,6 +221,5 @@ class PromptOrder:
     def rows(self, update: int) -> list[int]:
         """The dataset rows of the batch of `update` (counted from 0), over all processes."""
         epoch, batch = divmod(update, self.batches_per_pass)
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        order = torch.randperm(self.length, generator=generator)
+        order = torch.randperm(self.length, generator=generator(self.seed, epoch))
         return order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()

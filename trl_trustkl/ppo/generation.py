@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -156,22 +155,3 @@ def ready_to_generate(causal: nn.Module) -> Iterator[None]:
         causal.generation_config = own_config
         for module in checkpointed:
             module.gradient_checkpointing = True
-
-
-@contextmanager
-def seeded(device: torch.device, *keys: int) -> Iterator[None]:
-    """Torch's random state seeded from `keys` inside, untouched outside: sampling depends on nothing else in the program."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(mixed_seed(*keys))
-        yield
-
-
-def generator(*keys: int) -> torch.Generator:
-    """A generator of its own, seeded from `keys`."""
-    return torch.Generator().manual_seed(mixed_seed(*keys))
-
-
-def mixed_seed(*keys: int) -> int:
-    """One seed from several numbers; different ones give different seeds."""
-    digest = hashlib.blake2b(repr(tuple(int(key) for key in keys)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

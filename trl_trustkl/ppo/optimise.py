@@ -43,7 +43,7 @@ class Optimisation:
             return self.nothing(reason)
         rule = args.build_surrogate()
         penalties = args.build_penalties(batch.anchor.coef * batch.advantage_scale, batch.trust_coef)
-        planned = args.num_ppo_epochs * args.num_mini_batches
+        planned = self._planned_steps
         steps, norms, scales, epochs = 0, [], [], []
         refused, stopped = None, False
         for epoch in range(args.num_ppo_epochs):
@@ -59,6 +59,8 @@ class Optimisation:
                     break
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+                if self.accelerator.optimizer_step_was_skipped:  # fp16, while the loss scale is still being found
+                    continue
                 steps += 1
                 norms.append(norm)
                 scales.append(self._scale(norm))
@@ -82,8 +84,11 @@ class Optimisation:
     def nothing(self, reason: str) -> UpdateStats:
         """The statistics of an update that was refused before its first step."""
         none = epoch_stats(torch.zeros(len(LossSums._fields)))
-        planned = self.args.num_ppo_epochs * self.args.num_mini_batches
-        return UpdateStats(none, [], 0, planned, math.nan, 1.0, stopped=False, refused=reason)
+        return UpdateStats(none, [], 0, self._planned_steps, math.nan, 1.0, stopped=False, refused=reason)
+
+    @property
+    def _planned_steps(self) -> int:
+        return self.args.num_ppo_epochs * self.args.num_mini_batches
 
     def _mini_batches(self, count: int, generator: torch.Generator) -> Iterator[list[int]]:
         """Indices of micro-batches, shuffled anew each epoch, in equal mini-batches."""

@@ -22,7 +22,7 @@ from ..callbacks.report import BoundReportCallback, is_report
 from ..divergences import gradient_kind
 from ..errors import Interrupted, SaveError
 from ..types import Batch, BoundRecord, MicroBatch, Prompts, TokenOutputs, UpdateStats
-from . import generation, rng, settings
+from . import rng, settings
 from .data import PromptOrder, collate
 from .four_bit import is_quantized
 from .guard import Refusals, StartingPoint
@@ -77,6 +77,7 @@ class Plumbing:
         args.local_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
         args.micro_batch_size = args.per_device_train_batch_size * processes
         args.batch_size = args.local_batch_size * processes
+        args.check_horizons(args.batch_size)
         args.local_mini_batch_size = args.local_batch_size // args.num_mini_batches
         args.mini_batch_size = args.local_mini_batch_size * processes
         if args.total_episodes is None:
@@ -340,7 +341,7 @@ class Plumbing:
 
     def _generator(self, draw: Draw) -> torch.Generator:
         """A stream of random numbers for one use in this update, on this process."""
-        return generation.generator(self.args.seed, draw, self.state.global_step, self.accelerator.process_index)
+        return rng.generator(self.args.seed, draw, self.state.global_step, self.accelerator.process_index)
 
     def _forward_only(self, micro: MicroBatch, **wanted: Any) -> TokenOutputs:
         """A forward pass without a backward."""

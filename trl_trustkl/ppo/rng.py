@@ -1,17 +1,38 @@
-"""The random states of a process as JSON: Python's, NumPy's, torch's and the GPU's.
-
-The trainer's own draws depend on the seed and the update alone; these are for reward functions and callbacks.
+"""Random numbers: the trainer's own draws, which depend on the seed and the update alone; and a process's states as JSON,
+Python's, NumPy's, torch's and the GPU's, which are for reward functions and callbacks.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+@contextmanager
+def seeded(device: torch.device, *keys: int) -> Iterator[None]:
+    """Torch's random state seeded from `keys` inside, untouched outside: sampling depends on nothing else in the program."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(mixed_seed(*keys))
+        yield
+
+
+def generator(*keys: int) -> torch.Generator:
+    """A generator of its own, seeded from `keys`."""
+    return torch.Generator().manual_seed(mixed_seed(*keys))
+
+
+def mixed_seed(*keys: int) -> int:
+    """One seed from several numbers; different ones give different seeds."""
+    digest = hashlib.blake2b(repr(tuple(int(key) for key in keys)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def capture() -> dict[str, Any]:

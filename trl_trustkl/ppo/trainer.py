@@ -30,7 +30,7 @@ from ..advantages import (
 )
 from ..callbacks.report import with_report
 from ..errors import ConfigError, ModelError
-from ..masking import masked_moments, whiten, whitening_factor
+from ..masking import masked_moments, weighing_factor, whiten
 from ..trust_region import backtrack
 from ..types import (
     Batch,
@@ -44,7 +44,7 @@ from ..types import (
     Scored,
     UpdateStats,
 )
-from . import generation, loading
+from . import generation, loading, rng
 from ._upstream import PPOTrainer
 from .cards import Cards
 from .config import TrustKLPPOConfig
@@ -176,6 +176,7 @@ class TrustKLPPOTrainer(Scoring, Measuring, Endings, Evaluation, Saving, Cards, 
             stats = self.optimise(batch)
         with self._timed("measure"):
             proposed = self.measure(batch)
+            self.enforcement = Enforcement(proposed.kl, scale=None, tries=0, limit=None)
             measured = self.enforce(batch, proposed)
         self._end_update(batch, stats, self.record(batch, stats, measured))
 
@@ -201,7 +202,7 @@ class TrustKLPPOTrainer(Scoring, Measuring, Endings, Evaluation, Saving, Cards, 
         parts = []
         with (
             self.accelerator.autocast(),
-            generation.seeded(self.accelerator.device, args.seed, *self._sampling_key, self.accelerator.process_index),
+            rng.seeded(self.accelerator.device, args.seed, *self._sampling_key, self.accelerator.process_index),
         ):
             for start in range(0, len(prompts.ids), args.local_rollout_forward_batch_size):
                 rows = slice(start, start + args.local_rollout_forward_batch_size)
@@ -266,14 +267,14 @@ class TrustKLPPOTrainer(Scoring, Measuring, Endings, Evaluation, Saving, Cards, 
         if args.whiten_rewards:
             mean, var = masked_moments(self._pooled(rewards), self._pooled(scored.value_mask))
             rewards = whiten(rewards, scored.value_mask, mean=mean, var=var, shift_mean=False)
-            scale = whitening_factor(var)
+            scale = weighing_factor(mean, var)
         advantages = gae(rewards, scored.values, gamma=args.gamma, lam=args.lam)
         returns = advantages + scored.values
         share = self._anchor_share(scale * pull, advantages, mask) if args.anchor_in_reward else None
         if args.whiten_advantages:
             mean, var = masked_moments(self._pooled(advantages), self._pooled(mask))
             advantages = whiten(advantages, mask, mean=mean, var=var)
-            scale *= whitening_factor(var)
+            scale *= weighing_factor(mean, var)
         return Batch(
             scored,
             torch.where(mask, advantages, 0.0),
@@ -285,7 +286,10 @@ class TrustKLPPOTrainer(Scoring, Measuring, Endings, Evaluation, Saving, Cards, 
         )
 
     def optimise(self, batch: Batch) -> UpdateStats:
-        """The PPO epochs on this batch. A step that is not finite is refused, and the update undone with it."""
+        """The PPO epochs on this batch. A step that is not finite is refused, and the update undone with it.
+
+        Keeps the point to which an update is undone or scaled back, so an override calls `super().optimise` for that.
+        """
         self._start = StartingPoint(loading.trainable(self.model.policy), self.model.undoable_value, self.optimizer)
         limit = self.args.trust_stop
 
