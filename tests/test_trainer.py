@@ -24,6 +24,7 @@ from trl_trustkl.controllers import AdaptiveKL
 from trl_trustkl.errors import DataError
 from trl_trustkl.masking import masked_mean
 from trl_trustkl.ppo import halves, loading, models
+from trl_trustkl.ppo.data import PromptOrder
 from trl_trustkl.ppo.optimise import Optimisation
 from trl_trustkl.ppo.reference import REFERENCE_ADAPTER
 from trl_trustkl.types import Batch, Prompts, Rollout, Scored, UpdateStats
@@ -1251,3 +1252,9 @@ def test_a_step_that_the_loss_scaler_skipped_is_not_counted(tmp_path, monkeypatc
     (record,) = load_records(tmp_path)
     assert record["gradient"] == {"norm": 2.0, "max_norm": 1.0, "scale": pytest.approx(0.5, rel=1e-5)}
     assert record["trust"]["epochs"] == 1 and record["refused"] is None
+
+
+def test_every_pass_of_every_seed_has_an_order_of_its_own():
+    orders = [tuple(PromptOrder(64, 64, seed).rows(update)) for seed in (42, 43, 44) for update in range(3)]
+    assert len(set(orders)) == 9 and all(sorted(order) == list(range(64)) for order in orders)
+    assert PromptOrder(64, 16, 42).rows(5) == PromptOrder(64, 64, 42).rows(1)[16:32]
