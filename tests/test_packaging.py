@@ -19,24 +19,13 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import trl_trustkl
+from tests.pinned import PINS, ROOT, pinned
 from trl_trustkl.cli import rewards, smollm2
 from trl_trustkl.cli.prompts import EVAL_PROMPTS, TRAIN_PROMPTS
 from trl_trustkl.errors import ModelError, RewardError
 
-ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-PINS = {
-    pin.name.lower(): pin
-    for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines()
-    if not line.startswith("#")
-    for pin in [Requirement(line)]
-}
 MATHEMATICS = ("masking", "divergences", "controllers", "advantages", "surrogates", "trust_region", "bounds")
-
-
-def pinned(name: str) -> str:
-    (spec,) = PINS[name].specifier
-    return spec.version
 
 
 def requirements(extra: str | None = None) -> list[Requirement]:

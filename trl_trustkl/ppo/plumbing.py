@@ -118,11 +118,11 @@ class Plumbing:
             ],
         )
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """TRL's optimizer, with the value's parameters in groups of their own for their learning rate."""
         if self.optimizer is not None:
             return self.optimizer
-        optimizer = super().create_optimizer(model)
+        optimizer = super().create_optimizer(*args)
         rate = self.args.value_learning_rate
         value = {id(p) for p in self.model.value.parameters()}
         for group in list(optimizer.param_groups):
