@@ -8,13 +8,14 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, IA3Config, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -24,6 +25,7 @@ from trl_trustkl.controllers import AdaptiveKL
 from trl_trustkl.errors import DataError
 from trl_trustkl.masking import masked_mean
 from trl_trustkl.ppo import halves, loading, models
+from trl_trustkl.ppo.loading import trainable
 from trl_trustkl.ppo.reference import REFERENCE_ADAPTER
 from trl_trustkl.types import Batch, Prompts, Rollout, Scored, UpdateStats
 
@@ -836,6 +838,31 @@ def test_a_model_that_comes_with_an_adapter_starts_at_a_frozen_clone_of_it(tmp_p
     assert same(clone, start) and not any(p.requires_grad for p in clone.values())
     assert not same(policy, start) and all(p.requires_grad for p in policy.values())
     assert trainer.model.policy.active_adapter == "default"
+
+
+ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
+    "LoRA": tiny.lora,
+    "LoRA of embeddings": lambda: tiny.lora(target_modules=["embed_tokens", "q_proj"]),
+    "DoRA, the head in full": lambda: tiny.lora(target_modules="all-linear", use_dora=True, modules_to_save=["lm_head"]),
+    "token deltas": lambda: tiny.lora(target_modules=["q_proj"], trainable_token_indices=[5, 6, 7]),
+    "IA3": lambda: IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_the_clone_that_is_the_reference_is_whole_whatever_the_adapter(tmp_path, kind):
+    model = get_peft_model(tiny.llama(), ADAPTERS[kind]())
+    with torch.no_grad():
+        for parameter in trainable(model):
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainer, records = run(tmp_path, model, peft_config=None, changes={"max_steps": 2, "learning_rate": 1e-2})
+    assert records[0]["anchor"]["kl_exact"] == 0.0 < records[1]["anchor"]["kl_exact"]
+    clone = {name: p for name, p in model.named_parameters() if REFERENCE_ADAPTER in name.split(".")}
+    assert {name.replace(REFERENCE_ADAPTER, "default") for name in clone} == trained
+    assert not any(p.requires_grad or p.grad is not None for p in clone.values())
 
 
 def test_a_named_reference_adapter_is_used_frozen(tmp_path):
