@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from tests import tiny
 from trl_trustkl import TrustKLPPOTrainer, load_records
 from trl_trustkl.controllers import AdaptiveKL
-from trl_trustkl.errors import DataError
+from trl_trustkl.errors import DataError, ModelError
 from trl_trustkl.masking import masked_mean
 from trl_trustkl.ppo import halves, loading, models
 from trl_trustkl.ppo.loading import trainable
@@ -873,6 +873,15 @@ def test_a_named_reference_adapter_is_used_frozen(tmp_path):
     assert records[0]["anchor"]["kl_exact"] > 0.1  # "sft" is at PEFT's start, that is, the plain model
     after = {name: weight for name, weight in model.named_parameters() if ".sft." in name}
     assert same(start, after) and not any(weight.requires_grad for weight in after.values())
+
+
+def test_an_adapter_by_another_name_is_trained_and_an_unknown_name_is_answered_with_those_that_exist(tmp_path):
+    model = get_peft_model(tiny.llama(), tiny.lora(), adapter_name="sft")
+    trainer, records = run(tmp_path / "run", model, peft_config=None, changes={"max_steps": 1})
+    assert trainer.model.policy.active_adapter == "sft" and records[0]["anchor"]["kl_exact"] == 0.0
+    assert trainable(model) and all(".sft." in n for n, p in model.named_parameters() if p.requires_grad)
+    with pytest.raises(ModelError, match=r"`model_adapter_name` got 'stf'; the model's adapters are \['sft'"):
+        watched(tmp_path / "unknown", model, peft_config=None, changes={"model_adapter_name": "stf"})
 
 
 def test_an_error_in_the_references_pass_leaves_the_policy_active(tmp_path):
