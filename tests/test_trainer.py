@@ -374,6 +374,18 @@ def test_strategies_by_steps_are_honoured(tmp_path):
     assert [entry["update"] for entry in logged] == [2, 4]
 
 
+@pytest.mark.parametrize(
+    ("steps", "stop_at", "expected"), [(1, None, {1}), (3, None, {2, 3}), (4, None, {2, 4}), (5, 3, {2, 3})]
+)
+def test_strategies_by_epochs_see_the_end_of_a_run_within_a_pass(tmp_path, steps, stop_at, expected):
+    watch = Control("should_training_stop", stop_at) if stop_at else Control()
+    changes = {f"{what}_strategy": "epoch" for what in ("save", "eval", "logging")} | {"max_steps": steps}
+    run(tmp_path, changes=changes, callbacks=[watch], eval_dataset=tiny.prompts(4))
+    for what in ("save", "evaluate"):
+        assert {e: n for e, n in watch.events.items() if e.startswith(what)} == {f"{what} at {u}": 1 for u in expected}
+    assert {int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*")} == expected
+
+
 def test_what_is_logged_is_the_mean_since_the_last_log(tmp_path):
     trainer, records = run(tmp_path, changes={"max_steps": 2, "logging_steps": 2})
     (log,) = (entry for entry in trainer.state.log_history if "objective/kl" in entry)

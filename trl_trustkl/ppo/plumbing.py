@@ -230,13 +230,14 @@ class Plumbing:
             self._metrics[name].append(value)
         self._refusals = self._refusals.after(record.refused is not None)
         self.control = self.callback_handler.on_step_end(args, self.state, self.control)
-        pass_is_over = self.state.global_step % self._order.batches_per_pass == 0
+        run_is_over = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
+        pass_is_over = run_is_over or self.state.global_step % self._order.batches_per_pass == 0
         if pass_is_over:
             self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
         self._print_samples()
         # Once, with nothing of this update to come: a checkpoint saved here holds all of it.
         self._act_on_control()
-        if pass_is_over and self.state.global_step < self.state.max_steps:
+        if pass_is_over and not run_is_over:
             self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
         self._stop_if_refused_too_often(record.refused)
 
