@@ -662,6 +662,18 @@ def test_the_collator_of_trl_works(tmp_path):
     assert without_seconds(one) == without_seconds(other)
 
 
+def test_a_collator_that_pads_has_to_say_where(tmp_path):
+    def collator(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+        return {"input_ids": torch.tensor([[PAD] * (longest - len(r["input_ids"])) + r["input_ids"] for r in rows])}
+
+    with pytest.raises(DataError, match="`data_collator` .* no `attention_mask`"):
+        run(tmp_path / "lengths", train_dataset=id_prompts(), data_collator=collator)
+    even = Dataset.from_dict({"input_ids": [[3 + i, 4, 5] for i in range(16)]})
+    one = run(tmp_path / "one", train_dataset=even, data_collator=collator)[1]
+    assert without_seconds(one) == without_seconds(run(tmp_path / "other", train_dataset=even)[1])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prompt_does_not_depend_on_the_padding_beside_it(tmp_path, family):
     """Log-probabilities of the same responses to the same prompt, alone and beside a longer one."""

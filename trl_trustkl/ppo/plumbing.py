@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ..callbacks.report import BoundReportCallback, is_report
 from ..divergences import gradient_kind
-from ..errors import Interrupted, SaveError
+from ..errors import DataError, Interrupted, SaveError
 from ..types import Batch, BoundRecord, MicroBatch, Prompts, TokenOutputs, UpdateStats
 from . import generation, rng, settings
 from .data import PromptOrder, collate
@@ -353,6 +353,11 @@ class Plumbing:
         if self._user_collator is None:
             return collate(rows, self.processing_class.pad_token_id, self.accelerator.device)
         batch = self._user_collator([{k: row[k] for k in ("input_ids", "attention_mask") if k in row} for row in rows])
+        if "attention_mask" not in batch and len({len(row["input_ids"]) for row in rows}) > 1:
+            raise DataError(
+                "`data_collator` made `input_ids` of prompts of different lengths and no `attention_mask`; it must return "
+                "one, since a pad token may be a prompt's own too. DataCollatorWithPadding does."
+            )
         ids = batch["input_ids"].to(self.accelerator.device)
         mask = (
             batch["attention_mask"].to(ids.device).bool() if "attention_mask" in batch else torch.ones_like(ids).bool()
