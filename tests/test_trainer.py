@@ -867,7 +867,9 @@ def test_a_model_that_comes_with_an_adapter_starts_at_a_frozen_clone_of_it(tmp_p
 ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
     "LoRA": tiny.lora,
     "LoRA of embeddings": lambda: tiny.lora(target_modules=["embed_tokens", "q_proj"]),
-    "DoRA, the head in full": lambda: tiny.lora(target_modules="all-linear", use_dora=True, modules_to_save=["lm_head"]),
+    "DoRA, the head in full": lambda: tiny.lora(
+        target_modules="all-linear", use_dora=True, modules_to_save=["lm_head"]
+    ),
     "token deltas": lambda: tiny.lora(target_modules=["q_proj"], trainable_token_indices=[5, 6, 7]),
     "IA3": lambda: IA3Config(
         target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"

@@ -117,7 +117,9 @@ def _activate(model: PeftModel, name: str | None) -> None:
     """Make the adapter to train, by default the active one, the only active one, with its weights to be trained."""
     name = name or model.active_adapter
     if name not in model.peft_config:
-        raise ModelError(f"`model_adapter_name` got {shown(name)}; the model's adapters are {sorted(model.peft_config)}.")
+        raise ModelError(
+            f"`model_adapter_name` got {shown(name)}; the model's adapters are {sorted(model.peft_config)}."
+        )
     model.set_adapter(name)
 
 
