@@ -24,7 +24,7 @@ from trl_trustkl import TrustKLPPOTrainer, load_records
 from trl_trustkl.controllers import AdaptiveKL
 from trl_trustkl.errors import DataError, ModelError
 from trl_trustkl.masking import masked_mean
-from trl_trustkl.ppo import halves, loading, models
+from trl_trustkl.ppo import halves, loading, models, plumbing
 from trl_trustkl.ppo.loading import trainable
 from trl_trustkl.ppo.reference import REFERENCE_ADAPTER
 from trl_trustkl.types import Batch, Prompts, Rollout, Scored, UpdateStats
@@ -384,6 +384,24 @@ def test_strategies_by_epochs_see_the_end_of_a_run_within_a_pass(tmp_path, steps
     for what in ("save", "evaluate"):
         assert {e: n for e, n in watch.events.items() if e.startswith(what)} == {f"{what} at {u}": 1 for u in expected}
     assert {int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*")} == expected
+
+
+def test_an_evaluation_at_the_start_comes_first_and_not_again_after_a_resume(tmp_path):
+    data = {"eval_dataset": tiny.prompts(4)}
+    changes = {"eval_on_start": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    one, other = Control(), Control()
+    run(tmp_path, changes=changes, callbacks=[one], **data)
+    assert one.events["evaluate at 0"] == 1
+    resumed = watched(tmp_path, changes=changes, callbacks=[other], **data)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert other.events["step"] == 1 and not any(event.startswith("evaluate") for event in other.events)
+
+
+def test_the_cache_is_emptied_as_often_as_asked(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(plumbing, "clear_device_cache", lambda: calls.append(1))
+    run(tmp_path, changes={"torch_empty_cache_steps": 2, "max_steps": 4})
+    assert len(calls) == 2
 
 
 def test_what_is_logged_is_the_mean_since_the_last_log(tmp_path):
@@ -884,7 +902,7 @@ def test_the_clone_that_is_the_reference_is_whole_whatever_the_adapter(tmp_path,
         for parameter in trainable(model):
             parameter.add_(0.2 * torch.randn_like(parameter))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    trainer, records = run(tmp_path, model, peft_config=None, changes={"max_steps": 2, "learning_rate": 1e-2})
+    _, records = run(tmp_path, model, peft_config=None, changes={"max_steps": 2, "learning_rate": 1e-2})
     assert records[0]["anchor"]["kl_exact"] == 0.0 < records[1]["anchor"]["kl_exact"]
     clone = {name: p for name, p in model.named_parameters() if REFERENCE_ADAPTER in name.split(".")}
     assert {name.replace(REFERENCE_ADAPTER, "default") for name in clone} == trained

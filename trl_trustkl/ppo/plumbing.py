@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
@@ -158,6 +159,8 @@ class Plumbing:
         self._set_up_state()
         self._started, self._episodes_before = time.perf_counter(), self.state.episode
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
+        if args.eval_on_start and folder is None:
+            self.evaluate()
         self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
         if folder is not None:
             self._restore_random_states(folder)
@@ -223,6 +226,8 @@ class Plumbing:
         self.lr_scheduler.step()
         self._move_controllers(record)
         self._warn_of_sampler(record)
+        if args.torch_empty_cache_steps and self.state.global_step % args.torch_empty_cache_steps == 0:
+            clear_device_cache()
         self._last_loss = stats.total.policy_loss + args.vf_coef * stats.total.value_loss
         completions = self._completion_rows(batch)
         self._hand_out(record, completions)
