@@ -990,3 +990,8 @@ def test_reading_a_message_can_fail():
         raise out_of_range("field", 3, "in [0, 1]")
     with pytest.raises(AssertionError, match="is missing in"):
         assert_says(error, "in [0, 2]")
+
+
+def test_a_misspelt_argument_of_train_is_refused_before_anything_is_moved(tmp_path):
+    with pytest.raises(TypeError, match="resume_from_chekpoint"):
+        tiny.trainer(tmp_path).train(resume_from_chekpoint=True)

@@ -316,9 +316,11 @@ def test_a_limit_that_is_off_is_none(tmp_path):
         {"torch_compile_backend": "eager"},
         {"torch_compile_mode": "default"},
         {"use_liger_kernel": True},
+        {"neftune_noise_alpha": 5.0},
+        {"auto_find_batch_size": True},
     ],
 )
-def test_other_kernels_are_refused_and_not_ignored(tmp_path, changes):
+def test_other_kernels_and_loops_are_refused_and_not_ignored(tmp_path, changes):
     with pytest.raises(
         NotAvailableYetError, match=rf"`{next(iter(changes)).removesuffix('_backend').removesuffix('_mode')}`"
     ):

@@ -21,9 +21,9 @@ import pytest
 
 from tests import survival
 from tests.pinned import on_pinned_transformers
-from tests.processes import ROOT, environment
+from tests.processes import ROOT, environment, in_two_processes
 from trl_trustkl import load_records, records
-from trl_trustkl.errors import ConfigError
+from trl_trustkl.errors import ConfigError, RewardError
 from trl_trustkl.ppo import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -143,6 +143,18 @@ def worker(run: Path) -> None:
         trainer.train(resume_from_checkpoint=True)
 
 
+def evaluate(folder: Path) -> None:
+    """In each of two processes: evaluate, and print samples, with a reward function that fails on the second alone."""
+    survival.quieten()
+    trainer = survival.build(folder, per_device_eval_batch_size=2)
+    trainer.eval_dataset = trainer.train_dataset.select(range(6))
+    if trainer.accelerator.process_index == 1:
+        fail(trainer)
+    for call in (trainer.evaluate, trainer.generate_completions, lambda: trainer.generate_completions(sampling=True)):
+        with pytest.raises(RewardError, match="fails_when_told"):
+            call()
+
+
 # -- what they leave ---------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +180,10 @@ def test_a_run_of_two_processes_is_not_resumed_by_one(ends, tmp_path):
     folder, _ = ends
     with pytest.raises(ConfigError, match="number of processes: 2 in the checkpoint, 1 now"):
         survival.build(tmp_path).train(resume_from_checkpoint=folder / "whole" / "checkpoint-4")
+
+
+def test_a_reward_that_fails_in_an_evaluation_on_one_process_raises_on_both(tmp_path):
+    in_two_processes("-m", "tests.test_endings", "evaluate", str(tmp_path), cwd=ROOT)
 
 
 @pytest.mark.slow
@@ -203,7 +219,7 @@ def test_sigterm_to_the_launcher_ends_all_it_started_and_the_run_is_resumed(ends
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "worker":
-        worker(Path(sys.argv[2]))
+    if sys.argv[1] in ("worker", "evaluate"):
+        {"worker": worker, "evaluate": evaluate}[sys.argv[1]](Path(sys.argv[2]))
     else:
         main(Path(sys.argv[1]))

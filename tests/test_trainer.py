@@ -8,23 +8,25 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, IA3Config, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from tests import tiny
 from trl_trustkl import TrustKLPPOTrainer, load_records
 from trl_trustkl.controllers import AdaptiveKL
-from trl_trustkl.errors import DataError
+from trl_trustkl.errors import DataError, ModelError
 from trl_trustkl.masking import masked_mean
-from trl_trustkl.ppo import halves, loading, models
+from trl_trustkl.ppo import halves, loading, models, plumbing
 from trl_trustkl.ppo.data import PromptOrder
+from trl_trustkl.ppo.loading import trainable
 from trl_trustkl.ppo.optimise import Optimisation
 from trl_trustkl.ppo.reference import REFERENCE_ADAPTER
 from trl_trustkl.types import Batch, Prompts, Rollout, Scored, UpdateStats
@@ -374,6 +376,36 @@ def test_strategies_by_steps_are_honoured(tmp_path):
     assert [entry["update"] for entry in logged] == [2, 4]
 
 
+@pytest.mark.parametrize(
+    ("steps", "stop_at", "expected"), [(1, None, {1}), (3, None, {2, 3}), (4, None, {2, 4}), (5, 3, {2, 3})]
+)
+def test_strategies_by_epochs_see_the_end_of_a_run_within_a_pass(tmp_path, steps, stop_at, expected):
+    watch = Control("should_training_stop", stop_at) if stop_at else Control()
+    changes = {f"{what}_strategy": "epoch" for what in ("save", "eval", "logging")} | {"max_steps": steps}
+    run(tmp_path, changes=changes, callbacks=[watch], eval_dataset=tiny.prompts(4))
+    for what in ("save", "evaluate"):
+        assert {e: n for e, n in watch.events.items() if e.startswith(what)} == {f"{what} at {u}": 1 for u in expected}
+    assert {int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*")} == expected
+
+
+def test_an_evaluation_at_the_start_comes_first_and_not_again_after_a_resume(tmp_path):
+    data = {"eval_dataset": tiny.prompts(4)}
+    changes = {"eval_on_start": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    one, other = Control(), Control()
+    run(tmp_path, changes=changes, callbacks=[one], **data)
+    assert one.events["evaluate at 0"] == 1
+    resumed = watched(tmp_path, changes=changes, callbacks=[other], **data)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert other.events["step"] == 1 and not any(event.startswith("evaluate") for event in other.events)
+
+
+def test_the_cache_is_emptied_as_often_as_asked(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(plumbing, "clear_device_cache", lambda: calls.append(1))
+    run(tmp_path, changes={"torch_empty_cache_steps": 2, "max_steps": 4})
+    assert len(calls) == 2
+
+
 def test_what_is_logged_is_the_mean_since_the_last_log(tmp_path):
     trainer, records = run(tmp_path, changes={"max_steps": 2, "logging_steps": 2})
     (log,) = (entry for entry in trainer.state.log_history if "objective/kl" in entry)
@@ -650,6 +682,18 @@ def test_the_collator_of_trl_works(tmp_path):
     assert without_seconds(one) == without_seconds(other)
 
 
+def test_a_collator_that_pads_has_to_say_where(tmp_path):
+    def collator(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+        return {"input_ids": torch.tensor([[PAD] * (longest - len(r["input_ids"])) + r["input_ids"] for r in rows])}
+
+    with pytest.raises(DataError, match="`data_collator` .* no `attention_mask`"):
+        run(tmp_path / "lengths", train_dataset=id_prompts(), data_collator=collator)
+    even = Dataset.from_dict({"input_ids": [[3 + i, 4, 5] for i in range(16)]})
+    one = run(tmp_path / "one", train_dataset=even, data_collator=collator)[1]
+    assert without_seconds(one) == without_seconds(run(tmp_path / "other", train_dataset=even)[1])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prompt_does_not_depend_on_the_padding_beside_it(tmp_path, family):
     """Log-probabilities of the same responses to the same prompt, alone and beside a longer one."""
@@ -840,6 +884,33 @@ def test_a_model_that_comes_with_an_adapter_starts_at_a_frozen_clone_of_it(tmp_p
     assert trainer.model.policy.active_adapter == "default"
 
 
+ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
+    "LoRA": tiny.lora,
+    "LoRA of embeddings": lambda: tiny.lora(target_modules=["embed_tokens", "q_proj"]),
+    "DoRA, the head in full": lambda: tiny.lora(
+        target_modules="all-linear", use_dora=True, modules_to_save=["lm_head"]
+    ),
+    "token deltas": lambda: tiny.lora(target_modules=["q_proj"], trainable_token_indices=[5, 6, 7]),
+    "IA3": lambda: IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_the_clone_that_is_the_reference_is_whole_whatever_the_adapter(tmp_path, kind):
+    model = get_peft_model(tiny.llama(), ADAPTERS[kind]())
+    with torch.no_grad():
+        for parameter in trainable(model):
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    _, records = run(tmp_path, model, peft_config=None, changes={"max_steps": 2, "learning_rate": 1e-2})
+    assert records[0]["anchor"]["kl_exact"] == 0.0 < records[1]["anchor"]["kl_exact"]
+    clone = {name: p for name, p in model.named_parameters() if REFERENCE_ADAPTER in name.split(".")}
+    assert {name.replace(REFERENCE_ADAPTER, "default") for name in clone} == trained
+    assert not any(p.requires_grad or p.grad is not None for p in clone.values())
+
+
 def test_a_named_reference_adapter_is_used_frozen(tmp_path):
     model = adapted()
     model.add_adapter("sft", tiny.lora())
@@ -848,6 +919,15 @@ def test_a_named_reference_adapter_is_used_frozen(tmp_path):
     assert records[0]["anchor"]["kl_exact"] > 0.1  # "sft" is at PEFT's start, that is, the plain model
     after = {name: weight for name, weight in model.named_parameters() if ".sft." in name}
     assert same(start, after) and not any(weight.requires_grad for weight in after.values())
+
+
+def test_an_adapter_by_another_name_is_trained_and_an_unknown_name_is_answered_with_those_that_exist(tmp_path):
+    model = get_peft_model(tiny.llama(), tiny.lora(), adapter_name="sft")
+    trainer, records = run(tmp_path / "run", model, peft_config=None, changes={"max_steps": 1})
+    assert trainer.model.policy.active_adapter == "sft" and records[0]["anchor"]["kl_exact"] == 0.0
+    assert trainable(model) and all(".sft." in n for n, p in model.named_parameters() if p.requires_grad)
+    with pytest.raises(ModelError, match=r"`model_adapter_name` got 'stf'; the model's adapters are \['sft'"):
+        watched(tmp_path / "unknown", model, peft_config=None, changes={"model_adapter_name": "stf"})
 
 
 def test_an_error_in_the_references_pass_leaves_the_policy_active(tmp_path):

@@ -31,7 +31,7 @@ from ._upstream import PPOConfig
 from .generation_options import check_generation_kwargs
 from .losses import Penalties
 from .ranges import check_ranges
-from .unavailable import refuse_optimizers, refuse_other_kernels, refuse_sharding
+from .unavailable import refuse_optimizers, refuse_other_kernels, refuse_other_loops, refuse_sharding
 
 logger = logging.get_logger(__name__)
 
@@ -149,6 +149,7 @@ class TrustKLPPOConfig(PPOConfig):
     def __post_init__(self) -> None:
         refuse_sharding(self)
         refuse_other_kernels(self)
+        refuse_other_loops(self)
         refuse_optimizers(self)
         for name in _DICT_FIELDS:
             setattr(self, name, _as_dict(name, getattr(self, name)))

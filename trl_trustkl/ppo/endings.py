@@ -52,7 +52,7 @@ class Endings:
         """Reward functions inside: a failure on one process raises on all, and a reward that is not finite is noted.
 
         Yields a list that has the reason afterwards if the update is to be refused. Evaluation, in which the processes may
-        have different numbers of batches, fails where it fails.
+        have different numbers of batches, fails together after them (`Evaluation._evaluated`).
         """
         reasons: list[str] = []
         failure: RewardError | None = None

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 from accelerate.utils import gather_object
 from transformers import TrainerControl
 
-from ..errors import ConfigError, unknown_name
+from ..errors import ConfigError, RewardError, unknown_name
 from ..masking import masked_sum
 from ..types import Prompts
 from . import generation
@@ -59,8 +60,19 @@ class Evaluation:
             raise ConfigError(f"`eval_dataset` got several; name one of {', '.join(map(repr, dataset))}.")
         if "input_ids" not in dataset.column_names:
             dataset = prepare_datasets(dataset, None, self.processing_class, self.model.policy, self.args)[0]
-        rows = [row for part in self._evaluation_batches(dataset) for row in self._evaluate_prompts(*part)]
-        return gather_object(rows)
+        return gather_object(self._evaluated(self._evaluation_batches(dataset)))
+
+    def _evaluated(self, batches: Iterable[tuple[int, Prompts]]) -> list[dict[str, Any]]:
+        """This process's rows. The processes may have different numbers of batches: only after them do they fail together."""
+        rows: list[dict[str, Any]] = []
+        failure: RewardError | None = None
+        try:
+            for batch in batches:
+                rows += self._evaluate_prompts(*batch)
+        except RewardError as error:
+            failure = error
+        self._raise_everywhere(failure)
+        return rows
 
     def _evaluation_set(self, given: Any) -> Any:
         """What to evaluate on: a dataset or several of them, the trainer's own for None, one of those for a name."""
@@ -111,11 +123,7 @@ class Evaluation:
             return
         datasets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         for dataset in datasets:
-            rows: list[dict[str, Any]] = []
-            for start, prompts in self._evaluation_batches(dataset):
-                rows += self._evaluate_prompts(start, prompts)
-                if sampling:
-                    break
+            rows = self._evaluated(islice(self._evaluation_batches(dataset), 1 if sampling else None))
             if self.is_world_process_zero():
                 print_samples(rows[:5] if sampling else rows)
 

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, shown
 from . import lora
 from .four_bit import is_quantized, unpack_4bit_weights
 
@@ -99,7 +99,7 @@ def prepare_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig |
                 f"`peft_config` is {type(model.active_peft_config).__name__}: prompt-learning adapters change the input "
                 "instead of the weights and are not supported; use LoRA or another adapter of the weights."
             )
-        model.set_adapter(args.model_adapter_name or "default")
+        _activate(model, args.model_adapter_name)
         lora.shorten(model)
     disable_dropout(model)
     if args.gradient_checkpointing:
@@ -111,6 +111,16 @@ def prepare_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig |
             "`model` has no trainable parameter; load its adapter with is_trainable=True, or pass `peft_config`."
         )
     return model
+
+
+def _activate(model: PeftModel, name: str | None) -> None:
+    """Make the adapter to train, by default the active one, the only active one, with its weights to be trained."""
+    name = name or model.active_adapter
+    if name not in model.peft_config:
+        raise ModelError(
+            f"`model_adapter_name` got {shown(name)}; the model's adapters are {sorted(model.peft_config)}."
+        )
+    model.set_adapter(name)
 
 
 def prepare_value_model(model: Any, args: Any) -> nn.Module | None:

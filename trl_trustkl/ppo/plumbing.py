@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
@@ -20,7 +21,7 @@ from transformers.utils import logging
 
 from ..callbacks.report import BoundReportCallback, is_report
 from ..divergences import gradient_kind
-from ..errors import Interrupted, SaveError
+from ..errors import DataError, Interrupted, SaveError
 from ..types import Batch, BoundRecord, MicroBatch, Prompts, TokenOutputs, UpdateStats
 from . import rng, settings
 from .data import PromptOrder, collate
@@ -159,6 +160,8 @@ class Plumbing:
         self._set_up_state()
         self._started, self._episodes_before = time.perf_counter(), self.state.episode
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
+        if args.eval_on_start and folder is None:
+            self.evaluate()
         self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
         if folder is not None:
             self._restore_random_states(folder)
@@ -224,6 +227,8 @@ class Plumbing:
         self.lr_scheduler.step()
         self._move_controllers(record)
         self._warn_of_sampler(record)
+        if args.torch_empty_cache_steps and self.state.global_step % args.torch_empty_cache_steps == 0:
+            clear_device_cache()
         self._last_loss = stats.total.policy_loss + args.vf_coef * stats.total.value_loss
         completions = self._completion_rows(batch)
         self._hand_out(record, completions)
@@ -231,13 +236,14 @@ class Plumbing:
             self._metrics[name].append(value)
         self._refusals = self._refusals.after(record.refused is not None)
         self.control = self.callback_handler.on_step_end(args, self.state, self.control)
-        pass_is_over = self.state.global_step % self._order.batches_per_pass == 0
+        run_is_over = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
+        pass_is_over = run_is_over or self.state.global_step % self._order.batches_per_pass == 0
         if pass_is_over:
             self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
         self._print_samples()
         # Once, with nothing of this update to come: a checkpoint saved here holds all of it.
         self._act_on_control()
-        if pass_is_over and self.state.global_step < self.state.max_steps:
+        if pass_is_over and not run_is_over:
             self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
         self._stop_if_refused_too_often(record.refused)
 
@@ -353,6 +359,11 @@ class Plumbing:
         if self._user_collator is None:
             return collate(rows, self.processing_class.pad_token_id, self.accelerator.device)
         batch = self._user_collator([{k: row[k] for k in ("input_ids", "attention_mask") if k in row} for row in rows])
+        if "attention_mask" not in batch and len({len(row["input_ids"]) for row in rows}) > 1:
+            raise DataError(
+                "`data_collator` made `input_ids` of prompts of different lengths and no `attention_mask`; it must return "
+                "one, since a pad token may be a prompt's own too. DataCollatorWithPadding does."
+            )
         ids = batch["input_ids"].to(self.accelerator.device)
         mask = (
             batch["attention_mask"].to(ids.device).bool() if "attention_mask" in batch else torch.ones_like(ids).bool()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError
@@ -112,11 +112,9 @@ def clone_adapter(policy: PeftModel, source: str, target: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         policy.add_adapter(target, policy.peft_config[source])
-    weights = dict(policy.named_parameters())
-    with torch.no_grad():
-        for name, weight in weights.items():
-            if f".{source}." in name:
-                weights[name.replace(f".{source}.", f".{target}.")].copy_(weight)
+        # PEFT knows which parameters and buffers of which method are the adapter's; the names of some have no ".{source}.".
+        weights = get_peft_model_state_dict(policy, adapter_name=source, save_embedding_layers=False)
+        set_peft_model_state_dict(policy, weights, adapter_name=target)
     policy.set_adapter(source)
     freeze_adapter(policy, target)
 

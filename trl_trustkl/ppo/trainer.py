@@ -22,12 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import TrainOutput
 
 from .. import bounds
-from ..advantages import (
-    anchor_rewards,
-    gae,
-    place_scores,
-    value_positions,
-)
+from ..advantages import anchor_rewards, gae, place_scores, value_positions
 from ..callbacks.report import with_report
 from ..errors import ConfigError, ModelError
 from ..masking import masked_moments, weighing_factor, whiten
@@ -146,12 +141,15 @@ class TrustKLPPOTrainer(Scoring, Measuring, Endings, Evaluation, Saving, Cards, 
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **_: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> TrainOutput:
         """Run the updates; returns TRL's TrainOutput.
 
         `resume_from_checkpoint`: a path, or True for the last whole checkpoint in `output_dir`; the run goes on as if it had
         never stopped. SIGTERM and Ctrl-C end it after the update in hand (given up after `grace_seconds`), with a
-        checkpoint and `Interrupted`, a SystemExit of 128 + the signal; a second one ends it at once.
+        checkpoint and `Interrupted`, a SystemExit of 128 + the signal; a second one ends it at once. The other arguments are
+        those of transformers' method, and change nothing.
 
         Raises:
             CheckpointError, ConfigError: a checkpoint that is not whole, or was saved under other settings.

@@ -1,4 +1,4 @@
-"""What transformers offers and this version refuses: sharded models, other kernels, some optimizers and schedules."""
+"""What transformers offers and this version refuses: sharded models, other kernels and loops, some optimizers and schedules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate.utils import parse_flag_from_env
 
-from ..errors import NotAvailableYetError
+from ..errors import NotAvailableYetError, shown
 
 
 def refuse_sharding(args: Any) -> None:
@@ -41,6 +41,21 @@ def refuse_other_kernels(args: Any) -> None:
             "`use_liger_kernel` is not available yet in this version; it must be False. Log-probabilities and exact KLs are "
             "computed in chunks here, without [B, T, V] logits in memory."
         )
+
+
+def refuse_other_loops(args: Any) -> None:
+    """What belongs to the loop of transformers' own trainer, and would be ignored in silence here."""
+    for name, why in (
+        (
+            "neftune_noise_alpha",
+            "noise in the embeddings would make the ratio something else than 1 before the first step",
+        ),
+        ("auto_find_batch_size", "the batch is a part of the algorithm; set a smaller per_device_train_batch_size"),
+    ):
+        if getattr(args, name):
+            raise NotAvailableYetError(
+                f"`{name}` got {shown(getattr(args, name))}, which is not available in this version; leave it out: {why}."
+            )
 
 
 def refuse_optimizers(args: Any) -> None:
