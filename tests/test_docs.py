@@ -275,10 +275,13 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_figures_and_tables_exist_and_are_made_by_a_command_on_the_page() -> None:
     for page, text in TEXTS.items():
-        for figure in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
-            name = Path(figure).stem
+        shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text) + re.findall(r'<img src="([^"]+)"', text)
+        for figure in shown:
+            name = re.sub(r"_(kl|ratio|light|dark)$", "", Path(figure).stem)
             assert ((ROOT / page).parent / figure).exists(), f"{page}: {figure}"
-            assert f"python examples/{name}.py" in text, f"{page}: {figure}"
+            scripts = (f"examples/{name}.py", f"benchmarks/{name}.py", "docs/screenshots.py")
+            made = [script for script in scripts if (ROOT / script).exists() and f"python {script}" in text]
+            assert made, f"{page}: {figure}"
         for table in re.findall(r'--8<-- "([^"]+)"', text):
             assert f"python benchmarks/{Path(table).stem}.py" in text, f"{page}: {table}"
             assert (ROOT / table).exists(), f"{page}: {table}"

@@ -114,8 +114,8 @@ def prepare_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig |
 
 
 def _activate(model: PeftModel, name: str | None) -> None:
-    """Make the adapter to train, by default the active one, the only active one, with its weights to be trained."""
-    name = name or model.active_adapter
+    """Make the adapter to train the only active one, its weights to be trained: "default", as in TRL, or else the active one."""
+    name = name or ("default" if "default" in model.peft_config else model.active_adapter)
     if name not in model.peft_config:
         raise ModelError(
             f"`model_adapter_name` got {shown(name)}; the model's adapters are {sorted(model.peft_config)}."
