@@ -192,6 +192,20 @@ def test_findings(run_of, name: str, shows: Changes, near: Changes, evidence: st
     assert FINDINGS[name](run_of(**near)) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "shows", "advice"),
+    [
+        ("clip_never_binds", {"trust__gated": 0.0}, "learning_rate=0.002, twice the present one, which is at most 0.001."),
+        ("early_stop", {"trust__stopped": True}, "learning_rate=0.0005, half of the present one, which is at most 0.001"),
+        ("updates_refused", {"refused": "why"}, "learning_rate=0.0005, half of the present one, which is at most 0.001"),
+        ("value_explains_nothing", {"value__explained_variance": 0.0}, "value_learning_rate=0.005, five times"),
+    ],
+)
+def test_the_present_learning_rate_is_what_a_decaying_schedule_began_with(run_of, name, shows, advice) -> None:
+    decaying = run_of(lr=lambda p: 1e-3 * (1 - p + 1 / 12), **shows)
+    assert advice in FINDINGS[name](decaying).advice
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize("name", FINDINGS)
 def test_a_short_run_or_one_without_numbers_is_no_crash(run_of, name: str, count: int) -> None:
