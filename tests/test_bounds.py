@@ -441,6 +441,9 @@ def test_a_record_holds_what_was_measured() -> None:
     assert line.gradient == (2.0, 1.0, 1.0)
     assert line.sampler == (1e-6,)
     assert line.binding == "backtrack"
+    assert line.shares == pytest.approx({
+        "anchor": 0.25, "clip": 0.2, "penalty": 0.0, "stop": 0.25, "backtrack": 0.6, "grad_norm": 0.0, "lr": 0.0,
+    })  # fmt: skip
 
 
 def test_what_is_off_is_null() -> None:

@@ -271,6 +271,16 @@ def test_refused_updates_are_told(run_of) -> None:
     assert said["Outcome"].endswith("1 update was refused: the parameters stayed as they were.")
 
 
+def test_shares_are_those_on_record_and_derived_where_there_are_none(run_of) -> None:
+    said = {"anchor": 0.1, "clip": 0.05, "penalty": 0.4, "stop": 0.3, "backtrack": 0.2, "grad_norm": 0.15, "lr": 0.25}
+    changes = {"trust__stopped": True, "trust__epochs": 1.0, "gradient__scale": 0.5}
+    recorded = shares(run_of(shares=lambda p: said if p > 0.5 else None, **changes).records)
+    assert {name: values[-1] for name, values in recorded.items()} == said
+    assert {name: values[0] for name, values in recorded.items()} == {
+        "anchor": 0.2, "clip": 0.1, "penalty": 0.0, "stop": 0.0, "backtrack": 0.0, "grad_norm": 0.5, "lr": 0.0,
+    }  # fmt: skip
+
+
 def test_a_refused_update_is_neither_bound_nor_shortened(run_of) -> None:
     """Whatever its record says: one of an earlier version may name what took a share of what was undone."""
     run = run_of(

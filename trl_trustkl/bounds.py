@@ -88,6 +88,7 @@ def build_record(
     enforcement: Enforcement,
 ) -> BoundRecord:
     """The record of one update; `args` is the run's configuration (a TrustKLPPOConfig)."""
+    shares = None if refused is not None else binding_shares(anchor, stats, enforcement, lr_factor)
     return BoundRecord(
         update=update,
         episode=episode,
@@ -113,7 +114,8 @@ def build_record(
         ),
         gradient=GradientRecord(norm=stats.grad_norm, max_norm=args.norm_limit, scale=stats.grad_scale),
         sampler=SamplerRecord(kl=rollout.sampler_kl),
-        binding="none" if refused is not None else binding(binding_shares(anchor, stats, enforcement, lr_factor)),
+        binding="none" if shares is None else binding(shares),
+        shares=shares,
     )
 
 

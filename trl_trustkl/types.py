@@ -351,3 +351,11 @@ class BoundRecord(NamedTuple):
             "none of them."
         ),
     ]
+    shares: Annotated[
+        dict[str, float] | None,
+        Meaning(
+            "The share of the update each of these mechanisms took, of which `binding` names the largest; `null` for an "
+            "update that was refused. (Of the penalty it is its part of the pull on the sampled tokens.)",
+            "share",
+        ),
+    ] = None

@@ -203,8 +203,10 @@ def trust_region(figure: Figure, records: Records) -> None:
 
 
 def gated(figure: Figure, records: Records) -> None:
-    names = {"anchor": BLUE, "clip": ORANGE, "stop": GREEN, "backtrack": RED, "grad_norm": PURPLE}
-    labels = {"stop": "early stop", "backtrack": "backtracking", "grad_norm": "gradient norm"}
+    names = {
+        "anchor": BLUE, "clip": ORANGE, "penalty": SKY, "stop": GREEN, "backtrack": RED, "grad_norm": PURPLE, "lr": INK,
+    }  # fmt: skip
+    labels = {"stop": "early stop", "backtrack": "backtracking", "grad_norm": "gradient norm", "lr": "learning rate"}
     taken = {name: values for name, values in shares(records).items() if (values > 0).any()}
     axes = add_axes(figure, "share of the update taken\n(by each mechanism, stacked)")
     x = column(records, "update")
