@@ -15,6 +15,7 @@ from trl_trustkl.report.findings import FINDINGS, find
 from trl_trustkl.report.schema import Run
 from trl_trustkl.report.series import shares
 from trl_trustkl.report.summary import summarise
+from trl_trustkl.report.tables import settings
 
 Row = dict[str, Any]
 QUANTILES = {"0.01": 0.7, "0.05": 0.8, "0.25": 0.95, "0.5": 1.0, "0.75": 1.05, "0.95": 1.2, "0.99": 1.4}
@@ -195,9 +196,21 @@ def test_findings(run_of, name: str, shows: Changes, near: Changes, evidence: st
 @pytest.mark.parametrize(
     ("name", "shows", "advice"),
     [
-        ("clip_never_binds", {"trust__gated": 0.0}, "learning_rate=0.002, twice the present one, which is at most 0.001."),
-        ("early_stop", {"trust__stopped": True}, "learning_rate=0.0005, half of the present one, which is at most 0.001"),
-        ("updates_refused", {"refused": "why"}, "learning_rate=0.0005, half of the present one, which is at most 0.001"),
+        (
+            "clip_never_binds",
+            {"trust__gated": 0.0},
+            "learning_rate=0.002, twice the present one, which is at most 0.001.",
+        ),
+        (
+            "early_stop",
+            {"trust__stopped": True},
+            "learning_rate=0.0005, half of the present one, which is at most 0.001",
+        ),
+        (
+            "updates_refused",
+            {"refused": "why"},
+            "learning_rate=0.0005, half of the present one, which is at most 0.001",
+        ),
         ("value_explains_nothing", {"value__explained_variance": 0.0}, "value_learning_rate=0.005, five times"),
     ],
 )
@@ -263,6 +276,15 @@ def test_what_is_guaranteed_and_what_is_not(run_of) -> None:
     assert "a single token" in said["Not guaranteed"] and "the size of an update" not in said["Not guaranteed"]
     said = words(run_of(trust__guaranteed=lambda p: 0.02 if p > 0.5 else None))
     assert said["Guaranteed"].startswith("In 6 of 12 updates")
+
+
+@pytest.mark.parametrize("rule", ["sapo", "dppo_tv", "dppo_kl", "gspo", "none"])
+@pytest.mark.parametrize("end", [0.2, None])
+def test_no_range_of_ratios_is_told_of_a_rule_without_one(run_of, rule: str, end: float | None) -> None:
+    run = run_of(trust__rule=rule, trust__low=end, trust__high=end, trust__max_ratio=99.0)
+    assert FINDINGS["ratio_far_outside"](run) is None
+    told = " ".join([*words(run).values(), *(cell for row in settings(run).rows for cell in row)])
+    assert "clip range" not in told and "[0.8, 1.2]" not in told and "nan" not in told
 
 
 def test_refused_updates_are_told(run_of) -> None:

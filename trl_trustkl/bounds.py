@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from .divergences import gradient_kind
 from .errors import out_of_range
+from .surrogates import WITHOUT_RANGE
 from .types import (
     AnchorMeasurement,
     AnchorRecord,
@@ -122,10 +123,11 @@ def build_record(
 def _trust_record(
     args: Any, coef: float, stats: UpdateStats, measured: Measurement, enforcement: Enforcement
 ) -> TrustRecord:
+    ranged = args.clip_rule not in WITHOUT_RANGE
     return TrustRecord(
         rule=args.clip_rule,
-        low=args.low,
-        high=args.high,
+        low=args.low if ranged else math.nan,
+        high=args.high if ranged else math.nan,
         gated=stats.total.gated,
         gated_low=stats.total.gated_low,
         gated_high=stats.total.gated_high,

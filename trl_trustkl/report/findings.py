@@ -27,6 +27,7 @@ from .series import (
     reference_per_token,
     stderr,
     stop_share,
+    token_range,
 )
 from .text import count, number, percent, shortened
 
@@ -183,10 +184,10 @@ def negative_estimate(run: Run) -> Finding | None:
 
 
 def ratio_far_outside(run: Run) -> Finding | None:
-    clipped = [record for record in run.records if record.trust.rule != "none"]
+    clipped = [record for record in run.records if token_range(record.trust) is not None]
     if not clipped:
         return None
-    high, low = 1 + column(clipped, "trust.high"), 1 - column(clipped, "trust.low")
+    low, high = np.array([token_range(record.trust) for record in clipped], dtype=np.float64).T
     top, bottom = column(clipped, "trust.max_ratio"), quantile(clipped, "0.01")
     far = (top > FAR * high) | (bottom < low / FAR)
     if not far.any():

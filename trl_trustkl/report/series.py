@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..types import BoundRecord
+from ..surrogates import SEQUENCE_RANGE, WITHOUT_RANGE
+from ..types import BoundRecord, TrustRecord
 from .schema import Run
 
 Column = NDArray[np.float64]
@@ -36,6 +37,14 @@ def is_stock(records: Sequence[BoundRecord]) -> bool:
 def quantile(records: Sequence[BoundRecord], level: str) -> Column:
     """A quantile of the ratio after each update, such as "0.99"."""
     return np.array([record.trust.ratio_quantiles.get(level, np.nan) for record in records], dtype=np.float64)
+
+
+def token_range(trust: TrustRecord) -> tuple[float, float] | None:
+    """The clip range of a token's ratio, None for a rule that has none, whatever its record says: earlier ones held
+    numbers for each rule. 0 begins one that is open below."""
+    if trust.rule in WITHOUT_RANGE | SEQUENCE_RANGE or not np.isfinite(trust.high):
+        return None
+    return 1 - trust.low if np.isfinite(trust.low) else 0.0, 1 + trust.high
 
 
 def first_third(values: Any) -> Any:
