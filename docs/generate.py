@@ -61,7 +61,7 @@ UNITS: dict[str, tuple[str, str]] = {
     "stop_token_id": ("token id", "`None`"),
     "temperature": ("1", ""),
     "total_episodes": ("responses", ""),
-    "trust_coef": ("score per nat", "`0`"),
+    "trust_coef": ("advantage per nat", "`0`"),
     "trust_controller": ("", '`"fixed"`'),
     "trust_lr_target": ("nats/token", "`None`"),
     "trust_max_kl": ("nats/token", "`None`"),

@@ -214,6 +214,7 @@ def test_a_controller_that_multiplies_refuses_a_coefficient_of_0(tmp_path, prefi
         ({"kl_offpolicy": True}, ("`kl_offpolicy`", "True", "kl_placement='reward'", "'loss' or 'both'")),
         ({"kl_placement": "loss"}, ("`kl_placement`", "'loss'", "kl_estimator='k1'", "zero", "'exact' or 'k3'")),
         ({"cliprange_high": 0.3, "clip_rule": "none"}, ("`cliprange_high`", "0.3", "clip_rule='none'", "None")),
+        ({"cliprange_high": 0.3, "clip_rule": "sapo"}, ("`cliprange_high`", "0.3", "clip_rule='sapo'", "None")),
         ({"stop_token": "eos", "stop_token_id": 2}, ("`stop_token`", "'eos'", "`stop_token_id`", "2", "only one")),
     ],
 )

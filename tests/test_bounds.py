@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from trl_trustkl.bounds import (
 )
 from trl_trustkl.divergences import exact_from_logps
 from trl_trustkl.errors import ConfigError
+from trl_trustkl.surrogates import ClipRuleName, build_surrogate
 from trl_trustkl.types import AnchorMeasurement, Enforcement, EpochStats, Measurement, RolloutSummary, UpdateStats
 
 torch.set_num_threads(1)
@@ -441,6 +442,23 @@ def test_a_record_holds_what_was_measured() -> None:
     assert line.gradient == (2.0, 1.0, 1.0)
     assert line.sampler == (1e-6,)
     assert line.binding == "backtrack"
+    assert line.shares == pytest.approx({
+        "anchor": 0.25, "clip": 0.2, "penalty": 0.0, "stop": 0.25, "backtrack": 0.6, "grad_norm": 0.0, "lr": 0.0,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", get_args(ClipRuleName))
+def test_a_range_is_on_record_exactly_where_the_rule_looks_at_it(rule: str) -> None:
+    """By the rule itself: whether any of its gradients depends on the range."""
+    log_ratio, mask = torch.linspace(-3, 3, 25).repeat(2)[:, None], torch.ones(50, 1, dtype=torch.bool)
+    advantages = torch.cat([torch.ones(25, 1), -torch.ones(25, 1)])
+    old_logp = torch.full_like(log_ratio, -4.0)
+    narrow, wide = (
+        build_surrogate(rule, low=end, high=end)(log_ratio, advantages, mask, old_logp).gated for end in (0.1, 0.9)
+    )
+    trust = record(args(clip_rule=rule)).trust
+    ranged = not torch.equal(narrow, wide)
+    assert (math.isfinite(trust.low), math.isfinite(trust.high)) == (ranged, ranged)
 
 
 def test_what_is_off_is_null() -> None:

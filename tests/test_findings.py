@@ -15,6 +15,7 @@ from trl_trustkl.report.findings import FINDINGS, find
 from trl_trustkl.report.schema import Run
 from trl_trustkl.report.series import shares
 from trl_trustkl.report.summary import summarise
+from trl_trustkl.report.tables import settings
 
 Row = dict[str, Any]
 QUANTILES = {"0.01": 0.7, "0.05": 0.8, "0.25": 0.95, "0.5": 1.0, "0.75": 1.05, "0.95": 1.2, "0.99": 1.4}
@@ -192,6 +193,32 @@ def test_findings(run_of, name: str, shows: Changes, near: Changes, evidence: st
     assert FINDINGS[name](run_of(**near)) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "shows", "advice"),
+    [
+        (
+            "clip_never_binds",
+            {"trust__gated": 0.0},
+            "learning_rate=0.002, twice the present one, which is at most 0.001.",
+        ),
+        (
+            "early_stop",
+            {"trust__stopped": True},
+            "learning_rate=0.0005, half of the present one, which is at most 0.001",
+        ),
+        (
+            "updates_refused",
+            {"refused": "why"},
+            "learning_rate=0.0005, half of the present one, which is at most 0.001",
+        ),
+        ("value_explains_nothing", {"value__explained_variance": 0.0}, "value_learning_rate=0.005, five times"),
+    ],
+)
+def test_the_present_learning_rate_is_what_a_decaying_schedule_began_with(run_of, name, shows, advice) -> None:
+    decaying = run_of(lr=lambda p: 1e-3 * (1 - p + 1 / 12), **shows)
+    assert advice in FINDINGS[name](decaying).advice
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize("name", FINDINGS)
 def test_a_short_run_or_one_without_numbers_is_no_crash(run_of, name: str, count: int) -> None:
@@ -251,10 +278,29 @@ def test_what_is_guaranteed_and_what_is_not(run_of) -> None:
     assert said["Guaranteed"].startswith("In 6 of 12 updates")
 
 
+@pytest.mark.parametrize("rule", ["sapo", "dppo_tv", "dppo_kl", "gspo", "none"])
+@pytest.mark.parametrize("end", [0.2, None])
+def test_no_range_of_ratios_is_told_of_a_rule_without_one(run_of, rule: str, end: float | None) -> None:
+    run = run_of(trust__rule=rule, trust__low=end, trust__high=end, trust__max_ratio=99.0)
+    assert FINDINGS["ratio_far_outside"](run) is None
+    told = " ".join([*words(run).values(), *(cell for row in settings(run).rows for cell in row)])
+    assert "clip range" not in told and "[0.8, 1.2]" not in told and "nan" not in told
+
+
 def test_refused_updates_are_told(run_of) -> None:
     said = words(run_of(refused=lambda p: "not finite" if p == 1 else None, score=rising))
     assert "The mean score rose: 0.325 over the first third" in said["Outcome"]
     assert said["Outcome"].endswith("1 update was refused: the parameters stayed as they were.")
+
+
+def test_shares_are_those_on_record_and_derived_where_there_are_none(run_of) -> None:
+    said = {"anchor": 0.1, "clip": 0.05, "penalty": 0.4, "stop": 0.3, "backtrack": 0.2, "grad_norm": 0.15, "lr": 0.25}
+    changes = {"trust__stopped": True, "trust__epochs": 1.0, "gradient__scale": 0.5}
+    recorded = shares(run_of(shares=lambda p: said if p > 0.5 else None, **changes).records)
+    assert {name: values[-1] for name, values in recorded.items()} == said
+    assert {name: values[0] for name, values in recorded.items()} == {
+        "anchor": 0.2, "clip": 0.1, "penalty": 0.0, "stop": 0.0, "backtrack": 0.0, "grad_norm": 0.5, "lr": 0.0,
+    }  # fmt: skip
 
 
 def test_a_refused_update_is_neither_bound_nor_shortened(run_of) -> None:

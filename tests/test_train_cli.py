@@ -199,6 +199,26 @@ def test_a_checkpoint_is_passed_on_as_trls_scripts_do(place: Path, tmp_path: Pat
     assert [each["resume_from_checkpoint"] for each in asked] == [True, "run/checkpoint-3", None]
 
 
+@pytest.mark.parametrize("failure", [None, OSError(28, "No space left on device")])
+def test_the_report_is_rendered_once_and_its_failure_ends_no_run(
+    place: Path, tmp_path: Path, monkeypatch, capsys, failure: OSError | None
+) -> None:
+    rendered = []
+
+    def render(folder: Path) -> Path:
+        rendered.append(folder)
+        if failure is not None:
+            raise failure
+        return Path(folder) / "report.html"
+
+    monkeypatch.setattr("trl_trustkl.report.render_report", render)
+    monkeypatch.setattr("trl_trustkl.callbacks.report.render_report", render)
+    assert run_main(*flags(settings(place, tmp_path))) == 0
+    assert len(rendered) == 1
+    page = f"{rendered[0] / 'report.html'}" if failure is None else "none was rendered; trustkl report "
+    assert f"Report:       {page}" in capsys.readouterr().out
+
+
 # -- What cannot work --------------------------------------------------------------------------------------------------
 
 

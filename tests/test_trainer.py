@@ -500,7 +500,7 @@ def test_an_evaluation_can_be_repeated(tmp_path):
 # -- records -----------------------------------------------------------------------------------------------------------
 
 RECORD = {
-    "": "update episode score length eos_rate entropy lr refused seconds anchor trust value gradient sampler binding",
+    "": "update episode score length eos_rate entropy lr refused seconds anchor trust value gradient sampler binding shares",
     "seconds": "generate score optimise measure total",
     "anchor": "estimator placement gradient coef target kl kl_exact kl_stderr share",
     "trust": (
@@ -510,6 +510,7 @@ RECORD = {
     "value": "clip gated explained_variance",
     "gradient": "norm max_norm scale",
     "sampler": "kl",
+    "shares": "anchor clip penalty stop backtrack grad_norm lr",
 }
 """The keys of a record, by group."""
 
@@ -545,6 +546,7 @@ def test_a_record_holds_what_it_says(tmp_path):
         assert trust["gated"] == pytest.approx(trust["gated_low"] + trust["gated_high"])
         assert record["score"] == pytest.approx(float(scored.scores.mean()))
         assert record["binding"] in BINDING and record["refused"] is None
+        assert record["shares"]["clip"] == trust["gated"] and record["shares"]["anchor"] == anchor["share"]
         assert record["value"]["clip"] == 0.2 and record["sampler"]["kl"] < 1e-9
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from .divergences import gradient_kind
 from .errors import out_of_range
+from .surrogates import WITHOUT_RANGE
 from .types import (
     AnchorMeasurement,
     AnchorRecord,
@@ -88,6 +89,7 @@ def build_record(
     enforcement: Enforcement,
 ) -> BoundRecord:
     """The record of one update; `args` is the run's configuration (a TrustKLPPOConfig)."""
+    shares = None if refused is not None else binding_shares(anchor, stats, enforcement, lr_factor)
     return BoundRecord(
         update=update,
         episode=episode,
@@ -113,17 +115,19 @@ def build_record(
         ),
         gradient=GradientRecord(norm=stats.grad_norm, max_norm=args.norm_limit, scale=stats.grad_scale),
         sampler=SamplerRecord(kl=rollout.sampler_kl),
-        binding="none" if refused is not None else binding(binding_shares(anchor, stats, enforcement, lr_factor)),
+        binding="none" if shares is None else binding(shares),
+        shares=shares,
     )
 
 
 def _trust_record(
     args: Any, coef: float, stats: UpdateStats, measured: Measurement, enforcement: Enforcement
 ) -> TrustRecord:
+    ranged = args.clip_rule not in WITHOUT_RANGE
     return TrustRecord(
         rule=args.clip_rule,
-        low=args.low,
-        high=args.high,
+        low=args.low if ranged else math.nan,
+        high=args.high if ranged else math.nan,
         gated=stats.total.gated,
         gated_low=stats.total.gated_low,
         gated_high=stats.total.gated_high,

@@ -347,6 +347,12 @@ SURROGATES: dict[ClipRuleName, Rule] = {
     "dppo_kl": dppo_kl,
 }
 
+WITHOUT_RANGE: frozenset[str] = frozenset({"none", "sapo", "dppo_tv", "dppo_kl"})
+"""The rules that look at neither `low` nor `high`."""
+
+SEQUENCE_RANGE: frozenset[str] = frozenset({"gspo"})
+"""Those whose range is of the geometric mean of a response's ratios, and says nothing of one token's."""
+
 _CALL_ARGUMENTS = ("low", "high", "old_logp")
 
 

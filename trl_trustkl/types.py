@@ -118,8 +118,9 @@ class Scored(NamedTuple):
 class Batch(NamedTuple):
     """What the optimizer sees: a scored rollout, its advantages (whitened if asked) and returns, both [B, T].
 
-    advantage_scale: what whitening multiplied the advantages by; a KL term in the loss is multiplied by the same.
-    trust_coef: the coefficient λ of the penalty on KL(π_old‖π) in this update. anchor: the anchor before the first step.
+    advantage_scale: what whitening multiplied the advantages by; the anchor's term in the loss is multiplied by the same.
+    trust_coef: the coefficient λ of the penalty on KL(π_old‖π) in this update,
+    beside the advantages as they are here. anchor: the anchor before the first step.
     finite: whether all advantages and returns are, over all processes.
     """
 
@@ -257,8 +258,11 @@ class AnchorRecord(NamedTuple):
 
 class TrustRecord(NamedTuple):
     rule: Annotated[str, Meaning("`clip_rule`.")]
-    low: Annotated[float, Meaning("The clip range begins at 1 − `low`.")]
-    high: Annotated[float, Meaning("The clip range ends at 1 + `high`.")]
+    low: Annotated[
+        float,
+        Meaning("The clip range of a ratio (gspo: a response's) begins at 1 − `low`; `null` for a rule without one."),
+    ]
+    high: Annotated[float, Meaning("It ends at 1 + `high`; `null` for a rule without one.")]
     gated: Annotated[
         float, Meaning("**Gated**: what the clip rule removed of Σ|w·A| over all steps of the update.", "share")
     ]
@@ -351,3 +355,11 @@ class BoundRecord(NamedTuple):
             "none of them."
         ),
     ]
+    shares: Annotated[
+        dict[str, float] | None,
+        Meaning(
+            "The share of the update each of these mechanisms took, of which `binding` names the largest; `null` for an "
+            "update that was refused. (Of the penalty it is its part of the pull on the sampled tokens.)",
+            "share",
+        ),
+    ] = None

@@ -51,7 +51,7 @@ def train(asked: Any, **arguments: Any) -> None:
     trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
     trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():
-        _conclude(args.output_dir, "adapter" if asked.model.use_peft else "model")
+        _conclude(args.output_dir, "adapter" if asked.model.use_peft else "model", _rendered(trainer))
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=asked.script.dataset_name)
         trainer.accelerator.print(f"Pushed:       https://huggingface.co/{trainer.hub_model_id}")
@@ -63,16 +63,20 @@ def _checkpoint(value: str | None) -> str | bool | None:
     return {"true": True, "false": None, "none": None}.get(str(value).lower(), value)
 
 
-def _conclude(folder: str, kind: str) -> None:
+def _rendered(trainer: Any) -> Path | None:
+    """The page that the trainer's own callback wrote at the end, or None where it could not."""
+    from ..callbacks.report import BoundReportCallback
+
+    callbacks = trainer.callback_handler.callbacks
+    return next((each.rendered for each in callbacks if isinstance(each, BoundReportCallback)), None)
+
+
+def _conclude(folder: str, kind: str, report: Path | None) -> None:
     from ..records import BOUNDS_FILE, COMPLETIONS_FILE
-    from ..report import MissingPackageError, render_report
 
     print(f"Records:      {Path(folder) / BOUNDS_FILE}")
     print(f"Completions:  {Path(folder) / COMPLETIONS_FILE}")
-    try:
-        print(f"Report:       {render_report(folder)}")
-    except MissingPackageError as error:
-        print(f"Report:       {error}")
+    print(f"Report:       {report or f'none was rendered; trustkl report {folder} makes it, or says what it needs'}")
     print(f"{kind.capitalize() + ':':13} {folder}")
 
 

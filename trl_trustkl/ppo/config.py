@@ -25,7 +25,7 @@ from ..controllers import (
 )
 from ..divergences import ESTIMATORS, KLEstimatorName, Placement, build_estimator, gradient_kind
 from ..errors import ConfigError, out_of_range, shown, unknown_name
-from ..surrogates import SURROGATES, ClipRuleName, build_surrogate
+from ..surrogates import SURROGATES, WITHOUT_RANGE, ClipRuleName, build_surrogate
 from . import field_types
 from ._upstream import PPOConfig
 from .generation_options import check_generation_kwargs
@@ -316,9 +316,10 @@ class TrustKLPPOConfig(PPOConfig):
 
     def _check_trust_region(self) -> None:
         self.build_surrogate()
-        if self.clip_rule == "none" and self.cliprange_high is not None:
+        if self.clip_rule in WITHOUT_RANGE and self.cliprange_high is not None:
             raise ConfigError(
-                f"`cliprange_high` got {self.cliprange_high} with clip_rule='none', which has no range; leave it None."
+                f"`cliprange_high` got {self.cliprange_high} with clip_rule={self.clip_rule!r}, which has no range; leave it "
+                "None."
             )
         if self.trust_max_kl is not None and self.measure_fraction != 1.0:
             raise ConfigError(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..surrogates import SEQUENCE_RANGE, WITHOUT_RANGE
 from ..types import BoundRecord
 from .schema import Run
 from .summary import guaranteed, largest_update
@@ -91,7 +92,12 @@ def _anchor(args: Any) -> str:
 def _clip(args: Any) -> str:
     if args.clip_rule == "none":
         return "off"
-    return f"{_setting(args, 'clip_rule')}, range [{number(1 - args.low)}, {number(1 + args.high)}]"
+    rule = _setting(args, "clip_rule")
+    if args.clip_rule in WITHOUT_RANGE:
+        return rule
+    if args.clip_rule in SEQUENCE_RANGE:
+        return f"{rule}, a response's mean ratio from 1 - {number(args.low)} to 1 + {number(args.high)}"
+    return f"{rule}, range [{number(1 - args.low)}, {number(1 + args.high)}]"
 
 
 def _penalty(args: Any) -> str:

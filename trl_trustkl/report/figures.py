@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from ..types import BoundRecord
-from .series import Column, column, distance, quantile, shares
+from .series import Column, column, distance, quantile, shares, token_range
 
 Records = Sequence[BoundRecord]
 
@@ -203,8 +203,10 @@ def trust_region(figure: Figure, records: Records) -> None:
 
 
 def gated(figure: Figure, records: Records) -> None:
-    names = {"anchor": BLUE, "clip": ORANGE, "stop": GREEN, "backtrack": RED, "grad_norm": PURPLE}
-    labels = {"stop": "early stop", "backtrack": "backtracking", "grad_norm": "gradient norm"}
+    names = {
+        "anchor": BLUE, "clip": ORANGE, "penalty": SKY, "stop": GREEN, "backtrack": RED, "grad_norm": PURPLE, "lr": INK,
+    }  # fmt: skip
+    labels = {"stop": "early stop", "backtrack": "backtracking", "grad_norm": "gradient norm", "lr": "learning rate"}
     taken = {name: values for name, values in shares(records).items() if (values > 0).any()}
     axes = add_axes(figure, "share of the update taken\n(by each mechanism, stacked)")
     x = column(records, "update")
@@ -236,8 +238,8 @@ def ratios(figure: Figure, records: Records) -> None:
     top = positive(column(records, "trust.max_ratio"))
     axes = add_axes(figure, r"ratio $\pi/\pi_{\mathrm{old}}$ at the sampled tokens")
     middle = binned(x, POINTS)
-    if last.rule != "none" and np.isfinite(last.low + last.high):
-        low, high = np.clip([1 - last.low, 1 + last.high], 1 / LARGEST, LARGEST)
+    if (clip := token_range(last)) is not None:
+        low, high = np.clip(clip, 1 / LARGEST, LARGEST)
         axes.axhspan(low, high, color=INK, alpha=0.18, linewidth=0, label="clip range")
     for low_level, high_level, alpha, label in (
         ("0.01", "0.99", 0.2, "1 % to 99 %"),

@@ -27,6 +27,7 @@ from .series import (
     reference_per_token,
     stderr,
     stop_share,
+    token_range,
 )
 from .text import count, number, percent, shortened
 
@@ -53,6 +54,19 @@ class Finding(NamedTuple):
     advice: str
 
 
+def configured_lr(run: Run) -> float:
+    """The largest learning rate on record: `learning_rate` under a schedule that only decays it, whatever its warm-up.
+
+    A run that ended within its warm-up never reached it, and `trust_lr_target` may have raised it.
+    """
+    return largest(column(run.records, "lr"))
+
+
+def _present_lr(run: Run) -> str:
+    """What the configured one is, in words; the records do not say whether `trust_lr_target` has raised it."""
+    return ("" if is_stock(run.records) else "at most ") + number(configured_lr(run))
+
+
 def clip_never_binds(run: Run) -> Finding | None:
     clipped = [record for record in run.records if record.trust.rule != "none" and record.refused is None]
     if len(clipped) < FEW or not (column(clipped, "trust.gated") <= IDLE).all():  # NaN is not 0
@@ -76,7 +90,7 @@ def clip_never_binds(run: Run) -> Finding | None:
         f"The clip removed nothing in any of {made}"
         + (f"; the largest ratio measured after a step was {number(reached)}" if np.isfinite(reached) else "")
         + ". The updates are too small for the clip range to matter.",
-        f"Set learning_rate={number(2 * mean(column(clipped, 'lr')), 2)}, twice the present one.",
+        f"Set learning_rate={number(2 * configured_lr(run), 2)}, twice the present one, which is {_present_lr(run)}.",
     )
 
 
@@ -170,10 +184,10 @@ def negative_estimate(run: Run) -> Finding | None:
 
 
 def ratio_far_outside(run: Run) -> Finding | None:
-    clipped = [record for record in run.records if record.trust.rule != "none"]
+    clipped = [record for record in run.records if token_range(record.trust) is not None]
     if not clipped:
         return None
-    high, low = 1 + column(clipped, "trust.high"), 1 - column(clipped, "trust.low")
+    low, high = np.array([token_range(record.trust) for record in clipped], dtype=np.float64).T
     top, bottom = column(clipped, "trust.max_ratio"), quantile(clipped, "0.01")
     far = (top > FAR * high) | (bottom < low / FAR)
     if not far.any():
@@ -219,16 +233,15 @@ def early_stop(run: Run) -> Finding | None:
         "Most updates are stopped early",
         f"{int(stopped.sum()):,} of {count(len(stopped), 'update')} ended at trust_stop, after {number(mean(made))} epochs on "
         f"average; at least {percent(mean(left_out))} of their steps were left out.",
-        f"Set learning_rate={number(mean(column(run.records, 'lr')) / 2, 2)}, half of the present one, so that the planned "
-        "epochs fit within the limit.",
+        f"Set learning_rate={number(configured_lr(run) / 2, 2)}, half of the present one, which is {_present_lr(run)}: the "
+        "planned epochs have to fit within the limit.",
     )
 
 
 def learning_rate_floor(run: Run) -> Finding | None:
     if is_stock(run.records):  # no trainer of TRL's own adapts the learning rate to the KL
         return None
-    lr = column(run.records, "lr")
-    top = largest(lr)
+    lr, top = column(run.records, "lr"), configured_lr(run)
     floor = (lr > 0) & (lr <= 1.05 * LR_FLOOR * top)
     if floor.sum() < FEW or floor.mean() < FLOOR_SHARE:
         return None
@@ -269,14 +282,13 @@ def value_explains_nothing(run: Run) -> Finding | None:
     explained = last_third(column(run.records, "value.explained_variance"))
     if len(run.records) < SOME or not np.isfinite(explained).any() or np.nanmedian(explained) >= NOTHING:
         return None
-    lr = mean(column(run.records, "lr"))
     return Finding(
         "value_explains_nothing",
         "The value function explains nothing",
         f"Over the last {count(len(explained), 'update')} it explained {number(float(np.nanmedian(explained)))} of the "
         "returns' variance in the median (1 would be all, 0 is what a constant explains): advantages are as noisy as "
         "without it.",
-        f"Set value_learning_rate={number(5 * lr, 2)}, five times the policy's.",
+        f"Set value_learning_rate={number(5 * configured_lr(run), 2)}, five times the policy's, which is {_present_lr(run)}.",
     )
 
 
@@ -316,13 +328,13 @@ def updates_refused(run: Run) -> Finding | None:
     if not reasons:
         return None
     reason, times = reasons.most_common(1)[0]
-    lr = mean(column(run.records, "lr"))
     return Finding(
         "updates_refused",
         "Updates were refused",
         f"{count(reasons.total(), 'update')} of {len(run.records):,} left the parameters as they were; the reason given "
         f"most often ({count(times, 'time')}): {shortened(reason, 200)}.",
-        f"Set learning_rate={number(lr / 2, 2)}, half of the present one; where it is the first update, set bf16=False.",
+        f"Set learning_rate={number(configured_lr(run) / 2, 2)}, half of the present one, which is {_present_lr(run)}; where "
+        "it is the first update, set bf16=False.",
     )
 
 

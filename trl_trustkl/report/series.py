@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..types import BoundRecord
+from ..surrogates import SEQUENCE_RANGE, WITHOUT_RANGE
+from ..types import BoundRecord, TrustRecord
 from .schema import Run
 
 Column = NDArray[np.float64]
@@ -36,6 +37,14 @@ def is_stock(records: Sequence[BoundRecord]) -> bool:
 def quantile(records: Sequence[BoundRecord], level: str) -> Column:
     """A quantile of the ratio after each update, such as "0.99"."""
     return np.array([record.trust.ratio_quantiles.get(level, np.nan) for record in records], dtype=np.float64)
+
+
+def token_range(trust: TrustRecord) -> tuple[float, float] | None:
+    """The clip range of a token's ratio, None for a rule that has none, whatever its record says: earlier ones held
+    numbers for each rule. 0 begins one that is open below."""
+    if trust.rule in WITHOUT_RANGE | SEQUENCE_RANGE or not np.isfinite(trust.high):
+        return None
+    return 1 - trust.low if np.isfinite(trust.low) else 0.0, 1 + trust.high
 
 
 def first_third(values: Any) -> Any:
@@ -65,28 +74,42 @@ def largest(values: Column) -> float:
 
 
 def stop_share(records: Sequence[BoundRecord]) -> Column:
-    """The share of its epochs that an update left out because it was stopped.
+    """The share of its steps that an update left out because it was stopped.
 
-    The planned number is the largest made, rounded up: where every update was stopped, this is the least it can be.
+    Where records of earlier versions do not have it: of its epochs. The planned number is then the largest made, rounded
+    up: where every update was stopped, this is the least it can be.
     """
     epochs = column(records, "trust.epochs")
     planned = max(np.ceil(largest(epochs)), 1.0) if np.isfinite(epochs).any() else 1.0
     stopped = np.array([record.trust.stopped for record in records])
-    return np.where(stopped, np.clip(1.0 - epochs / planned, 0.0, 1.0), 0.0)
+    return _recorded(records, "stop", np.where(stopped, np.clip(1.0 - epochs / planned, 0.0, 1.0), 0.0))
 
 
 def shares(records: Sequence[BoundRecord]) -> dict[str, Column]:
-    """The share each mechanism took of each update, of those that a record holds; 0 of an update that was refused."""
-    backtracked = np.nan_to_num(1.0 - column(records, "trust.scale"))
+    """The share each mechanism took of each update; 0 of an update that was refused.
+
+    Records of earlier versions and of TRL's own trainers have no `shares`: those that follow from other keys are used.
+    """
     taken = {
         "anchor": column(records, "anchor.share"),
         "clip": column(records, "trust.gated"),
+        "penalty": np.zeros(len(records)),
         "stop": stop_share(records),
-        "backtrack": backtracked,
+        "backtrack": 1.0 - column(records, "trust.scale"),
         "grad_norm": 1.0 - column(records, "gradient.scale"),
+        "lr": np.zeros(len(records)),
     }
+    taken = {name: _recorded(records, name, derived) for name, derived in taken.items()}
     stands = np.array([record.refused is None for record in records])
     return {name: np.where(stands, np.clip(np.nan_to_num(values), 0.0, 1.0), 0.0) for name, values in taken.items()}
+
+
+def _recorded(records: Sequence[BoundRecord], name: str, derived: Column) -> Column:
+    """The share on record, and what was derived where a record has none."""
+    return np.array(
+        [given if r.shares is None else r.shares.get(name, 0.0) for r, given in zip(records, derived, strict=True)],
+        dtype=np.float64,
+    )
 
 
 def reference_per_token(run: Run) -> tuple[Column, Column]:

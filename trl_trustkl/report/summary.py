@@ -9,7 +9,7 @@ import numpy as np
 
 from ..types import BoundRecord
 from .schema import Run
-from .series import Column, column, distance, first_third, largest, last_third, mean, stderr
+from .series import Column, column, distance, first_third, largest, last_third, mean, stderr, token_range
 from .text import count, number, percent, shortened
 
 MECHANISMS = {
@@ -125,8 +125,8 @@ def largest_update(run: Run) -> str:
         f"{number(float(np.nanmedian(kl)))} in the median. The largest probability ratio of the run was "
         f"{number(largest(column(run.records, 'trust.max_ratio')))}"
     )
-    if trust.rule != "none":
-        text += f", with a clip range of [{number(1 - trust.low, 2)}, {number(1 + trust.high, 2)}]"
+    if (clip := token_range(trust)) is not None:
+        text += f", with a clip range of [{number(clip[0], 2)}, {number(clip[1], 2)}]"
     standing = [record for record in run.records if record.refused is None]
     proposed = column(standing, "trust.kl_proposed")
     shortened_by = int((column(standing, "trust.scale") < 1).sum())

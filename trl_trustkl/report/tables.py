@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..surrogates import SEQUENCE_RANGE
 from ..types import BoundRecord
 from .schema import Completion, Run
-from .series import column, distance, largest, last_third, mean, reference_per_token
+from .series import column, distance, largest, last_third, mean, reference_per_token, token_range
 from .text import number, percent, shortened
 
 ROWS = 200  # of the table of updates
@@ -74,7 +75,10 @@ def _gradient(record: BoundRecord) -> str:
 def _range(record: BoundRecord) -> str:
     if record.trust.rule == "none":
         return "off"
-    return f"ratio in [{number(1 - record.trust.low, 2)}, {number(1 + record.trust.high, 2)}]"
+    if record.trust.rule in SEQUENCE_RANGE:
+        return f"a response's mean ratio from 1 - {number(record.trust.low)} to 1 + {number(record.trust.high)}"
+    clip = token_range(record.trust)
+    return "none: the rule has no range" if clip is None else f"ratio in [{number(clip[0], 2)}, {number(clip[1], 2)}]"
 
 
 def _over(records: Sequence[BoundRecord], of_record: Callable[[BoundRecord], str]) -> str:
