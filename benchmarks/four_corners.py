@@ -4,10 +4,10 @@ SmolLM2-135M-Instruct with a 4-bit backbone and LoRA is tuned towards positive s
 with the anchor (β = 0.05) and the clip (0.2), with either, with neither. Table and figures go into the README and
 docs/kl_or_trust_region.md.
 
-    python benchmarks/four_corners.py                    # writes benchmarks/data/four_corners.csv and .md, docs/figures/four_corners_*.png
+    python benchmarks/four_corners.py    # benchmarks/data/four_corners.csv and .md, docs/figures/four_corners_*.png
 
-This is `trustkl compare` with nothing changed, its table, numbers and two of its figures copied to where the documentation has them. Its options
-are handed on, such as `--seeds 42 43`; an interrupted comparison goes on where it stopped.
+This is `trustkl compare` with nothing changed; its table, its numbers and two of its figures are copied to where the
+documentation has them. Its options are handed on, such as `--seeds 42 43`; an interrupted comparison goes on where it stopped.
 """
 
 from __future__ import annotations

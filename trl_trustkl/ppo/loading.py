@@ -114,7 +114,7 @@ def prepare_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig |
 
 
 def _activate(model: PeftModel, name: str | None) -> None:
-    """Make the adapter to train the only active one, its weights to be trained: "default", as in TRL, or else the active one."""
+    """Make one adapter the only active one, to be trained: that of `name`, or "default" as in TRL, or what is active."""
     name = name or ("default" if "default" in model.peft_config else model.active_adapter)
     if name not in model.peft_config:
         raise ModelError(
