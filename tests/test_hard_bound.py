@@ -136,10 +136,11 @@ def assert_worked(updates: list[Update], limit: float) -> None:
     for record, _, _ in updates:
         trust = record.trust
         if trust.kl_proposed > limit:
-            assert 0 < trust.scale < 1 and 1 <= trust.tries <= 10
+            assert 0 <= trust.scale < 1 and 1 <= trust.tries <= 10
         else:
             assert trust.scale == 1 and trust.tries == 0 and trust.kl == trust.kl_proposed
-    kept = [dense for record, dense, _ in updates if record.trust.scale < 1]
+    kept = [dense for record, dense, _ in updates if 0 < record.trust.scale < 1]
+    assert sum(record.trust.scale == 0 for record, _, _ in updates) <= 0.01 * len(updates)  # the worst case
     assert sum(kl > 0.5 * limit for kl in kept) > 0.95 * len(kept)
 
 
