@@ -297,9 +297,9 @@ def long_prompt(words: int) -> str:
         (Dataset.from_dict({"input_ids": [[3]] * 6 + [[]] * 2}), ("row 6", "no token", "at least one")),
         (
             Dataset.from_dict({"prompt": ["w1"] * 3 + [long_prompt(123)] * 5}),
-            ("row 3", "123 prompt tokens", "response_length=6", "context of 128", "shorten or drop", "lower"),
+            ("row 3", "123 prompt tokens", "response_length=6", "context of `model`, 128", "shorten or drop", "lower"),
         ),
-        (Dataset.from_dict({"input_ids": [[3] * 123] * 8}), ("row 0", "123 prompt tokens", "context of 128")),
+        (Dataset.from_dict({"input_ids": [[3] * 123] * 8}), ("row 0", "123 prompt tokens", "context of `model`, 128")),
     ],
     ids=[
         "empty", "no usable column", "list", "streaming", "empty prompt", "number", "None", "no message", "no ids",
@@ -318,6 +318,31 @@ def test_the_longest_prompt_that_fits_the_context_is_accepted(tmp_path):
     )
     trainer.train()
     assert load_records(tmp_path)[0]["length"] > 0
+
+
+def short_gpt2(kind: Any) -> Any:
+    """A model of 8 learned positions; one more is an index error in its embedding."""
+    config = transformers.GPT2Config(
+        vocab_size=tiny.VOCAB, n_positions=8, n_embd=32, n_layer=1, n_head=2, pad_token_id=0
+    )
+    config.num_labels = 1
+    return kind(config)
+
+
+@pytest.mark.parametrize("which", ["ref_model", "value_model", "reward_funcs[0]"])
+def test_a_prompt_has_to_fit_every_model_that_reads_its_tokens(tmp_path, which):
+    kind = transformers.GPT2LMHeadModel if which == "ref_model" else transformers.GPT2ForSequenceClassification
+    with pytest.raises(DataError) as error:
+        tiny.trainer(tmp_path, **{which.removesuffix("[0]"): short_gpt2(kind)})
+    assert_says(error, "`train_dataset` row 2", "3 prompt tokens", "response_length=6", f"the context of `{which}`, 8")
+
+
+def test_a_text_too_long_for_a_reward_model_with_a_tokenizer_of_its_own_is_named(tmp_path):
+    judge = short_gpt2(transformers.GPT2ForSequenceClassification)
+    trainer = tiny.trainer(tmp_path, reward_funcs=judge, reward_processing_classes=tiny.tokenizer())
+    with pytest.raises(RewardError) as error:
+        trainer.train()
+    assert_says(error, "`GPT2ForSequenceClassification`", "more than its context of 8", "lower response_length")
 
 
 @pytest.mark.parametrize("rows", [1, 7])
@@ -717,6 +742,12 @@ def encoder_decoder() -> Any:
             {"value_model": lambda: tiny.scalar_model(tiny.llama(vocab_size=20))},
             ("`value_model`", "20 embeddings", f"{tiny.VOCAB} tokens", f"resize_token_embeddings({tiny.VOCAB})"),
         ),
+        ({"ref_model": 3}, ("`ref_model`", "int", "causal language model", "None")),
+        (
+            {"ref_model": lambda: tiny.scalar_model(tiny.llama())},
+            ("`ref_model`", "SequenceClassification", "causal language model"),
+        ),
+        ({"value_model": 3}, ("`value_model`", "int", "sequence classifier", "None for a value head")),
         ({"changes": {"ref_adapter_name": "sft"}}, ("`ref_adapter_name`", "'sft'", "['default']")),
         ({"changes": {"model_init_kwargs": {"dtype": "auto"}}}, ("`model_init_kwargs`", "given by name")),
         ({"train_dataset": None}, ("`train_dataset`", "None", "required")),

@@ -35,7 +35,7 @@ from trl_trustkl.controllers import CONTROLLERS
 from trl_trustkl.divergences import ESTIMATORS, gradient_kind
 from trl_trustkl.errors import ConfigError, DataError, RewardError, TrustKLError
 from trl_trustkl.ppo.config import _DICT_FIELDS, _typed_fields
-from trl_trustkl.ppo.data import check_lengths, collate, encode_prompt, tokenize_prompts
+from trl_trustkl.ppo.data import check_prompts, collate, encode_prompt, room_in, tokenize_prompts
 from trl_trustkl.ppo.field_types import names
 from trl_trustkl.ppo.rewards import compute_scores
 from trl_trustkl.report import read_run, write_report
@@ -446,11 +446,11 @@ def quiet_datasets():
 
 
 def test_datasets_that_cannot_be_are_refused(record_property, quiet_datasets):
-    model = tiny.llama()
+    room = room_in(tiny.llama(), {})
 
     def attempt(columns: dict[str, Any]) -> None:
         dataset = tokenize_prompts(datasets.Dataset.from_dict(columns), TOKENIZER, name="train_dataset")
-        check_lengths(dataset, model, 6, name="train_dataset")
+        check_prompts(dataset, room, 6, name="train_dataset")
 
     record_property("refused", len(refuse(bad_columns, attempt, DataError, 150)))
     nothing = (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -90,14 +91,14 @@ def prepare_datasets(
     train: Dataset,
     evaluation: Dataset | dict[str, Dataset] | None,
     tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
+    room: Room,
     args: Any,
 ) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
-    """Both datasets with token ids, their lengths checked against the model's context."""
+    """Both datasets with token ids, checked against the vocabulary and the context of the models that read them."""
 
     def prepare(dataset: Dataset, name: str) -> Dataset:
         dataset = tokenize_prompts(dataset, tokenizer, name=name, num_proc=args.dataset_num_proc)
-        check_lengths(dataset, model, args.response_length, name=name)
+        check_prompts(dataset, room, args.response_length, name=name)
         return dataset
 
     if isinstance(evaluation, dict):
@@ -107,10 +108,33 @@ def prepare_datasets(
     return prepare(train, "train_dataset"), evaluation
 
 
-def check_lengths(dataset: Dataset, model: PreTrainedModel, response_length: int, *, name: str) -> None:
-    """Raise DataError for a prompt that is empty, or leaves no room for the response in the model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+class Room(NamedTuple):
+    """What a prompt and its response have to fit into."""
+
+    vocabulary: int
+    """Embeddings of the policy; other models that read its tokens are checked against it where they are built."""
+    context: float
+    """Of the model with the shortest, in tokens; infinite where no model has a limit."""
+    model: str
+    """That model's name."""
+
+
+def room_in(policy: PreTrainedModel, others: dict[str, Any]) -> Room:
+    """The room in the policy and in the other models that read token ids, by name; None for one that is not there."""
+    models = {"model": policy, **{name: model for name, model in others.items() if model is not None}}
+    context, name = min((context_length(model), name) for name, model in models.items())
+    return Room(policy.get_input_embeddings().weight.shape[0], context, name)
+
+
+def context_length(model: Any) -> float:
+    """How many tokens a model can read at once; infinite where it says nothing."""
+    config = getattr(model, "config", None)
+    length = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    return math.inf if length is None else length
+
+
+def check_prompts(dataset: Dataset, room: Room, response_length: int, *, name: str) -> None:
+    """Raise DataError for a prompt that is empty, has unknown tokens, or leaves no room for the response in a context."""
     masked = "attention_mask" in dataset.column_names
     masks = dataset["attention_mask"] if masked else [None] * len(dataset)
     for index, (row, mask) in enumerate(zip(dataset[IDS], masks, strict=True)):
@@ -124,16 +148,16 @@ def check_lengths(dataset: Dataset, model: PreTrainedModel, response_length: int
             )
         if len(ids) == 0 or (masked and not any(mask)):
             raise DataError(f"{where} has no token in 'input_ids'; every prompt needs at least one.")
-        if min(ids) < 0 or max(ids) >= vocabulary:
-            bad = next(token for token in ids if not 0 <= token < vocabulary)
+        if min(ids) < 0 or max(ids) >= room.vocabulary:
+            bad = next(token for token in ids if not 0 <= token < room.vocabulary)
             raise DataError(
-                f"{where} has the token id {bad}; the model's vocabulary is 0 to {vocabulary - 1}: tokenize the "
+                f"{where} has the token id {bad}; the model's vocabulary is 0 to {room.vocabulary - 1}: tokenize the "
                 "dataset with the model's own tokenizer."
             )
-        if context is not None and len(ids) + response_length > context:
+        if len(ids) + response_length > room.context:
             raise DataError(
-                f"{where} has {len(ids)} prompt tokens; with response_length={response_length} that is more "
-                f"than the model's context of {context}: shorten or drop the prompt, or lower response_length."
+                f"{where} has {len(ids)} prompt tokens; with response_length={response_length} that is more than the context "
+                f"of `{room.model}`, {room.context}: shorten or drop the prompt, or lower response_length."
             )
 
 

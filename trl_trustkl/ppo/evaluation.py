@@ -19,7 +19,7 @@ from ..errors import ConfigError, RewardError, unknown_name
 from ..masking import masked_sum
 from ..types import Prompts
 from . import generation
-from .data import prepare_datasets
+from .data import Room, prepare_datasets
 from .halves import as_in_training
 from .plumbing import Draw
 
@@ -28,6 +28,7 @@ class Evaluation:
     """See the module. The trainer that mixes it in has the phases `rollout` and `score`."""
 
     control: TrainerControl
+    _room: Room
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -59,7 +60,7 @@ class Evaluation:
         if isinstance(dataset, dict):
             raise ConfigError(f"`eval_dataset` got several; name one of {', '.join(map(repr, dataset))}.")
         if "input_ids" not in dataset.column_names:
-            dataset = prepare_datasets(dataset, None, self.processing_class, self.model.policy, self.args)[0]
+            dataset = prepare_datasets(dataset, None, self.processing_class, self._room, self.args)[0]
         return gather_object(self._evaluated(self._evaluation_batches(dataset)))
 
     def _evaluated(self, batches: Iterable[tuple[int, Prompts]]) -> list[dict[str, Any]]:

@@ -70,7 +70,10 @@ class CausalHalves:
         config = self.causal.config.get_text_config()
         projection = self.causal.get_output_embeddings()
         if projection is None:
-            raise ModelError(f"`{name}` is a {type(self.causal).__name__}, which has no output head over a vocabulary.")
+            raise ModelError(
+                f"`{name}` is a {type(self.causal).__name__}, which has no output head over a vocabulary; it must be a causal "
+                "language model, such as AutoModelForCausalLM.from_pretrained(name)."
+            )
         self.vocab_size = int(projection.weight.shape[0]) if hasattr(projection, "weight") else int(config.vocab_size)
         self.hidden_size = int(config.hidden_size)
         self.backbone = getattr(self.causal, self.causal.base_model_prefix, None)

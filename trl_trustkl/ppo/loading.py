@@ -129,6 +129,11 @@ def prepare_value_model(model: Any, args: Any) -> nn.Module | None:
         return None
     if isinstance(model, str):
         model = load_scalar_model(model, args.model_init_kwargs)
+    if not isinstance(model, (PreTrainedModel, PeftModel)):
+        raise ModelError(
+            f"`value_model` got {type(model).__name__}; it must be a sequence classifier with one label, its name, or None for "
+            "a value head."
+        )
     if is_quantized(model):
         unpack_4bit_weights(model)
     disable_dropout(model)

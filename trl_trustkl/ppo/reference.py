@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import ConfigError, ModelError
 from ..types import MicroBatch, Peer
@@ -84,6 +85,11 @@ def build_reference(
         if ref_adapter_name is not None:
             raise ConfigError(
                 f"`ref_adapter_name` got {ref_adapter_name!r} together with a `ref_model`; give only one."
+            )
+        if not isinstance(ref_model, (PreTrainedModel, PeftModel)):
+            raise ModelError(
+                f"`ref_model` got {type(ref_model).__name__}; it must be a causal language model, its name, or None for the "
+                "policy as it is at the start."
             )
         disable_dropout(ref_model)
         ref_model.requires_grad_(False)

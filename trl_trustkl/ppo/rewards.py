@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConfigError, NonFiniteRewardError, RewardError, shown
 from ..types import Rollout
-from .data import is_chat, positions
+from .data import context_length, is_chat, positions
 from .loading import load_scalar_model
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,11 @@ class RewardModel:
         device = next(self.model.parameters()).device
         texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         inputs = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right").to(device)
+        if (length := inputs["input_ids"].shape[1]) > (context := context_length(self.model)):
+            raise RewardError(
+                f"a prompt with its response is {length} tokens of the reward model `{self.__name__}`, more than its context "
+                f"of {context}; drop the longest prompts, or lower response_length."
+            )
         return self.model(**inputs).logits[:, 0].float()
 
     def _text(self, prompt: Any, completion: Any) -> str:
@@ -132,6 +137,15 @@ def _as_reward(
     if not callable(func):
         raise ConfigError(f"`reward_funcs` got {func!r}; each must be a callable, a reward model or the name of one.")
     return func
+
+
+def token_readers(funcs: list[Callable | RewardModel]) -> dict[str, nn.Module]:
+    """The reward models that read the policy's token ids, by where they stand."""
+    return {
+        f"reward_funcs[{index}]": func.model
+        for index, func in enumerate(funcs)
+        if isinstance(func, RewardModel) and func.tokenizer is None
+    }
 
 
 def reward_name(func: Any) -> str:

@@ -43,7 +43,7 @@ from . import generation, loading, rng
 from ._upstream import PPOTrainer
 from .cards import Cards
 from .config import TrustKLPPOConfig
-from .data import collate_nothing, longest_first, micro_batch, prepare_datasets, trim_left
+from .data import collate_nothing, longest_first, micro_batch, prepare_datasets, room_in, trim_left
 from .endings import Endings
 from .evaluation import Evaluation
 from .guard import StartingPoint
@@ -52,7 +52,7 @@ from .measuring import Measuring
 from .models import PolicyAndValue
 from .plumbing import Draw, Plumbing
 from .reference import build_reference
-from .rewards import RewardFunc, build_rewards
+from .rewards import RewardFunc, build_rewards, token_readers
 from .saving import Saving
 from .scoring import Scoring
 from .signals import StopRequest
@@ -108,8 +108,6 @@ class TrustKLPPOTrainer(Scoring, Measuring, Endings, Evaluation, Saving, Cards, 
         set_seed(args.seed)  # adapters and value heads start from random numbers
         policy, tokenizer = loading.load_policy(model, processing_class, args, peft_config)
         self.is_peft_model = isinstance(policy, PeftModel)
-        train_dataset, eval_dataset = prepare_datasets(train_dataset, eval_dataset, tokenizer, policy, args)
-        self._stop_ids = generation.stop_ids(policy, tokenizer, args, text="prompt" in train_dataset.column_names)
         self.reward_funcs, self.reward_weights = build_rewards(
             reward_funcs if reward_model is None else reward_model,
             reward_processing_classes,
@@ -126,6 +124,10 @@ class TrustKLPPOTrainer(Scoring, Measuring, Endings, Evaluation, Saving, Cards, 
             ref_adapter_name=args.ref_adapter_name,
             new_adapter=peft_config is not None,
         )
+        others = {"ref_model": self.reference.model, "value_model": value, **token_readers(self.reward_funcs)}
+        self._room = room_in(policy, others)
+        train_dataset, eval_dataset = prepare_datasets(train_dataset, eval_dataset, tokenizer, self._room, args)
+        self._stop_ids = generation.stop_ids(policy, tokenizer, args, text="prompt" in train_dataset.column_names)
         # TRL's own PPO constructor builds models and loop the way this one replaces; its base's is the one to call.
         super(PPOTrainer, self).__init__(
             model=trained,
