@@ -48,6 +48,14 @@ def test_every_saved_model_says_how_far_it_moved(tmp_path):
         assert {"trl", "ppo"} <= set(front["tags"]) if folder == "." else "tags" in front
 
 
+def test_a_card_reads_no_completions_of_which_a_long_run_has_many(tmp_path):
+    trainer = tiny.trainer(tmp_path, changes={"max_steps": 1})
+    trainer.train()
+    (tmp_path / "completions.jsonl").write_text("not read\n")
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert "nats per token on average" in parts(tmp_path / "adapter" / "README.md")[1]
+
+
 def test_the_rest_of_trls_card_is_as_trl_writes_it(tmp_path, monkeypatch):
     trainer = tiny.trainer(tmp_path)
     readme = tmp_path / "README.md"

@@ -151,11 +151,11 @@ def test_no_records(tmp_path: Path) -> None:
 
 
 def test_records_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, mode: str) -> Any:
         raise PermissionError(13, "Permission denied")
 
     folder = run_folder(tmp_path)
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(DataError, match=r"bounds.jsonl cannot be read: Permission denied"):
         read_run(folder)
 

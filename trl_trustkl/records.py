@@ -135,25 +135,32 @@ def load_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     file = Path(path)
     file = file / BOUNDS_FILE if file.is_dir() else file
+    return [row for _, row in numbered_rows(file) if row is not None]
+
+
+def numbered_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """The rows of a file with their line numbers, one at a time; None for a last line that a kill cut short.
+
+    Raises DataError as `load_records` does.
+    """
     if not file.exists():
         raise DataError(f"no records at {file}; give a run's output_dir, or its {BOUNDS_FILE}.")
     try:
-        return list(_rows(file))
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, _row(line, f"{file}, line {number}")
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}.") from None
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    lines = file.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):
-                return
-            raise DataError(f"{file}, line {number}: not a JSON record ({error}).") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{file}, line {number}: a record must be a JSON object, got {type(row).__name__}.")
-        yield row
+def _row(line: bytes, where: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        if not line.endswith(b"\n"):
+            return None
+        raise DataError(f"{where}: not a JSON record ({error}).") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a record must be a JSON object, got {type(row).__name__}.")
+    return row

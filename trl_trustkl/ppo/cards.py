@@ -61,7 +61,7 @@ class Cards:
         if self.state.global_step == 0 or not any(map(is_report, self.callback_handler.callbacks)):
             return []
         try:
-            found = read_run(self.args.output_dir).records
+            found = read_run(self.args.output_dir, completions=False).records
         except DataError:
             return []
         return [record for record in found if record.update <= self.state.global_step]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from ..errors import DataError
-from ..records import BOUNDS_FILE, COMPLETIONS_FILE, load_records
+from ..records import BOUNDS_FILE, COMPLETIONS_FILE, numbered_rows
 from ..types import BoundRecord, Meaning
 
 Row = TypeVar("Row")
@@ -60,8 +60,8 @@ class _Misfit(Exception):
         return f"`{self.key}` must be {self.expected}, got {_short(self.got)}"
 
 
-def read_run(path: str | os.PathLike[str]) -> Run:
-    """The records of a run's folder (or of its `bounds.jsonl`), and its completions where it kept some."""
+def read_run(path: str | os.PathLike[str], *, completions: bool = True) -> Run:
+    """The records of a run's folder (or of its `bounds.jsonl`), and with `completions` those, where it kept some."""
     given = Path(path)
     folder = given if given.is_dir() else given.parent
     file = given / BOUNDS_FILE if given.is_dir() else given
@@ -73,8 +73,8 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         notes.append(f"{file.name}: updates are not in order; sorted, the last one kept where a number occurs twice.")
         records = [record for _, record in sorted({record.update: record for record in records}.items())]
     kept = folder / COMPLETIONS_FILE
-    completions = _rows(kept, Completion, notes) if kept.exists() else []
-    return Run(folder.resolve().name, folder, records, completions, notes)
+    texts = _rows(kept, Completion, notes) if completions and kept.exists() else []
+    return Run(folder.resolve().name, folder, records, texts, notes)
 
 
 def _rows(file: Path, schema: type[Row], notes: list[str]) -> list[Row]:
@@ -82,7 +82,10 @@ def _rows(file: Path, schema: type[Row], notes: list[str]) -> list[Row]:
     read: Reader = _reader(schema)  # type: ignore[arg-type]  # a class is hashable; mypy doubts it for a TypeVar
     rows: list[Row] = []
     not_finite: dict[str, list[int]] = {}
-    for line, raw in _numbered(file, notes):
+    for line, raw in numbered_rows(file):
+        if raw is None:
+            notes.append(f"{file.name}: the last line, {line}, is cut short and was left out.")
+            continue
         try:
             rows.append(read(_as_texts(raw) if schema is Completion else raw))
         except _Misfit as misfit:
@@ -95,21 +98,6 @@ def _rows(file: Path, schema: type[Row], notes: list[str]) -> list[Row]:
             "read as missing."
         )
     return rows
-
-
-def _numbered(file: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of the file with their line numbers; a last line cut short is noted."""
-    try:
-        rows = load_records(file)
-        content = file.read_bytes()
-    except RecursionError:
-        raise DataError(f"{file}: a line is nested too deeply to be a record.") from None
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}.") from None
-    numbers = [number for number, line in enumerate(content.split(b"\n"), start=1) if line.strip()]
-    if len(numbers) > len(rows) and not content.endswith(b"\n"):
-        notes.append(f"{file.name}: the last line, {numbers[-1]}, is cut short and was left out.")
-    return zip(numbers, rows, strict=False)
 
 
 # -- one reader for each type, made once -----------------------------------------------------------------------------
