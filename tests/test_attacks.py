@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tests import tiny
 from tests.test_exactness import dense_kl, dense_logps
 from trl_trustkl import TrustKLPPOTrainer, load_records, logprobs
-from trl_trustkl.errors import RewardError
+from trl_trustkl.errors import ModelError, RewardError
 from trl_trustkl.logprobs import token_statistics
 from trl_trustkl.ppo.halves import CausalHalves, OutputHead
 from trl_trustkl.ppo.loading import trainable
@@ -262,14 +262,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def family(name: str) -> Any:
+def family(name: str, **changes: Any) -> Any:
     common = tiny.llama().config.to_dict()
     keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
     keys += ("bos_token_id", "eos_token_id", "initializer_range")
     keys += () if name in ("GPTNeoX", "Falcon") else ("num_key_value_heads",)
     keys += () if name == "OPT" else ("intermediate_size",)
     # A padding token that is sampled has an embedding of exactly 0, from which a Gemma moves in jumps.
-    settings = {key: common[key] for key in keys} | {"pad_token_id": None} | FAMILIES[name]
+    settings = {key: common[key] for key in keys} | {"pad_token_id": None} | FAMILIES.get(name, {}) | changes
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**settings))
 
@@ -304,6 +304,27 @@ def test_a_family_starts_at_ratio_1_is_measured_without_padding_and_moves(name, 
     measured = trainer.enforce(batch, proposed)
     dense = torch.cat([dense_kl(p, q) for p, q in zip(old, alone(), strict=True)]).mean()
     assert 0 < measured.kl <= LIMIT < proposed.kl and measured.kl == pytest.approx(float(dense), rel=0.01, abs=1e-6)
+
+
+NOISY: dict[str, dict[str, Any]] = {
+    "Mixtral": {"router_jitter_noise": 0.3},
+    "OPT": {"layerdrop": 0.9},
+    "Falcon": {"hidden_dropout": 0.3},  # read from the configuration in every pass
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "OPT"])
+def test_the_noise_of_training_is_off(name, tmp_path):
+    model = family(name, **NOISY[name])
+    ids = torch.arange(1, 9)[None]
+    assert any(not torch.equal(model.train()(ids).logits, model(ids).logits) for _ in range(9)), "there must be noise"
+    trainer = tiny.trainer(tmp_path, model, peft_config=None, changes={"max_steps": 1})
+    before_the_first_step(trainer)
+
+
+def test_noise_that_cannot_be_switched_off_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="two passes over the same tokens differ"):
+        tiny.trainer(tmp_path, family("Falcon", **NOISY["Falcon"]), peft_config=None)
 
 
 def test_a_soft_cap_by_an_unknown_name_is_noticed_while_logits_are_small():

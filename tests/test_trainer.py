@@ -16,6 +16,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, IA3Config, PeftConfig, PeftModel, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -24,7 +25,7 @@ from trl_trustkl import TrustKLPPOTrainer, load_records
 from trl_trustkl.controllers import AdaptiveKL
 from trl_trustkl.errors import DataError, ModelError
 from trl_trustkl.masking import masked_mean
-from trl_trustkl.ppo import halves, loading, models, plumbing
+from trl_trustkl.ppo import halves, loading, models, plumbing, rewards
 from trl_trustkl.ppo.data import PromptOrder
 from trl_trustkl.ppo.loading import trainable
 from trl_trustkl.ppo.optimise import Optimisation
@@ -827,6 +828,35 @@ def test_a_reward_model_of_a_chat_gets_the_whole_conversation(tmp_path):
     assert len(calls) == 8 and all([m["role"] for m in messages] == ["user", "assistant"] for messages in calls)
 
 
+def test_a_chat_template_alone_writes_the_special_tokens_of_a_conversation():
+    tokenizer = tiny.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    reward = rewards.RewardModel(tiny.scalar_model(tiny.llama()), tokenizer)
+    prompt, completion = ([{"role": role, "content": "w1 w2"}] for role in ("user", "assistant"))
+    for messages, ids in (
+        (
+            (prompt, completion),
+            tokenizer(tokenizer.apply_chat_template(prompt + completion, tokenize=False))["input_ids"][1:],
+        ),
+        (("w1 ", "w2"), tokenizer("w1 w2")["input_ids"]),
+    ):
+        assert ids.count(1) == (2 if len(ids) > 3 else 1)
+        expected = reward.model(input_ids=torch.tensor([ids])).logits[:, 0]
+        torch.testing.assert_close(reward.score_text(*([each] for each in messages)), expected)
+
+
+def test_a_reward_model_with_an_adapter_reads_the_policys_tokens(tmp_path):
+    classifier = get_peft_model(tiny.scalar_model(tiny.llama()), tiny.lora(task_type="SEQ_CLS"))
+    trainer, _ = run(tmp_path, changes={"max_steps": 1}, reward_funcs=classifier)
+    rollout, scored = trainer.seen["rollout"][0], trainer.seen["score"][0]
+    for i, score in enumerate(scored.scores.tolist()):
+        ids = torch.cat(
+            [rollout.prompt_ids[i][rollout.prompt_mask[i]], rollout.response_ids[i][rollout.response_mask[i]]]
+        )
+        with torch.no_grad():
+            assert score == pytest.approx(float(classifier(input_ids=ids[None]).logits), abs=1e-4)
+
+
 def test_the_constructor_of_trl_works_by_position(tmp_path):
     policy = tiny.llama()
     trainer = Watched(
@@ -872,7 +902,7 @@ def test_a_model_by_name_is_loaded_with_its_tokenizer(tmp_path):
 
 
 def test_a_model_that_comes_with_an_adapter_starts_at_a_frozen_clone_of_it(tmp_path):
-    model = adapted()
+    model = adapted(lora_dropout=0.3)  # as it was tuned with; neither policy nor reference has any
     start = {name: weight.detach().clone() for name, weight in model.named_parameters() if ".default." in name}
     trainer, records = run(tmp_path, model, peft_config=None, changes={"learning_rate": 1e-2})
     clone, policy = (

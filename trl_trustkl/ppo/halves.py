@@ -79,6 +79,13 @@ class CausalHalves:
         self.backbone = getattr(self.causal, self.causal.base_model_prefix, None)
         self.head: OutputHead | Any = OutputHead(projection, config)
         self.chunked = self.backbone is not None and self._reproduces_logits()
+        states = self._behind_padding()
+        if _differ(states, self._behind_padding()):
+            raise ModelError(
+                f"`{name}` is a {type(self.causal).__name__} of which two passes over the same tokens differ in training; no "
+                "ratio or divergence of it means anything. Set what is random in it to 0 in its configuration, such as "
+                "model.config.hidden_dropout; where experts are drawn at random, take another model."
+            )
         if not self.chunked:
             self.head = _identity_head
             logger.warning(
@@ -87,7 +94,7 @@ class CausalHalves:
                 name,
                 type(self.causal).__name__,
             )
-        if not self._ignores_padding():
+        if _differ(states, self._behind_padding(flipped=True)):
             logger.warning(
                 "%s: %s does not ignore padding: what it makes of a prompt depends on how much longer the prompts beside it "
                 "are, when it generates, is trained and is measured. Give prompts of one length, or set "
@@ -97,16 +104,16 @@ class CausalHalves:
             )
 
     @torch.no_grad()
-    def _ignores_padding(self) -> bool:
-        """Whether the tokens under the mask make no difference; where they make none, it is none to the bit."""
+    def _behind_padding(self, *, flipped: bool = False) -> Tensor:
+        """The states of a few tokens behind as many that are masked; `flipped`: behind others."""
         device = next(self.causal.parameters()).device
-        one = torch.arange(1, 9, device=device).unsqueeze(0) % self.vocab_size
-        other = torch.cat([one[:, :4].flip(1), one[:, 4:]], dim=1)
+        ids = torch.arange(1, 9, device=device).unsqueeze(0) % self.vocab_size
+        if flipped:
+            ids = torch.cat([ids[:, :4].flip(1), ids[:, 4:]], dim=1)
         mask = torch.arange(8, device=device).unsqueeze(0) >= 4
-        inputs = {"attention_mask": mask.long(), "position_ids": positions(mask)}
+        inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions(mask)}
         with as_in_training(self.causal):
-            states, others = (self.hidden({"input_ids": ids} | inputs, 4)[0] for ids in (one, other))
-        return bool((states - others).abs().max() <= 1e-3 * states.abs().max())
+            return self.hidden(inputs, 4)[0]
 
     @torch.no_grad()
     def _reproduces_logits(self) -> bool:
@@ -136,6 +143,11 @@ class CausalHalves:
 
     def frozen_head(self) -> Head:
         return self.head.frozen() if self.chunked else self.head
+
+
+def _differ(states: Tensor, others: Tensor) -> bool:
+    """By more than kernels may; where tokens under the mask make no difference, it is none to the bit."""
+    return bool((states - others).abs().max() > 1e-3 * states.abs().max())
 
 
 def model_inputs(micro: MicroBatch) -> tuple[dict[str, Tensor], int]:

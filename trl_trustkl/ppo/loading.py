@@ -151,15 +151,20 @@ def _checkpointing_kwargs(args: Any) -> dict[str, Any]:
 
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+_NOISE = ("layerdrop", "jitter_noise", "input_jitter_noise", "moe_jitter_eps")
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0, the attention's own rates included: with dropout the ratio is not 1 before the first step."""
+    """Set every dropout and noise of training to 0: with them the ratio is not 1 before the first step.
+
+    Modules keep rates of their own besides: of attention's dropout, of skipping whole layers, of the noise on an expert's
+    input.
+    """
     for module in model.modules():
         if isinstance(module, _DROPOUTS):
             module.p = 0.0
         for name, value in list(vars(module).items()):
-            if "dropout" in name and isinstance(value, float):
+            if isinstance(value, float) and ("dropout" in name or name in _NOISE):
                 setattr(module, name, 0.0)
 
 

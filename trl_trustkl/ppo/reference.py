@@ -121,6 +121,7 @@ def clone_adapter(policy: PeftModel, source: str, target: str) -> None:
         # PEFT knows which parameters and buffers of which method are the adapter's; the names of some have no ".{source}.".
         weights = get_peft_model_state_dict(policy, adapter_name=source, save_embedding_layers=False)
         set_peft_model_state_dict(policy, weights, adapter_name=target)
+    disable_dropout(policy)  # the clone came with one of its own
     policy.set_adapter(source)
     freeze_adapter(policy, target)
 

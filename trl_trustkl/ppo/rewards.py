@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any, TypeAlias
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -56,7 +57,11 @@ class RewardModel:
     def score_text(self, prompts: list[Any], completions: list[Any]) -> Tensor:
         device = next(self.model.parameters()).device
         texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        inputs = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right").to(device)
+        # A chat template writes the special tokens itself.
+        special = not is_chat(prompts[0]) or self.tokenizer.chat_template is None
+        inputs = self.tokenizer(
+            texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=special
+        ).to(device)
         if (length := inputs["input_ids"].shape[1]) > (context := context_length(self.model)):
             raise RewardError(
                 f"a prompt with its response is {length} tokens of the reward model `{self.__name__}`, more than its context "
@@ -81,11 +86,12 @@ class RewardModel:
                 f"the policy sampled the token {largest}, and the reward model `{self.__name__}` knows 0 to {known - 1}; give "
                 "it a tokenizer of its own in `reward_processing_classes`, so that it reads the text."
             )
-        backbone = getattr(self.model, self.model.base_model_prefix)
+        classifier = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        backbone = getattr(classifier, classifier.base_model_prefix)
         inputs = {"input_ids": ids * mask, "attention_mask": mask.long(), "position_ids": positions(mask)}
         states = backbone(**inputs, use_cache=False).last_hidden_state
         last = mask.shape[1] - 1 - mask.flip(-1).long().argmax(-1)
-        return self.model.score(states[torch.arange(len(ids), device=ids.device), last])[:, 0].float()
+        return classifier.score(states[torch.arange(len(ids), device=ids.device), last])[:, 0].float()
 
 
 def build_rewards(
