@@ -127,6 +127,8 @@ ADAPTIVE = {"kl_controller": "adaptive", "kl_target": 1.0}
         ({"lam": -0.1}, ("[0, 1]",)),
         ({"temperature": 0.0}, ("> 0", "temperature=0.01")),
         ({"learning_rate": -1.0}, (">= 0",)),
+        ({"learning_rate": "1e-5"}, (">= 0", "without quotes", "1.0e-5")),
+        ({"max_grad_norm": "1.0"}, (">= 0", "without quotes")),
         ({"value_learning_rate": -1.0}, (">= 0",)),
         ({"measure_fraction": 0.0}, ("(0, 1]", "no way to turn the measurement off")),
         ({"measure_fraction": 1.5}, ("(0, 1]",)),

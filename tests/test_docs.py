@@ -19,12 +19,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import trl_trustkl
+from tests import tiny
 from tests.pinned import on_pinned_transformers
 from trl_trustkl.controllers import CONTROLLERS, PIDKL, AdaptiveKL
 from trl_trustkl.divergences import ESTIMATORS, EXACT, exact, k1, k3
+from trl_trustkl.errors import TrustKLError
 from trl_trustkl.ppo._upstream import PPOConfig
 from trl_trustkl.ppo.config import TrustKLPPOConfig
 from trl_trustkl.records import flatten, load_records
@@ -107,6 +110,42 @@ def test_every_metric_that_is_logged_has_a_meaning() -> None:
 
 def test_every_finding_has_its_section_in_order() -> None:
     assert re.findall(r"^## .*\(`(\w+)`\)$", TEXTS["docs/troubleshooting.md"], re.M) == list(FINDINGS)
+
+
+def errors_of(folder: Path) -> list[Any]:
+    """What meets each error of the troubleshooting table, in its order; None for those that other tests provoke."""
+    quantised = tiny.llama()
+    quantised.is_loaded_in_4bit = True
+    anchor = {"kl_estimator": "k1", "kl_placement": "loss"}
+    return [
+        lambda: TrustKLPPOConfig(output_dir=str(folder)),
+        lambda: tiny.config(folder, num_mini_batches=3),
+        lambda: tiny.trainer(folder, train_dataset=tiny.prompts(4)),
+        lambda: tiny.config(folder, kl_controller="adaptive"),
+        lambda: tiny.config(folder, kl_target=6.0),
+        lambda: tiny.config(folder, **anchor),
+        lambda: tiny.config(folder, trust_max_kl=0.1, measure_fraction=0.5),
+        lambda: tiny.trainer(folder, quantised, peft_config=None),
+        lambda: tiny.trainer(folder, processing_class=None),
+        lambda: tiny.trainer(
+            folder, processing_class=tiny.tokenizer(chat=False), train_dataset=tiny.prompts(chat=True)
+        ),
+        lambda: tiny.config(folder, fsdp="full_shard"),
+        None,  # test_report.py
+        None,  # test_resume.py
+    ]
+
+
+def test_the_errors_of_the_troubleshooting_table_are_said_so(tmp_path: Path) -> None:
+    (table,) = re.findall(r"^\| it says \|.*\n\|.*\n((?:\|.*\n)+)", TEXTS["docs/troubleshooting.md"], re.M)
+    quotes = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()]
+    for quote, provoke in zip(quotes, errors_of(tmp_path), strict=True):
+        if provoke is None or ("bf16" in quote and torch.cuda.is_available()):
+            continue
+        with pytest.raises(TrustKLError) as error:
+            provoke()
+        said = ".*".join(re.escape(part.strip()) for part in quote.replace(" (DeepSpeed)", "").split("…"))
+        assert re.search(said, str(error.value)), f"{quote!r} is not in: {error.value}"
 
 
 # -- names -------------------------------------------------------------------------------------------------------------

@@ -271,7 +271,7 @@ class TrustKLPPOConfig(PPOConfig):
                 continue
             if (options := field_types.names(hint)) is not None:
                 raise unknown_name(each.name, value, options)
-            raise out_of_range(each.name, value, field_types.in_words(hint), _unquoted(value, hint))
+            raise out_of_range(each.name, value, field_types.in_words(hint), field_types.unquoted(value))
 
     def _check_anchor(self) -> None:
         if self.build_kl_estimator() is None and self.kl_estimator_kwargs:
@@ -356,13 +356,6 @@ def _typed_fields() -> list[tuple[Field[Any], Any]]:
     """The fields with what they are annotated with; once, since that takes a while."""
     hints = typing.get_type_hints(TrustKLPPOConfig)
     return [(each, hints[each.name]) for each in fields(TrustKLPPOConfig) if each.name not in _LOOSELY_TYPED]
-
-
-def _unquoted(value: Any, hint: Any) -> str:
-    """The fix for a number that arrived as text."""
-    if not isinstance(value, str) or not field_types.fits(1.5, hint):
-        return ""
-    return "Write the number without quotes; YAML reads 1e-5 as text and 1.0e-5 as a number."
 
 
 def _as_dict(name: str, value: Any) -> dict[str, Any] | None:

@@ -40,6 +40,15 @@ def fits(value: Any, hint: Any) -> bool:
     return isinstance(value, origin or hint)
 
 
+def unquoted(value: Any) -> str:
+    """The fix for a number that arrived as text; "" for anything else."""
+    try:
+        number = isinstance(value, str) and is_finite(float(value))
+    except ValueError:
+        return ""
+    return "Write the number without quotes; YAML reads 1e-5 as text and 1.0e-5 as a number." if number else ""
+
+
 def in_words(hint: Any) -> str:
     """What `fits` asks for, for an error's reader."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..errors import is_finite, out_of_range
+from .field_types import unquoted
 
 
 class Range(NamedTuple):
@@ -99,4 +100,4 @@ def check_ranges(args: Any) -> None:
         if value is None and each.optional:
             continue
         if not is_finite(value) or (each.whole and not isinstance(value, int)) or not each.holds(value):
-            raise out_of_range(name, value, each.valid, each.fix)
+            raise out_of_range(name, value, each.valid, unquoted(value) or each.fix)
