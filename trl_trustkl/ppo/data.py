@@ -32,7 +32,8 @@ def tokenize_prompts(
     """
     if not isinstance(dataset, Dataset):
         raise DataError(
-            f"`{name}` got {type(dataset).__name__}; it must be a datasets.Dataset (streaming ones have no length)."
+            f"`{name}` got {type(dataset).__name__}; it must be a datasets.Dataset: one split of a DatasetDict, such as "
+            "dataset['train'], and no streaming one, which has no length."
         )
     if len(dataset) == 0:
         raise DataError(f"`{name}` is empty; it must have at least one row with a prompt.")

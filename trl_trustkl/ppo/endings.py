@@ -116,5 +116,5 @@ class Endings:
         self._start.restore()
         self._refused = reason
         logger.warning(
-            f"update {self.state.global_step + 1} is refused: {reason}; the parameters are as they were before it."
+            f"update {self.state.global_step + 1} is refused: {reason.rstrip('.')}; the parameters are as they were before it."
         )
