@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from accelerate import Accelerator
 from datasets import Dataset, DatasetDict
 
 from tests import tiny
-from trl_trustkl import load_records
+from trl_trustkl import TrustKLPPOTrainer, load_records
 from trl_trustkl.cli import main, train_inputs, train_options
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -220,6 +222,20 @@ def test_the_report_is_rendered_once_and_its_failure_ends_no_run(
 
 
 # -- What cannot work --------------------------------------------------------------------------------------------------
+
+
+def test_nothing_holds_the_model_when_the_process_group_ends(place: Path, tmp_path: Path, monkeypatch) -> None:
+    models, left = [], []
+    trained = TrustKLPPOTrainer.train
+
+    def train(self, **arguments):
+        models.append(weakref.ref(self.model))
+        return trained(self, **arguments)
+
+    monkeypatch.setattr(TrustKLPPOTrainer, "train", train)
+    monkeypatch.setattr(Accelerator, "end_training", lambda self: left.extend(model() for model in models))
+    assert run_main(*flags(settings(place, tmp_path))) == 0
+    assert left == [None]
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,12 @@ def train(asked: Any, **arguments: Any) -> None:
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=asked.script.dataset_name)
         trainer.accelerator.print(f"Pushed:       https://huggingface.co/{trainer.hub_model_id}")
-    trainer.accelerator.end_training()
+    accelerator = trainer.accelerator
+    # The wrapped model goes before its process group: where it is the last to hold that, PyTorch waits for a thread that
+    # waits for Python, for ever.
+    del trainer
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 def _checkpoint(value: str | None) -> str | bool | None:
