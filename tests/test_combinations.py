@@ -18,6 +18,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from tests import survival, tiny
+from tests.pinned import on_pinned_transformers
 from tests.test_attacks import before_the_first_step
 from tests.test_endings import pair
 from tests.test_exactness import four_bit
@@ -59,6 +60,7 @@ def main(folder: Path) -> None:
     print(json.dumps(found | {"resumed": pair(run, log, lambda run: train(run, resume=True))}), flush=True)
 
 
+@on_pinned_transformers("Older ones read a CPU's optimizer onto `cpu:0`, which torch does not know.")
 def test_a_rule_for_responses_a_stop_and_a_limit_in_two_processes_survive_a_kill(tmp_path):
     (found,) = survival.program("tests.test_combinations", tmp_path)
     assert found == {"whole": [0, 0], "killed": [1, -signal.SIGKILL], "left": 3, "resumed": [0, 0]}

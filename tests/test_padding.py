@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from tests import tiny
+from tests.pinned import on_pinned_transformers
 from tests.test_attacks import before_the_first_step
 from trl_trustkl import load_records
 from trl_trustkl.ppo.halves import CausalHalves
@@ -59,6 +60,7 @@ def trained(folder: Any, name: str, caplog: Any, **changes: Any) -> tuple[list[d
     return found, caplog.text
 
 
+@on_pinned_transformers("In older ones more families mind it, and are named as well.")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
 @pytest.mark.parametrize("name", [*SOUND, *LEAKY, *BROKEN])
 def test_who_minds_the_padding_is_found_by_trying(name, dtype, caplog):
