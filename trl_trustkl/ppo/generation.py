@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from ..errors import out_of_range
-from . import four_bit, halves
+from . import four_bit, halves, lora
 
 
 class Sampler(LogitsProcessor):
@@ -148,7 +148,7 @@ def ready_to_generate(causal: nn.Module) -> Iterator[None]:
     for module in checkpointed:
         module.gradient_checkpointing = False
     try:
-        with four_bit.dequantised_on_cpu(causal):
+        with four_bit.dequantised_on_cpu(causal), lora.short_forward(lora.linear_layers(causal)):
             yield
     finally:
         hook.remove()

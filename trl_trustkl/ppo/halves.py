@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import ModelError
 from ..types import Head, MicroBatch
+from . import lora
 from .data import positions
 from .loading import trainable
 
@@ -67,6 +68,7 @@ class CausalHalves:
     def __init__(self, model: nn.Module, *, name: str = "model") -> None:
         self.model = model
         self.causal = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._lora_layers = lora.linear_layers(self.causal)
         config = self.causal.config.get_text_config()
         projection = self.causal.get_output_embeddings()
         if projection is None:
@@ -134,7 +136,7 @@ class CausalHalves:
 
     def hidden(self, inputs: dict[str, Tensor], first: int) -> tuple[Tensor, Tensor]:
         """What the head wants and what the value wants at the positions from `first` on: [b, t + 1, H or V], [b, t + 1, H]."""
-        with attention_kernel(self.causal, inputs["input_ids"]):
+        with faster_kernels(self.causal, inputs["input_ids"], self._lora_layers):
             if self.chunked:
                 states = self.backbone(**accepted(self.backbone, inputs), use_cache=False).last_hidden_state[:, first:]
                 return states, states
@@ -173,15 +175,21 @@ SHORT = 128
 """Tokens up to which, on a CPU in bf16, attention written out beats the fused kernel with its slow backward."""
 
 
-def attention_kernel(model: nn.Module, input_ids: Tensor) -> AbstractContextManager[Any]:
-    """The faster kernel of `scaled_dot_product_attention` for these tokens, the same in every pass over them.
+def faster_kernels(model: nn.Module, input_ids: Tensor, lora_layers: Sequence[Any] = ()) -> AbstractContextManager[Any]:
+    """The faster kernels of attention and of LoRA layers for these tokens, the same in every pass over them.
 
-    A pass that is recomputed in the backward would be so outside of this context; there the choice is PyTorch's.
+    A model with gradient checkpointing recomputes its passes outside of this context, in the backward; it keeps PyTorch's
+    and PEFT's own.
     """
-    bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    if input_ids.device.type != "cpu" or not bf16 or input_ids.shape[1] > SHORT or checkpointed(model):
+    if checkpointed(model):
         return nullcontext()
-    return sdpa_kernel(SDPBackend.MATH)
+    with ExitStack() as stack:
+        if lora_layers:
+            stack.enter_context(lora.short_forward(lora_layers))
+        bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        if input_ids.device.type == "cpu" and bf16 and input_ids.shape[1] <= SHORT:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        return stack.pop_all()
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from transformers import (
 )
 
 from ..errors import ConfigError, ModelError, shown
-from . import lora
 from .four_bit import is_quantized, unpack_4bit_weights
 
 
@@ -100,7 +99,6 @@ def prepare_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig |
                 "instead of the weights and are not supported; use LoRA or another adapter of the weights."
             )
         _activate(model, args.model_adapter_name)
-        lora.shorten(model)
     disable_dropout(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=_checkpointing_kwargs(args))

@@ -1,13 +1,16 @@
 """LoRA's forward pass in fewer operations.
 
-PEFT copies the base layer's result, multiplies the whole of the adapter's by the scaling, adds, and looks at many options
-on the way. Here the scaling goes into the product's narrow middle, and the second product adds into the result. The numbers
-are the same up to rounding; sampling token by token, where a call costs more than its arithmetic, gains most.
+PEFT copies the base layer's result, multiplies the adapter's product by the scaling, adds the two, and checks many options
+on the way. Here the scaling is applied to the narrow intermediate result, and the second product adds into the base
+layer's. The numbers are the same up to rounding. Sampling token by token gains most, since a call costs more than its
+arithmetic there.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,38 +22,42 @@ _LINEAR = ("Linear", "Linear4bit", "Linear8bitLt")
 """PEFT's layers around a linear map; one around a parameter of a module, as of a mixture's router, is another thing."""
 
 
-def shorten(model: nn.Module) -> None:
-    """Give every LoRA layer of linear maps the shorter pass; those it does not fit keep PEFT's."""
-    for module in model.modules():
-        if not isinstance(module, LoraLayer) or type(module).__name__ not in _LINEAR:
-            continue
-        if all(type(a) is nn.Linear for a in module.lora_A.values()):
-            module.__class__ = _shortened(type(module))
+def linear_layers(model: nn.Module) -> list[LoraLayer]:
+    """The LoRA layers of `model` that `short_forward` fits."""
+    found = [m for m in model.modules() if isinstance(m, LoraLayer) and type(m).__name__ in _LINEAR]
+    return [layer for layer in found if all(type(a) is nn.Linear for a in layer.lora_A.values())]
 
 
-@cache
-def _shortened(layer: type) -> type:
-    """A subclass, so that a layer stays what PEFT takes it for, and can be copied."""
-    if "_trustkl_shortened" in layer.__dict__:
-        return layer
+@contextmanager
+def short_forward(layers: Sequence[LoraLayer]) -> Iterator[None]:
+    """Run the layers with the shorter pass inside the context. The layers themselves are as PEFT made them outside of it.
 
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = None if args or kwargs else _plain_adapter(self)
-        if name is None:
-            return layer.forward(self, x, *args, **kwargs)
-        result = self.base_layer(x)
-        down, up = self.lora_A[name].weight, self.lora_B[name].weight
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(down.dtype)
-        middle = functional.linear(x, down) * self.scaling[name]
-        if result.dtype != middle.dtype:
-            return result + functional.linear(middle, up).to(result.dtype)
-        wide = result.shape
-        return torch.addmm(result.reshape(-1, wide[-1]), middle.reshape(-1, middle.shape[-1]), up.t()).view(wide)
+    The context must not be used where activations are checkpointed: the backward pass, which is outside of it, would
+    recompute with PEFT's own operations.
+    """
+    changed = [layer for layer in layers if "forward" not in vars(layer)]
+    for layer in changed:
+        vars(layer)["forward"] = partial(_forward, layer)
+    try:
+        yield
+    finally:
+        for layer in changed:
+            del vars(layer)["forward"]
 
-    return type(
-        layer.__name__, (layer,), {"forward": forward, "_trustkl_shortened": True, "__module__": layer.__module__}
-    )
+
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    name = None if args or kwargs else _plain_adapter(layer)
+    if name is None:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    result = layer.base_layer(x)
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    if not torch.is_autocast_enabled(x.device.type):
+        x = x.to(down.dtype)
+    middle = functional.linear(x, down) * layer.scaling[name]
+    if result.dtype != middle.dtype:
+        return result + functional.linear(middle, up).to(result.dtype)
+    wide = result.shape
+    return torch.addmm(result.reshape(-1, wide[-1]), middle.reshape(-1, middle.shape[-1]), up.t()).view(wide)
 
 
 def _plain_adapter(layer: Any) -> str | None:

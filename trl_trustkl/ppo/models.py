@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..logprobs import token_statistics
 from ..types import MicroBatch, Peer, TokenOutputs
-from .halves import CausalHalves, accepted, attention_kernel, model_inputs
+from .halves import CausalHalves, accepted, faster_kernels, model_inputs
 from .loading import trainable
 
 
@@ -60,7 +60,7 @@ class ValueModel(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], first: int) -> Tensor:
         backbone, score = self._parts
-        with attention_kernel(self.model, inputs["input_ids"]):
+        with faster_kernels(self.model, inputs["input_ids"]):
             values = score(backbone(**accepted(backbone, inputs), use_cache=False).last_hidden_state[:, first:])
         if values.shape[-1] != 1:
             raise ModelError(
