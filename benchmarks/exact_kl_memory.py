@@ -30,19 +30,19 @@ def measure(mode: str, tokens: int, vocab: int, hidden: int, backward: bool) -> 
     import torch
 
     from trl_trustkl import divergences
-    from trl_trustkl.logprobs import Peer, token_statistics
+    from trl_trustkl.policy.exact_kl import PolicySnapshot, token_statistics
 
     torch.manual_seed(0)
     head = torch.nn.Linear(hidden, vocab, bias=False).requires_grad_(False)
     old = torch.randn(tokens, hidden)
     new = (old + 0.01 * torch.randn(tokens, hidden)).requires_grad_(backward)
     targets = torch.randint(vocab, (tokens,))
-    warm = token_statistics(new[:2], targets[:2], head, vocab_size=vocab, old=Peer(old[:2], head)).old_kl
+    warm = token_statistics(new[:2], targets[:2], head, vocab_size=vocab, old=PolicySnapshot(old[:2], head)).old_kl
     del warm
     before = resident_bytes()
     with torch.set_grad_enabled(backward):
         if mode == "chunked":
-            kl = token_statistics(new, targets, head, vocab_size=vocab, old=Peer(old, head)).old_kl.mean()
+            kl = token_statistics(new, targets, head, vocab_size=vocab, old=PolicySnapshot(old, head)).old_kl.mean()
         else:
             kl = divergences.exact("kl", head(old), head(new)).mean()
         if backward:

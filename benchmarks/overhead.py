@@ -61,7 +61,7 @@ class Clock:
 def run(epochs: int, fraction: float, number: int, updates: int) -> list[dict[str, float]]:
     """The rows of one run; its first update warms up and is left out."""
     from trl_trustkl import BoundReportCallback, load_records
-    from trl_trustkl.cli.task import sentiment_trainer
+    from trl_trustkl.demo.task import sentiment_trainer
 
     clock = Clock()
     parts: list[dict[str, float]] = []
@@ -105,7 +105,7 @@ def run(epochs: int, fraction: float, number: int, updates: int) -> list[dict[st
 
 def exact_seconds(trainer: Any, batch: Any, repeats: int = 2) -> float:
     """What the exact KL to the reference and the entropy add to scoring this batch; after the update, and outside its time."""
-    from trl_trustkl.logprobs import token_statistics
+    from trl_trustkl.policy.exact_kl import token_statistics
 
     with_them, without = [], []
     for _ in range(repeats):
@@ -122,7 +122,7 @@ def exact_seconds(trainer: Any, batch: Any, repeats: int = 2) -> float:
                     with torch.no_grad(), trainer.accelerator.autocast():
                         token_statistics(
                             peer.hidden, targets, peer.head,
-                            vocab_size=trainer.model.halves.vocab_size, temperature=trainer.args.temperature,
+                            vocab_size=trainer.model.split_lm.vocab_size, temperature=trainer.args.temperature,
                         )  # fmt: skip
                 elapsed += time.perf_counter() - started
             seconds.append(elapsed)

@@ -229,12 +229,12 @@ def in_a_process(options: argparse.Namespace, kind: str, model: str, prompts: Pa
 
 def prepare(options: argparse.Namespace, scratch: Path) -> tuple[str, Path]:
     """The model's folder and the prompts' file, the same for every run."""
-    from trl_trustkl.cli.prompts import TRAIN_PROMPTS
+    from trl_trustkl.demo.prompts import TRAIN_PROMPTS
 
     prompts = scratch / "prompts.json"
     prompts.write_text(json.dumps(list(TRAIN_PROMPTS)), encoding="utf-8")
     if options.model == "smollm2":
-        from trl_trustkl.cli.smollm2 import smollm2_path
+        from trl_trustkl.demo.smollm2 import smollm2_path
 
         return smollm2_path(), prompts
     if options.model != "random":
@@ -313,7 +313,7 @@ def main() -> None:
         options.bf16 = bool(options.bf16)  # None would leave it to TRL, which then says True
         print(json.dumps(run(options)))
         return
-    from trl_trustkl.cli.task import has_bf16_instructions
+    from trl_trustkl.demo.task import has_bf16_instructions
 
     if options.bf16 is None:
         options.bf16 = options.device == "cuda" or has_bf16_instructions()

@@ -119,8 +119,8 @@ def config_fields() -> dict[str, dataclasses.Field[Any]]:
     """The fields this project documents itself: its own, and TRL's PPO ones as TRL 1.12 has them."""
     from transformers import TrainingArguments
 
-    from trl_trustkl.ppo._base import PPOConfig
     from trl_trustkl.ppo.config import TrustKLPPOConfig
+    from trl_trustkl.trl_compat.ppo_base import PPOConfig
 
     common = {each.name for each in dataclasses.fields(TrainingArguments)} - {"learning_rate", "max_grad_norm"}
     trl = {each.name: each for each in dataclasses.fields(PPOConfig)}

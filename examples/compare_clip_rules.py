@@ -21,8 +21,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_trustkl import TrustKLPPOConfig, TrustKLPPOTrainer, load_records
-from trl_trustkl.cli.prompts import TRAIN_PROMPTS
-from trl_trustkl.cli.smollm2 import smollm2_path
+from trl_trustkl.demo.prompts import TRAIN_PROMPTS
+from trl_trustkl.demo.smollm2 import smollm2_path
 from trl_trustkl.surrogates import SURROGATES
 
 

@@ -22,9 +22,9 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_trustkl import TrustKLPPOConfig, TrustKLPPOTrainer, load_records
-from trl_trustkl.cli.prompts import TRAIN_PROMPTS
-from trl_trustkl.cli.smollm2 import smollm2_path
 from trl_trustkl.controllers import CONTROLLERS, State
+from trl_trustkl.demo.prompts import TRAIN_PROMPTS
+from trl_trustkl.demo.smollm2 import smollm2_path
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_trustkl import TrustKLPPOConfig, TrustKLPPOTrainer, load_records
-from trl_trustkl.cli.smollm2 import smollm2_path
+from trl_trustkl.demo.smollm2 import smollm2_path
 
 WEIGHTS = [1.0, 0.5]  # of mentions_word and keeps_limit
 THINGS = (

@@ -25,11 +25,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from trl_trustkl import AdaptiveKLCallback, BoundReportCallback
-from trl_trustkl.cli.prompts import TRAIN_PROMPTS
-from trl_trustkl.cli.rewards import sentiment
-from trl_trustkl.cli.smollm2 import load_smollm2
-from trl_trustkl.cli.task import has_bf16_instructions, quieten
 from trl_trustkl.controllers import PIDKL
+from trl_trustkl.demo.prompts import TRAIN_PROMPTS
+from trl_trustkl.demo.rewards import sentiment
+from trl_trustkl.demo.smollm2 import load_smollm2
+from trl_trustkl.demo.task import has_bf16_instructions, quieten
 
 TRAINERS: dict[str, tuple[Any, Any]] = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
 

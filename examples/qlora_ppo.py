@@ -23,8 +23,8 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from trl_trustkl import TrustKLPPOConfig, TrustKLPPOTrainer, load_records
-from trl_trustkl.cli.prompts import TRAIN_PROMPTS
-from trl_trustkl.cli.smollm2 import smollm2_path
+from trl_trustkl.demo.prompts import TRAIN_PROMPTS
+from trl_trustkl.demo.smollm2 import smollm2_path
 
 GB = 1e9
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, a byte of scale for 64, and 4 bytes for 256 scales

@@ -74,7 +74,7 @@ SMOLLM2 = "SmolLM2 with QLoRA"
 def build(folder: Any, kind: str = "adapter and value head", **changes: Any) -> TrustKLPPOTrainer:
     """A trainer that saves every second update."""
     if kind == SMOLLM2:
-        from trl_trustkl.cli.task import sentiment_trainer
+        from trl_trustkl.demo.task import sentiment_trainer
 
         settings = {"max_steps": UPDATES, "save_strategy": "steps", "save_steps": 2, "response_length": 12}
         settings |= {"gradient_accumulation_steps": 1, "kl_controller": "adaptive", "kl_target": 4.0, "kl_horizon": 40}

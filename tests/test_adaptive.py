@@ -16,7 +16,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFT
 from tests import tiny
 from tests.processes import in_two_processes
 from trl_trustkl import AdaptiveKLCallback
-from trl_trustkl.callbacks.adaptive import SMALLEST
+from trl_trustkl.callbacks.adaptive_kl import SMALLEST
 from trl_trustkl.controllers import AdaptiveKL, DualKL, ScheduledKL, ThresholdKL
 from trl_trustkl.errors import ConfigError
 

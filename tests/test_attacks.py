@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from tests import tiny
 from tests.test_exactness import dense_kl, dense_logps
-from trl_trustkl import TrustKLPPOTrainer, load_records, logprobs
+from trl_trustkl import TrustKLPPOTrainer, load_records
 from trl_trustkl.errors import ModelError, RewardError
-from trl_trustkl.logprobs import token_statistics
-from trl_trustkl.ppo.halves import CausalHalves, OutputHead
-from trl_trustkl.ppo.loading import trainable
-from trl_trustkl.types import Batch, BoundRecord, Peer, Scored
+from trl_trustkl.policy import exact_kl
+from trl_trustkl.policy.exact_kl import token_statistics
+from trl_trustkl.policy.loading import trainable
+from trl_trustkl.policy.split_lm import OutputHead, SplitLM
+from trl_trustkl.types import Batch, BoundRecord, PolicySnapshot, Scored
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 EOS, V, H, N = 2, 37, 16, 29
@@ -32,8 +33,8 @@ EOS, V, H, N = 2, 37, 16, 29
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Several chunks of several blocks each, the last of them not full, where a tiny model would have one."""
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", tiny.VOCAB * 5)
-    monkeypatch.setattr(logprobs, "CACHE_ELEMENTS", tiny.VOCAB * 2)
+    monkeypatch.setattr(exact_kl, "CHUNK_ELEMENTS", tiny.VOCAB * 5)
+    monkeypatch.setattr(exact_kl, "CACHE_ELEMENTS", tiny.VOCAB * 2)
 
 
 # -- the head in chunks ------------------------------------------------------------------------------------------------
@@ -67,7 +68,9 @@ PRECISIONS = {  # dtype, autocast, how near
 }
 
 
-def dense_columns(hidden: Tensor, targets: Tensor, head: Any, temperature: float, ref: Peer, old: Peer) -> list[Tensor]:
+def dense_columns(
+    hidden: Tensor, targets: Tensor, head: Any, temperature: float, ref: PolicySnapshot, old: PolicySnapshot
+) -> list[Tensor]:
     def logps(hidden: Tensor, head: Any) -> Tensor:
         return (head(hidden).to(torch.promote_types(hidden.dtype, torch.float32)) / temperature).log_softmax(-1)
 
@@ -96,7 +99,7 @@ def test_values_and_gradients_in_chunks_are_those_of_the_whole(kind, precision, 
         values: list[Tensor] = []
         for part in range(2):
             targets, weights = torch.randint(V, (N,)), torch.randn(len(COLUMNS), N)
-            ref, old = (Peer(torch.randn(N, H, dtype=dtype), other) for _ in range(2))
+            ref, old = (PolicySnapshot(torch.randn(N, H, dtype=dtype), other) for _ in range(2))
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
                 if chunked:
                     found = token_statistics(
@@ -115,7 +118,7 @@ def test_values_and_gradients_in_chunks_are_those_of_the_whole(kind, precision, 
 def test_the_gradient_is_the_finite_difference_also_where_some_or_all_of_it_is_cut_off(small_chunks):
     head = nn.Linear(3, 11).double()
     hidden, targets = torch.randn(7, 3, dtype=torch.float64, requires_grad=True), torch.randint(11, (7,))
-    peer = Peer(torch.randn(7, 3, dtype=torch.float64), nn.Linear(3, 11).double())
+    peer = PolicySnapshot(torch.randn(7, 3, dtype=torch.float64), nn.Linear(3, 11).double())
 
     def columns(hidden: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         found = token_statistics(hidden, targets, head, vocab_size=50, entropy=True, ref=peer, old=peer)
@@ -130,7 +133,7 @@ def test_a_head_in_half_precision_does_not_lose_the_chunks_it_adds_up(monkeypatc
     hidden, targets = torch.randn(2000, H).bfloat16(), torch.randint(V, (2000,))
     wide = copy.deepcopy(head).float()
     wide(hidden.float()).log_softmax(-1).gather(-1, targets[:, None]).mean().backward()
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", V * 10)
+    monkeypatch.setattr(exact_kl, "CHUNK_ELEMENTS", V * 10)
     token_statistics(hidden.requires_grad_(), targets, head, vocab_size=V).logp.mean().backward()
     assert head.weight.grad.dtype == torch.bfloat16
     assert (head.weight.grad.float() - wide.weight.grad).norm() < 4e-3 * wide.weight.grad.norm()
@@ -279,7 +282,7 @@ def family(name: str, **changes: Any) -> Any:
 def test_a_family_starts_at_ratio_1_is_measured_without_padding_and_moves(name, peft, tmp_path):
     changes = ANCHORED | {"learning_rate": 1e-2, "trust_max_kl": LIMIT}
     trainer = tiny.trainer(tmp_path, family(name), changes=changes, **({} if peft else {"peft_config": None}))
-    assert trainer.model.halves.chunked
+    assert trainer.model.split_lm.chunked
     batch = before_the_first_step(trainer)
     policy, scored = trainer.model.policy, batch.scored
 
@@ -339,7 +342,7 @@ def test_a_soft_cap_by_an_unknown_name_is_noticed_while_logits_are_small():
     ids = torch.arange(1, 5)[None]
     plain = super(Capped, model).forward(input_ids=ids).logits
     assert plain.abs().max() > 0.5 and (model(input_ids=ids).logits - plain).abs().max() < 1e-3
-    assert not CausalHalves(model).chunked
+    assert not SplitLM(model).chunked
 
 
 # -- tokenizers and vocabularies ---------------------------------------------------------------------------------------

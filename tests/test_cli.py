@@ -16,7 +16,7 @@ import pytest
 from trl_trustkl import load_records
 from trl_trustkl.callbacks.table import HEADER, line, one_line
 from trl_trustkl.cli import main
-from trl_trustkl.cli.demo import closing
+from trl_trustkl.demo.run import closing
 from trl_trustkl.types import (
     AnchorRecord,
     BoundRecord,

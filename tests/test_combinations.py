@@ -23,7 +23,7 @@ from tests.test_attacks import before_the_first_step
 from tests.test_endings import pair
 from tests.test_exactness import four_bit
 from trl_trustkl import load_records
-from trl_trustkl.ppo.loading import trainable
+from trl_trustkl.policy.loading import trainable
 from trl_trustkl.types import Batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")

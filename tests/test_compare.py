@@ -131,7 +131,7 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
 
 def test_the_tasks_own_configuration_decides_where_it_is_known() -> None:
     """16 mini-batches are right for the demo's task, and too many for the configuration's defaults."""
-    from trl_trustkl.cli.task import sentiment_config
+    from trl_trustkl.demo.task import sentiment_config
 
     asked = settings.Comparison(1, (1,), {"a": {"num_mini_batches": 16}})
     assert settings.validate(asked, sentiment_config).settings == asked.settings

@@ -17,9 +17,9 @@ from trl_trustkl.advantages import ScorePosition
 from trl_trustkl.controllers import CONTROLLERS, AdaptiveKL, ControllerName, FixedKL
 from trl_trustkl.divergences import ESTIMATORS, EstimatorName, KLEstimatorName
 from trl_trustkl.errors import ConfigError, NotAvailableYetError
-from trl_trustkl.ppo import _base
 from trl_trustkl.ppo.config import _DICT_FIELDS
 from trl_trustkl.surrogates import SURROGATES, ClipRuleName
+from trl_trustkl.trl_compat import ppo_base as _base
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -20,7 +20,7 @@ import pytest
 
 from tests import survival
 from trl_trustkl import load_records
-from trl_trustkl.ppo import checkpoint
+from trl_trustkl.run import checkpoint_folder as checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 OWN_MOUNTS = ("unshare", "--map-root-user", "--mount")

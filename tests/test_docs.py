@@ -28,12 +28,12 @@ from tests.pinned import on_pinned_transformers
 from trl_trustkl.controllers import CONTROLLERS, PIDKL, AdaptiveKL
 from trl_trustkl.divergences import ESTIMATORS, EXACT, exact, k1, k3
 from trl_trustkl.errors import TrustKLError
-from trl_trustkl.ppo._upstream import PPOConfig
 from trl_trustkl.ppo.config import TrustKLPPOConfig
 from trl_trustkl.records import flatten, load_records
 from trl_trustkl.report.findings import FINDINGS
 from trl_trustkl.report.schema import Completion
 from trl_trustkl.surrogates import SURROGATES, ppo
+from trl_trustkl.trl_compat.version import PPOConfig
 from trl_trustkl.trust_region import backtrack
 from trl_trustkl.types import BoundRecord
 
@@ -96,7 +96,7 @@ def documented(section: str) -> list[str]:
 
 
 def test_every_metric_that_is_logged_has_a_meaning() -> None:
-    from trl_trustkl.callbacks import stock
+    from trl_trustkl.trl_compat import trl_logs as stock
 
     source = (ROOT / "trl_trustkl/ppo/logs.py").read_text("utf-8")
     (function,) = (

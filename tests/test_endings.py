@@ -24,7 +24,7 @@ from tests.pinned import on_pinned_transformers
 from tests.processes import ROOT, environment, in_two_processes
 from trl_trustkl import load_records, records
 from trl_trustkl.errors import ConfigError, RewardError
-from trl_trustkl.ppo import checkpoint
+from trl_trustkl.run import checkpoint_folder as checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PATIENCE = 120.0

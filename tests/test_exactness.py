@@ -12,8 +12,8 @@ from peft import get_peft_model
 from torch import nn
 
 from tests import tiny
-from trl_trustkl.ppo import lora
-from trl_trustkl.ppo.generation import Sampler
+from trl_trustkl.policy import lora
+from trl_trustkl.rollout.transformers_engine import Sampler
 
 
 def dense_logps(model, micro, temperature: float) -> torch.Tensor:
@@ -46,7 +46,7 @@ def test_exact_divergences_equal_a_dense_float64_computation(family, tmp_path):
     model = four_bit(tmp_path) if family == "4-bit" else tiny.FAMILIES[family]()
     changes = {"temperature": 0.7, "learning_rate": 0.05}
     trainer = tiny.trainer(tmp_path / "run", model, changes=changes)
-    assert trainer.model.halves.chunked
+    assert trainer.model.split_lm.chunked
     trainer._begin_training()
     seen = []
     for update in range(2):
@@ -97,7 +97,7 @@ def test_a_model_whose_logits_are_not_head_times_hidden_falls_back_and_says_so(t
     model = Shifted(tiny.llama().config)
     model.load_state_dict(tiny.llama().state_dict())
     trainer = tiny.trainer(tmp_path, model)
-    assert not trainer.model.halves.chunked
+    assert not trainer.model.split_lm.chunked
     assert "falls back" in caplog.text or "whole forward pass" in caplog.text
     trainer._begin_training()
     trainer._begin_update()
@@ -110,15 +110,15 @@ def test_a_model_whose_logits_are_not_head_times_hidden_falls_back_and_says_so(t
 
 def test_a_soft_cap_that_is_left_out_would_be_noticed():
     model = tiny.gemma2()
-    from trl_trustkl.ppo.halves import CausalHalves
+    from trl_trustkl.policy.split_lm import SplitLM
 
-    assert CausalHalves(model).chunked
+    assert SplitLM(model).chunked
     uncapped = copy.deepcopy(model)
     uncapped.config.final_logit_softcapping = None
     hidden = torch.randn(3, model.config.hidden_size)
-    capped = CausalHalves(model).head(hidden)
+    capped = SplitLM(model).head(hidden)
     assert capped.abs().max() <= 2.0
-    assert (CausalHalves(uncapped).head(hidden) - capped).abs().max() > 1e-2
+    assert (SplitLM(uncapped).head(hidden) - capped).abs().max() > 1e-2
 
 
 def test_the_shorter_pass_of_a_lora_layer_gives_the_numbers_of_pefts():

@@ -35,11 +35,11 @@ from trl_trustkl.controllers import CONTROLLERS
 from trl_trustkl.divergences import ESTIMATORS, gradient_kind
 from trl_trustkl.errors import ConfigError, DataError, RewardError, TrustKLError
 from trl_trustkl.ppo.config import _DICT_FIELDS, _typed_fields
-from trl_trustkl.ppo.data import check_prompts, collate, encode_prompt, room_in, tokenize_prompts
 from trl_trustkl.ppo.field_types import names
-from trl_trustkl.ppo.rewards import compute_scores
 from trl_trustkl.report import read_run, write_report
 from trl_trustkl.report.findings import FINDINGS
+from trl_trustkl.rollout.prompts import check_prompts, collate, encode_prompt, token_limits, tokenize_prompts
+from trl_trustkl.rollout.rewards import compute_scores
 from trl_trustkl.surrogates import SURROGATES
 from trl_trustkl.types import BoundRecord, Rollout
 
@@ -446,7 +446,7 @@ def quiet_datasets():
 
 
 def test_datasets_that_cannot_be_are_refused(record_property, quiet_datasets):
-    room = room_in(tiny.llama(), {})
+    room = token_limits(tiny.llama(), {})
 
     def attempt(columns: dict[str, Any]) -> None:
         dataset = tokenize_prompts(datasets.Dataset.from_dict(columns), TOKENIZER, name="train_dataset")

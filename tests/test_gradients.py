@@ -26,12 +26,12 @@ from trl_trustkl import TrustKLPPOTrainer
 from trl_trustkl.advantages import anchor_rewards, gae, value_positions
 from trl_trustkl.divergences import ESTIMATORS, KLEstimatorName, Placement, gradient_kind
 from trl_trustkl.errors import ConfigError
-from trl_trustkl.ppo.data import micro_batch
+from trl_trustkl.policy.micro_batches import micro_batch
+from trl_trustkl.policy.reference import Reference
+from trl_trustkl.policy.value_head import PolicyAndValue
 from trl_trustkl.ppo.losses import LossScale, micro_loss
-from trl_trustkl.ppo.models import PolicyAndValue
 from trl_trustkl.ppo.optimise import Optimisation
-from trl_trustkl.ppo.reference import Reference
-from trl_trustkl.types import Batch, Peer, Rollout, Scored, TokenOutputs
+from trl_trustkl.types import Batch, PolicySnapshot, Rollout, Scored, TokenOutputs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 torch.set_num_threads(1)
@@ -234,7 +234,7 @@ def update(
     sampled = response_mask(rows, world.stops)
     mask = sampled & ~scores.isnan()[:, None]
     model = PolicyAndValue(TablePolicy(world.policy), None, temperature=args.temperature)
-    reference = Reference(model.policy, model.halves, TablePolicy(world.ref), None)
+    reference = Reference(model.policy, model.split_lm, TablePolicy(world.ref), None)
     rollout = Rollout(torch.zeros_like(rows[:, :1]), torch.ones_like(sampled[:, :1]), rows, sampled)
     micros = [micro_batch(rollout, part) for part in torch.arange(len(rows)).split(72)]
     ref_peers = [reference.peer(micro) for micro in micros]
@@ -243,7 +243,7 @@ def update(
     for micro, peer in zip(micros, ref_peers, strict=True):
         with torch.no_grad():
             out = model(micro, entropy=True, ref=peer)
-        old_peers.append(Peer(out.hidden, model.halves.frozen_head()))
+        old_peers.append(PolicySnapshot(out.hidden, model.split_lm.frozen_head()))
         for name, column in columns.items():
             column[micro.rows, : micro.response_ids.shape[1]] = getattr(out, name)
     # A value that depends on the context only, as a value does: a baseline, which must change no expected gradient.

@@ -20,8 +20,8 @@ from tests import tiny
 from tests.pinned import ON_PINNED_TRANSFORMERS
 from tests.test_exactness import dense_kl
 from trl_trustkl import TrustKLPPOTrainer
-from trl_trustkl.ppo.four_bit import is_quantized
-from trl_trustkl.ppo.loading import trainable
+from trl_trustkl.policy.loading import trainable
+from trl_trustkl.policy.quantization import is_quantized
 from trl_trustkl.types import Batch, BoundRecord, Measurement, Rollout, UpdateStats
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -224,8 +224,8 @@ def smollm2(folder: Any, **changes: Any) -> Witnessed:
     from datasets import Dataset
     from peft import LoraConfig
 
-    from trl_trustkl.cli.prompts import TRAIN_PROMPTS
-    from trl_trustkl.cli.smollm2 import load_smollm2
+    from trl_trustkl.demo.prompts import TRAIN_PROMPTS
+    from trl_trustkl.demo.smollm2 import load_smollm2
 
     model, tokenizer = load_smollm2()
     settings = TOO_FAST | {

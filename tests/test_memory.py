@@ -20,8 +20,8 @@ MIB = 2**20
 SCRIPT = f"""
 import json
 import torch
-from trl_trustkl.logprobs import token_statistics
-from trl_trustkl.types import Peer
+from trl_trustkl.policy.exact_kl import token_statistics
+from trl_trustkl.types import PolicySnapshot
 
 def peak():
     with open("/proc/self/status") as file:
@@ -29,7 +29,7 @@ def peak():
 
 head = torch.nn.Linear(8, {VOCAB}, bias=False).requires_grad_(False)
 hidden, targets = torch.randn({MANY}, 8), torch.randint({VOCAB}, ({MANY},))
-old = Peer(hidden + 0.1, head)
+old = PolicySnapshot(hidden + 0.1, head)
 growth = []
 for backward in (False, True):
     peaks = []
@@ -37,7 +37,8 @@ for backward in (False, True):
         new = hidden[:count].clone().requires_grad_(backward)
         with torch.set_grad_enabled(backward):
             kl = token_statistics(
-                new, targets[:count], head, vocab_size={VOCAB}, entropy=not backward, old=Peer(old.hidden[:count], head)
+                new, targets[:count], head, vocab_size={VOCAB}, entropy=not backward,
+                old=PolicySnapshot(old.hidden[:count], head)
             ).old_kl.sum()
             if backward:
                 kl.backward()

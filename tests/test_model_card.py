@@ -11,7 +11,7 @@ import yaml
 from tests import tiny
 from tests.test_cli import record
 from trl_trustkl import BoundReportCallback, load_records
-from trl_trustkl.report.card import END, START, TITLE, escaped, outcome, section, with_section
+from trl_trustkl.report.model_card import END, START, TITLE, escaped, outcome, section, with_section
 from trl_trustkl.report.text import number
 
 SECTION = re.compile(f"{re.escape(START)}(.*?){re.escape(END)}", re.DOTALL)

@@ -20,8 +20,8 @@ from packaging.version import Version
 
 import trl_trustkl
 from tests.pinned import PINS, ROOT, pinned
-from trl_trustkl.cli import rewards, smollm2
-from trl_trustkl.cli.prompts import EVAL_PROMPTS, TRAIN_PROMPTS
+from trl_trustkl.demo import rewards, smollm2
+from trl_trustkl.demo.prompts import EVAL_PROMPTS, TRAIN_PROMPTS
 from trl_trustkl.errors import ModelError, RewardError
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]

@@ -13,7 +13,7 @@ from tests import tiny
 from tests.pinned import on_pinned_transformers
 from tests.test_attacks import before_the_first_step
 from trl_trustkl import load_records
-from trl_trustkl.ppo.halves import CausalHalves
+from trl_trustkl.policy.split_lm import SplitLM
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -64,7 +64,7 @@ def trained(folder: Any, name: str, caplog: Any, **changes: Any) -> tuple[list[d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
 @pytest.mark.parametrize("name", [*SOUND, *LEAKY, *BROKEN])
 def test_who_minds_the_padding_is_found_by_trying(name, dtype, caplog):
-    CausalHalves(family(name).to(dtype), name="policy")
+    SplitLM(family(name).to(dtype), name="policy")
     assert (f"policy: {name}ForCausalLM does not ignore padding" in caplog.text) == (name in LEAKY)
 
 

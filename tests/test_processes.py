@@ -20,7 +20,7 @@ from tests import tiny
 from tests.processes import in_two_processes
 from trl_trustkl import TrustKLPPOTrainer, load_records
 from trl_trustkl.errors import DataError, NotAvailableYetError
-from trl_trustkl.ppo.loading import trainable
+from trl_trustkl.policy.loading import trainable
 from trl_trustkl.types import Measurement, Prompts, Rollout, UpdateStats
 
 pytestmark = pytest.mark.filterwarnings("ignore")

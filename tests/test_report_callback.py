@@ -13,9 +13,9 @@ from transformers import TrainerCallback
 from tests import tiny
 from tests.test_cli import record
 from trl_trustkl import BoundReportCallback, load_records
-from trl_trustkl.callbacks import report as module
+from trl_trustkl.callbacks import bound_report as module
 from trl_trustkl.callbacks import table
-from trl_trustkl.callbacks.report import with_report
+from trl_trustkl.callbacks.bound_report import with_report
 from trl_trustkl.errors import ConfigError
 
 

@@ -19,7 +19,8 @@ from tests.pinned import on_pinned_transformers
 from tests.survival import build
 from trl_trustkl import TrustKLPPOConfig, load_records
 from trl_trustkl.errors import CheckpointError, ConfigError
-from trl_trustkl.ppo import checkpoint, settings
+from trl_trustkl.run import checkpoint_folder as checkpoint
+from trl_trustkl.run import resume_compatibility as settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

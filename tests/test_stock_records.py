@@ -15,13 +15,13 @@ from tests import tiny
 from tests.test_adaptive import DUAL, TRAINERS, controlled, logged, stock_ppo, trainer_of
 from tests.test_findings import rows_of, write_run
 from trl_trustkl import AdaptiveKLCallback, BoundReportCallback, load_records
-from trl_trustkl.callbacks.stock import episodes_seen, kind_of, record_of
 from trl_trustkl.cli import main
 from trl_trustkl.report import read_run
 from trl_trustkl.report.findings import find
 from trl_trustkl.report.schema import Run
 from trl_trustkl.report.summary import summarise
 from trl_trustkl.report.tables import settings, updates
+from trl_trustkl.trl_compat.trl_logs import episodes_seen, kind_of, record_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 KINDS = pytest.mark.parametrize("kind", TRAINERS)

@@ -21,9 +21,10 @@ from tests import survival, tiny
 from tests.survival import PHASES, build, counted, cut_off
 from trl_trustkl import load_records
 from trl_trustkl.errors import Interrupted, RefusedError, RewardError, SaveError
-from trl_trustkl.ppo import checkpoint, rewards
-from trl_trustkl.ppo.guard import StartingPoint
-from trl_trustkl.ppo.signals import StopRequest
+from trl_trustkl.rollout import rewards
+from trl_trustkl.run import checkpoint_folder as checkpoint
+from trl_trustkl.run.signals import StopRequest
+from trl_trustkl.trust.snapshot import UpdateSnapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -320,7 +321,7 @@ def test_a_starting_point_restores_parameters_and_optimizer_bit_for_bit(kind):
 
     step()
     before = state()
-    start = StartingPoint(list(policy.parameters()), list(value.parameters()), optimizer)
+    start = UpdateSnapshot(list(policy.parameters()), list(value.parameters()), optimizer)
     step()
     step()
     assert not all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))

@@ -214,7 +214,7 @@ def test_the_report_is_rendered_once_and_its_failure_ends_no_run(
         return Path(folder) / "report.html"
 
     monkeypatch.setattr("trl_trustkl.report.render_report", render)
-    monkeypatch.setattr("trl_trustkl.callbacks.report.render_report", render)
+    monkeypatch.setattr("trl_trustkl.callbacks.bound_report.render_report", render)
     assert run_main(*flags(settings(place, tmp_path))) == 0
     assert len(rendered) == 1
     page = f"{rendered[0] / 'report.html'}" if failure is None else "none was rendered; trustkl report "

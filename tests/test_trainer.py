@@ -25,11 +25,14 @@ from trl_trustkl import TrustKLPPOTrainer, load_records
 from trl_trustkl.controllers import AdaptiveKL
 from trl_trustkl.errors import DataError, ModelError
 from trl_trustkl.masking import masked_mean
-from trl_trustkl.ppo import halves, loading, models, plumbing, rewards
-from trl_trustkl.ppo.data import PromptOrder
-from trl_trustkl.ppo.loading import trainable
+from trl_trustkl.policy import loading, split_lm
+from trl_trustkl.policy import value_head as models
+from trl_trustkl.policy.loading import trainable
+from trl_trustkl.policy.reference import REFERENCE_ADAPTER
+from trl_trustkl.ppo import plumbing
 from trl_trustkl.ppo.optimise import Optimisation
-from trl_trustkl.ppo.reference import REFERENCE_ADAPTER
+from trl_trustkl.rollout import rewards
+from trl_trustkl.rollout.prompts import PromptOrder
 from trl_trustkl.types import Batch, Prompts, Rollout, Scored, UpdateStats
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -1077,13 +1080,13 @@ def test_a_quantised_model_is_prepared_for_training(tmp_path):
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
     assert {p.dtype for name, p in policy.named_parameters() if name not in trained} == {torch.bfloat16}
-    assert halves.checkpointed(policy)
+    assert split_lm.checkpointed(policy)
 
 
 def test_no_forward_pass_keeps_all_hidden_states_or_logits_of_the_whole_rollout(tmp_path, monkeypatch):
     trainer = watched(tmp_path, changes={"max_steps": 1})
     asked = set()
-    for module in (trainer.model.halves.backbone, trainer.model.halves.causal):
+    for module in (trainer.model.split_lm.backbone, trainer.model.split_lm.causal):
         module.register_forward_pre_hook(
             lambda module, args, kwargs: asked.add(bool(kwargs.get("output_hidden_states"))), with_kwargs=True
         )
@@ -1221,7 +1224,7 @@ def test_the_models_own_generation_config_is_neither_used_nor_changed(tmp_path):
 
 @pytest.mark.parametrize("size", [1, 3, 64])
 def test_prompts_are_generated_from_a_few_at_a_time(tmp_path, size, monkeypatch):
-    from trl_trustkl.ppo import generation
+    from trl_trustkl.rollout import transformers_engine as generation
 
     calls = count_calls(monkeypatch, generation, "sample_responses")
     _, records = run(tmp_path, changes={"local_rollout_forward_batch_size": size, "max_steps": 1})

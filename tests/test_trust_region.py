@@ -27,12 +27,12 @@ from trl_trustkl import TrustKLPPOTrainer, load_records
 from trl_trustkl.controllers import AdaptiveKL, LearningRateByKL, State, ThresholdKL
 from trl_trustkl.divergences import ESTIMATORS
 from trl_trustkl.errors import ConfigError, DataError
-from trl_trustkl.ppo.data import micro_batch
-from trl_trustkl.ppo.loading import disable_dropout, trainable
+from trl_trustkl.policy.loading import disable_dropout, trainable
+from trl_trustkl.policy.micro_batches import micro_batch
+from trl_trustkl.policy.value_head import PolicyAndValue
 from trl_trustkl.ppo.losses import Penalties, kl_terms
-from trl_trustkl.ppo.models import PolicyAndValue
-from trl_trustkl.trust_region import QUANTILES, Backtrack, Line, backtrack, measurement
-from trl_trustkl.types import Batch, Measurement, MicroBatch, Peer, Rollout, UpdateStats
+from trl_trustkl.trust_region import QUANTILES, Backtrack, ParameterPath, backtrack, measurement
+from trl_trustkl.types import Batch, Measurement, MicroBatch, PolicySnapshot, Rollout, UpdateStats
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LIMIT = 0.02
@@ -204,7 +204,7 @@ def moved(params: list[nn.Parameter], seed: int = 1) -> list[Tensor]:
 def test_both_ends_of_the_line_are_exact_and_points_between_are_between(dtype):
     params = parameters(dtype)
     start = [p.detach().clone() for p in params]
-    line = Line(params)
+    line = ParameterPath(params)
     end = moved(params)
     for scale in (0.3, 0.0, 1.0, 0.7, 1e-3, 1.0, 0.0):
         line.set_scale(scale)
@@ -219,7 +219,7 @@ def test_both_ends_of_the_line_are_exact_and_points_between_are_between(dtype):
 def test_a_line_is_not_moved_by_what_moves_the_parameters():
     params = parameters(torch.float32)
     start = [p.detach().clone() for p in params]
-    line = Line(params)
+    line = ParameterPath(params)
     end = moved(params)
     line.set_scale(0.5)
     moved(params, seed=3)
@@ -232,7 +232,7 @@ def test_a_line_is_not_moved_by_what_moves_the_parameters():
 def test_a_line_restores_its_start_whatever_the_parameters_are():
     params = parameters(torch.bfloat16)
     start = [p.detach().clone() for p in params]
-    line = Line(params)
+    line = ParameterPath(params)
     with torch.no_grad():
         for p in params:
             p.fill_(math.nan)
@@ -509,7 +509,7 @@ TWO_PROCESSES = """
     from pathlib import Path
 
     from tests.test_trust_region import FULL, careful
-    from trl_trustkl.ppo.loading import trainable
+    from trl_trustkl.policy.loading import trainable
 
     def run(folder, **arguments):
         changes = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, num_mini_batches=2, max_steps=3)
@@ -580,7 +580,7 @@ class Pair:
         disable_dropout(policy)
         self.model = PolicyAndValue(policy, None, temperature=0.7)
         out = self.model(self.micro)
-        self.old = Peer(out.hidden, self.model.halves.frozen_head())
+        self.old = PolicySnapshot(out.hidden, self.model.split_lm.frozen_head())
         self.old_logp = out.logp.detach()
         self.dense_old = dense_logps(self.model.policy, self.micro, 0.7)
         generator = torch.Generator().manual_seed(1)
@@ -637,7 +637,7 @@ def test_the_gradient_of_the_penalty_is_its_finite_difference(estimator):
 def test_at_the_old_policy_the_penalty_and_its_exact_gradient_are_0():
     pair = Pair()
     out = pair.model(pair.micro)
-    pair.old = Peer(out.hidden, pair.model.halves.frozen_head())
+    pair.old = PolicySnapshot(out.hidden, pair.model.split_lm.frozen_head())
     pair.old_logp = out.logp.detach()
     for estimator in ("exact", "k3"):
         pair.model.zero_grad()

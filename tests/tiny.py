@@ -140,7 +140,7 @@ def trainer(
 ):
     """A trainer on a tiny Llama with LoRA, a subclass where it is given as `kind`; `changes` go to the configuration."""
     from trl_trustkl import BoundReportCallback, TrustKLPPOTrainer
-    from trl_trustkl.callbacks.report import is_report
+    from trl_trustkl.callbacks.bound_report import is_report
 
     # A report takes longer than a tiny run; a test that wants one brings its own callback.
     given = arguments.pop("callbacks", [])

@@ -26,7 +26,7 @@ class Meaning(NamedTuple):
     unit: str = ""
 
 
-class Peer(NamedTuple):
+class PolicySnapshot(NamedTuple):
     """A policy at some tokens: the hidden states [N, H] that predict them, and its output head."""
 
     hidden: Tensor
@@ -102,7 +102,7 @@ class Scored(NamedTuple):
 
     rollout: Rollout
     micro_batches: list[MicroBatch]
-    old_peers: list[Peer]
+    old_peers: list[PolicySnapshot]
     logp: Tensor
     ref_logp: Tensor
     ref_kl: Tensor
@@ -112,7 +112,7 @@ class Scored(NamedTuple):
     value_mask: Tensor
     scores: Tensor
     completions: list[str]
-    ref_peers: list[Peer] | None = None
+    ref_peers: list[PolicySnapshot] | None = None
 
 
 class Batch(NamedTuple):

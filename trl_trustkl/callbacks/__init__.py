@@ -1,6 +1,6 @@
 """Callbacks for TRL's trainers: the records of a run, and controllers of the KL coefficient."""
 
-from .adaptive import AdaptiveKLCallback
-from .report import BoundReportCallback
+from .adaptive_kl import AdaptiveKLCallback
+from .bound_report import BoundReportCallback
 
 __all__ = ["AdaptiveKLCallback", "BoundReportCallback"]

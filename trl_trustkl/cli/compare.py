@@ -100,8 +100,8 @@ def run(options: argparse.Namespace, start: Start | None = None) -> int:
 
 def prepare(options: argparse.Namespace) -> tuple[settings.Comparison, str]:
     """What is compared and the task's name, everything checked before anything runs."""
+    from ..demo.task import quieten, sentiment_config
     from ..errors import out_of_range
-    from .task import quieten, sentiment_config
 
     quieten()
     for field, value in (("--processes", options.processes), ("--last", options.last)):

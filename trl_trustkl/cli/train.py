@@ -70,7 +70,7 @@ def _checkpoint(value: str | None) -> str | bool | None:
 
 def _rendered(trainer: Any) -> Path | None:
     """The page that the trainer's own callback wrote at the end, or None where it could not."""
-    from ..callbacks.report import BoundReportCallback
+    from ..callbacks.bound_report import BoundReportCallback
 
     callbacks = trainer.callback_handler.callbacks
     return next((each.rendered for each in callbacks if isinstance(each, BoundReportCallback)), None)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import ConfigError
 
-SENTIMENT = "trl_trustkl.cli.task:sentiment_trainer"
+SENTIMENT = "trl_trustkl.demo.task:sentiment_trainer"
 SIGNATURE = "(output_dir, *, callbacks=(), **config_changes) -> trainer"
 
 

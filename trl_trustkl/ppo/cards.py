@@ -7,9 +7,10 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from ..callbacks.report import is_report
+from ..callbacks.bound_report import is_report
 from ..errors import DataError
-from ..report import card, read_run
+from ..report import model_card as card
+from ..report import read_run
 from ..types import BoundRecord
 
 logger = logging.get_logger(__name__)

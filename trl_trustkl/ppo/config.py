@@ -25,13 +25,13 @@ from ..controllers import (
 )
 from ..divergences import ESTIMATORS, KLEstimatorName, Placement, build_estimator, gradient_kind
 from ..errors import ConfigError, out_of_range, shown, unknown_name
+from ..rollout.generation_options import check_generation_kwargs
 from ..surrogates import SURROGATES, WITHOUT_RANGE, ClipRuleName, build_surrogate
+from ..trl_compat.version import PPOConfig
 from . import field_types
-from ._upstream import PPOConfig
-from .generation_options import check_generation_kwargs
 from .losses import Penalties
 from .ranges import check_ranges
-from .unavailable import refuse_optimizers, refuse_other_kernels, refuse_other_loops, refuse_sharding
+from .unsupported import refuse_optimizers, refuse_other_kernels, refuse_other_loops, refuse_sharding
 
 logger = logging.get_logger(__name__)
 

@@ -17,18 +17,18 @@ from transformers import TrainerControl
 
 from ..errors import ConfigError, RewardError, unknown_name
 from ..masking import masked_sum
+from ..policy.split_lm import as_in_training
+from ..rollout import transformers_engine as generation
+from ..rollout.prompts import TokenLimits, prepare_datasets
+from ..run.rng import RngStream
 from ..types import Prompts
-from . import generation
-from .data import Room, prepare_datasets
-from .halves import as_in_training
-from .plumbing import Draw
 
 
 class Evaluation:
     """See the module. The trainer that mixes it in has the phases `rollout` and `score`."""
 
     control: TrainerControl
-    _room: Room
+    _room: TokenLimits
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -94,7 +94,7 @@ class Evaluation:
             yield start, self._collate([dataset[row] for row in mine[start : start + size]])
 
     def _evaluate_prompts(self, start: int, prompts: Prompts) -> list[dict[str, Any]]:
-        training_key, self._sampling_key = getattr(self, "_sampling_key", None), (Draw.EVALUATE, start)
+        training_key, self._sampling_key = getattr(self, "_sampling_key", None), (RngStream.EVALUATE, start)
         try:
             with as_in_training(self.model):
                 scored = self.score(self.rollout(prompts))

@@ -11,9 +11,9 @@ from torch import Tensor
 from ..advantages import anchor_part, anchor_share, explained_variance, gae
 from ..divergences import k3
 from ..masking import masked_mean, masked_sum
+from ..rollout import transformers_engine as generation
 from ..trust_region import measurement
 from ..types import AnchorMeasurement, Batch, Measurement, RolloutSummary, Scored
-from . import generation
 
 
 class Measuring:

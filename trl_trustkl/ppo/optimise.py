@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..errors import ConfigError, shown
-from ..types import Batch, Peer, TokenOutputs, UpdateStats
+from ..policy.loading import trainable
+from ..types import Batch, PolicySnapshot, TokenOutputs, UpdateStats
 from .config import TrustKLPPOConfig
-from .loading import trainable
 from .losses import LossScale, LossSums, Penalties, Rule, epoch_stats, micro_loss, stacked
 
 
@@ -123,7 +123,7 @@ class Optimisation:
     def _forward(self, batch: Batch, index: int, penalties: Penalties) -> TokenOutputs:
         """The micro-batch under the policy, with the exact divergences that the loss needs, and no others."""
         scored = batch.scored
-        peers: dict[str, Peer] = {}
+        peers: dict[str, PolicySnapshot] = {}
         if penalties.anchor_coef and penalties.anchor_estimator is None and scored.ref_peers is not None:
             peers["ref"] = scored.ref_peers[index]
         if penalties.trust_coef and penalties.trust_estimator is None:

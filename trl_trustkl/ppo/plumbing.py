@@ -2,53 +2,38 @@
 
 from __future__ import annotations
 
-import enum
 import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerControl
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from ..callbacks.report import BoundReportCallback, is_report
+from ..callbacks.bound_report import BoundReportCallback, is_report
 from ..divergences import gradient_kind
 from ..errors import DataError, Interrupted, SaveError
+from ..policy.loading import trainable
+from ..policy.quantization import is_quantized
+from ..rollout.prompts import PromptOrder, collate
+from ..run import resume_compatibility as settings
+from ..run import rng
+from ..run.rng import RngStream
+from ..run.signals import StopRequest
+from ..run.state import OnlineTrainerState
+from ..trust.snapshot import Refusals, UpdateSnapshot
 from ..types import Batch, BoundRecord, MicroBatch, Prompts, TokenOutputs, UpdateStats
-from . import rng, settings
-from .data import PromptOrder, collate
-from .four_bit import is_quantized
-from .guard import Refusals, StartingPoint
-from .loading import trainable
 from .optimise import Optimisation, adopt
-from .signals import StopRequest
-from .unavailable import sharding_error
+from .unsupported import sharding_error
 
 logger = logging.get_logger(__name__)
-
-
-class Draw(enum.IntEnum):
-    """What a random number is for; part of its seed, so that no two uses share a stream."""
-
-    GENERATE = 0
-    MICRO_BATCHES = 1
-    MINI_BATCHES = 2
-    EVALUATE = 3
-
-
-@dataclass
-class OnlineTrainerState(TrainerState):
-    """TrainerState with the number of responses sampled so far."""
-
-    episode: int = 0
 
 
 class Plumbing:
@@ -61,10 +46,10 @@ class Plumbing:
     _created_lr_scheduler: bool
     _refused: str | None
     _warned_of_sampler = False
-    _sampling_key: tuple[int, int] = (Draw.EVALUATE, 0)  # of the update in hand, while there is one
+    _sampling_key: tuple[int, int] = (RngStream.EVALUATE, 0)  # of the update in hand, while there is one
     _bad_reward: str | None = None
     _saved_step: int = 0
-    _start: StartingPoint | None = None
+    _start: UpdateSnapshot | None = None
 
     # -- construction --------------------------------------------------------------------------------------------------
 
@@ -204,7 +189,7 @@ class Plumbing:
         self._bad_reward = None
         self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
         self.state.episode += self.args.batch_size
-        self._sampling_key = (Draw.GENERATE, self.state.global_step)
+        self._sampling_key = (RngStream.GENERATE, self.state.global_step)
         self._seconds: dict[str, float] = {}
         self._update_started = time.perf_counter()
         self._refused = None
@@ -345,7 +330,7 @@ class Plumbing:
         """The rows of all processes, the same on each."""
         return self.accelerator.gather(tensor)
 
-    def _generator(self, draw: Draw) -> torch.Generator:
+    def _generator(self, draw: RngStream) -> torch.Generator:
         """A stream of random numbers for one use in this update, on this process."""
         return rng.generator(self.args.seed, draw, self.state.global_step, self.accelerator.process_index)
 

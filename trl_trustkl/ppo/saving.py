@@ -26,10 +26,12 @@ from transformers.utils import logging
 
 from .. import records
 from ..errors import CheckpointError, ConfigError, SaveError
-from . import checkpoint, rng, settings
-from ._upstream import PPOTrainer
-from .guard import Refusals
-from .plumbing import OnlineTrainerState
+from ..run import checkpoint_folder as checkpoint
+from ..run import resume_compatibility as settings
+from ..run import rng
+from ..run.state import OnlineTrainerState
+from ..trl_compat.version import PPOTrainer
+from ..trust.snapshot import Refusals
 
 logger = logging.get_logger(__name__)
 
@@ -140,7 +142,7 @@ class Saving:
         return {
             "number of processes": self.accelerator.num_processes,
             "rows of train_dataset": len(self.train_dataset),
-            "vocabulary size": self.model.halves.vocab_size,
+            "vocabulary size": self.model.split_lm.vocab_size,
             "trained numbers of the policy": _count(self.model.policy),
             "trained numbers of the value": _count(self.model.value),
             "adapter": adapter,

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rollout import transformers_engine as generation
+from ..rollout.rewards import as_completion, compute_scores
 from ..types import Rollout
-from . import generation
-from .rewards import as_completion, compute_scores
 
 
 class Scoring:

@@ -1,6 +1,4 @@
-"""TrustKLPPOTrainer: PPO on TRL with every mechanism of the anchor and of the trust region as a switch.
-
-This file orchestrates; the formulas live in the modules above it. One update is a walk through the phases
+"""TrustKLPPOTrainer: PPO on TRL with every mechanism of the anchor and the trust region as a switch. One update is
 
     rollout → score → advantages → optimise → measure → enforce → record
 
@@ -23,9 +21,22 @@ from transformers.trainer_utils import TrainOutput
 
 from .. import bounds
 from ..advantages import anchor_rewards, gae, place_scores, value_positions
-from ..callbacks.report import with_report
+from ..callbacks.bound_report import with_report
 from ..errors import ConfigError, ModelError
 from ..masking import masked_moments, weighing_factor, whiten
+from ..policy import loading
+from ..policy.micro_batches import longest_first, micro_batch, trim_left
+from ..policy.reference import build_reference
+from ..policy.value_head import PolicyAndValue
+from ..rollout import transformers_engine as generation
+from ..rollout.prompts import collate_nothing, prepare_datasets, token_limits
+from ..rollout.rewards import RewardFunc, build_rewards, token_readers
+from ..run import rng
+from ..run.failure_handling import Endings
+from ..run.rng import RngStream
+from ..run.signals import StopRequest
+from ..trl_compat.version import PPOTrainer
+from ..trust.snapshot import UpdateSnapshot
 from ..trust_region import backtrack
 from ..types import (
     Batch,
@@ -33,29 +44,20 @@ from ..types import (
     Enforcement,
     Measurement,
     MicroBatch,
-    Peer,
+    PolicySnapshot,
     Prompts,
     Rollout,
     Scored,
     UpdateStats,
 )
-from . import generation, loading, rng
-from ._upstream import PPOTrainer
 from .cards import Cards
 from .config import TrustKLPPOConfig
-from .data import collate_nothing, longest_first, micro_batch, prepare_datasets, room_in, trim_left
-from .endings import Endings
 from .evaluation import Evaluation
-from .guard import StartingPoint
 from .logs import Logs
 from .measuring import Measuring
-from .models import PolicyAndValue
-from .plumbing import Draw, Plumbing
-from .reference import build_reference
-from .rewards import RewardFunc, build_rewards, token_readers
+from .plumbing import Plumbing
 from .saving import Saving
 from .scoring import Scoring
-from .signals import StopRequest
 
 _TOKEN_COLUMNS = ("logp", "ref_logp", "ref_kl", "entropy")
 
@@ -119,13 +121,13 @@ class TrustKLPPOTrainer(Scoring, Measuring, Endings, Evaluation, Saving, Cards, 
         trained = PolicyAndValue(policy, value, temperature=args.temperature, detach_value=args.detach_value_head)
         self.reference = build_reference(
             policy,
-            trained.halves,
+            trained.split_lm,
             loading.load_causal_lm(ref_model, args.model_init_kwargs) if isinstance(ref_model, str) else ref_model,
             ref_adapter_name=args.ref_adapter_name,
             new_adapter=peft_config is not None,
         )
         others = {"ref_model": self.reference.model, "value_model": value, **token_readers(self.reward_funcs)}
-        self._room = room_in(policy, others)
+        self._room = token_limits(policy, others)
         train_dataset, eval_dataset = prepare_datasets(train_dataset, eval_dataset, tokenizer, self._room, args)
         self._stop_ids = generation.stop_ids(policy, tokenizer, args, text="prompt" in train_dataset.column_names)
         # TRL's own PPO constructor builds models and loop the way this one replaces; its base's is the one to call.
@@ -228,13 +230,13 @@ class TrustKLPPOTrainer(Scoring, Measuring, Endings, Evaluation, Saving, Cards, 
         shape = rollout.response_mask.shape
         columns = {name: rollout.response_mask.new_zeros(shape, dtype=torch.float32) for name in _TOKEN_COLUMNS}
         values = rollout.response_mask.new_zeros((shape[0], shape[1] + 1), dtype=torch.float32)
-        head = self.model.halves.frozen_head()
+        head = self.model.split_lm.frozen_head()
         old_peers, ref_peers = [], []
         for micro in micros:
             with self.accelerator.autocast():
                 peer = self.reference.peer(micro)
             out = self._forward_only(micro, entropy=True, ref=peer)
-            old_peers.append(Peer(out.hidden, head))
+            old_peers.append(PolicySnapshot(out.hidden, head))
             ref_peers.append(peer)
             for name, column in columns.items():
                 column[micro.rows, : micro.response_ids.shape[1]] = getattr(out, name).float()
@@ -290,7 +292,7 @@ class TrustKLPPOTrainer(Scoring, Measuring, Endings, Evaluation, Saving, Cards, 
 
         Keeps the point to which an update is undone or scaled back, so an override calls `super().optimise` for that.
         """
-        self._start = StartingPoint(loading.trainable(self.model.policy), self.model.undoable_value, self.optimizer)
+        self._start = UpdateSnapshot(loading.trainable(self.model.policy), self.model.undoable_value, self.optimizer)
         limit = self.args.trust_stop
 
         def too_far(mini: Sequence[int]) -> bool:
@@ -301,7 +303,7 @@ class TrustKLPPOTrainer(Scoring, Measuring, Endings, Evaluation, Saving, Cards, 
             if self._bad_reward is not None:
                 stats = self._optimisation.nothing(self._bad_reward)
             else:
-                stats = self._optimisation.run(batch, self._generator(Draw.MINI_BATCHES), too_far)
+                stats = self._optimisation.run(batch, self._generator(RngStream.MINI_BATCHES), too_far)
         if stats.refused is None and not math.isfinite(stats.total.policy_loss + stats.total.value_loss):
             stats = stats._replace(refused="the loss is not finite")
         if stats.refused is not None:
@@ -379,7 +381,7 @@ class TrustKLPPOTrainer(Scoring, Measuring, Endings, Evaluation, Saving, Cards, 
         if self.args.num_mini_batches == 1 and self.args.measure_fraction == 1:
             order = longest_first(rollout)
         else:
-            order = torch.randperm(len(rollout.response_ids), generator=self._generator(Draw.MICRO_BATCHES))
+            order = torch.randperm(len(rollout.response_ids), generator=self._generator(RngStream.MICRO_BATCHES))
         chunks = order.to(rollout.response_ids.device).split(self._micro_size)
         return [micro_batch(rollout, rows) for rows in chunks]
 

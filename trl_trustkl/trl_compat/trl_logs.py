@@ -48,7 +48,7 @@ def kind_of(args: Any) -> Kind | None:
     """Which of TRL's trainers a configuration belongs to; None for any other, ours included."""
     from trl import GRPOConfig, RLOOConfig
 
-    from ..ppo._upstream import PPOConfig
+    from .version import PPOConfig
 
     if writes_records(args):
         return None

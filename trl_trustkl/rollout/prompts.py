@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import DataError, shown
-from ..types import MicroBatch, Prompts, Rollout
-from .rng import generator
+from ..run.rng import generator
+from ..types import Prompts
 
 IDS = "input_ids"
 
@@ -92,7 +91,7 @@ def prepare_datasets(
     train: Dataset,
     evaluation: Dataset | dict[str, Dataset] | None,
     tokenizer: PreTrainedTokenizerBase,
-    room: Room,
+    room: TokenLimits,
     args: Any,
 ) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
     """Both datasets with token ids, checked against the vocabulary and the context of the models that read them."""
@@ -109,7 +108,7 @@ def prepare_datasets(
     return prepare(train, "train_dataset"), evaluation
 
 
-class Room(NamedTuple):
+class TokenLimits(NamedTuple):
     """What a prompt and its response have to fit into."""
 
     vocabulary: int
@@ -120,11 +119,11 @@ class Room(NamedTuple):
     """That model's name."""
 
 
-def room_in(policy: PreTrainedModel, others: dict[str, Any]) -> Room:
+def token_limits(policy: PreTrainedModel, others: dict[str, Any]) -> TokenLimits:
     """The room in the policy and in the other models that read token ids, by name; None for one that is not there."""
     models = {"model": policy, **{name: model for name, model in others.items() if model is not None}}
     context, name = min((context_length(model), name) for name, model in models.items())
-    return Room(policy.get_input_embeddings().weight.shape[0], context, name)
+    return TokenLimits(policy.get_input_embeddings().weight.shape[0], context, name)
 
 
 def context_length(model: Any) -> float:
@@ -134,7 +133,7 @@ def context_length(model: Any) -> float:
     return math.inf if length is None else length
 
 
-def check_prompts(dataset: Dataset, room: Room, response_length: int, *, name: str) -> None:
+def check_prompts(dataset: Dataset, room: TokenLimits, response_length: int, *, name: str) -> None:
     """Raise DataError for a prompt that is empty, has unknown tokens, or leaves no room for the response in a context."""
     masked = "attention_mask" in dataset.column_names
     masks = dataset["attention_mask"] if masked else [None] * len(dataset)
@@ -190,41 +189,6 @@ def collate(rows: list[dict[str, Any]], pad_token_id: int, device: torch.device)
 def collate_nothing(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows as they are: prompts are padded by `collate`, which knows the mask."""
     return rows
-
-
-def trim_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Drop the columns that are padding in every row; one column stays."""
-    start = min(int(mask.any(0).long().argmax()), mask.shape[1] - 1)
-    return ids[:, start:], mask[:, start:]
-
-
-def micro_batch(rollout: Rollout, rows: Tensor) -> MicroBatch:
-    """Some rows of a rollout, trimmed to their longest prompt and their longest response (at least one token)."""
-    prompt_ids, prompt_mask = trim_left(rollout.prompt_ids[rows], rollout.prompt_mask[rows])
-    length = max(int(rollout.response_mask[rows].sum(-1).max()), 1)
-    response_ids = rollout.response_ids[rows, :length]
-    response_mask = rollout.response_mask[rows, :length]
-    mask = torch.cat([prompt_mask, response_mask], dim=1)
-    return MicroBatch(
-        rows=rows,
-        # What is masked is never attended to; token 0 exists in every vocabulary, the padding token may not.
-        input_ids=torch.cat([prompt_ids, response_ids], dim=1) * mask,
-        attention_mask=mask.long(),
-        position_ids=positions(mask),
-        response_ids=response_ids,
-        response_mask=response_mask,
-    )
-
-
-def longest_first(rollout: Rollout) -> Tensor:
-    """The rows of a rollout by length, prompt and response together: what does not fit into memory fails at once."""
-    length = rollout.prompt_mask.sum(-1) + rollout.response_mask.sum(-1)
-    return length.argsort(descending=True, stable=True)
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Position ids [b, n] that count the tokens under the mask from 0."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 class PromptOrder:

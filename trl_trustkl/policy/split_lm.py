@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..errors import ModelError
 from ..types import Head, MicroBatch
 from . import lora
-from .data import positions
 from .loading import trainable
+from .micro_batches import positions
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def _identity_head(logits: Tensor) -> Tensor:
     return logits
 
 
-class CausalHalves:
+class SplitLM:
     """A causal language model as backbone (tokens to hidden states) and head (hidden states to logits).
 
     Not a module: it registers nothing. Where the head does not reproduce the model's own logits (probed once), it falls

@@ -13,10 +13,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..logprobs import token_statistics
-from ..types import MicroBatch, Peer, TokenOutputs
-from .halves import CausalHalves, accepted, faster_kernels, model_inputs
+from ..types import MicroBatch, PolicySnapshot, TokenOutputs
+from .exact_kl import token_statistics
 from .loading import trainable
+from .split_lm import SplitLM, accepted, faster_kernels, model_inputs
 
 
 class ValueHead(nn.Module):
@@ -77,11 +77,11 @@ class PolicyAndValue(nn.Module):
     ) -> None:
         super().__init__()
         self.policy = policy
-        self.halves = CausalHalves(policy)
+        self.split_lm = SplitLM(policy)
         if value_model is None:
-            self.value: nn.Module = ValueHead(self.halves.hidden_size)
+            self.value: nn.Module = ValueHead(self.split_lm.hidden_size)
         else:
-            self.value = ValueModel(value_model, self.halves.vocab_size)
+            self.value = ValueModel(value_model, self.split_lm.vocab_size)
         self.value.to(next(policy.parameters()).device)
         self.temperature = temperature
         self.detach_value = detach_value
@@ -113,19 +113,19 @@ class PolicyAndValue(nn.Module):
         *,
         entropy: bool = False,
         values: bool = True,
-        ref: Peer | None = None,
-        old: Peer | None = None,
+        ref: PolicySnapshot | None = None,
+        old: PolicySnapshot | None = None,
     ) -> TokenOutputs:
         """The micro-batch's tokens under the policy; see `TokenOutputs`."""
         inputs, first = model_inputs(micro)
-        states, features = self.halves.hidden(inputs, first)
+        states, features = self.split_lm.hidden(inputs, first)
         mask = micro.response_mask
         counted = states[:, :-1][mask]
         token = token_statistics(
             counted,
             micro.response_ids[mask],
-            self.halves.head,
-            vocab_size=self.halves.vocab_size,
+            self.split_lm.head,
+            vocab_size=self.split_lm.vocab_size,
             temperature=self.temperature,
             entropy=entropy,
             ref=ref,

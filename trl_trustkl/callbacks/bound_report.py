@@ -14,8 +14,8 @@ from .. import records
 from ..errors import ConfigError, out_of_range
 from ..report import MissingPackageError, render_report
 from ..report.text import visible
+from ..trl_compat import trl_logs as stock
 from ..types import BoundRecord
-from . import stock
 from .table import HEADER, line, printer
 
 logger = logging.get_logger(__name__)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, ModelError
-from ..types import MicroBatch, Peer
-from .halves import CausalHalves, model_inputs
+from ..types import MicroBatch, PolicySnapshot
 from .loading import disable_dropout
+from .split_lm import SplitLM, model_inputs
 
 REFERENCE_ADAPTER = "trustkl_ref"
 
@@ -23,31 +23,31 @@ REFERENCE_ADAPTER = "trustkl_ref"
 class Reference:
     """π_ref, frozen for the whole run: a model of its own, an adapter of the policy, or the policy's adapters off."""
 
-    def __init__(self, policy: nn.Module, halves: CausalHalves, model: nn.Module | None, adapter: str | None) -> None:
+    def __init__(self, policy: nn.Module, halves: SplitLM, model: nn.Module | None, adapter: str | None) -> None:
         self.policy = policy
         self.model = model
         self.adapter = adapter
-        self.halves = CausalHalves(model, name="ref_model") if model is not None else halves
-        if self.halves.vocab_size != halves.vocab_size:
+        self.split_lm = SplitLM(model, name="ref_model") if model is not None else halves
+        if self.split_lm.vocab_size != halves.vocab_size:
             raise ModelError(
-                f"`ref_model` has {self.halves.vocab_size} vocabulary entries and the policy {halves.vocab_size}; "
+                f"`ref_model` has {self.split_lm.vocab_size} vocabulary entries and the policy {halves.vocab_size}; "
                 "a KL divergence needs the same vocabulary."
             )
-        projection = getattr(self.halves.head, "projection", None)
+        projection = getattr(self.split_lm.head, "projection", None)
         self._head_has_adapter = model is None and projection is not None and any(True for _ in projection.children())
 
     @torch.no_grad()
-    def peer(self, micro: MicroBatch) -> Peer:
+    def peer(self, micro: MicroBatch) -> PolicySnapshot:
         """The reference's hidden states at the micro-batch's response tokens, with its head."""
         inputs, first = model_inputs(micro)
         with self.active():
-            states, _ = self.halves.hidden(inputs, first)
-        head = self._head_as_reference if self._head_has_adapter else self.halves.head
-        return Peer(states[:, :-1][micro.response_mask], head)
+            states, _ = self.split_lm.hidden(inputs, first)
+        head = self._head_as_reference if self._head_has_adapter else self.split_lm.head
+        return PolicySnapshot(states[:, :-1][micro.response_mask], head)
 
     def _head_as_reference(self, hidden: Tensor) -> Tensor:
         with self.active():
-            return self.halves.head(hidden)
+            return self.split_lm.head(hidden)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -69,7 +69,7 @@ class Reference:
 
 def build_reference(
     policy: nn.Module,
-    halves: CausalHalves,
+    halves: SplitLM,
     ref_model: nn.Module | None,
     *,
     ref_adapter_name: str | None,

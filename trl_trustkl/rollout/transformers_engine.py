@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from ..errors import out_of_range
-from . import four_bit, halves, lora
+from ..policy import lora, split_lm
+from ..policy import quantization as four_bit
 
 
 class Sampler(LogitsProcessor):
@@ -144,7 +145,7 @@ def ready_to_generate(causal: nn.Module) -> Iterator[None]:
     own_config, causal.generation_config = causal.generation_config, GenerationConfig()
     # generate() slices the prompt's last state; PyTorch multiplies a slice by a copy of the head for each sequence.
     hook = causal.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    checkpointed = halves.checkpointed(causal)
+    checkpointed = split_lm.checkpointed(causal)
     for module in checkpointed:
         module.gradient_checkpointing = False
     try:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConfigError, NonFiniteRewardError, RewardError, shown
+from ..policy.loading import load_scalar_model
+from ..policy.micro_batches import positions
 from ..types import Rollout
-from .data import context_length, is_chat, positions
-from .loading import load_scalar_model
+from .prompts import context_length, is_chat
 
 logger = logging.getLogger(__name__)
 

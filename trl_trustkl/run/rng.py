@@ -5,6 +5,7 @@ Python's, NumPy's, torch's and the GPU's, which are for reward functions and cal
 from __future__ import annotations
 
 import base64
+import enum
 import hashlib
 import random
 from collections.abc import Iterator
@@ -14,6 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class RngStream(enum.IntEnum):
+    """What a random number is for; part of its seed, so that no two uses share a stream."""
+
+    GENERATE = 0
+    MICRO_BATCHES = 1
+    MINI_BATCHES = 2
+    EVALUATE = 3
 
 
 @contextmanager

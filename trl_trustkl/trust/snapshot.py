@@ -10,10 +10,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..trust_region import Line
+
+class ParameterPath:
+    """The segment from θ_old to θ of some parameters, in their own precision: `set_scale(a)` moves them along it.
+
+    Scale 0 restores θ_old bit for bit, scale 1 the θ at which the line was drawn.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = list(parameters)
+        self.start = [p.detach().clone() for p in self.parameters]
+        self.end: list[Tensor] | None = None
+
+    @torch.no_grad()
+    def set_scale(self, scale: float) -> None:
+        """Put the parameters at θ_old + scale·(θ − θ_old)."""
+        if self.end is None:
+            self.end = [p.detach().clone() for p in self.parameters]
+        for parameter, start, end in zip(self.parameters, self.start, self.end, strict=True):
+            if scale == 0.0:
+                parameter.copy_(start)
+            elif scale == 1.0:
+                parameter.copy_(end)
+            else:
+                parameter.copy_(torch.lerp(start, end, scale))
+
+    def restore(self) -> None:
+        """Put the parameters back at θ_old, whatever they are now."""
+        with torch.no_grad():
+            for parameter, start in zip(self.parameters, self.start, strict=True):
+                parameter.copy_(start)
 
 
-class StartingPoint:
+class UpdateSnapshot:
     """Where an update began: these parameters of policy and value, and the state of their optimizer.
 
     The optimizer's tensors are kept in host memory, so that full fine-tuning needs no more of the GPU's; the parameters
@@ -21,8 +50,8 @@ class StartingPoint:
     """
 
     def __init__(self, policy: Sequence[nn.Parameter], value: Sequence[nn.Parameter], optimizer: Any) -> None:
-        self.policy = Line(policy)
-        self.value = Line(value)
+        self.policy = ParameterPath(policy)
+        self.value = ParameterPath(value)
         self._optimizer = optimizer
         self._covered = covered = {*policy, *value}
         self._state = {

@@ -13,6 +13,6 @@ with warnings.catch_warnings():
     try:
         from trl.experimental.ppo import PPOConfig, PPOTrainer
     except ImportError:
-        from ._base import PPOConfig, PPOTrainer  # type: ignore[assignment]
+        from .ppo_base import PPOConfig, PPOTrainer  # type: ignore[assignment]
 
 __all__ = ["PPOConfig", "PPOTrainer"]

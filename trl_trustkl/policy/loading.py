@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from ..errors import ConfigError, ModelError, shown
-from .four_bit import is_quantized, unpack_4bit_weights
+from .quantization import is_quantized, unpack_4bit_weights
 
 
 def load_causal_lm(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..errors import NonFiniteRewardError, RefusedError, RewardError
 from . import rng
-from .plumbing import Draw
+from .rng import RngStream
 from .signals import Overdue
 
 logger = logging.get_logger(__name__)
@@ -60,7 +60,7 @@ class Endings:
             yield reasons
         except RewardError as error:
             failure = error
-        if self._sampling_key[0] != Draw.GENERATE:
+        if self._sampling_key[0] != RngStream.GENERATE:
             if failure is not None:
                 raise failure
             return

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import divergences
-from .types import Head, Peer
+from .. import divergences
+from ..types import Head, PolicySnapshot
 
 CHUNK_ELEMENTS = 2**22
 """Logits in one chunk: 16 MiB in float32, small enough for a CPU's cache hierarchy and large enough for a GPU."""
@@ -49,8 +49,8 @@ def token_statistics(
     vocab_size: int,
     temperature: float = 1.0,
     entropy: bool = False,
-    ref: Peer | None = None,
-    old: Peer | None = None,
+    ref: PolicySnapshot | None = None,
+    old: PolicySnapshot | None = None,
 ) -> TokenStatistics:
     """Log-probabilities of `targets` [N] from `hidden` [N, H], with what can be had from the same logits.
 
@@ -72,8 +72,8 @@ class _Plan(NamedTuple):
     vocab_size: int
     temperature: float
     entropy: bool
-    ref: Peer | None
-    old: Peer | None
+    ref: PolicySnapshot | None
+    old: PolicySnapshot | None
 
     @property
     def names(self) -> list[str]:
@@ -83,7 +83,9 @@ class _Plan(NamedTuple):
 
     def at(self, rows: slice) -> _Plan:
         """The same for some of the tokens."""
-        ref, old = (None if peer is None else Peer(peer.hidden[rows], peer.head) for peer in (self.ref, self.old))
+        ref, old = (
+            None if peer is None else PolicySnapshot(peer.hidden[rows], peer.head) for peer in (self.ref, self.old)
+        )
         return self._replace(ref=ref, old=old)
 
     def peer_logits(self) -> list[Tensor | None]:

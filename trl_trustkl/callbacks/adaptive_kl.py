@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..controllers import Controller, ControllerState
 from ..errors import ConfigError
-from .stock import COEF, KL, KL_METRIC, TARGET, Kind, episodes_seen, kind_of, writes_records
+from ..trl_compat.trl_logs import COEF, KL, KL_METRIC, TARGET, Kind, episodes_seen, kind_of, writes_records
 
 logger = logging.get_logger(__name__)
 
