@@ -73,15 +73,15 @@ def run(epochs: int, fraction: float, number: int, updates: int) -> list[dict[st
         clock.wrap(trainer, "record", "record")
         clock.wrap(callback, "on_record", "callback")
         clock.wrap(callback, "render", "render")
-        clock.wrap(trainer, "_end_update", "end")
-        end_update = trainer._end_update
+        clock.wrap(trainer._loop, "_end_update", "end")
+        end_update = trainer._loop._end_update
 
         def collect(batch: Any, *rest: Any) -> None:
             end_update(batch, *rest)
             parts.append({name: clock.take(name) for name in ("record", "callback", "end")})
             parts[-1]["exact"] = exact_seconds(trainer, batch)
 
-        trainer._end_update = collect
+        trainer._loop._end_update = collect
         trainer.train()
         records = load_records(folder)
     rows = []
@@ -115,9 +115,10 @@ def exact_seconds(trainer: Any, batch: Any, repeats: int = 2) -> float:
                 peer = trainer.reference.peer(micro)
                 started = time.perf_counter()
                 if exact:
-                    trainer._forward_only(micro, entropy=True, ref=peer)
+                    trainer.parts.forward.score(micro, peer)
                 else:
-                    trainer._forward_only(micro)
+                    with torch.no_grad(), trainer.accelerator.autocast():
+                        trainer.model(micro)
                     targets = micro.response_ids[micro.response_mask]
                     with torch.no_grad(), trainer.accelerator.autocast():
                         token_statistics(

@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from tests import tiny
 from trl_trustkl import TrustKLPPOTrainer, load_records, records
-from trl_trustkl.ppo import saving
+from trl_trustkl.run import checkpointer
 
 ROOT = Path(__file__).parent.parent
 UPDATES = 6
@@ -94,9 +94,9 @@ def build(folder: Any, kind: str = "adapter and value head", **changes: Any) -> 
 
 def moments(trainer: TrustKLPPOTrainer) -> list[tuple[Any, str]]:
     """The functions whose calls are a run's moments."""
-    writing = ("_save_checkpoint", "_write_checkpoint", "_save_optimizer_and_scheduler")
-    own = [(trainer, name) for name in (*PHASES, "_end_update", *writing)]
-    disk = [(os, "fsync"), (os, "rename"), (os, "replace"), (torch, "save"), (saving, "save_file")]
+    own: list[tuple[Any, str]] = [(trainer, name) for name in (*PHASES, "_save_checkpoint")]
+    own += [(trainer._loop, "_end_update"), (checkpointer.Checkpointer, "write")]
+    disk = [(os, "fsync"), (os, "rename"), (os, "replace"), (torch, "save"), (checkpointer, "save_file")]
     return [*own, (torch.optim.AdamW, "step"), (records, "append_line"), (Path, "write_text"), *disk]
 
 

@@ -188,8 +188,7 @@ ANCHORED = {
 
 def before_the_first_step(trainer: Any) -> Batch:
     """The batch of the first update, at which every ratio is 1 and every KL 0 to the bit."""
-    trainer._begin_training()
-    trainer._begin_update()
+    trainer._loop.begin()
     batch = trainer.advantages(trainer.score(trainer.rollout(trainer.next_prompts())))
     measured = trainer.measure(batch)
     assert measured.kl == measured.kl_max == measured.tv == 0.0 and measured.max_ratio == 1.0
@@ -230,7 +229,7 @@ def test_an_adapter_on_the_head_or_the_embeddings_gets_its_whole_gradient(kind, 
     trained = trainable(policy)
     expected = torch.autograd.grad(dense_loss(trainer, batch, old, ref), trained)
     penalties = trainer.args.build_penalties(batch.anchor.coef * batch.advantage_scale, batch.trust_coef)
-    trainer._optimisation._backward(batch, [*range(len(micros))], trainer.args.build_surrogate(), penalties)
+    trainer.parts.optimisation._backward(batch, [*range(len(micros))], trainer.args.build_surrogate(), penalties)
     for parameter, gradient in zip(trained, expected, strict=True):
         assert (parameter.grad - gradient).norm() <= 1e-4 * gradient.norm()
     trainer.optimise(batch)
@@ -387,16 +386,16 @@ class Witness(TrustKLPPOTrainer):
 
     def optimise(self, batch: Batch) -> Any:
         self.steps: list[tuple[nn.Module, Tensor]] = []
-        backward = self._optimisation._backward
+        backward = self.parts.optimisation._backward
 
         def kept(batch: Batch, mini: list[int], *rest: Any) -> Tensor:
             rows = torch.cat([batch.scored.micro_batches[index].rows for index in mini])
             self.steps.append((copy.deepcopy(self.model).double(), rows))
             return backward(batch, mini, *rest)
 
-        self._optimisation._backward = kept
+        self.parts.optimisation._backward = kept
         stats = super().optimise(batch)
-        del self._optimisation._backward
+        del self.parts.optimisation._backward
         self.proposed = copy.deepcopy(self.model).double()
         return stats
 

@@ -954,7 +954,7 @@ def beyond_panic(monkeypatch, trainer):
 
     def far(batch):
         found = measure(batch)
-        first = trainer._refused is None and trainer.state.global_step == BAD_UPDATE - 1
+        first = batch.context.rejected is None and trainer.state.global_step == BAD_UPDATE - 1
         return found._replace(kl=1e9) if first else found
 
     monkeypatch.setattr(trainer, "measure", far)

@@ -98,7 +98,7 @@ def gradient(trainer: Any, batch: Batch) -> Tensor:
         parameter.data.add_(0.03 * torch.randn(parameter.shape, generator=generator))
     args, indices = trainer.args, [*range(len(batch.scored.micro_batches))]
     penalties = args.build_penalties(batch.anchor.coef * batch.advantage_scale, batch.trust_coef)
-    trainer._optimisation._backward(batch, indices, args.build_surrogate(), penalties)
+    trainer.parts.optimisation._backward(batch, indices, args.build_surrogate(), penalties)
     return torch.cat([p.grad.flatten().double() for p in trainable(trainer.model)])
 
 

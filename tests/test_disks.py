@@ -40,13 +40,13 @@ FULL, READ_ONLY, LIMITED = "No space left on device", "Read-only file system", "
 FULL_TO_TORCH = "with 0.0 MiB free on its disk"
 CASES = [
     Case("fill", "record", 2, FULL, "the record of update 3 could not be appended"),
-    Case("fill", "_write_checkpoint", 1, FULL, "checkpoint-4 could not be written"),
+    Case("fill", "write", 1, FULL, "checkpoint-4 could not be written"),
     Case("fill", "save_file", 3, FULL, "checkpoint-4 could not be written"),
     Case("fill", "save", 4, FULL_TO_TORCH, "checkpoint-4 could not be written"),
     Case("make read-only", "record", 2, READ_ONLY, "the record of update 3 could not be appended"),
-    Case("make read-only", "_write_checkpoint", 1, READ_ONLY, "checkpoint-4 could not be written"),
+    Case("make read-only", "write", 1, READ_ONLY, "checkpoint-4 could not be written"),
 ]
-LIMIT = Case("limit", "_write_checkpoint", 1, LIMITED, "checkpoint-4 could not be written")
+LIMIT = Case("limit", "write", 1, LIMITED, "checkpoint-4 could not be written")
 
 
 # -- the program -------------------------------------------------------------------------------------------------------

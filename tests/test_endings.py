@@ -53,7 +53,7 @@ CASES = [
     Case("interrupt", (0, 1), "score", 2, (130, 130), 3),
     Case("terminate", (1,), "_save_checkpoint", 0, (143, 143), 2),
     Case("fill the records' disk", (0,), "append_line", 34, (1, 1), 2, "the record of update 3 could not be appended"),
-    Case("limit files", (0,), "_write_checkpoint", 1, (1, 1), 4, "checkpoint-4 could not be written"),
+    Case("limit files", (0,), "write", 1, (1, 1), 4, "checkpoint-4 could not be written"),
     # gloo has errors of its own for the one that is left; the one that was killed says nothing.
     Case("kill", (1,), "step", 9, (1, KILLED), 2),
     Case("kill", (0,), "step", 9, (KILLED, 1), 2),
@@ -137,7 +137,7 @@ def worker(run: Path) -> None:
     def wait_for_a_signal(name: str) -> None:
         if wait.exists():
             run.with_name(f"waiting-{trainer.accelerator.process_index}").touch()
-            trainer._stop_request.wait(PATIENCE)
+            trainer.parts.stop.wait(PATIENCE)
 
     with survival.counted(trainer, ("step", 9), wait_for_a_signal):
         trainer.train(resume_from_checkpoint=True)

@@ -47,10 +47,9 @@ def test_exact_divergences_equal_a_dense_float64_computation(family, tmp_path):
     changes = {"temperature": 0.7, "learning_rate": 0.05}
     trainer = tiny.trainer(tmp_path / "run", model, changes=changes)
     assert trainer.model.split_lm.chunked
-    trainer._begin_training()
+    trainer._loop.begin()
     seen = []
     for update in range(2):
-        trainer._begin_update()
         scored = trainer.score(trainer.rollout(trainer.next_prompts()))
         policy = trainer.model.policy
         old = [dense_logps(policy, micro, 0.7) for micro in scored.micro_batches]
@@ -99,8 +98,7 @@ def test_a_model_whose_logits_are_not_head_times_hidden_falls_back_and_says_so(t
     trainer = tiny.trainer(tmp_path, model)
     assert not trainer.model.split_lm.chunked
     assert "falls back" in caplog.text or "whole forward pass" in caplog.text
-    trainer._begin_training()
-    trainer._begin_update()
+    trainer._loop.begin()
     scored = trainer.score(trainer.rollout(trainer.next_prompts()))
     p = dense_logps(trainer.model.policy, scored.micro_batches[0], 1.0)
     expected = -(p.exp() * p).sum(-1) * scored.micro_batches[0].response_mask

@@ -39,7 +39,7 @@ from trl_trustkl.ppo.field_types import names
 from trl_trustkl.report import read_run, write_report
 from trl_trustkl.report.findings import FINDINGS
 from trl_trustkl.rollout.prompts import check_prompts, collate, encode_prompt, token_limits, tokenize_prompts
-from trl_trustkl.rollout.rewards import compute_scores
+from trl_trustkl.rollout.scorer import Scorer
 from trl_trustkl.surrogates import SURROGATES
 from trl_trustkl.types import BoundRecord, Rollout
 
@@ -487,17 +487,9 @@ def scores_of(*functions: Any, weights: list[float] | None = None) -> list[float
     rollout = Rollout(empty.long(), empty.bool(), empty.long(), empty.bool(), None, None)
     weights = weights or [1.0] * len(functions)
     words = [f"w{i}" for i in range(COUNT)]
-    scores = compute_scores(
-        list(functions),
-        weights,
-        rollout,
-        prompts=words,
-        completions=words,
-        completion_ids=[[3]] * COUNT,
-        state=None,
-        batch_size=2,
-    )
-    return scores.tolist()
+    scorer = Scorer(functions, weights, batch_size=2)
+    scores = scorer(rollout, prompts=words, completions=words, completion_ids=[[3]] * COUNT, state=None)
+    return scores.total.tolist()
 
 
 class Hostile:

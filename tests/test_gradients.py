@@ -3,7 +3,7 @@
 A policy that is a table of logits, and whose probabilities are sixths, has a finite population: 6^T responses, equally
 likely, among which every response occurs as often as it is probable. A batch of all of them has no sampling error, so
 that one update on it is the expectation, which is compared with autograd on the enumerated divergence. The advantages
-are `TrustKLPPOTrainer.advantages`, the gradient is `Optimisation.run`'s up to the optimizer's step, in float64.
+are `ppo.shaping`'s, the gradient is `Optimisation.run`'s up to the optimizer's step, in float64.
 
 p = π, q = π_ref, u = q/p at a token; τ is the temperature; γ = λ = 1 throughout.
 """
@@ -22,15 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from tests import formulas, tiny
-from trl_trustkl import TrustKLPPOTrainer
 from trl_trustkl.advantages import anchor_rewards, gae, value_positions
 from trl_trustkl.divergences import ESTIMATORS, KLEstimatorName, Placement, gradient_kind
 from trl_trustkl.errors import ConfigError
+from trl_trustkl.parallel.processes import Processes
 from trl_trustkl.policy.micro_batches import micro_batch
 from trl_trustkl.policy.reference import Reference
 from trl_trustkl.policy.value_head import PolicyAndValue
 from trl_trustkl.ppo.losses import LossScale, micro_loss
 from trl_trustkl.ppo.optimise import Optimisation
+from trl_trustkl.ppo.shaping import shaped
 from trl_trustkl.types import Batch, PolicySnapshot, Rollout, Scored, TokenOutputs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -139,26 +140,21 @@ class TablePolicy(nn.Module):
 # -- One update through the trainer's phases ---------------------------------------------------------------------------
 
 
-class PhasesOnly(TrustKLPPOTrainer):
-    """The trainer's phases without a trainer's set-up: one process, a configuration, nothing else."""
-
-    def __init__(self, args: Any) -> None:
-        self.args = args
-
-    def _pooled(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-
 class OneProcess:
-    """What `Optimisation` asks of an accelerator."""
+    """What the phases ask of an accelerator."""
 
     device = torch.device("cpu")
+    process_index = 0
     num_processes = 1
+    is_main_process = True
     scaler = None
     optimizer_step_was_skipped = False
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return tensor
 
     def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
         return tensor
@@ -261,13 +257,16 @@ def update(
         completions=[],
         **columns,
     )
-    batch = PhasesOnly(args).advantages(scored)
+    processes = Processes(OneProcess())
+    batch = shaped(scored, args, processes, kl_coef=args.kl_coef, trust_coef=args.trust_coef)
     table = model.policy.table
     if moved_to is not None:
         with torch.no_grad():
             table.copy_(moved_to)
     optimizer = KeepGradient(table)
-    Optimisation(OneProcess(), model, optimizer, [table], [], args).run(batch, torch.Generator(), None)
+    optimisation = Optimisation(args, model, OneProcess(), processes)
+    optimisation.prepare(model, optimizer)
+    optimisation.run(batch, torch.Generator(), None)
     # The loss is a mean over the tokens that count; the divergences here are of responses.
     return Update(optimizer.gradient * (mask.sum().item() / mask.any(1).sum().item()), batch)
 
@@ -742,14 +741,15 @@ def descend(args: Any, *, steps: int, lr: float = 0.05) -> tuple[list[float], Te
         scores=column[:, 0],
         completions=[],
     )
-    trainer, rule = PhasesOnly(args), args.build_surrogate()
+    processes, rule = Processes(OneProcess()), args.build_surrogate()
     theta = start.log().requires_grad_()
     divergences = []
     for step in range(steps + 1):
         logp = theta.log_softmax(-1)
         if step in (0, steps):
             divergences.append(kl(logp, q.log()).item())
-        batch = trainer.advantages(scored._replace(logp=logp.detach()[:, None]))
+        now = scored._replace(logp=logp.detach()[:, None])
+        batch = shaped(now, args, processes, kl_coef=args.kl_coef, trust_coef=args.trust_coef)
         batch = batch._replace(advantages=batch.advantages * logp.detach().exp()[:, None])
         out = TokenOutputs(logp=logp[:, None], values=torch.zeros(4, 2, dtype=torch.float64), hidden=column)
         penalties = args.build_penalties(batch.anchor.coef * batch.advantage_scale, batch.trust_coef)

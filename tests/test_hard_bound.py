@@ -207,7 +207,7 @@ def test_the_witness_would_see_a_limit_that_is_not_held(tmp_path):
 
     def pretend(batch: Batch, proposed: Measurement) -> Measurement:
         measured = enforce(batch, proposed)
-        trainer._start.policy.set_scale(1.0)
+        batch.context.snapshot.path.set_scale(1.0)
         return measured
 
     trainer.enforce = pretend

@@ -76,8 +76,8 @@ class Forced(TrustKLPPOTrainer):
     def enforce(self, batch: Any, proposed: Measurement) -> Measurement:
         measured = super().enforce(batch, proposed)
         lengths = batch.scored.rollout.response_mask.sum(1)
-        coefs = [state["coef"] for state in self._controller_states().values() if state is not None]
-        self.kept[-1] |= {"proposed": proposed.kl, "measured": measured.kl, "scale": self.enforcement.scale}
+        coefs = [state["coef"] for state in self.parts.coefficients.state_dict().values() if state is not None]
+        self.kept[-1] |= {"proposed": proposed.kl, "measured": measured.kl, "scale": batch.context.enforcement.scale}
         self.kept[-1] |= {"coefs": coefs, "longest": int(lengths.max())}
         return measured
 
@@ -125,7 +125,7 @@ def forced(folder: Path, processes: int, changes: dict[str, Any], arguments: dic
     settings = ARITHMETIC[processes] | {"num_mini_batches": 1, "max_steps": UPDATES} | changes
     given |= {"train_dataset": dataset, "peft_config": tiny.lora()} | arguments
     trainer = Forced(args=tiny.config(folder, **settings), **given)
-    trainer._order = InOrder()
+    trainer.parts.order = InOrder()
     return trainer
 
 

@@ -21,6 +21,7 @@ from trl_trustkl import TrustKLPPOConfig, load_records
 from trl_trustkl.errors import CheckpointError, ConfigError
 from trl_trustkl.run import checkpoint_folder as checkpoint
 from trl_trustkl.run import resume_compatibility as settings
+from trl_trustkl.run.checkpointer import find_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -175,7 +176,7 @@ def test_the_best_checkpoint_is_remembered_kept_and_loaded_at_the_end(tmp_path):
 def test_a_damaged_checkpoint_is_recognised_and_the_last_whole_one_used(whole, copy, caplog, damage, what):
     damage(copy / "checkpoint-6")
     trainer = build(copy)
-    assert trainer._find_checkpoint(True) == copy / "checkpoint-4"
+    assert find_checkpoint(True, copy) == copy / "checkpoint-4"
     assert any(what in record.getMessage() for record in caplog.records)
     with pytest.raises(CheckpointError) as error:
         trainer.train(resume_from_checkpoint=str(copy / "checkpoint-6"))

@@ -44,7 +44,7 @@ MOMENTS = {  # and the update that is the last one then: the one in hand, or the
     ("optimise", 2): 3,
     ("step", 9): 3,
     ("measure", 2): 3,
-    ("_write_checkpoint", 0): 2,
+    ("write", 0): 2,
     ("save_file", 1): 2,
     ("fsync", 5): 2,
 }
@@ -106,7 +106,7 @@ def signalled(run: Path, case: Case, log: Path) -> tuple[int | None, float]:
 
 def wait_for_signals(trainer: Any, said: int, count: int) -> None:
     os.write(said, b".")
-    trainer._stop_request.wait(PATIENCE)
+    trainer.parts.stop.wait(PATIENCE)
     if trainer.args.grace_seconds < 1:
         time.sleep(2 * trainer.args.grace_seconds)  # the function takes longer than that
     if count > 1:

@@ -23,6 +23,7 @@ from trl_trustkl import load_records
 from trl_trustkl.errors import Interrupted, RefusedError, RewardError, SaveError
 from trl_trustkl.rollout import rewards
 from trl_trustkl.run import checkpoint_folder as checkpoint
+from trl_trustkl.run.checkpointer import find_checkpoint
 from trl_trustkl.run.signals import StopRequest
 from trl_trustkl.trust.snapshot import UpdateSnapshot
 
@@ -93,7 +94,7 @@ def test_a_run_cut_off_between_a_checkpoint_s_rename_and_the_next_record_is_resu
         trainer.train()
     monkeypatch.undo()
     resumed = build(tmp_path)
-    assert resumed._find_checkpoint(True) == tmp_path / "checkpoint-4" and len(load_records(tmp_path)) == 4
+    assert find_checkpoint(True, tmp_path) == tmp_path / "checkpoint-4" and len(load_records(tmp_path)) == 4
     resumed.train(resume_from_checkpoint=True)
     assert survival.same(whole, tmp_path)
 
@@ -117,16 +118,14 @@ def terminate(name: str) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize(
-    "phase", ["rollout", "score", "optimise", "step", "measure", "_end_update", "_write_checkpoint"]
-)
+@pytest.mark.parametrize("phase", ["rollout", "score", "optimise", "step", "measure", "_end_update", "write"])
 def test_sigterm_in_any_phase_finishes_the_update_and_saves_it(whole, tmp_path, phase):
-    number = {"step": 9, "_write_checkpoint": 0}.get(phase, 2)
+    number = {"step": 9, "write": 0}.get(phase, 2)
     trainer = build(tmp_path)
     with pytest.raises(Interrupted) as ended, counted(trainer, (phase, number), terminate):
         trainer.train()
     assert ended.value.code == 143 and trainer.interrupted == signal.SIGTERM
-    done = 2 if phase == "_write_checkpoint" else 3
+    done = 2 if phase == "write" else 3
     assert trainer.state.global_step == len(load_records(tmp_path)) == done
     assert checkpoint.damage(tmp_path / f"checkpoint-{done}") is None
     build(tmp_path).train(resume_from_checkpoint=True)
@@ -286,7 +285,6 @@ def test_an_update_that_is_undone_leaves_the_optimizer_as_it_was(tmp_path):
     trainer = build(
         tmp_path, panic_kl=1e-9, max_refused=3, save_strategy="no", max_steps=5, lr_scheduler_type="constant"
     )
-    trainer._start = None
     with pytest.raises(RefusedError) as error:
         trainer.train()
     for piece in ("3 updates in a row", "`max_refused` got 3", "panic_kl", "checkpoint-3", "learning_rate"):

@@ -29,7 +29,7 @@ from trl_trustkl.policy import loading, split_lm
 from trl_trustkl.policy import value_head as models
 from trl_trustkl.policy.loading import trainable
 from trl_trustkl.policy.reference import REFERENCE_ADAPTER
-from trl_trustkl.ppo import plumbing
+from trl_trustkl.ppo import loop
 from trl_trustkl.ppo.optimise import Optimisation
 from trl_trustkl.rollout import rewards
 from trl_trustkl.rollout.prompts import PromptOrder
@@ -405,7 +405,7 @@ def test_an_evaluation_at_the_start_comes_first_and_not_again_after_a_resume(tmp
 
 def test_the_cache_is_emptied_as_often_as_asked(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(plumbing, "clear_device_cache", lambda: calls.append(1))
+    monkeypatch.setattr(loop, "clear_device_cache", lambda: calls.append(1))
     run(tmp_path, changes={"torch_empty_cache_steps": 2, "max_steps": 4})
     assert len(calls) == 2
 
@@ -712,7 +712,7 @@ def test_a_prompt_does_not_depend_on_the_padding_beside_it(tmp_path, family):
         script=[([9, 8, 7, 6, 5, 4], 6)],
     )
     alone, beside = (
-        trainer.score(trainer.rollout(trainer._collate([trainer.train_dataset[i] for i in rows])))
+        trainer.score(trainer.rollout(trainer.parts.collate([trainer.train_dataset[i] for i in rows])))
         for rows in (range(8), range(8, 16))
     )
     torch.testing.assert_close(alone.logp[::2], beside.logp[::2], rtol=0, atol=1e-4)
@@ -1226,7 +1226,7 @@ def test_the_models_own_generation_config_is_neither_used_nor_changed(tmp_path):
 def test_prompts_are_generated_from_a_few_at_a_time(tmp_path, size, monkeypatch):
     from trl_trustkl.rollout import transformers_engine as generation
 
-    calls = count_calls(monkeypatch, generation, "sample_responses")
+    calls = count_calls(monkeypatch, generation.TransformersEngine, "_generate")
     _, records = run(tmp_path, changes={"local_rollout_forward_batch_size": size, "max_steps": 1})
     assert [len(args[1]) for args, _ in calls] == {1: [1] * 8, 3: [3, 3, 2], 64: [8]}[size]
     assert records[0]["trust"]["kl"] > 0
@@ -1279,7 +1279,7 @@ def test_a_checkpoint_holds_the_value_and_the_controller_beside_the_policy(tmp_p
     assert same(load_file(folder / "value.safetensors"), weights(trainer.model.value))
     assert (folder / "adapter_model.safetensors").exists() and (folder / "optimizer.pt").exists()
     state = json.loads((folder / "trustkl_state.json").read_text())
-    assert state["kl_controller"]["coef"] == trainer.kl_state.coef
+    assert state["kl_controller"]["coef"] == trainer.parts.coefficients.kl_state.coef
 
 
 # -- controllers and learning ------------------------------------------------------------------------------------------
@@ -1293,9 +1293,9 @@ def test_the_adaptive_controller_follows_ziegler_from_the_exact_kl(tmp_path):
     for record in records:
         error = min(max(record["anchor"]["kl_exact"] / 0.5 - 1, -2.0), 2.0)
         expected.append(expected[-1] * (1 + error * 8 / 100))
-    coefs = [*(record["anchor"]["coef"] for record in records), trainer.kl_state.coef]
+    coefs = [*(record["anchor"]["coef"] for record in records), trainer.parts.coefficients.kl_state.coef]
     assert coefs == pytest.approx(expected, rel=1e-9)
-    assert trainer.kl_controller == AdaptiveKL(0.2, 0.5, horizon=100, clip=2.0)
+    assert trainer.parts.coefficients.kl_controller == AdaptiveKL(0.2, 0.5, horizon=100, clip=2.0)
     assert coefs[1] < coefs[0] and coefs[-1] > min(coefs)  # down from a KL of 0, and up again later
     assert any(abs(record["anchor"]["kl"] - record["anchor"]["kl_exact"]) > 0.05 for record in records)
 

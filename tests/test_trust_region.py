@@ -522,13 +522,13 @@ TWO_PROCESSES = """
             measured = enforce(batch, proposed)
             weights = [float(p.detach().double().abs().sum()) for p in trainable(trainer.model)]
             own = dict(dense=trainer.dense[-1], tokens=int(batch.scored.rollout.response_mask.sum()))
-            enforced.append([trainer.enforcement._asdict(), measured._asdict(), weights, own])
+            enforced.append([batch.context.enforcement._asdict(), measured._asdict(), weights, own])
             return measured
 
         trainer.enforce = kept
         trainer.train()
         rank = trainer.accelerator.process_index
-        out = dict(enforced=enforced, states=trainer._controller_states())
+        out = dict(enforced=enforced, states=trainer.parts.coefficients.state_dict())
         Path(f"{folder}-rank{rank}.json").write_text(json.dumps(out))
 
     run(sys.argv[1] + "/lora")
@@ -718,7 +718,7 @@ def test_the_controller_moves_the_penalty_by_the_proposed_kl(name, kwargs, contr
         kl = record["trust"]["kl_proposed"]
         assert (kl > 1.5 * LIMIT) == (rate == 5e-2)
         state = controller.update(state, kl=max(0.0, kl), episodes=8)
-    assert trainer.trust_state == state
+    assert trainer.parts.coefficients.trust_state == state
     assert (state.coef > 0.1) == (rate == 5e-2)
 
 
@@ -818,7 +818,7 @@ def test_the_factor_multiplies_the_schedule_and_leaves_it_and_the_value_alone(ta
         share = 1 - state.coef
         assert (record["binding"] == "lr") <= (share > 0)
         state = rule.update(state, kl=record["trust"]["kl_proposed"], episodes=8)
-    assert trainer.lr_state == state and (state.coef < 1) == (target == 1e-4)
+    assert trainer.parts.coefficients.lr_state == state and (state.coef < 1) == (target == 1e-4)
     rates = {group["lr"] for group in trainer.optimizer.param_groups}
     assert rates == {0.0}, "the schedule has come to its end, whatever the factor"
 
@@ -942,7 +942,13 @@ def test_the_states_of_all_controllers_are_in_the_checkpoint(tmp_path):
     trainer = tiny.trainer(tmp_path, changes=changes)
     states, end = [], trainer.callback_handler.on_step_end
     trainer.callback_handler.on_step_end = lambda *args: (
-        states.append((trainer.kl_state, trainer.trust_state, trainer.lr_state)),
+        states.append(
+            (
+                trainer.parts.coefficients.kl_state,
+                trainer.parts.coefficients.trust_state,
+                trainer.parts.coefficients.lr_state,
+            )
+        ),
         end(*args),
     )[1]
     trainer.train()

@@ -55,11 +55,13 @@ def anchor_rewards(divergence: Tensor, mask: Tensor, coef: float, *, of_contexts
     return -coef * cost
 
 
-def gae(rewards: Tensor, values: Tensor, *, gamma: float, lam: float) -> Tensor:
+def gae(rewards: Tensor, values: Tensor | None = None, *, gamma: float, lam: float) -> Tensor:
     """Generalised advantage estimates [B, T] (Schulman et al., arXiv 1506.02438, eq. 16), with V = 0 after the end.
 
-    A_t = Σ_k (γλ)^k δ_{t+k}, δ_t = r_t + γ V_{t+1} − V_t. Values and rewards must be 0 where nothing counts.
+    A_t = Σ_k (γλ)^k δ_{t+k}, δ_t = r_t + γ V_{t+1} − V_t. Values and rewards must be 0 where nothing counts. Without
+    `values` V is 0 everywhere.
     """
+    values = torch.zeros_like(rewards) if values is None else values
     advantage = torch.zeros_like(rewards[:, 0])
     following = torch.zeros_like(advantage)
     columns: list[Tensor] = []

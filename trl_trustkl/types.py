@@ -7,8 +7,10 @@ token counts. Divergences are in nats.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Annotated, Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -33,12 +35,51 @@ class PolicySnapshot(NamedTuple):
     head: Head
 
 
+class Path(Protocol):
+    """The segment from θ_old to θ: `set_scale(a)` puts the trained parameters at θ_old + a(θ − θ_old)."""
+
+    def set_scale(self, scale: float) -> None: ...
+
+
+class Snapshot(Protocol):
+    """Where an update began. `restore` puts everything that the update changed back, bit for bit."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def restore(self) -> None: ...
+
+
+@dataclass
+class UpdateContext:
+    """What one update carries from phase to phase; each phase adds what it found out.
+
+    update: the number of updates finished before this one. training: False for a batch of an evaluation, which updates
+    nothing. sampling_seed: of this process's stream of random numbers for the rollout. random_states: of the process,
+    before the update. episode: responses sampled before the update. seconds: time of each phase. rejected: why the update
+    was rolled back, or None. snapshot: where the update began; None before its first step. enforcement: of the trust
+    region; None before it was enforced.
+    """
+
+    update: int
+    training: bool
+    sampling_seed: int
+    episode: int = 0
+    random_states: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+    rejected: str | None = None
+    snapshot: Snapshot | None = None
+    enforcement: Enforcement | None = None
+
+
 class Prompts(NamedTuple):
     """One batch of prompts: `ids` and `mask` [B, P], left-padded, and the dataset row behind each of them."""
 
     ids: Tensor
     mask: Tensor
     rows: list[dict[str, Any]]
+    context: UpdateContext | None = None
 
 
 class Rollout(NamedTuple):
@@ -47,6 +88,7 @@ class Rollout(NamedTuple):
     prompt_ids, prompt_mask: [B, P], left-padded. response_ids, response_mask: [B, T]; the mask is True up to and
     including the stop token, wherever it is the same token as the padding. sampler_logp: [B, T] log-probability of each
     sampled token under the distribution it was drawn from, or None when the sampler did not tell. rows: the dataset rows.
+    context: the update's; the trainer adds it where a `rollout` of the user's leaves it out.
     """
 
     prompt_ids: Tensor
@@ -55,6 +97,7 @@ class Rollout(NamedTuple):
     response_mask: Tensor
     sampler_logp: Tensor | None = None
     rows: list[dict[str, Any]] | None = None
+    context: UpdateContext | None = None
 
 
 class MicroBatch(NamedTuple):
@@ -114,6 +157,13 @@ class Scored(NamedTuple):
     completions: list[str]
     ref_peers: list[PolicySnapshot] | None = None
 
+    @property
+    def context(self) -> UpdateContext:
+        """The update's; `score` sees to it that the rollout has one."""
+        if self.rollout.context is None:
+            raise ValueError("the rollout has no context; the trainer's `score` gives it one")
+        return self.rollout.context
+
 
 class Batch(NamedTuple):
     """What the optimizer sees: a scored rollout, its advantages (whitened if asked) and returns, both [B, T].
@@ -131,6 +181,10 @@ class Batch(NamedTuple):
     advantage_scale: float = 1.0
     trust_coef: float = 0.0
     finite: bool = True
+
+    @property
+    def context(self) -> UpdateContext:
+        return self.scored.context
 
 
 class AnchorMeasurement(NamedTuple):
@@ -217,13 +271,16 @@ class Measurement(NamedTuple):
 class Enforcement(NamedTuple):
     """What enforcement did: the KL before it, the scale kept of the step, the tries it took, the limit it holds.
 
-    The scale is None without a limit, and 0 of an update that was refused.
+    The scale is None without a limit, and 0 of an update that was rejected. measured: the batch after enforcement, None
+    where nothing was enforced. rejected: why the update was rolled back, or None.
     """
 
     kl_proposed: float
     scale: float | None
     tries: int
     limit: float | None
+    measured: Measurement | None = None
+    rejected: str | None = None
 
 
 class AnchorRecord(NamedTuple):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -26,6 +28,21 @@ def load_causal_lm(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedM
 def load_scalar_model(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedModel:
     """A reward or value model (a sequence classifier with one label) by name."""
     return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **(init_kwargs or {}))
+
+
+def save_policy(
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    args: Any,
+    folder: Path,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Save the policy, its tokenizer and the configuration, ready for `from_pretrained`."""
+    # PEFT saves every adapter; the frozen clone that serves as reference is no part of the result.
+    chosen = {"selected_adapters": [policy.active_adapter]} if isinstance(policy, PeftModel) else {}
+    policy.save_pretrained(str(folder), state_dict=state_dict, **chosen)
+    tokenizer.save_pretrained(str(folder))
+    torch.save(args, folder / "training_args.bin")
 
 
 def load_policy(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..errors import ConfigError, ModelError
 from ..types import MicroBatch, PolicySnapshot
 from .loading import disable_dropout
-from .split_lm import SplitLM, model_inputs
+from .split_lm import SplitLM
 
 REFERENCE_ADAPTER = "trustkl_ref"
 
@@ -23,14 +23,14 @@ REFERENCE_ADAPTER = "trustkl_ref"
 class Reference:
     """π_ref, frozen for the whole run: a model of its own, an adapter of the policy, or the policy's adapters off."""
 
-    def __init__(self, policy: nn.Module, halves: SplitLM, model: nn.Module | None, adapter: str | None) -> None:
+    def __init__(self, policy: nn.Module, split_lm: SplitLM, model: nn.Module | None, adapter: str | None) -> None:
         self.policy = policy
         self.model = model
         self.adapter = adapter
-        self.split_lm = SplitLM(model, name="ref_model") if model is not None else halves
-        if self.split_lm.vocab_size != halves.vocab_size:
+        self.split_lm = SplitLM(model, name="ref_model") if model is not None else split_lm
+        if self.split_lm.vocab_size != split_lm.vocab_size:
             raise ModelError(
-                f"`ref_model` has {self.split_lm.vocab_size} vocabulary entries and the policy {halves.vocab_size}; "
+                f"`ref_model` has {self.split_lm.vocab_size} vocabulary entries and the policy {split_lm.vocab_size}; "
                 "a KL divergence needs the same vocabulary."
             )
         projection = getattr(self.split_lm.head, "projection", None)
@@ -39,11 +39,9 @@ class Reference:
     @torch.no_grad()
     def peer(self, micro: MicroBatch) -> PolicySnapshot:
         """The reference's hidden states at the micro-batch's response tokens, with its head."""
-        inputs, first = model_inputs(micro)
         with self.active():
-            states, _ = self.split_lm.hidden(inputs, first)
-        head = self._head_as_reference if self._head_has_adapter else self.split_lm.head
-        return PolicySnapshot(states[:, :-1][micro.response_mask], head)
+            hidden = self.split_lm.hidden_states(micro)
+        return PolicySnapshot(hidden, self._head_as_reference if self._head_has_adapter else self.split_lm.head)
 
     def _head_as_reference(self, hidden: Tensor) -> Tensor:
         with self.active():
@@ -69,7 +67,7 @@ class Reference:
 
 def build_reference(
     policy: nn.Module,
-    halves: SplitLM,
+    split_lm: SplitLM,
     ref_model: nn.Module | None,
     *,
     ref_adapter_name: str | None,
@@ -93,24 +91,24 @@ def build_reference(
             )
         disable_dropout(ref_model)
         ref_model.requires_grad_(False)
-        return Reference(policy, halves, ref_model.train(), None)
+        return Reference(policy, split_lm, ref_model.train(), None)
     if not isinstance(policy, PeftModel):
         if ref_adapter_name is not None:
             raise ConfigError(f"`ref_adapter_name` got {ref_adapter_name!r}, but the model has no adapters.")
         clone = copy.deepcopy(policy).requires_grad_(False)
         clone.gradient_checkpointing_disable()
-        return Reference(policy, halves, clone, None)
+        return Reference(policy, split_lm, clone, None)
     if ref_adapter_name is not None:
         if ref_adapter_name not in policy.peft_config:
             raise ConfigError(
                 f"`ref_adapter_name` got {ref_adapter_name!r}; the model's adapters are {sorted(policy.peft_config)}."
             )
         freeze_adapter(policy, ref_adapter_name)
-        return Reference(policy, halves, None, ref_adapter_name)
+        return Reference(policy, split_lm, None, ref_adapter_name)
     if new_adapter:
-        return Reference(policy, halves, None, None)
+        return Reference(policy, split_lm, None, None)
     clone_adapter(policy, policy.active_adapter, REFERENCE_ADAPTER)
-    return Reference(policy, halves, None, REFERENCE_ADAPTER)
+    return Reference(policy, split_lm, None, REFERENCE_ADAPTER)
 
 
 def clone_adapter(policy: PeftModel, source: str, target: str) -> None:

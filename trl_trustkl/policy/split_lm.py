@@ -143,6 +143,12 @@ class SplitLM:
             out = self.causal(**accepted(self.causal, inputs), use_cache=False, output_hidden_states=True)
         return out.logits[:, first:], out.hidden_states[-1][:, first:]
 
+    def hidden_states(self, micro: MicroBatch) -> Tensor:
+        """The states [N, H] (or logits [N, V], where there is no separate head) that predict the N response tokens."""
+        inputs, first = model_inputs(micro)
+        states, _ = self.hidden(inputs, first)
+        return states[:, :-1][micro.response_mask]
+
     def frozen_head(self) -> Head:
         return self.head.frozen() if self.chunked else self.head
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,41 +12,76 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..errors import ConfigError, shown
+from ..parallel.processes import Processes
 from ..policy.loading import trainable
+from ..policy.value_head import PolicyAndValue
+from ..run import rng
+from ..run.failure_handling import reject
+from ..trust.snapshot import UpdateSnapshot
 from ..types import Batch, PolicySnapshot, TokenOutputs, UpdateStats
 from .config import TrustKLPPOConfig
 from .losses import LossScale, LossSums, Penalties, Rule, epoch_stats, micro_loss, stacked
 
 
-@dataclass
 class Optimisation:
-    """What an update needs to step: the prepared model and optimizer, and the parameters in their two groups.
+    """Makes the steps of an update.
 
     Policy and value are clipped to `max_grad_norm` apart from each other, so that a large value error does not shrink the
     policy's step, and the norm on record is the policy's.
     """
 
-    accelerator: Accelerator
-    model: nn.Module
-    optimizer: Any
-    policy_parameters: list[nn.Parameter]
-    value_parameters: list[nn.Parameter]
-    args: TrustKLPPOConfig
+    def __init__(
+        self, args: TrustKLPPOConfig, model: PolicyAndValue, accelerator: Accelerator, processes: Processes
+    ) -> None:
+        self.args = args
+        self.accelerator = accelerator
+        self.processes = processes
+        self.policy_and_value = model
+        self.policy_parameters = trainable(model.policy)
+        self.value_parameters = trainable(model.value)
+        self.model: nn.Module = model
+        self.optimizer: Any = None
+
+    def prepare(self, model: nn.Module, optimizer: Any) -> None:
+        """Take the model and the optimizer as accelerate wrapped them."""
+        self.model, self.optimizer = model, optimizer
+
+    def snapshot(self) -> UpdateSnapshot:
+        """Policy, value and optimizer as they are now."""
+        return UpdateSnapshot(self.policy_parameters, self.policy_and_value.undoable_value, self.optimizer)
+
+    def update(self, batch: Batch, too_far: Callable[[Sequence[int]], bool], *, lr_factor: float) -> UpdateStats:
+        """The PPO epochs on a batch, at the policy's scheduled learning rate times `lr_factor`. An update with a step that
+        is not finite is rejected and rolled back; `too_far(micro-batches just stepped)` ends one early."""
+        context = batch.context
+        context.snapshot = snapshot = self.snapshot()
+        if context.rejected is not None:
+            stats = self.none(context.rejected)
+        else:
+            generator = rng.generator(self.args.seed, rng.RngStream.MINI_BATCHES, context.update, self.processes.index)
+            with scaled_learning_rate(self.optimizer, self.policy_parameters, lr_factor):
+                stats = self.run(batch, generator, too_far)
+        if stats.refused is None and not math.isfinite(stats.total.policy_loss + stats.total.value_loss):
+            stats = stats._replace(refused="the loss is not finite")
+        if stats.refused is not None:
+            snapshot.restore()
+            reject(context, stats.refused)
+        return stats
 
     def run(
         self, batch: Batch, generator: torch.Generator, too_far: Callable[[Sequence[int]], bool] | None
     ) -> UpdateStats:
-        """All epochs, unless `too_far(micro-batches just stepped)` ends them or a step is refused."""
+        """All epochs, unless `too_far` ends them or a step is refused."""
         args = self.args
         if (reason := not_finite(batch)) is not None:
-            return self.nothing(reason)
+            return self.none(reason)
         rule = args.build_surrogate()
         penalties = args.build_penalties(batch.anchor.coef * batch.advantage_scale, batch.trust_coef)
         planned = self._planned_steps
         steps, norms, scales, epochs = 0, [], [], []
         refused, stopped = None, False
         for epoch in range(args.num_ppo_epochs):
-            sums = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=self.accelerator.device)
+            sums = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=self.processes.device)
             for mini in self._mini_batches(len(batch.scored.micro_batches), generator):
                 sums += self._backward(batch, mini, rule, penalties)
                 norm = self._clip(self.policy_parameters)
@@ -67,7 +101,7 @@ class Optimisation:
                 if too_far is not None and steps < planned and too_far(mini):
                     stopped = True
                     break
-            epochs.append(self.accelerator.reduce(sums, reduction="sum"))
+            epochs.append(self.processes.sum(sums))
             if stopped or refused is not None:
                 break
         return UpdateStats(
@@ -81,7 +115,7 @@ class Optimisation:
             refused=refused,
         )
 
-    def nothing(self, reason: str) -> UpdateStats:
+    def none(self, reason: str) -> UpdateStats:
         """The statistics of an update that was refused before its first step."""
         none = epoch_stats(torch.zeros(len(LossSums._fields)))
         return UpdateStats(none, [], 0, self._planned_steps, math.nan, 1.0, stopped=False, refused=reason)
@@ -101,7 +135,7 @@ class Optimisation:
         """Accumulate the mini-batch's gradient; returns its sums on this process."""
         args, scored = self.args, batch.scored
         scale = self._loss_scale(batch, mini)
-        total = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=self.accelerator.device)
+        total = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=self.processes.device)
         for number, index in enumerate(mini, start=1):
             micro = scored.micro_batches[index]
             with self._synchronised(last=number == len(mini)):
@@ -116,7 +150,7 @@ class Optimisation:
                     penalties=penalties,
                 )
                 # Gradients are averaged over processes; the loss is already divided by the count of all of them.
-                self.accelerator.backward(loss * self.accelerator.num_processes)
+                self.accelerator.backward(loss * self.processes.count)
             total += stacked(sums)
         return total
 
@@ -133,7 +167,7 @@ class Optimisation:
     def _loss_scale(self, batch: Batch, mini: list[int]) -> LossScale:
         rows = torch.cat([batch.scored.micro_batches[index].rows for index in mini])
         counts = torch.stack([batch.scored.loss_mask[rows].sum(), batch.scored.value_mask[rows].sum()])
-        return LossScale(*self.accelerator.reduce(counts.double(), reduction="sum").tolist())
+        return LossScale(*self.processes.sum(counts.double()).tolist())
 
     def _synchronised(self, *, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if last else self.accelerator.no_sync(self.model)
@@ -149,6 +183,21 @@ class Optimisation:
     def _scale(self, norm: float) -> float:
         limit = self.args.norm_limit
         return min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+
+
+@contextmanager
+def scaled_learning_rate(optimizer: Any, policy: Sequence[nn.Parameter], factor: float) -> Iterator[None]:
+    """The policy's scheduled learning rate times the factor, inside only: the schedule never sees it."""
+    of_policy = {id(p) for p in policy}
+    groups = [g for g in optimizer.param_groups if any(id(p) in of_policy for p in g["params"])]
+    scheduled = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] = group["lr"] * factor
+    try:
+        yield
+    finally:
+        for group, rate in zip(groups, scheduled, strict=True):
+            group["lr"] = rate
 
 
 def not_finite(batch: Batch) -> str | None:
@@ -183,3 +232,14 @@ def adopt(optimizer: Any, model: Any, *, rate: float | None, scheduled: bool) ->
         optimizer.param_groups[0]["params"].extend(value)
     elif value:
         optimizer.add_param_group({"params": value} | ({} if rate is None else {"lr": rate}))
+
+
+def separate_value(optimizer: Any, value: Sequence[nn.Parameter], *, rate: float | None) -> None:
+    """Move the value's parameters into groups for their own learning rate; with None it is the policy's."""
+    ids = {id(p) for p in value}
+    for group in list(optimizer.param_groups):
+        mine = [p for p in group["params"] if id(p) in ids]
+        if mine:
+            group["params"] = [p for p in group["params"] if id(p) not in ids]
+            settings = {key: setting for key, setting in group.items() if key != "params"}
+            optimizer.add_param_group({**settings, "params": mine, "lr": group["lr"] if rate is None else rate})

@@ -8,61 +8,41 @@ each a method with a NamedTuple in and a NamedTuple out, to be overridden one at
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 
-from .. import bounds
-from ..advantages import anchor_rewards, gae, place_scores, value_positions
-from ..callbacks.bound_report import with_report
-from ..errors import ConfigError, ModelError
-from ..masking import masked_moments, weighing_factor, whiten
-from ..policy import loading
-from ..policy.micro_batches import longest_first, micro_batch, trim_left
-from ..policy.reference import build_reference
-from ..policy.value_head import PolicyAndValue
-from ..rollout import transformers_engine as generation
-from ..rollout.prompts import collate_nothing, prepare_datasets, token_limits
-from ..rollout.rewards import RewardFunc, build_rewards, token_readers
-from ..run import rng
-from ..run.failure_handling import Endings
-from ..run.rng import RngStream
-from ..run.signals import StopRequest
+from ..callbacks.bound_report import BoundReportCallback, is_report, with_report
+from ..errors import ConfigError
+from ..policy.loading import save_policy, trainable
+from ..report import model_card
+from ..rollout.prompts import collate_nothing
+from ..rollout.rewards import RewardFunc
+from ..rollout.sampling import padded
+from ..run.failure_handling import reject
+from ..run.state import OnlineTrainerState
 from ..trl_compat.version import PPOTrainer
-from ..trust.snapshot import UpdateSnapshot
-from ..trust_region import backtrack
-from ..types import (
-    Batch,
-    BoundRecord,
-    Enforcement,
-    Measurement,
-    MicroBatch,
-    PolicySnapshot,
-    Prompts,
-    Rollout,
-    Scored,
-    UpdateStats,
-)
-from .cards import Cards
+from ..trust.measurement import measure
+from ..types import Batch, BoundRecord, Measurement, Prompts, Rollout, Scored, UpdateStats
+from . import contexts, models, parts, recording, setup
 from .config import TrustKLPPOConfig
-from .evaluation import Evaluation
-from .logs import Logs
-from .measuring import Measuring
-from .plumbing import Plumbing
-from .saving import Saving
-from .scoring import Scoring
+from .evaluation import chosen_dataset
+from .loop import TrainingLoop
+from .optimise import separate_value
+from .shaping import shaped
 
-_TOKEN_COLUMNS = ("logp", "ref_logp", "ref_kl", "entropy")
+logger = logging.get_logger(__name__)
 
 
-class TrustKLPPOTrainer(Scoring, Measuring, Endings, Evaluation, Saving, Cards, Logs, Plumbing, PPOTrainer):
+class TrustKLPPOTrainer(PPOTrainer):
     """PPO with an anchor to a reference and a trust region around the old policy, and a record of what bounded each update.
 
     Args:
@@ -106,42 +86,33 @@ class TrustKLPPOTrainer(Scoring, Measuring, Endings, Evaluation, Saving, Cards, 
         reward_processing_classes: Any = None,
     ) -> None:
         args = TrustKLPPOConfig("trainer_output") if args is None else args
-        _check_arguments(args, model, ref_model, train_dataset, reward_model, reward_funcs)
+        setup.check_arguments(args, model, ref_model, train_dataset, reward_model, reward_funcs)
         set_seed(args.seed)  # adapters and value heads start from random numbers
-        policy, tokenizer = loading.load_policy(model, processing_class, args, peft_config)
-        self.is_peft_model = isinstance(policy, PeftModel)
-        self.reward_funcs, self.reward_weights = build_rewards(
-            reward_funcs if reward_model is None else reward_model,
-            reward_processing_classes,
-            weights=args.reward_weights,
-            init_kwargs=args.model_init_kwargs,
-            vocab_size=len(tokenizer),
+        reward_funcs = reward_funcs if reward_model is None else reward_model
+        ready = models.prepare(
+            args, model=model, tokenizer=processing_class, ref_model=ref_model, value_model=value_model,
+            peft_config=peft_config, reward_funcs=reward_funcs, reward_processing_classes=reward_processing_classes,
+            train=train_dataset, evaluation=eval_dataset, tags=self._tag_names,
+        )  # fmt: skip
+        self.is_peft_model = isinstance(ready.trained.policy, PeftModel)
+        self.reference, self.reward_funcs, self.reward_weights = (
+            ready.reference,
+            ready.reward_funcs,
+            ready.reward_weights,
         )
-        value = loading.prepare_value_model(value_model, args)
-        trained = PolicyAndValue(policy, value, temperature=args.temperature, detach_value=args.detach_value_head)
-        self.reference = build_reference(
-            policy,
-            trained.split_lm,
-            loading.load_causal_lm(ref_model, args.model_init_kwargs) if isinstance(ref_model, str) else ref_model,
-            ref_adapter_name=args.ref_adapter_name,
-            new_adapter=peft_config is not None,
-        )
-        others = {"ref_model": self.reference.model, "value_model": value, **token_readers(self.reward_funcs)}
-        self._room = token_limits(policy, others)
-        train_dataset, eval_dataset = prepare_datasets(train_dataset, eval_dataset, tokenizer, self._room, args)
-        self._stop_ids = generation.stop_ids(policy, tokenizer, args, text="prompt" in train_dataset.column_names)
         # TRL's own PPO constructor builds models and loop the way this one replaces; its base's is the one to call.
         super(PPOTrainer, self).__init__(
-            model=trained,
-            args=args,
-            data_collator=data_collator or collate_nothing,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            callbacks=with_report(callbacks),
+            model=ready.trained, args=args, data_collator=data_collator or collate_nothing, train_dataset=ready.train,
+            eval_dataset=ready.evaluation, processing_class=ready.tokenizer, callbacks=with_report(callbacks),
             optimizers=optimizers,
-        )
-        self._setup(data_collator)
+        )  # fmt: skip
+        setup.refuse_sharding(deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
+        self.state = OnlineTrainerState()
+        self.parts = parts.build(
+            args, ready, self.accelerator, optimizers=(self.optimizer, self.lr_scheduler), data_collator=data_collator,
+            callbacks=lambda: self.callback_handler.callbacks, score_held_out=self._score_held_out,
+        )  # fmt: skip
+        self._loop = TrainingLoop(self, self.parts)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -151,7 +122,7 @@ class TrustKLPPOTrainer(Scoring, Measuring, Endings, Evaluation, Saving, Cards, 
         """Run the updates; returns TRL's TrainOutput.
 
         `resume_from_checkpoint`: a path, or True for the last whole checkpoint in `output_dir`; the run goes on as if it had
-        never stopped. SIGTERM and Ctrl-C end it after the update in hand (given up after `grace_seconds`), with a
+        never stopped. SIGTERM and Ctrl-C end it after the current update (given up after `grace_seconds`), with a
         checkpoint and `Interrupted`, a SystemExit of 128 + the signal; a second one ends it at once. The other arguments are
         those of transformers' method, and change nothing.
 
@@ -161,154 +132,54 @@ class TrustKLPPOTrainer(Scoring, Measuring, Endings, Evaluation, Saving, Cards, 
             RefusedError: `max_refused` updates in a row had to be undone; the state before them is saved.
             SaveError: a checkpoint or a record could not be written; the last whole checkpoint stays.
         """
-        with StopRequest(self.args.grace_seconds) as self._stop_request:
-            self._begin_training(resume_from_checkpoint)
-            while self._goes_on():
-                with self._update_in_hand():
-                    self._update()
-            return self._end_training()
+        self.is_in_train = True
+        output = self._loop.run(resume_from_checkpoint)
+        self.is_in_train = False
+        return output
 
-    def _update(self) -> None:
-        with self._timed("generate"):
-            rollout = self.rollout(self.next_prompts())
-        with self._timed("score"):
-            scored = self.score(rollout)
-            batch = self.advantages(scored)
-        with self._timed("optimise"):
-            stats = self.optimise(batch)
-        with self._timed("measure"):
-            proposed = self.measure(batch)
-            self.enforcement = Enforcement(proposed.kl, scale=None, tries=0, limit=None)
-            measured = self.enforce(batch, proposed)
-        self._end_update(batch, stats, self.record(batch, stats, measured))
+    @property
+    def interrupted(self) -> int | None:
+        """The signal that ended the run, or None."""
+        return self._loop.interrupted
 
     # -- the phases ----------------------------------------------------------------------------------------------------
 
     def next_prompts(self) -> Prompts:
         """This process's prompts of the update that begins."""
-        rows = self._order.rows(self.state.global_step)
-        local = self.args.local_batch_size
-        mine = rows[self.accelerator.process_index * local :][:local]
-        return self._collate([self.train_dataset[row] for row in mine])
+        rows, local = self.parts.order.rows(self.state.global_step), self.args.local_batch_size
+        mine = rows[self.parts.processes.index * local :][:local]
+        return self.parts.collate([self.train_dataset[row] for row in mine])
 
     def rollout(self, prompts: Prompts) -> Rollout:
         """Sample a response to each prompt from the policy."""
-        args, policy = self.args, self.model.policy
-        config = generation.generation_config(
-            response_length=args.response_length,
-            temperature=args.temperature,
-            stop_ids=self._stop_ids,
-            pad_token_id=self.processing_class.pad_token_id,
-            extra=args.generation_kwargs,
-        )
-        parts = []
-        with (
-            self.accelerator.autocast(),
-            rng.seeded(self.accelerator.device, args.seed, *self._sampling_key, self.accelerator.process_index),
-        ):
-            for start in range(0, len(prompts.ids), args.local_rollout_forward_batch_size):
-                rows = slice(start, start + args.local_rollout_forward_batch_size)
-                ids, mask = trim_left(prompts.ids[rows], prompts.mask[rows])
-                parts.append(generation.sample_responses(policy, ids, mask, stop_ids=self._stop_ids, config=config))
-        responses, masks, logps = zip(*parts, strict=True)
-        return Rollout(
-            prompts.ids,
-            prompts.mask,
-            torch.cat(responses),
-            torch.cat(masks),
-            torch.cat(logps),
-            prompts.rows,
-        )
+        context = prompts.context or contexts.of_update(self.args, self.state, self.parts.processes.index)
+        self.parts.engine.sync(self.state.global_step, self.model.policy.named_parameters())
+        ids = [row[mask] for row, mask in zip(prompts.ids, prompts.mask, strict=True)]
+        samples = self.parts.engine.generate(ids, context.sampling_seed)
+        length, padding = self.args.response_length, self.processing_class.pad_token_id
+        return padded(prompts._replace(context=context), samples, length=length, pad_token_id=padding)
 
     def score(self, rollout: Rollout) -> Scored:
-        """Log-probabilities under π_old and π_ref, values and rewards: all that is fixed before the first step.
-
-        The micro-batches and their trimming are fixed here, and used again when optimising and measuring: then ratio = 1
-        and KL = 0 bit for bit before the first step, in bf16 too.
-        """
-        micros = self._micro_batches(rollout)
-        shape = rollout.response_mask.shape
-        columns = {name: rollout.response_mask.new_zeros(shape, dtype=torch.float32) for name in _TOKEN_COLUMNS}
-        values = rollout.response_mask.new_zeros((shape[0], shape[1] + 1), dtype=torch.float32)
-        head = self.model.split_lm.frozen_head()
-        old_peers, ref_peers = [], []
-        for micro in micros:
-            with self.accelerator.autocast():
-                peer = self.reference.peer(micro)
-            out = self._forward_only(micro, entropy=True, ref=peer)
-            old_peers.append(PolicySnapshot(out.hidden, head))
-            ref_peers.append(peer)
-            for name, column in columns.items():
-                column[micro.rows, : micro.response_ids.shape[1]] = getattr(out, name).float()
-            values[micro.rows, : out.values.shape[1]] = out.values.float()
-        completions, scores = self._rewards(rollout)
-        mask = rollout.response_mask & ~scores.isnan().unsqueeze(-1)
-        value_mask = value_positions(mask, self.args.score_position)
-        return Scored(
-            rollout=rollout,
-            micro_batches=micros,
-            old_peers=old_peers,
-            values=torch.where(value_mask, values[:, : shape[1]], 0.0),
-            loss_mask=mask,
-            value_mask=value_mask,
-            scores=scores,
-            completions=completions,
-            ref_peers=ref_peers if self.args.anchor_in_loss and self.args.exact_anchor else None,
-            **columns,
-        )
+        """Log-probabilities under π_old and π_ref, values and rewards: all that is fixed before the first step."""
+        context = rollout.context or contexts.of_update(self.args, self.state, self.parts.processes.index)
+        return self.parts.scoring.score(rollout._replace(context=context), self.state)
 
     def advantages(self, scored: Scored) -> Batch:
         """The anchor and the score as rewards, and their advantages."""
-        args, mask = self.args, scored.loss_mask
-        coef = self.kl_coef
-        estimator = args.build_kl_estimator()
-        divergence = scored.ref_kl if estimator is None else estimator(scored.logp, scored.ref_logp)
-        pull = anchor_rewards(divergence, mask, coef if args.anchor_in_reward else 0.0, of_contexts=args.exact_anchor)
-        rewards = pull + place_scores(scored.scores, mask, args.score_position)
-        scale = 1.0
-        if args.whiten_rewards:
-            mean, var = masked_moments(self._pooled(rewards), self._pooled(scored.value_mask))
-            rewards = whiten(rewards, scored.value_mask, mean=mean, var=var, shift_mean=False)
-            scale = weighing_factor(mean, var)
-        advantages = gae(rewards, scored.values, gamma=args.gamma, lam=args.lam)
-        returns = advantages + scored.values
-        share = self._anchor_share(scale * pull, advantages, mask) if args.anchor_in_reward else None
-        if args.whiten_advantages:
-            mean, var = masked_moments(self._pooled(advantages), self._pooled(mask))
-            advantages = whiten(advantages, mask, mean=mean, var=var)
-            scale *= weighing_factor(mean, var)
-        return Batch(
-            scored,
-            torch.where(mask, advantages, 0.0),
-            returns,
-            self._anchor(scored, divergence, coef, share),
-            advantage_scale=float(scale),
-            trust_coef=self.trust_coef,
-            finite=bool(self._pooled(advantages + returns).isfinite().all()),
-        )
+        return shaped(scored, self.args, self.parts.processes, kl_coef=self.kl_coef, trust_coef=self.trust_coef)
 
     def optimise(self, batch: Batch) -> UpdateStats:
-        """The PPO epochs on this batch. A step that is not finite is refused, and the update undone with it.
+        """The PPO epochs on this batch. A step that is not finite is rejected, and the update rolled back with it.
 
-        Keeps the point to which an update is undone or scaled back, so an override calls `super().optimise` for that.
+        Takes the snapshot to which an update is rolled back or scaled back, so an override calls `super().optimise`.
         """
-        self._start = UpdateSnapshot(loading.trainable(self.model.policy), self.model.undoable_value, self.optimizer)
-        limit = self.args.trust_stop
+        limit, lr_factor = self.args.trust_stop, self.parts.coefficients.lr_factor
 
         def too_far(mini: Sequence[int]) -> bool:
-            self._give_up_if_overdue()
+            self.parts.failures.give_up_if_overdue()
             return limit is not None and not self._measure(batch, mini).kl <= limit
 
-        with self._learning_rate_by_kl():
-            if self._bad_reward is not None:
-                stats = self._optimisation.nothing(self._bad_reward)
-            else:
-                stats = self._optimisation.run(batch, self._generator(RngStream.MINI_BATCHES), too_far)
-        if stats.refused is None and not math.isfinite(stats.total.policy_loss + stats.total.value_loss):
-            stats = stats._replace(refused="the loss is not finite")
-        if stats.refused is not None:
-            self._undo(stats.refused)
-        return stats
+        return self.parts.optimisation.update(batch, too_far, lr_factor=lr_factor)
 
     def measure(self, batch: Batch) -> Measurement:
         """The same batch under the new policy: exact KL(π_old‖π), total variation and ratios."""
@@ -316,48 +187,24 @@ class TrustKLPPOTrainer(Scoring, Measuring, Endings, Evaluation, Saving, Cards, 
         return self._measure(batch, range(math.ceil(self.args.measure_fraction * count)))
 
     def enforce(self, batch: Batch, proposed: Measurement) -> Measurement:
-        """Hold `trust_max_kl` by backtracking; an update that is not finite, or beyond `panic_kl`, is undone instead."""
-        limit = self.args.trust_max_kl
-        self.enforcement = Enforcement(proposed.kl, scale=None if limit is None else 1.0, tries=0, limit=limit)
-        panic = self.args.panic_kl
-        reason: str | None = None
-        if not math.isfinite(proposed.kl):
-            reason = "the KL(π_old‖π) measured after it is not finite"
-        elif panic is not None and proposed.kl > panic:
-            reason = f"its KL(π_old‖π) of {proposed.kl:.3g} nats per token is above panic_kl = {panic:g}"
-        if reason is not None:
-            self._undo(reason)
-        if self._refused:  # here, or while optimising: nothing of the step is left
-            self.enforcement = self.enforcement._replace(scale=None if limit is None else 0.0)
-            return proposed if reason is None else self.measure(batch)
-        if limit is None or proposed.kl <= limit:
-            return proposed
-        tried = [proposed]
-
-        def measure() -> float:
-            tried.append(self.measure(batch))
-            return tried[-1].kl
-
-        found = backtrack(self._start.policy.set_scale, measure, limit, proposed=proposed.kl)
-        self.enforcement = self.enforcement._replace(scale=found.scale, tries=found.tries)
-        return next((m for m in tried if m.kl == found.measured), None) or self.measure(batch)
+        """Enforce `trust_max_kl` by backtracking; an update that is not finite, or beyond `panic_kl`, is rolled back."""
+        context = batch.context
+        if context.snapshot is None:
+            raise ValueError("`optimise` did not take a snapshot of the update; an override must call super().optimise")
+        found = self.parts.trust_region.enforce(
+            context.snapshot, lambda: self.measure(batch), proposed, rejected=context.rejected
+        )
+        if found.rejected is not None and found.rejected != context.rejected:
+            reject(context, found.rejected)
+        context.enforcement = found
+        return found.measured or proposed
 
     def record(self, batch: Batch, stats: UpdateStats, measured: Measurement) -> BoundRecord:
         """What bounded this update, in the words gated, measured and guaranteed."""
-        return bounds.build_record(
-            self.args,
-            update=self.state.global_step + 1,
-            episode=self.state.episode,
-            lr=self._get_learning_rate() * self._lr_factor,
-            lr_factor=self._lr_factor,
-            trust_coef=batch.trust_coef,
-            refused=self._refused,
-            seconds={**self._seconds, "total": time.perf_counter() - self._update_started},
-            rollout=self._summary(batch),
-            anchor=batch.anchor,
-            stats=stats,
-            measured=measured,
-            enforcement=self.enforcement,
+        rollout = recording.summary(batch, self.parts.stop_ids, self.parts.processes)
+        lr, factor = self._get_learning_rate(), self.parts.coefficients.lr_factor
+        return recording.record(
+            self.args, batch, stats, measured, rollout, episode=self.state.episode, scheduled_lr=lr, lr_factor=factor
         )
 
     # -- what the phases share -----------------------------------------------------------------------------------------
@@ -365,36 +212,121 @@ class TrustKLPPOTrainer(Scoring, Measuring, Endings, Evaluation, Saving, Cards, 
     @property
     def kl_coef(self) -> float:
         """The anchor's coefficient now; with kl_controller="fixed" it is `args.kl_coef`, also when something changes that."""
-        return self.args.kl_coef if self.args.kl_controller == "fixed" else self.kl_state.coef
+        return self.parts.coefficients.kl
 
     @property
     def trust_coef(self) -> float:
         """The coefficient λ of the penalty on KL(π_old‖π) now."""
-        return self.args.trust_coef if self.args.trust_controller == "fixed" else self.trust_state.coef
+        return self.parts.coefficients.trust
 
-    def _micro_batches(self, rollout: Rollout) -> list[MicroBatch]:
-        """Micro-batches that divide a mini-batch evenly, each trimmed to its longest row.
+    def _measure(self, batch: Batch, indices: Iterable[int]) -> Measurement:
+        """Measure some of the micro-batches (all of them, for a guarantee) under the policy as it is now."""
+        scored, gather = batch.scored, self.parts.processes.gather
+        mask = scored.rollout.response_mask
+        compare, micros = self.parts.forward.compare, scored.micro_batches
+        return measure(compare, micros, scored.old_peers, scored.logp, mask, gather=gather, indices=indices)
 
-        Where every pass takes all rows, rows of like length come together and less is padding; the sums are the same. Where
-        it takes some of them, a mini-batch or a fraction that is measured, these are drawn: rows in a seeded order.
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Sample a response to every prompt of the evaluation set, always with the same random numbers.
+
+        Metrics: `score`; `kl`, the exact KL(π‖π_ref) in nats per response; `length` in tokens; `eos_rate`; each behind
+        `metric_key_prefix`. The training run is not affected: nothing it draws depends on it.
         """
-        if self.args.num_mini_batches == 1 and self.args.measure_fraction == 1:
-            order = longest_first(rollout)
-        else:
-            order = torch.randperm(len(rollout.response_ids), generator=self._generator(RngStream.MICRO_BATCHES))
-        chunks = order.to(rollout.response_ids.device).split(self._micro_size)
-        return [micro_batch(rollout, rows) for rows in chunks]
+        dataset = chosen_dataset(eval_dataset, self.eval_dataset)
+        if isinstance(dataset, dict):
+            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
+            return {key: value for part in parts for key, value in part.items()}
+        metrics = self.parts.evaluator.metrics(dataset, metric_key_prefix)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
+    def evaluate_completions(self, eval_dataset: Any = None) -> list[dict[str, Any]]:
+        """A sampled response to every prompt: `prompt`, `completion`, `score` (NaN where no function gave one), `kl`,
+        `length` and `eos_rate` of each, from all processes."""
+        dataset = chosen_dataset(eval_dataset, self.eval_dataset)
+        if isinstance(dataset, dict):
+            raise ConfigError(f"`eval_dataset` got several; name one of {', '.join(map(repr, dataset))}.")
+        return self.parts.evaluator.rows(dataset)
 
-def _check_arguments(
-    args: Any, model: Any, ref_model: Any, train_dataset: Any, reward_model: Any, reward_funcs: Any
-) -> None:
-    """Which arguments of the trainer there have to be, and which exclude each other."""
-    if not isinstance(args, TrustKLPPOConfig):
-        raise ConfigError(f"`args` got {type(args).__name__}; it must be a TrustKLPPOConfig.")
-    if model is None or train_dataset is None:
-        raise ConfigError(f"`{'model' if model is None else 'train_dataset'}` got None; it is required.")
-    if ref_model is model and not isinstance(model, str):
-        raise ModelError("`ref_model` is the model itself; give a copy, or None and the trainer makes the reference.")
-    if reward_model is not None and reward_funcs is not None:
-        raise ConfigError("`reward_model` and `reward_funcs` were both given; put the model into `reward_funcs`.")
+    def generate_completions(self, sampling: bool = False) -> None:
+        """Print prompts of the evaluation set with the policy's completions and scores; five of them with `sampling`."""
+        self.parts.evaluator.show(self.eval_dataset, few=sampling)
+
+    def _score_held_out(self, prompts: Prompts, place: int) -> Scored:
+        context = contexts.of_evaluation(self.args, self.state, self.parts.processes.index, place)
+        return self.score(self.rollout(prompts._replace(context=context))._replace(context=context))
+
+    # -- what the loop, transformers and TRL call ----------------------------------------------------------------------
+
+    def event(self, name: str) -> None:
+        """Call the callbacks' method for an event, such as "step_end"."""
+        self.control = getattr(self.callback_handler, f"on_{name}")(self.args, self.state, self.control)
+
+    def prepare_optimisation(self) -> None:
+        """Wrap model and optimizer for the hardware, once; a second train() starts a new schedule."""
+        if self.model_wrapped is self.model:
+            self.create_optimizer()
+            self.model.train()
+            self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        if self._created_lr_scheduler:
+            self.lr_scheduler, self._created_lr_scheduler = None, False
+        self.create_scheduler(num_training_steps=self.args.num_total_batches)
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.model.train()
+        self.parts.optimisation.prepare(self.model_wrapped, self.optimizer)
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        """TRL's optimizer, with the value's parameters in groups for their own learning rate."""
+        if self.optimizer is None:
+            rate = self.args.value_learning_rate
+            separate_value(super().create_optimizer(*args), trainable(self.model.value), rate=rate)
+        return self.optimizer
+
+    def add_callback(self, callback: Any) -> None:
+        """As in transformers; a BoundReportCallback takes the place of the one there, or every record would come twice."""
+        if is_report(callback):
+            self.remove_callback(BoundReportCallback)
+        super().add_callback(callback)
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Everything goes into `state.log_history`; trackers, which plot, get the numbers."""
+        numbers = {k: v for k, v in logs.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        super().log(numbers, start_time)
+        self.state.log_history[-1].update({k: v for k, v in logs.items() if k not in numbers})
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the policy alone, an adapter as an adapter, ready for `from_pretrained`."""
+        # Not TRL 1.12's PPO trainer's own, which is written for a loop that is not ours.
+        super(PPOTrainer, self).save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            save_policy(self.model.policy, self.processing_class, self.args, folder, state_dict)
+            self._describe(folder)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._loop.save_checkpoint()
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """TRL's card in output_dir, with a section on how far the run may have moved the model."""
+        try:
+            super().create_model_card(model_name, dataset_name, tags)
+        except ModuleNotFoundError as error:  # TRL's template needs a package that it does not always ask for
+            logger.warning_once(f"No model card was written: the package {error.name} is not installed.")
+            return
+        self._describe(Path(self.args.output_dir))
+
+    def _describe(self, folder: Path) -> None:
+        if self.is_world_process_zero():
+            report = next((cb for cb in self.callback_handler.callbacks if is_report(cb)), None)
+            update, page = (0, None) if report is None else (self.state.global_step, report.rendered)
+            model_card.describe(folder, self.args, update=update, report=page)

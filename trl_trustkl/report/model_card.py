@@ -5,14 +5,16 @@ Markdown by hand, so that a model can be saved without the packages of a report.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import DataError
 from ..surrogates import SEQUENCE_RANGE, WITHOUT_RANGE
 from ..types import BoundRecord
-from .schema import Run
+from .schema import Run, read_run
 from .summary import guaranteed, largest_update
 from .text import number, shortened, visible
 
@@ -44,6 +46,36 @@ def section(records: Sequence[BoundRecord], args: Any, report: str | None = None
     if report is not None:
         lines += ["", f"What bounded each update: [{escaped(Path(report).name)}](<{_target(report)}>)."]
     return "\n".join(lines) + "\n"
+
+
+def describe(folder: Path, args: Any, *, update: int, report: Path | None) -> None:
+    """Put the section into the folder's README: PEFT's, TRL's, or where the weights have none a copy of TRL's.
+
+    update: the last whose record is in `args.output_dir`, 0 where nothing writes records. report: the page of the run.
+    """
+    output = Path(args.output_dir)
+    readme = folder / README
+    source = readme if readme.exists() else output / README
+    if source.exists():
+        link = None if report is None else os.path.relpath(report, folder)
+        text = source.read_text(encoding="utf-8", errors="replace")
+        readme.write_text(with_section(text, section(_recorded(output, update), args, link)), encoding="utf-8")
+
+
+def has_section(readme: Path) -> bool:
+    """Whether a README is a card that `describe` has written to."""
+    return START in readme.read_text(encoding="utf-8", errors="replace")
+
+
+def _recorded(output: Path, update: int) -> list[BoundRecord]:
+    """The records of a run up to an update, as its folder has them."""
+    if update == 0:
+        return []
+    try:
+        found = read_run(output, completions=False).records
+    except DataError:
+        return []
+    return [record for record in found if record.update <= update]
 
 
 def mechanisms(args: Any) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import DataError, shown
 from ..run.rng import generator
-from ..types import Prompts
+from ..types import Prompts, Rollout
 
 IDS = "input_ids"
 
@@ -184,6 +184,41 @@ def collate(rows: list[dict[str, Any]], pad_token_id: int, device: torch.device)
         ids[i, longest - len(tokens) :] = tokens
         mask[i, longest - len(tokens) :] = True
     return Prompts(ids.to(device), mask.to(device), rows)
+
+
+class Collator:
+    """Makes a batch of prompts of dataset rows, with the user's data collator where there is one."""
+
+    def __init__(
+        self, user: Callable[[list[dict[str, Any]]], dict[str, Any]] | None, pad_token_id: int, device: torch.device
+    ) -> None:
+        self._user = user
+        self._pad_token_id = pad_token_id
+        self._device = device
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Prompts:
+        if self._user is None:
+            return collate(rows, self._pad_token_id, self._device)
+        batch = self._user([{k: row[k] for k in (IDS, "attention_mask") if k in row} for row in rows])
+        if "attention_mask" not in batch and len({len(row[IDS]) for row in rows}) > 1:
+            raise DataError(
+                "`data_collator` made `input_ids` of prompts of different lengths and no `attention_mask`; it must return "
+                "one, since a pad token may be a prompt's own too. DataCollatorWithPadding does."
+            )
+        ids = batch[IDS].to(self._device)
+        masked = "attention_mask" in batch
+        mask = batch["attention_mask"].to(ids.device).bool() if masked else torch.ones_like(ids).bool()
+        # A tokenizer may pad on the right, which a model cannot go on from.
+        prompts = [{IDS: row[counts]} for row, counts in zip(ids, mask, strict=True)]
+        return collate(prompts, self._pad_token_id, ids.device)._replace(rows=rows)
+
+
+def prompt_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """The prompts as the dataset has them; decoded where it has token ids only."""
+    if rollout.rows and "prompt" in rollout.rows[0]:
+        return [row["prompt"] for row in rollout.rows]
+    ids = [row[mask] for row, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 def collate_nothing(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

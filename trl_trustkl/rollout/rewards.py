@@ -1,16 +1,13 @@
-"""Reward functions: callables with GRPO's signature, async ones, and reward models, weighted and added up."""
+"""Reward functions: callables with GRPO's signature, async ones, and reward models."""
 
 from __future__ import annotations
 
 import asyncio
 import copy
 import inspect
-import logging
 import math
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -25,15 +22,8 @@ from ..policy.micro_batches import positions
 from ..types import Rollout
 from .prompts import context_length, is_chat
 
-logger = logging.getLogger(__name__)
-
 LARGEST_REWARD = torch.finfo(torch.float32).max
 """Scores are kept in float32."""
-
-
-def _sleep(seconds: float) -> bool:
-    time.sleep(seconds)
-    return False
 
 
 RewardFunc: TypeAlias = str | PreTrainedModel | Callable[..., list[float | None]]
@@ -159,45 +149,7 @@ def reward_name(func: Any) -> str:
     return getattr(func, "__name__", None) or type(func).__name__
 
 
-def compute_scores(
-    funcs: list[Any],
-    weights: list[float],
-    rollout: Rollout,
-    *,
-    prompts: list[Any],
-    completions: list[Any],
-    completion_ids: list[list[int]],
-    state: Any,
-    batch_size: int,
-    retries: int = 0,
-    wait: Callable[[float], bool] = _sleep,
-) -> Tensor:
-    """The weighted sum of all rewards, [B] in float32; NaN for a row on which every function said None.
-
-    A function that fails is called again, up to `retries` times; `wait` sleeps before that, and says whether to give up.
-    Raises RewardError for a function that raises, or returns the wrong length, NaN or infinity, and for a sum that float32
-    cannot hold.
-    """
-    columns = _columns(rollout.rows)
-    keywords = {"completion_ids": completion_ids, "trainer_state": state, **columns}
-    total = torch.zeros(len(completions), dtype=torch.float64)
-    known = torch.zeros(len(completions), dtype=torch.bool)
-    for func, weight in zip(funcs, weights, strict=True):
-        checked = _with_retries(
-            partial(_reward, func, rollout, prompts, completions, keywords, batch_size), retries, wait
-        )
-        values = torch.tensor([math.nan if r is None else r for r in checked], dtype=torch.float64)
-        total += weight * values.nan_to_num(0.0)
-        known |= ~values.isnan()
-    if (total.abs() > LARGEST_REWARD).any():
-        raise NonFiniteRewardError(
-            f"the weighted rewards (reward_weights={weights}) add up to {float(total[total.abs().argmax()]):g}, beyond what "
-            "float32 holds; scale the rewards or their weights down."
-        )
-    return torch.where(known, total, math.nan).float().to(rollout.response_ids.device)
-
-
-def _reward(
+def rewards_of(
     func: Any,
     rollout: Rollout,
     prompts: list[Any],
@@ -211,28 +163,6 @@ def _reward(
     else:
         rewards = _call(func, prompts, completions, keywords)
     return _checked(rewards, len(completions), reward_name(func))
-
-
-def _with_retries(
-    attempt: Callable[[], list[float | None]], retries: int, wait: Callable[[float], bool]
-) -> list[float | None]:
-    for number in range(retries):
-        try:
-            return attempt()
-        except RewardError as error:
-            seconds = min(2.0**number, 60.0)
-            logger.warning(f"{error} Trying again in {seconds:g} s ({number + 1} of {retries}).")
-            if wait(seconds):
-                raise
-    return attempt()
-
-
-def _columns(rows: list[dict[str, Any]] | None) -> dict[str, list[Any]]:
-    """Extra dataset columns, each a list of B values."""
-    reserved = {"prompt", "completion", "input_ids", "attention_mask", "completion_ids", "trainer_state"}
-    reserved |= {"prompts", "completions"}  # what every reward function gets by these names
-    names = [name for name in (rows[0] if rows else {}) if name not in reserved]
-    return {name: [row[name] for row in rows or []] for name in names}
 
 
 def _score_by_model(

@@ -1,21 +1,23 @@
-"""Sampling responses, and the log-probability each token had when it was drawn."""
+"""The engine that samples with transformers' `generate`, and keeps the log-probability each token had when it was drawn."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from ..errors import out_of_range
-from ..policy import lora, split_lm
-from ..policy import quantization as four_bit
+from ..policy import lora, quantization, split_lm
+from ..run import rng
+from .engine import FinishReason, Samples
+from .sampling import ends_with_stop, response_mask
 
 
 class Sampler(LogitsProcessor):
@@ -52,86 +54,91 @@ def sampling_with(sampler: Sampler):
     return decode
 
 
-def sample_responses(
-    policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, stop_ids: list[int], config: GenerationConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample one response for each prompt: ids and mask [b, T] with T = `config.max_new_tokens`, and log-probs [b, T].
+class TransformersEngine:
+    """Samples from the policy itself, so that there is nothing to sync.
 
-    The mask is True up to and including the first stop token. Everything after it, and every position that was never
-    sampled, holds the padding token.
+    Args:
+        policy: the model that is trained; PEFT models too.
+        response_length: the largest number of new tokens.
+        temperature: of the sampling.
+        stop_ids: the tokens that end a response.
+        pad_token_id: the tokenizer's; the model need not know it.
+        batch_size: prompts sampled from at a time.
+        autocast: the context that the policy's forward passes run in.
+        generation_kwargs: further arguments of `generate`; without any, sampling is from the whole vocabulary.
     """
-    sampler = Sampler()
-    causal = policy.get_base_model() if isinstance(policy, PeftModel) else policy
-    padding = config.pad_token_id
-    if padding >= causal.get_input_embeddings().weight.shape[0]:  # the model must not see it, not even masked
-        config = copy.copy(config)
-        config.pad_token_id = 0
-        prompt_ids = torch.where(prompt_mask, prompt_ids, 0)
-    with torch.no_grad(), ready_to_generate(causal):
-        sequences = causal.generate(
-            input_ids=prompt_ids,
-            attention_mask=prompt_mask.long(),
-            generation_config=config,
-            custom_generate=sampling_with(sampler),
-        )
-    new = sequences[:, prompt_ids.shape[1] :]
-    logp = torch.stack(sampler.columns, dim=1)[:, : new.shape[1]]
-    missing = config.max_new_tokens - new.shape[1]
-    response = nn.functional.pad(new, (0, missing), value=padding)
-    sampled = torch.arange(config.max_new_tokens, device=new.device) < new.shape[1]
-    mask = response_mask(response, stop_ids) & sampled
-    response = torch.where(mask, response, padding)
-    return response, mask, torch.where(mask, nn.functional.pad(logp, (0, missing)), 0.0)
 
-
-def stop_ids(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, args: Any, *, text: bool) -> list[int]:
-    """The tokens that end a response.
-
-    `stop_token_id` alone where it is set. With `stop_token="eos"`, the default for text and chat prompts, every end of
-    sequence that the tokenizer or the model's generation config declares (a chat model's end of turn among them). None
-    with "none", the default for a dataset of token ids, as in TRL.
-    """
-    if args.stop_token_id is not None:
-        vocabulary = policy.get_input_embeddings().weight.shape[0]
-        if not 0 <= args.stop_token_id < vocabulary:
-            raise out_of_range("stop_token_id", args.stop_token_id, f"a token of the model's, 0 to {vocabulary - 1}")
-        return [args.stop_token_id]
-    if (args.stop_token or ("eos" if text else "none")) == "none":
-        return []
-    declared = policy.generation_config.eos_token_id
-    declared = declared if isinstance(declared, list) else [declared]
-    return sorted({token for token in (tokenizer.eos_token_id, *declared) if token is not None})
-
-
-def response_mask(response: Tensor, stop_ids: list[int]) -> Tensor:
-    """True up to and including the first stop token, [b, t]; everywhere in a row that has none."""
-    stops = torch.isin(response, torch.tensor(stop_ids, dtype=response.dtype, device=response.device))
-    return stops.long().cumsum(-1) - stops.long() == 0
-
-
-def ends_with_stop(response: Tensor, mask: Tensor, stop_ids: list[int]) -> Tensor:
-    """Whether each response ended by itself, [b]."""
-    stops = torch.isin(response, torch.tensor(stop_ids, dtype=response.dtype, device=response.device))
-    return (stops & mask).any(-1)
-
-
-def generation_config(
-    *, response_length: int, temperature: float, stop_ids: list[int], pad_token_id: int, extra: dict[str, Any] | None
-) -> GenerationConfig:
-    """Plain sampling at a temperature from the whole vocabulary, unless `extra` (generation_kwargs) says otherwise."""
-    return GenerationConfig(
-        **{
+    def __init__(
+        self,
+        policy: nn.Module,
+        *,
+        response_length: int,
+        temperature: float,
+        stop_ids: list[int],
+        pad_token_id: int,
+        batch_size: int,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        generation_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self._causal: Any = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+        self._stop_ids = stop_ids
+        # The model must not see a padding token that it does not know, not even masked.
+        known = self._causal.get_input_embeddings().weight.shape[0]
+        self._pad_token_id = pad_token_id if pad_token_id < known else 0
+        self._batch_size = batch_size
+        self._autocast = autocast
+        settings = {
             "max_new_tokens": response_length,
             "do_sample": True,
             "temperature": temperature,
             "top_k": 0,
             "top_p": 1.0,
             "eos_token_id": stop_ids or None,
-            "pad_token_id": pad_token_id,
+            "pad_token_id": self._pad_token_id,
             "use_cache": True,
-            **(extra or {}),
         }
-    )
+        self._config = GenerationConfig(**settings | (generation_kwargs or {}))
+
+    def check(self) -> None:
+        """There is nothing to check."""
+
+    def sync(self, version: int, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """There is nothing to take over."""
+
+    def generate(self, prompt_ids: Sequence[Tensor], seed: int) -> Samples:
+        """One stream of random numbers serves all prompts: which of them stand in a batch changes what is drawn."""
+        found = Samples([], [], [])
+        with self._autocast(), rng.seeded(prompt_ids[0].device, seed):
+            for start in range(0, len(prompt_ids), self._batch_size):
+                part = self._generate(prompt_ids[start : start + self._batch_size])
+                for mine, more in zip(found, part, strict=True):
+                    mine.extend(more)
+        return found
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
+
+    def _generate(self, prompt_ids: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[FinishReason]]:
+        ids = pad_sequence(list(prompt_ids), batch_first=True, padding_value=self._pad_token_id, padding_side="left")
+        ones = [torch.ones_like(each) for each in prompt_ids]
+        sampler = Sampler()
+        with torch.no_grad(), ready_to_generate(self._causal):
+            sequences = self._causal.generate(
+                input_ids=ids,
+                attention_mask=pad_sequence(ones, batch_first=True, padding_side="left"),
+                generation_config=self._config,
+                custom_generate=sampling_with(sampler),
+            )
+        new = sequences[:, ids.shape[1] :]
+        mask = response_mask(new, self._stop_ids)
+        logp = torch.stack(sampler.columns, dim=1)[:, : new.shape[1]]
+        ended = ends_with_stop(new, mask, self._stop_ids).tolist()
+        lengths = mask.sum(-1).tolist()
+        return (
+            [row[:length] for row, length in zip(new, lengths, strict=True)],
+            [row[:length] for row, length in zip(logp, lengths, strict=True)],
+            ["stop" if stopped else "length" for stopped in ended],
+        )
 
 
 @contextmanager
@@ -140,7 +147,7 @@ def ready_to_generate(causal: nn.Module) -> Iterator[None]:
 
     Its own generation config would fill every option left unset (an end of sequence where there is to be none, a
     repetition penalty), so a blank one stands in. Gradient checkpointing would switch the KV cache off. The model stays in
-    train mode: dropout is off, and eval mode would repack 4-bit weights for inference (see four_bit.unpack_4bit_weights).
+    train mode: dropout is off, and eval mode would repack 4-bit weights for inference (see quantization.unpack_4bit_weights).
     """
     own_config, causal.generation_config = causal.generation_config, GenerationConfig()
     # generate() slices the prompt's last state; PyTorch multiplies a slice by a copy of the head for each sequence.
@@ -149,7 +156,7 @@ def ready_to_generate(causal: nn.Module) -> Iterator[None]:
     for module in checkpointed:
         module.gradient_checkpointing = False
     try:
-        with four_bit.dequantised_on_cpu(causal), lora.short_forward(lora.linear_layers(causal)):
+        with quantization.dequantised_on_cpu(causal), lora.short_forward(lora.linear_layers(causal)):
             yield
     finally:
         hook.remove()

@@ -170,3 +170,8 @@ def move_aside(output_dir: Path, *, after: int = 0) -> None:
 def number(folder: Path) -> int:
     """N of `checkpoint-N`."""
     return int(folder.name.removeprefix(PREFIX))
+
+
+def of_update(output_dir: Path, update: int) -> Path:
+    """The folder of the checkpoint after `update` updates."""
+    return output_dir / f"{PREFIX}{update}"

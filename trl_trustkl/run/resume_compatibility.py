@@ -6,7 +6,14 @@ import dataclasses
 import enum
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from ..errors import ConfigError
+from .weights import count
 
 HARMLESS = (
     # where and how the run is reported, saved and evaluated
@@ -37,6 +44,8 @@ HARMLESS = (
 )  # fmt: skip
 """Fields that may differ between a checkpoint and the run that resumes it. All others, also ones that a later version
 adds, must be the same."""
+
+_ADAPTER_NOTES = ("inference_mode", "peft_version", "base_model_name_or_path", "auto_mapping", "revision")
 
 _LENGTH = "num_total_batches"
 _ENDLESS_SCHEDULES = ("constant", "constant_with_warmup")
@@ -80,3 +89,65 @@ def _depends_on_length(args: Any) -> bool:
     """Whether the learning rate of an update depends on how many there will be."""
     schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     return schedule not in _ENDLESS_SCHEDULES or 0 < (args.warmup_steps or 0) < 1
+
+
+class RunSettings:
+    """The settings of a run, as its checkpoints keep them: the configuration as the run was set up, and what changed since.
+
+    Args:
+        args: the configuration; callbacks may change it during the run.
+        setup: what the run depends on beside it, by name.
+    """
+
+    def __init__(self, args: Any, setup: dict[str, Any]) -> None:
+        self._args = args
+        self._config = compared(args)
+        self._setup = setup
+
+    def state_dict(self) -> dict[str, Any]:
+        now = compared(self._args)
+        return {
+            "resumable": not self._args.save_only_model,
+            "config": self._config,
+            "changed": {name: value for name, value in now.items() if value != self._config.get(name)},
+            "setup": self._setup,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state["changed"].items():
+            setattr(self._args, name, value)
+
+    def check(self, state: dict[str, Any], folder: Path) -> None:
+        """ConfigError that names every setting which would make this another run than that of the checkpoint."""
+        found = list(differences(state["config"], self._config, self._args))
+        for name, was in state["setup"].items():
+            if was != self._setup[name]:
+                found.append(_difference(name, was, self._setup[name]))
+        if found:
+            raise ConfigError(
+                f"`resume_from_checkpoint` got {folder}, which was saved under other settings: {'; '.join(found)}. "
+                "Resume with the checkpoint's settings; or start a new run from its weights, in another output_dir."
+            )
+
+
+def setup_of(policy: nn.Module, value: nn.Module, *, rows: int, vocab_size: int, processes: int) -> dict[str, Any]:
+    """What a run depends on beside its configuration."""
+    adapter = None
+    if isinstance(policy, PeftModel):
+        everything = as_json(policy.peft_config[policy.active_adapter].to_dict())
+        adapter = {key: value for key, value in everything.items() if key not in _ADAPTER_NOTES}
+    return {
+        "number of processes": processes,
+        "rows of train_dataset": rows,
+        "vocabulary size": vocab_size,
+        "trained numbers of the policy": count(policy),
+        "trained numbers of the value": count(value),
+        "adapter": adapter,
+    }
+
+
+def _difference(name: str, was: Any, now: Any) -> str:
+    if isinstance(was, dict) and isinstance(now, dict):
+        keys = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
+        return ", ".join(f"{name} `{key}`: {was.get(key)!r} in the checkpoint, {now.get(key)!r} now" for key in keys)
+    return f"{name}: {was!r} in the checkpoint, {now!r} now"

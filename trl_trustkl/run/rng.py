@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..parallel.processes import Processes
+
 
 class RngStream(enum.IntEnum):
     """What a random number is for; part of its seed, so that no two uses share a stream."""
@@ -27,10 +29,10 @@ class RngStream(enum.IntEnum):
 
 
 @contextmanager
-def seeded(device: torch.device, *keys: int) -> Iterator[None]:
-    """Torch's random state seeded from `keys` inside, untouched outside: sampling depends on nothing else in the program."""
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Torch's random state seeded inside, untouched outside: sampling depends on nothing else in the program."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(mixed_seed(*keys))
+        torch.manual_seed(seed)
         yield
 
 
@@ -43,6 +45,19 @@ def mixed_seed(*keys: int) -> int:
     """One seed from several numbers; different ones give different seeds."""
     digest = hashlib.blake2b(repr(tuple(int(key) for key in keys)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+class ProcessRandomStates:
+    """The random states of every process, as a checkpoint holds them. Both methods are called by all processes."""
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return self._processes.gather_objects([capture()])
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        restore(states[self._processes.index])
 
 
 def capture() -> dict[str, Any]:

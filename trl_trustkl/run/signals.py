@@ -25,12 +25,17 @@ class StopRequest:
 
     def __init__(self, grace_seconds: float) -> None:
         self.grace_seconds = grace_seconds
-        self.received: int | None = None
-        self._deadline = float("inf")
         self._event = threading.Event()
         self._previous: dict[int, Any] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self.received: int | None = None
+        self._deadline = float("inf")
+        self._event.clear()
 
     def __enter__(self) -> StopRequest:
+        self._forget()  # what an earlier run received
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
@@ -40,6 +45,7 @@ class StopRequest:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:

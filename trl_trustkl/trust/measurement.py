@@ -1,23 +1,66 @@
-"""What an update moved: exact KL(π_old‖π), total variation and ratios of a batch, summarised."""
+"""What an update moved: exact KL(π_old‖π), total variation and ratios of a batch."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..masking import masked_mean
-from ..types import Measurement
+from ..types import Measurement, MicroBatch, PolicySnapshot, TokenOutputs
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+
+_COLUMNS = ("logp", "old_kl", "old_tv")
+
+
+def measure(
+    compare: Callable[[MicroBatch, PolicySnapshot], TokenOutputs],
+    micro_batches: Sequence[MicroBatch],
+    old: Sequence[PolicySnapshot],
+    old_logp: Tensor,
+    response_mask: Tensor,
+    *,
+    gather: Callable[[Tensor], Tensor],
+    indices: Iterable[int] | None = None,
+) -> Measurement:
+    """Measure a batch under the policy as it is now against π_old.
+
+    Args:
+        compare: the micro-batch under the policy as it is: `logp`, `old_kl` and `old_tv` [b, t].
+        micro_batches: the batch, as it was when π_old scored it.
+        old: π_old at the tokens of each micro-batch.
+        old_logp: log π_old of the sampled tokens, [B, T].
+        response_mask: [B, T].
+        gather: the rows of all processes, such as `Processes.gather`.
+        indices: of the micro-batches to measure; None: all, which is what a guarantee needs.
+    """
+    mask = torch.zeros_like(response_mask)
+    columns = {name: torch.zeros_like(old_logp) for name in _COLUMNS}
+    for index in range(len(micro_batches)) if indices is None else indices:
+        micro = micro_batches[index]
+        out = compare(micro, old[index])
+        length = micro.response_ids.shape[1]
+        mask[micro.rows, :length] = micro.response_mask
+        for name, column in columns.items():
+            column[micro.rows, :length] = getattr(out, name).float()
+    mask = gather(mask)
+    return measurement(
+        gather(columns["old_kl"]),
+        gather(columns["old_tv"]),
+        gather(columns["logp"] - old_logp),
+        mask,
+        complete=bool((mask == gather(response_mask)).all()),
+    )
 
 
 def measurement(kl: Tensor, tv: Tensor, log_ratio: Tensor, mask: Tensor, *, complete: bool) -> Measurement:
     """Summary of an update from per-token exact KL(π_old‖π), total variation and log π/π_old, [B, T] each.
 
-    The arguments are pooled over all processes, so that every process gets the same numbers. `complete` says whether the
-    mask holds every response token of the batch.
+    The arguments are gathered from all processes, so that every process gets the same numbers. `complete` says whether
+    the mask holds every response token of the batch.
     """
     count = int(mask.sum())
     if count == 0:

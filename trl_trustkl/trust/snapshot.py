@@ -1,10 +1,9 @@
-"""Undoing an update, and counting those that were undone."""
+"""Where an update began, and the path from there to where it ended."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 class ParameterPath:
     """The segment from θ_old to θ of some parameters, in their own precision: `set_scale(a)` moves them along it.
 
-    Scale 0 restores θ_old bit for bit, scale 1 the θ at which the line was drawn.
+    Scale 0 restores θ_old bit for bit, scale 1 the θ that the parameters had at the first call of `set_scale`.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -43,17 +42,22 @@ class ParameterPath:
 
 
 class UpdateSnapshot:
-    """Where an update began: these parameters of policy and value, and the state of their optimizer.
+    """Where an update began: the trained parameters, and the state of their optimizer.
 
     The optimizer's tensors are kept in host memory, so that full fine-tuning needs no more of the GPU's; the parameters
     stay beside the model, where backtracking reads them. A gradient scaler is left out: that it backs off is how it works.
+
+    Args:
+        trained: the policy's parameters, which `path` moves.
+        others: further parameters that `restore` puts back, such as the value's.
+        optimizer: of all of them.
     """
 
-    def __init__(self, policy: Sequence[nn.Parameter], value: Sequence[nn.Parameter], optimizer: Any) -> None:
-        self.policy = ParameterPath(policy)
-        self.value = ParameterPath(value)
+    def __init__(self, trained: Sequence[nn.Parameter], others: Sequence[nn.Parameter], optimizer: Any) -> None:
+        self.path = ParameterPath(trained)
+        self._others = ParameterPath(others)
         self._optimizer = optimizer
-        self._covered = covered = {*policy, *value}
+        self._covered = covered = {*trained, *others}
         self._state = {
             parameter: {name: _copied(entry) for name, entry in state.items()}
             for parameter, state in optimizer.state.items()
@@ -66,8 +70,8 @@ class UpdateSnapshot:
 
     def restore(self) -> None:
         """Put everything back, bit for bit."""
-        self.policy.restore()
-        self.value.restore()
+        self.path.restore()
+        self._others.restore()
         for parameter in list(self._optimizer.state):
             if parameter in self._covered and parameter not in self._state:
                 del self._optimizer.state[parameter]
@@ -86,15 +90,3 @@ class UpdateSnapshot:
 
 def _copied(entry: Any) -> Any:
     return entry.detach().to("cpu", copy=True) if isinstance(entry, Tensor) else copy.deepcopy(entry)
-
-
-@dataclass(frozen=True)
-class Refusals:
-    """How many updates were undone: in the whole run, and in a row up to now."""
-
-    total: int = 0
-    in_a_row: int = 0
-
-    def after(self, refused: bool) -> Refusals:
-        """The counts after one more update."""
-        return Refusals(self.total + refused, self.in_a_row + 1 if refused else 0)

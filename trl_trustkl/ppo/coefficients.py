@@ -1,0 +1,63 @@
+"""The coefficients that controllers move: β of the anchor, λ of the trust region, the factor on the learning rate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..types import BoundRecord
+from .config import TrustKLPPOConfig
+
+
+class Coefficients:
+    """The coefficients of the next update, and the controllers that move them after each.
+
+    With the controller "fixed" a coefficient is that of the configuration, also when something changes it there.
+    """
+
+    def __init__(self, args: TrustKLPPOConfig) -> None:
+        self._args = args
+        self.kl_controller = args.build_kl_controller()
+        self.trust_controller = args.build_trust_controller()
+        self.lr_controller = args.build_lr_controller()
+        self.kl_state = self.kl_controller.init()
+        self.trust_state = self.trust_controller.init()
+        self.lr_state = None if self.lr_controller is None else self.lr_controller.init()
+
+    @property
+    def kl(self) -> float:
+        """β, of the anchor."""
+        return self._args.kl_coef if self._args.kl_controller == "fixed" else self.kl_state.coef
+
+    @property
+    def trust(self) -> float:
+        """λ, of the penalty on KL(π_old‖π)."""
+        return self._args.trust_coef if self._args.trust_controller == "fixed" else self.trust_state.coef
+
+    @property
+    def lr_factor(self) -> float:
+        """On the policy's scheduled learning rate."""
+        return 1.0 if self.lr_state is None else self.lr_state.coef
+
+    def update(self, record: BoundRecord, episodes: int) -> None:
+        """Feed the controllers the exact KL, which is 0 at least up to rounding: a negative estimate never reaches them.
+
+        Those of the trust region see the KL that was proposed, before enforcement hid how far the update went.
+        """
+        anchor, trust = record.anchor.kl_exact, record.trust.kl_proposed
+        if math.isfinite(anchor):
+            self.kl_state = self.kl_controller.update(self.kl_state, kl=max(0.0, anchor), episodes=episodes)
+        if math.isfinite(trust) and record.refused is None:
+            self.trust_state = self.trust_controller.update(self.trust_state, kl=max(0.0, trust), episodes=episodes)
+            if self.lr_controller is not None:
+                self.lr_state = self.lr_controller.update(self.lr_state, kl=max(0.0, trust), episodes=episodes)
+
+    def state_dict(self) -> dict[str, dict[str, float] | None]:
+        states = {"kl_controller": self.kl_state, "trust_controller": self.trust_state, "lr_controller": self.lr_state}
+        return {name: None if state is None else state._asdict() for name, state in states.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.kl_state = type(self.kl_state)(**state["kl_controller"])
+        self.trust_state = type(self.trust_state)(**state["trust_controller"])
+        if self.lr_state is not None and state["lr_controller"] is not None:
+            self.lr_state = type(self.lr_state)(**state["lr_controller"])

@@ -1,0 +1,21 @@
+"""The contexts of an update and of a batch of an evaluation."""
+
+from __future__ import annotations
+
+from ..run import rng
+from ..run.state import OnlineTrainerState
+from ..types import UpdateContext
+from .config import TrustKLPPOConfig
+
+
+def of_update(args: TrustKLPPOConfig, state: OnlineTrainerState, process: int) -> UpdateContext:
+    """The context of the update that begins."""
+    step = state.global_step
+    seed = rng.mixed_seed(args.seed, rng.RngStream.GENERATE, step, process)
+    return UpdateContext(step, True, seed, episode=state.episode, random_states=rng.capture())
+
+
+def of_evaluation(args: TrustKLPPOConfig, state: OnlineTrainerState, process: int, place: int) -> UpdateContext:
+    """The context of a batch of an evaluation, at some place of its dataset."""
+    seed = rng.mixed_seed(args.seed, rng.RngStream.EVALUATE, place, process)
+    return UpdateContext(state.global_step, False, seed)

@@ -1,0 +1,352 @@
+"""The loop over updates: begin or resume a run, make its updates, act on what callbacks ask for, save, end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
+from transformers import PreTrainedTokenizerBase, TrainerControl
+from transformers.trainer_callback import CallbackHandler, ExportableState
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
+
+from ..errors import CheckpointError, Interrupted
+from ..policy.value_head import PolicyAndValue
+from ..report import model_card
+from ..run import checkpoint_folder, checkpointer, rng
+from ..run.failure_handling import too_many_rejections
+from ..run.state import OnlineTrainerState, RunState, TransformersState
+from ..run.weights import TrainedWeights
+from ..types import Batch, BoundRecord, Enforcement, Measurement, Prompts, Rollout, Scored, UpdateContext, UpdateStats
+from . import contexts, recording
+from .config import TrustKLPPOConfig
+from .parts import Parts
+from .setup import warn_of_sampler
+
+logger = logging.get_logger(__name__)
+
+
+class Trainer(Protocol):
+    """What the loop needs of its trainer: transformers' attributes, the phases of an update, and TRL's methods."""
+
+    args: TrustKLPPOConfig
+    model: PolicyAndValue
+    accelerator: Accelerator
+    processing_class: PreTrainedTokenizerBase
+    state: OnlineTrainerState
+    control: TrainerControl
+    callback_handler: CallbackHandler
+    optimizer: Any
+    lr_scheduler: Any
+
+    def prepare_optimisation(self) -> None: ...
+    def event(self, name: str) -> None: ...
+
+    def next_prompts(self) -> Prompts: ...
+    def rollout(self, prompts: Prompts) -> Rollout: ...
+    def score(self, rollout: Rollout) -> Scored: ...
+    def advantages(self, scored: Scored) -> Batch: ...
+    def optimise(self, batch: Batch) -> UpdateStats: ...
+    def measure(self, batch: Batch) -> Measurement: ...
+    def enforce(self, batch: Batch, proposed: Measurement) -> Measurement: ...
+    def record(self, batch: Batch, stats: UpdateStats, measured: Measurement) -> BoundRecord: ...
+
+    def evaluate(self) -> dict[str, float]: ...
+    def generate_completions(self, sampling: bool = False) -> None: ...
+    def log(self, logs: dict[str, Any]) -> None: ...
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None: ...
+    def create_model_card(self, model_name: str | None = None) -> None: ...
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None: ...
+    def _load_callback_state(self) -> None: ...
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool: ...
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None: ...
+
+
+class TrainingLoop:
+    """Runs the updates of a trainer.
+
+    Args:
+        trainer: whose phases make an update; transformers' state and control are its.
+        parts: what the trainer delegates to.
+    """
+
+    def __init__(self, trainer: Trainer, parts: Parts) -> None:
+        self._trainer = trainer
+        self._parts = parts
+        self._warned_of_sampler = False
+        self._saved_step = 0
+        self.interrupted: int | None = None
+        """The signal that ended the run, or None."""
+
+    def run(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
+        """As `TrustKLPPOTrainer.train`."""
+        trainer = self._trainer
+        with self._parts.stop:
+            self.begin(resume_from_checkpoint)
+            while self._continues():
+                context = contexts.of_update(trainer.args, trainer.state, self._parts.processes.index)
+                trainer.event("step_begin")
+                trainer.state.episode += trainer.args.batch_size
+                with self._parts.failures.update(
+                    finished=lambda: trainer.state.global_step > context.update,  # noqa: B023
+                    roll_back=lambda: self._roll_back(context),  # noqa: B023
+                    save=self._save_finished,
+                ):
+                    self._update(context)
+            return self._end()
+
+    # -- one update ----------------------------------------------------------------------------------------------------
+
+    def _update(self, context: UpdateContext) -> None:
+        trainer = self._trainer
+        with self._timed(context, "generate"):
+            rollout = trainer.rollout(trainer.next_prompts()._replace(context=context))
+        with self._timed(context, "score"):
+            scored = trainer.score(rollout if rollout.context is not None else rollout._replace(context=context))
+            batch = trainer.advantages(scored)
+        with self._timed(context, "optimise"):
+            stats = trainer.optimise(batch)
+        with self._timed(context, "measure"):
+            proposed = trainer.measure(batch)
+            context.enforcement = Enforcement(proposed.kl, scale=None, tries=0, limit=None)
+            measured = trainer.enforce(batch, proposed)
+        self._end_update(batch, stats, trainer.record(batch, stats, measured))
+
+    @contextmanager
+    def _timed(self, context: UpdateContext, phase: str) -> Iterator[None]:
+        """Add what runs inside to the update's seconds."""
+        self._parts.failures.give_up_if_overdue()
+        started = time.perf_counter()
+        yield
+        if self._parts.processes.device.type == "cuda":
+            torch.cuda.synchronize()
+        context.seconds[phase] = context.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+    def _end_update(self, batch: Batch, stats: UpdateStats, record: BoundRecord) -> None:
+        """Hand the record to whoever wants it, move the controllers, and let the callbacks decide what comes next."""
+        trainer, parts, args, state = self._trainer, self._parts, self._trainer.args, self._trainer.state
+        state.global_step += 1
+        state.epoch = state.global_step / parts.order.batches_per_pass
+        trainer.lr_scheduler.step()
+        parts.coefficients.update(record, args.batch_size)
+        if not self._warned_of_sampler:
+            self._warned_of_sampler = warn_of_sampler(record, args)
+        if args.torch_empty_cache_steps and state.global_step % args.torch_empty_cache_steps == 0:
+            clear_device_cache()
+        completions = recording.completion_rows(
+            batch, trainer.processing_class, parts.processes, update=state.global_step
+        )
+        parts.recorder.write(record, completions, args=args, state=state, control=trainer.control)
+        speed = (state.episode - self._episodes_before) / (time.perf_counter() - self._started)
+        parts.progress.add(
+            recording.metrics(batch, stats, record, stop_ids=parts.stop_ids, processes=parts.processes, speed=speed),
+            loss=stats.total.policy_loss + args.vf_coef * stats.total.value_loss,
+            rejected=record.refused is not None,
+        )
+        trainer.event("step_end")
+        run_is_over = state.global_step >= state.max_steps or trainer.control.should_training_stop
+        pass_is_over = run_is_over or state.global_step % parts.order.batches_per_pass == 0
+        if pass_is_over:
+            trainer.event("epoch_end")
+        wanted = args.num_sample_generations
+        if wanted > 0 and (state.global_step - 1) % max(1, args.num_total_batches // wanted) == 0:
+            trainer.generate_completions(sampling=True)
+        # Once, with nothing of this update to come: a checkpoint saved here holds all of it.
+        self._act_on_control()
+        if pass_is_over and not run_is_over:
+            trainer.event("epoch_begin")
+        count = parts.progress.rejections.in_a_row
+        if record.refused is not None and count >= args.max_refused:
+            self._save_finished()
+            raise too_many_rejections(count, args.max_refused, record.refused, self._folder())
+
+    def _roll_back(self, context: UpdateContext) -> None:
+        """Take an update back that did not come to its end."""
+        if context.snapshot is not None:
+            context.snapshot.restore()
+        self._trainer.state.episode = context.episode
+        rng.restore(context.random_states)
+
+    def _act_on_control(self) -> None:
+        """Log, evaluate and save where a callback asked for it."""
+        trainer, control = self._trainer, self._trainer.control
+        if control.should_log and trainer.state.global_step > self._parts.progress.logged_step:
+            self._log()
+        if control.should_evaluate:
+            metrics = trainer.evaluate()
+            if trainer.args.metric_for_best_model is not None:
+                better = trainer._determine_best_metric(metrics=metrics, trial=None)
+                if trainer.args.save_strategy == "best":
+                    trainer.control.should_save = better
+        if trainer.control.should_save:
+            trainer._save_checkpoint(trainer.model, trial=None)
+            trainer.event("save")
+        control = trainer.control
+        control.should_log = control.should_evaluate = control.should_save = False
+
+    def _log(self) -> None:
+        state = self._trainer.state
+        logs = self._parts.progress.flush(state.global_step)
+        self._trainer.log(logs | {"update": state.global_step, "episode": state.episode})
+
+    # -- the run -------------------------------------------------------------------------------------------------------
+
+    def begin(self, resume_from_checkpoint: str | bool | None = None) -> None:
+        """A fresh state, or that of a checkpoint; then TRL's callbacks."""
+        trainer, parts, args = self._trainer, self._parts, self._trainer.args
+        self.interrupted, self._saved_step = None, 0
+        parts.progress.reset()
+        vars(trainer.state).update(vars(OnlineTrainerState(stateful_callbacks=self._exportable())))
+        trainer.prepare_optimisation()
+        self._checkpointer = self._new_checkpointer()
+        output = Path(args.output_dir)
+        folder = self._checkpointer.find(resume_from_checkpoint, output)
+        if folder is not None:
+            self._restore(folder)
+        self._checkpointer.prepare_output(output, folder)
+        self._describe_run()
+        parts.engine.check()
+        self._started, self._episodes_before = time.perf_counter(), trainer.state.episode
+        trainer.event("train_begin")
+        if args.eval_on_start and folder is None:
+            trainer.evaluate()
+        trainer.event("epoch_begin")
+        if folder is not None:
+            self._checkpointer.load(folder, checkpointer.RNG_FILE)
+
+    def _describe_run(self) -> None:
+        """What the state says of this process and of the length of the run."""
+        state, args, order = self._trainer.state, self._trainer.args, self._parts.order
+        state.is_local_process_zero = self._trainer.accelerator.is_local_main_process
+        state.is_world_process_zero = self._parts.processes.is_main
+        state.max_steps = args.num_total_batches
+        state.num_train_epochs = math.ceil(args.num_total_batches / order.batches_per_pass)
+        state.train_batch_size = args.per_device_train_batch_size
+        state.compute_steps(args, state.max_steps)
+
+    def _continues(self) -> bool:
+        """Whether there is to be another update, the same on every process."""
+        self.interrupted = self._parts.failures.signal()
+        stopped = self.interrupted is not None or self._trainer.control.should_training_stop
+        return not stopped and self._trainer.state.global_step < self._trainer.state.max_steps
+
+    def _end(self) -> TrainOutput:
+        """The last words of a run; one that a signal ended is saved first, and raises Interrupted last."""
+        trainer, progress, args = self._trainer, self._parts.progress, self._trainer.args
+        if self.interrupted is not None:
+            self._save_finished()
+        elif args.load_best_model_at_end:
+            self._load_best_model()
+        if trainer.state.global_step > progress.logged_step and args.logging_strategy != "no":
+            self._log()
+        seconds = time.perf_counter() - self._started
+        episodes = trainer.state.episode - self._episodes_before
+        metrics = {"train_runtime": seconds, "train_samples_per_second": episodes / max(seconds, 1e-9)}
+        metrics["refused_updates"] = progress.rejections.total
+        trainer.event("train_end")
+        self._act_on_control()
+        self._write_final_card()
+        self._parts.engine.close()
+        if self.interrupted is not None:
+            raise Interrupted(self.interrupted)
+        return TrainOutput(trainer.state.global_step, progress.last_loss, metrics)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self) -> None:
+        """Write `checkpoint-N` of the update that has just ended, once; SaveError on all processes where it fails on one."""
+        trainer, args, state = self._trainer, self._trainer.args, self._trainer.state
+        if self._saved_step == state.global_step:
+            return
+        folder = self._folder()
+        best = checkpoint_folder.of_update(folder.parent, state.best_global_step or 0)
+        if best == folder or best.exists():
+            state.best_model_checkpoint = str(best)
+        self._checkpointer.save(folder, without=checkpointer.TO_GO_ON if args.save_only_model else ())
+        self._saved_step = state.global_step
+        if args.push_to_hub:
+            trainer._push_from_checkpoint(str(folder))
+        if args.should_save:
+            checkpoint_folder.rotate(folder.parent, args.save_total_limit, best=state.best_model_checkpoint)
+
+    def _save_finished(self) -> None:
+        """A checkpoint of the last finished update, unless there is one or none was finished."""
+        if self._trainer.state.global_step:
+            self._trainer._save_checkpoint(self._trainer.model, trial=None)
+
+    def _folder(self) -> Path:
+        return checkpoint_folder.of_update(Path(self._trainer.args.output_dir), self._trainer.state.global_step)
+
+    def _new_checkpointer(self) -> checkpointer.Checkpointer:
+        trainer, parts = self._trainer, self._parts
+        held: dict[str, Any] = {
+            checkpointer.POLICY_FILE: TrainedWeights(trainer.model.policy),
+            checkpointer.VALUE_FILE: TrainedWeights(trainer.model.value),
+            checkpointer.TRAINER_STATE_NAME: TransformersState(trainer.state, self._exportable),
+            checkpointer.OPTIMIZER_NAME: trainer.optimizer,
+            checkpointer.SCHEDULER_NAME: trainer.lr_scheduler,
+            checkpointer.RUN_FILE: RunState([parts.settings, parts.coefficients, parts.progress]),
+            checkpointer.RNG_FILE: rng.ProcessRandomStates(parts.processes),
+        }
+        if trainer.accelerator.scaler is not None:
+            held[checkpointer.SCALER_NAME] = trainer.accelerator.scaler
+        return checkpointer.Checkpointer(held, parts.processes, self._write_model, writes=trainer.args.should_save)
+
+    def _write_model(self, folder: Path) -> None:
+        self._trainer.create_model_card(model_name=model_name(self._trainer.args))
+        self._trainer.save_model(str(folder), _internal_call=True)
+
+    def _write_final_card(self) -> None:
+        """The card at the end of a run that saved none; a README that is no card of a run of ours stays as it is."""
+        readme = Path(self._trainer.args.output_dir) / model_card.README
+        if not readme.exists() or model_card.has_section(readme):
+            self._trainer.create_model_card(model_name=model_name(self._trainer.args))
+
+    def _exportable(self) -> list[ExportableState]:
+        """The callbacks, and the control, whose state a checkpoint keeps."""
+        trainer = self._trainer
+        every = [*trainer.callback_handler.callbacks, trainer.control]
+        return [each for each in every if isinstance(each, ExportableState)]
+
+    def _restore(self, folder: Path) -> None:
+        """Everything a checkpoint holds but the random states, which are put back last."""
+        self._parts.settings.check(checkpointer.read_json(folder / checkpointer.RUN_FILE), folder)
+        self._checkpointer.load(
+            folder,
+            checkpointer.POLICY_FILE,
+            checkpointer.VALUE_FILE,
+            checkpointer.TRAINER_STATE_NAME,
+            checkpointer.OPTIMIZER_NAME,
+            checkpointer.SCHEDULER_NAME,
+            checkpointer.SCALER_NAME,
+            checkpointer.RUN_FILE,
+        )
+        self._trainer._load_callback_state()
+        state = self._trainer.state
+        if state.best_model_checkpoint is not None:
+            state.best_model_checkpoint = str(folder.with_name(Path(state.best_model_checkpoint).name))
+        self._saved_step = state.global_step
+
+    def _load_best_model(self) -> None:
+        """`load_best_model_at_end`: the weights of policy and value with the best evaluation."""
+        best = self._trainer.state.best_model_checkpoint
+        if best is None:
+            logger.warning("`load_best_model_at_end`: no checkpoint was saved at an evaluation; the last weights stay.")
+            return
+        self._parts.processes.wait()
+        if (what := checkpoint_folder.damage(Path(best))) is not None:
+            raise CheckpointError(f"`load_best_model_at_end`: {best} is not a whole checkpoint ({what}).")
+        self._checkpointer.load(Path(best), checkpointer.POLICY_FILE, checkpointer.VALUE_FILE)
+
+
+def model_name(args: TrustKLPPOConfig) -> str:
+    """What a model card calls the model."""
+    return (args.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1]

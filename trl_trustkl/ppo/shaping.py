@@ -1,0 +1,63 @@
+"""From scores and divergences to advantages: the anchor and the score as rewards, and what the anchor is a part of."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..advantages import anchor_part, anchor_rewards, anchor_share, gae, place_scores
+from ..masking import masked_sum, weighing_factor, whiten
+from ..parallel.processes import Processes
+from ..types import AnchorMeasurement, Batch, Scored
+from .config import TrustKLPPOConfig
+
+
+def shaped(scored: Scored, args: TrustKLPPOConfig, processes: Processes, *, kl_coef: float, trust_coef: float) -> Batch:
+    """The batch that the optimizer sees. kl_coef, trust_coef: β and λ of this update."""
+    mask = scored.loss_mask
+    estimator = args.build_kl_estimator()
+    divergence = scored.ref_kl if estimator is None else estimator(scored.logp, scored.ref_logp)
+    pull = anchor_rewards(divergence, mask, kl_coef if args.anchor_in_reward else 0.0, of_contexts=args.exact_anchor)
+    rewards = pull + place_scores(scored.scores, mask, args.score_position)
+    scale = 1.0
+    if args.whiten_rewards:
+        mean, var = processes.moments(rewards, scored.value_mask)
+        rewards = whiten(rewards, scored.value_mask, mean=mean, var=var, shift_mean=False)
+        scale = weighing_factor(mean, var)
+    advantages = gae(rewards, scored.values, gamma=args.gamma, lam=args.lam)
+    returns = advantages + scored.values
+    share = _anchor_share(scale * pull, advantages, mask, args, processes) if args.anchor_in_reward else None
+    if args.whiten_advantages:
+        mean, var = processes.moments(advantages, mask)
+        advantages = whiten(advantages, mask, mean=mean, var=var)
+        scale *= weighing_factor(mean, var)
+    return Batch(
+        scored,
+        torch.where(mask, advantages, 0.0),
+        returns,
+        _anchor(scored, divergence, kl_coef, share, processes),
+        advantage_scale=float(scale),
+        trust_coef=trust_coef,
+        finite=bool(processes.gather(advantages + returns).isfinite().all()),
+    )
+
+
+def _anchor_share(
+    rewards: Tensor, advantages: Tensor, mask: Tensor, args: TrustKLPPOConfig, processes: Processes
+) -> float:
+    part = gae(rewards, gamma=args.gamma, lam=args.lam)
+    mask_of_all = processes.gather(mask)
+    part = anchor_part(part, mask, processes.gather(part), mask_of_all)
+    return anchor_share(processes.gather(part), processes.gather(advantages), mask_of_all)
+
+
+def _anchor(
+    scored: Scored, estimate: Tensor, coef: float, share: float | None, processes: Processes
+) -> AnchorMeasurement:
+    mask = processes.gather(scored.rollout.response_mask)
+    exact = masked_sum(processes.gather(scored.ref_kl), mask, dim=1).double()
+    error = float(exact.std() / math.sqrt(len(exact))) if len(exact) > 1 else math.nan
+    sampled = float(masked_sum(processes.gather(estimate), mask, dim=1).double().mean())
+    return AnchorMeasurement(coef=coef, kl=sampled, kl_exact=float(exact.mean()), kl_stderr=error, share=share)

@@ -1,0 +1,63 @@
+"""Where a response ends, and sampled responses as the padded tensors of a rollout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import out_of_range
+from ..types import Prompts, Rollout
+from .engine import Samples
+
+
+def stop_ids(policy: Any, tokenizer: PreTrainedTokenizerBase, args: Any, *, text: bool) -> list[int]:
+    """The tokens that end a response.
+
+    `stop_token_id` alone where it is set. With `stop_token="eos"`, the default for text and chat prompts, every end of
+    sequence that the tokenizer or the model's generation config declares (a chat model's end of turn among them). None
+    with "none", the default for a dataset of token ids, as in TRL.
+    """
+    if args.stop_token_id is not None:
+        vocabulary = policy.get_input_embeddings().weight.shape[0]
+        if not 0 <= args.stop_token_id < vocabulary:
+            raise out_of_range("stop_token_id", args.stop_token_id, f"a token of the model's, 0 to {vocabulary - 1}")
+        return [args.stop_token_id]
+    if (args.stop_token or ("eos" if text else "none")) == "none":
+        return []
+    declared = policy.generation_config.eos_token_id
+    declared = declared if isinstance(declared, list) else [declared]
+    return sorted({token for token in (tokenizer.eos_token_id, *declared) if token is not None})
+
+
+def response_mask(response: Tensor, stop_ids: list[int]) -> Tensor:
+    """True up to and including the first stop token, [b, t]; everywhere in a row that has none."""
+    stops = torch.isin(response, torch.tensor(stop_ids, dtype=response.dtype, device=response.device))
+    return stops.long().cumsum(-1) - stops.long() == 0
+
+
+def ends_with_stop(response: Tensor, mask: Tensor, stop_ids: list[int]) -> Tensor:
+    """Whether each response ended by itself, [b]."""
+    stops = torch.isin(response, torch.tensor(stop_ids, dtype=response.dtype, device=response.device))
+    return (stops & mask).any(-1)
+
+
+def padded(prompts: Prompts, samples: Samples, *, length: int, pad_token_id: int) -> Rollout:
+    """The rollout of samples: responses padded on the right to `length`, with a mask of their tokens."""
+    lengths = torch.tensor([len(ids) for ids in samples.ids], device=prompts.ids.device)
+    mask = torch.arange(length, device=lengths.device) < lengths.unsqueeze(-1)
+    return Rollout(
+        prompts.ids,
+        prompts.mask,
+        _stacked(samples.ids, length, pad_token_id),
+        mask,
+        None if samples.logps is None else _stacked(samples.logps, length, 0.0),
+        prompts.rows,
+        prompts.context,
+    )
+
+
+def _stacked(rows: list[Tensor], length: int, fill: float) -> Tensor:
+    return torch.stack([nn.functional.pad(row, (0, length - len(row)), value=fill) for row in rows])

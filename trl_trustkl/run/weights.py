@@ -1,0 +1,71 @@
+"""The trained weights of a module, and files of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+
+
+class TrainedWeights:
+    """The trained weights of a module, by the names that they have in memory."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: p.detach().contiguous() for name, p in self._parameters().items()}
+
+    def load_state_dict(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy the weights bit for bit. CheckpointError for one that is missing, or has another shape or type."""
+        for name, parameter in self._parameters().items():
+            if name not in weights:
+                raise CheckpointError(f"it lacks trained weights of this model, such as {name!r}.")
+            weight = weights[name]
+            if weight.shape != parameter.shape or weight.dtype != parameter.dtype:
+                raise CheckpointError(
+                    f"it has {name!r} as {weight.dtype} {list(weight.shape)}; the model has it as {parameter.dtype} "
+                    f"{list(parameter.shape)}."
+                )
+            with torch.no_grad():
+                parameter.copy_(weight)
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+
+
+class WeightsOnDisk(Mapping[str, Tensor]):
+    """The weights of some safetensors files, each read when it is asked for."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._paths: dict[str, Path] = {}
+        for path in paths:
+            self._paths |= dict.fromkeys(names_in(path), path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._paths[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+def names_in(path: Path) -> set[str]:
+    """The names of the weights in a safetensors file; none where there is no such file."""
+    if not path.exists():
+        return set()
+    with safe_open(path, framework="pt") as file:
+        return set(file.keys())
+
+
+def count(module: nn.Module) -> int:
+    """The trained numbers of a module."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
