@@ -1,13 +1,12 @@
-"""Tiny models and tokenizers, made on the spot: no test needs a network."""
+"""Tiny models and tokenizers, made on the spot: no test needs a network, and none depends on the caller's settings."""
 
 from __future__ import annotations
 
-import os
-import signal
+from tests import isolation
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# isort: split
+
+import signal
 
 import pytest
 import torch
@@ -26,6 +25,8 @@ def tokenizer():
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)
+    with isolation.terminal():
+        yield
 
 
 def pytest_terminal_summary(terminalreporter):

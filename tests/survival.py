@@ -220,6 +220,7 @@ def fork(job: Callable[[], Any], log: Path) -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     except BaseException:
+        sys.stdout.flush()  # so that the error comes last in the log, however stdout is buffered
         traceback.print_exc()
     finally:
         sys.stdout.flush()

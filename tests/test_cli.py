@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -92,7 +91,6 @@ def start_demo(folder: Path, updates: int) -> subprocess.Popen:
     arguments = ["demo", "--updates", str(updates), "--output-dir", str(folder)]
     return subprocess.Popen(
         command + arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent,
-        env={**os.environ, "COLUMNS": "80"},
     )  # fmt: skip
 
 

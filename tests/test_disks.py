@@ -103,7 +103,7 @@ def fill(disk: Path) -> None:
 
 
 def make_read_only(disk: Path) -> None:
-    mount("-o", "remount,ro", disk)
+    remount("ro", disk)
 
 
 def limit_files(disk: Path) -> None:
@@ -114,8 +114,13 @@ BREAK: dict[str, Callable[[Path], None]] = {"fill": fill, "make read-only": make
 
 
 def mend(disk: Path) -> None:
-    mount("-o", "remount,rw", disk)
+    remount("rw", disk)
     (disk / "ballast").unlink(missing_ok=True)
+
+
+def remount(access: str, disk: Path) -> None:
+    """Change the mount alone (`bind`): otherwise mount(8) repeats the owner's number, unknown in the user namespace."""
+    mount("-o", f"remount,bind,{access}", disk)
 
 
 def mount(*arguments: object) -> None:
@@ -125,19 +130,23 @@ def mount(*arguments: object) -> None:
 # -- what they leave ---------------------------------------------------------------------------------------------------
 
 
-def can_mount(folder: Path) -> bool:
+def why_no_mounts(folder: Path) -> str:
+    """What this machine says where it refuses a user the mounts of these tests; empty where it allows them."""
+    steps = ("-t tmpfs tmpfs", "-o remount,bind,ro", "-o remount,bind,rw")
+    script = " && ".join(f'mount {step} "$1"' for step in steps)
     try:
-        tried = subprocess.run([*OWN_MOUNTS, "mount", "-t", "tmpfs", "tmpfs", str(folder)], capture_output=True)
-    except FileNotFoundError:
-        return False
-    return tried.returncode == 0
+        tried = subprocess.run([*OWN_MOUNTS, "sh", "-c", script, "sh", folder], capture_output=True, text=True)
+    except FileNotFoundError as error:
+        return str(error)
+    said = tried.stderr or f"exit status {tried.returncode}"
+    return said.splitlines()[0] if tried.returncode else ""
 
 
 @pytest.fixture(scope="module")
 def mounted(tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("disks")
-    if not can_mount(folder):
-        pytest.skip("this machine lets nobody mount a tmpfs in a namespace of one's own")
+    if reason := why_no_mounts(folder):
+        pytest.skip(f"this machine does not let this user mount a tmpfs in a user namespace: {reason}")
     return folder, survival.program("tests.test_disks", folder, "mounted", before=OWN_MOUNTS)
 
 
