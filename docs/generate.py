@@ -27,65 +27,13 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 _BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
-# Unit of every number of the configuration, and the value that switches a mechanism off ("" where there is none).
-UNITS: dict[str, tuple[str, str]] = {
-    "cliprange": ("1", '`clip_rule="none"`'),
-    "cliprange_high": ("1", ""),
-    "cliprange_value": ("the return's", "`clip_value=False`"),
-    "clip_rule": ("", '`"none"`'),
-    "clip_value": ("", "`False`"),
-    "dataset_num_proc": ("processes", ""),
-    "detach_value_head": ("", "`False`"),
-    "gamma": ("1", ""),
-    "grace_seconds": ("s", ""),
-    "kl_coef": ("score per nat", "`0`"),
-    "kl_controller": ("", '`"fixed"`'),
-    "kl_horizon": ("responses", ""),
-    "kl_offpolicy": ("", "`False`"),
-    "kl_target": ("nats/response", "`None`"),
-    "lam": ("1", ""),
-    "learning_rate": ("1", ""),
-    "local_rollout_forward_batch_size": ("prompts", ""),
-    "max_grad_norm": ("1", "`0`"),
-    "max_refused": ("updates", ""),
-    "measure_fraction": ("share", ""),
-    "missing_eos_penalty": ("the score's", "`None`"),
-    "num_mini_batches": ("mini-batches", ""),
-    "num_ppo_epochs": ("epochs", ""),
-    "num_sample_generations": ("times", "`0`"),
-    "panic_kl": ("nats/token", "`None`"),
-    "response_length": ("tokens", ""),
-    "reward_retries": ("times", "`0`"),
-    "reward_weights": ("1", ""),
-    "stop_token": ("", '`"none"`'),
-    "stop_token_id": ("token id", "`None`"),
-    "temperature": ("1", ""),
-    "total_episodes": ("responses", ""),
-    "trust_coef": ("advantage per nat", "`0`"),
-    "trust_controller": ("", '`"fixed"`'),
-    "trust_lr_target": ("nats/token", "`None`"),
-    "trust_max_kl": ("nats/token", "`None`"),
-    "trust_stop": ("nats/token", "`None`"),
-    "trust_target": ("nats/token", "`None`"),
-    "value_learning_rate": ("1", ""),
-    "vf_coef": ("1", "`0`"),
-    "whiten_advantages": ("", "`False`"),
-    "whiten_rewards": ("", "`False`"),
-}
-
-# Fields of TRL's that belong to a section of ours.
-_ANCHOR, _TRUST = ("kl_coef",), ("cliprange", "cliprange_value", "max_grad_norm")
-# Fields that TRL's trainer computes, or that only TRL's own scripts read.
-_COMPUTED = {
-    "world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",
-    "mini_batch_size", "sft_model_path", "reward_model_path", "ds3_gather_for_generation",
-}  # fmt: skip
+# The sections of the configuration: titles by the groups of `TrustKLPPOConfig`.
 _SECTIONS = {
-    "The anchor, KL(π‖π_ref)": ("kl_",),
-    "The trust region, KL(π_old‖π)": ("clip", "trust_", "max_grad"),
-    "Advantages and values": ("whiten", "score_", "detach", "value_", "vf_", "gamma", "lam"),
-    "Optimising, sampling, rewards, models": ("",),
-    "When something goes wrong": ("panic", "max_refused", "reward_retries", "grace"),
+    "anchor": "The anchor, KL(π‖π_ref)",
+    "trust region": "The trust region, KL(π_old‖π)",
+    "advantages and values": "Advantages and values",
+    "optimising, sampling, rewards, models": "Optimising, sampling, rewards, models",
+    "when something goes wrong": "When something goes wrong",
 }
 
 
@@ -116,43 +64,27 @@ def _first(text: str | None) -> str:
 
 
 def config_fields() -> dict[str, dataclasses.Field[Any]]:
-    """The fields this project documents itself: its own, and TRL's PPO ones as TRL 1.12 has them."""
-    from transformers import TrainingArguments
-
+    """The fields this project documents itself: its own, and TRL's PPO ones."""
+    from trl_trustkl.options import about
     from trl_trustkl.ppo.config import TrustKLPPOConfig
-    from trl_trustkl.trl_compat.ppo_base import PPOConfig
 
-    common = {each.name for each in dataclasses.fields(TrainingArguments)} - {"learning_rate", "max_grad_norm"}
-    trl = {each.name: each for each in dataclasses.fields(PPOConfig)}
-    every = trl | {each.name: each for each in dataclasses.fields(TrustKLPPOConfig) if each.name not in trl}
-    every["kl_estimator"], every["stop_token"] = (
-        TrustKLPPOConfig.__dataclass_fields__[name] for name in ("kl_estimator", "stop_token")
-    )
-    return {name: each for name, each in every.items() if name not in common | _COMPUTED}
-
-
-def section_of(name: str) -> str:
-    fits = {title: prefix for title, prefixes in _SECTIONS.items() for prefix in prefixes if name.startswith(prefix)}
-    return max(fits, key=lambda title: len(fits[title]))
+    return {each.name: each for each in dataclasses.fields(TrustKLPPOConfig) if about(each).group}
 
 
 def configuration() -> str:
+    from trl_trustkl.options import about
     from trl_trustkl.ppo.config import TrustKLPPOConfig
 
     fields, hints = config_fields(), typing.get_type_hints(TrustKLPPOConfig)
-    lacking = [name for name, each in fields.items() if _is_number(hints[name]) and name not in UNITS]
-    unknown = [name for name in UNITS if name not in fields]
-    if lacking or unknown:
-        raise SystemExit(f"docs/generate.py: UNITS lacks {lacking} and has unknown {unknown}")
-    parts = []
-    for title in _SECTIONS:
-        rows = [
-            (f"`{name}`", _default(each), *UNITS.get(name, ("", "")), _meaning(each, hints[name]))
-            for name, each in fields.items()
-            if section_of(name) == title
-        ]
-        parts.append(f"## {title}\n\n" + table(("field", "default", "unit", "off", "meaning"), rows))
-    return "\n".join(parts)
+    rows: dict[str, list[Iterable[str]]] = {group: [] for group in _SECTIONS}
+    for name, each in fields.items():
+        own = about(each)
+        if _is_number(hints[name]) and not own.unit:
+            raise SystemExit(f"docs/generate.py: `{name}` has no unit")
+        off = own.off and f"`{own.off}`"
+        rows[own.group].append((f"`{name}`", _default(each), own.unit, off, _meaning(each, hints[name])))
+    head = ("field", "default", "unit", "off", "meaning")
+    return "\n".join(f"## {title}\n\n{table(head, rows[group])}" for group, title in _SECTIONS.items())
 
 
 def _is_number(hint: Any) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 import typing
 from typing import Any, Literal
 
@@ -17,7 +19,7 @@ from trl_trustkl.advantages import ScorePosition
 from trl_trustkl.controllers import CONTROLLERS, AdaptiveKL, ControllerName, FixedKL
 from trl_trustkl.divergences import ESTIMATORS, EstimatorName, KLEstimatorName
 from trl_trustkl.errors import ConfigError, NotAvailableYetError
-from trl_trustkl.ppo.config import _DICT_FIELDS
+from trl_trustkl.options import COUNT, POSITIVE, about, check_options, dict_fields, fits, option, typed_fields
 from trl_trustkl.surrogates import SURROGATES, ClipRuleName
 from trl_trustkl.trl_compat import ppo_base as _base
 
@@ -141,6 +143,88 @@ def test_the_fields_added_are_those_of_the_design_with_its_defaults():
 def test_every_added_field_says_what_it_is():
     for name in DESIGN_FIELDS:
         assert len(fields(TrustKLPPOConfig)[name].metadata["help"]) > 20, name
+
+
+# -- what is known of them ---------------------------------------------------------------------------------------------
+
+
+def test_every_number_has_a_range_and_its_default_lies_in_it():
+    without = set()
+    for field, hint in typed_fields(TrustKLPPOConfig):
+        own, value = about(field), default(field)
+        if own.range is None and own.group and {int, float} & {hint, *typing.get_args(hint)}:
+            without.add(field.name)
+        if own.range is not None and value is not None:
+            assert fits(value, hint) and own.range.holds(value), field.name
+    assert without == {"num_sample_generations"}
+
+
+def test_the_fields_documented_here_are_ours_and_those_of_trl_that_a_user_sets():
+    documented = {name for name, field in fields(TrustKLPPOConfig).items() if about(field).group}
+    computed = {
+        "world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",
+        "mini_batch_size",
+    }  # fmt: skip
+    others = {"sft_model_path", "reward_model_path", "ds3_gather_for_generation", "push_to_hub"}
+    assert documented == {*DESIGN_FIELDS, *TRL_FIELDS, "max_grad_norm"} - computed - others
+
+
+def test_a_field_declared_again_keeps_type_default_and_help_of_its_base():
+    base, ours = fields(_base.PPOConfig), fields(TrustKLPPOConfig)
+    base_types, our_types = typing.get_type_hints(_base.PPOConfig), typing.get_type_hints(TrustKLPPOConfig)
+    again = (set(TrustKLPPOConfig.__annotations__) & set(base)) - {"kl_estimator", "stop_token", "max_grad_norm"}
+    assert len(again) > 20
+    for name in again:
+        assert (default(ours[name]), our_types[name]) == (default(base[name]), base_types[name]), name
+        assert ours[name].metadata == base[name].metadata, name
+
+
+@dataclasses.dataclass
+class Other:
+    """Options of a configuration that is not PPO's."""
+
+    size: int | None = option(None, "A size.", range=COUNT, fix="None: all.", group="a")
+    width: float = option(1.0, "A width.", range=POSITIVE, fix="Use 1.")
+    kind: Literal["a", "b"] = option("a", "A kind.", names={"c": 3})
+    extra: dict | str | None = option(None, "A dict.", group="a")
+    plain: bool = True
+
+
+def test_the_checks_are_those_of_any_dataclass():
+    for good in (
+        {"size": 3},
+        {"width": 2},
+        {"kind": "c"},
+        {"extra": {"a": 1}},
+        {"extra": '{"a": 1}'},
+        {"plain": False},
+    ):
+        check_options(other := Other(**good))
+        assert other.extra in (None, {"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"size": 0}, "`size` got 0; it must be a whole number >= 1, or None. None: all."),
+        ({"size": 1.5}, "`size` got 1.5; it must be a whole number >= 1, or None. None: all."),
+        ({"width": None}, "`width` got None; it must be a finite number > 0. Use 1."),
+        ({"width": float("inf")}, "`width` got inf; it must be a finite number > 0. Use 1."),
+        ({"kind": "d"}, "`kind` got 'd'; it must be one of 'a', 'b', 'c'."),
+        ({"extra": "["}, "`extra` got '[', which is not JSON"),
+        ({"plain": 1}, "`plain` got 1; it must be true or false."),
+    ],
+)
+def test_the_checks_say_what_a_field_may_be(bad, message):
+    with pytest.raises(ConfigError) as error:
+        check_options(Other(**bad))
+    assert str(error.value).startswith(message)
+
+
+def test_a_configuration_can_be_copied_and_pickled(tmp_path):
+    config = tiny.config(tmp_path, **{name: value for name, value in OPTIONS.items() if name != "use_cpu"})
+    for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert other.to_dict() == config.to_dict()
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
@@ -276,7 +360,7 @@ def test_a_configuration_survives_the_way_through_a_dict(tmp_path):
 # -- what is made of them ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", _DICT_FIELDS)
+@pytest.mark.parametrize("name", dict_fields(TrustKLPPOConfig))
 def test_a_dict_is_copied_and_may_be_json(tmp_path, name):
     given = {"clip": 0.1} if name == "kl_controller_kwargs" else {"top_p": 0.5} if name == "generation_kwargs" else {}
     settings = {"kl_controller": "adaptive", "kl_target": 1.0}

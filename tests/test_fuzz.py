@@ -34,8 +34,7 @@ from trl_trustkl import TrustKLPPOConfig, load_records
 from trl_trustkl.controllers import CONTROLLERS
 from trl_trustkl.divergences import ESTIMATORS, gradient_kind
 from trl_trustkl.errors import ConfigError, DataError, RewardError, TrustKLError
-from trl_trustkl.ppo.config import _DICT_FIELDS, _typed_fields
-from trl_trustkl.ppo.field_types import names
+from trl_trustkl.options import dict_fields, names, typed_fields
 from trl_trustkl.report import read_run, write_report
 from trl_trustkl.report.findings import FINDINGS
 from trl_trustkl.rollout.prompts import check_prompts, collate, encode_prompt, token_limits, tokenize_prompts
@@ -45,6 +44,7 @@ from trl_trustkl.types import BoundRecord, Rollout
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NAN, INF, HUGE = math.nan, math.inf, 10**400
+DICT_FIELDS = dict_fields(TrustKLPPOConfig)
 
 reproducible = settings(
     derandomize=True,
@@ -141,7 +141,7 @@ def wrong_type(name: str, hint: Any) -> st.SearchStrategy[Any]:
         return (text | st.integers() | st.lists(text, max_size=2) | st.just({})).filter(lambda x: x not in names(hint))
     parts = set(typing.get_args(hint)) or {hint}
     if parts & {int, float}:
-        wrong = no_number if type(None) in parts or name == "max_grad_norm" else no_number | st.none()
+        wrong = no_number if type(None) in parts else no_number | st.none()
         if float not in parts:  # an integer is one, however large
             wrong = wrong.filter(lambda x: type(x) is not int)
         return wrong if name not in OUT_OF_RANGE else wrong | OUT_OF_RANGE[name]
@@ -149,7 +149,7 @@ def wrong_type(name: str, hint: Any) -> st.SearchStrategy[Any]:
         return text | st.integers() | st.floats() | st.lists(st.booleans(), max_size=2)
     if name == "reward_weights":
         return text | st.integers() | st.lists(no_number, min_size=1, max_size=3)
-    if name in _DICT_FIELDS:
+    if name in DICT_FIELDS:
         return bad_dict
     return st.binary(max_size=5) | st.floats() | st.integers() | st.complex_numbers()
 
@@ -173,9 +173,7 @@ def _is_json(given: str) -> bool:
     return False
 
 
-FIELDS = {f.name: hint for f, hint in _typed_fields() if Any not in typing.get_args(hint)} | {
-    "max_grad_norm": float | None
-}
+FIELDS = {f.name: hint for f, hint in typed_fields(TrustKLPPOConfig) if Any not in typing.get_args(hint)}
 
 
 def test_every_field_refuses_what_it_cannot_be(record_property):
@@ -254,7 +252,7 @@ BAD_FLAGS = st.one_of(
         st.sampled_from([n for n, hint in FIELDS.items() if names(hint)]),
         unreadable.filter(lambda t: t not in ("eos",)),
     ),
-    st.tuples(st.sampled_from(_DICT_FIELDS), no_json.filter(lambda t: len(t) < 100 and not t.startswith("-"))),
+    st.tuples(st.sampled_from(DICT_FIELDS), no_json.filter(lambda t: len(t) < 100 and not t.startswith("-"))),
 )
 
 

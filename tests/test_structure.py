@@ -21,7 +21,7 @@ LONGEST_FUNCTION, LARGEST_MODULE = 60, 400  # lines
 
 LAYERS = (
     ("errors", "types"),
-    ("advantages", "bounds", "controllers", "divergences", "masking", "records", "surrogates"),
+    ("advantages", "bounds", "controllers", "divergences", "masking", "options", "records", "surrogates"),
     ("trl_compat",),
     ("parallel", "policy"),
     ("report", "rollout", "run", "trust", "trust_region"),

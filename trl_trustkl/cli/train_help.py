@@ -9,6 +9,9 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
+from ..options import about
+from ..ppo.config import TrustKLPPOConfig
+
 _USAGE = """\
 usage: trustkl train --config FILE.yaml [--option VALUE ...]
        trustkl train --model_name_or_path MODEL --dataset_name DATA
@@ -40,18 +43,16 @@ _COMMON_FIELDS = {
     "gradient_checkpointing", "seed", "logging_steps", "report_to", "run_name", "eval_strategy", "eval_steps",
     "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub", "hub_model_id",
 }  # fmt: skip
-# Fields that TRL's PPO trainer computes, that only TRL's own scripts read, or whose one value here is the default.
-_HIDDEN = {
-    "world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",
-    "mini_batch_size", "reward_model_path", "sft_model_path", "ignore_bias_buffers", "exp_name", "dataset_streaming",
-    "streaming",
-}  # fmt: skip
-
 _MODEL_FIELDS = {each.name for each in fields(ModelConfig)}
 _SCRIPT_FIELDS = {each.name for each in (*fields(ScriptArguments), *fields(DatasetMixtureConfig))} | {
     "config", "reward_funcs", "reward_model_name_or_path", "reward_weights", "ref_model", "value_model",
 }  # fmt: skip
 _TRAINING_FIELDS = {each.name for each in fields(TrainingArguments)}
+_GROUPS = {each.name: about(each).group for each in fields(TrustKLPPOConfig)}
+# Fields that TRL's PPO trainer computes, that only TRL's own scripts read, or whose one value here is the default.
+_HIDDEN = {"ignore_bias_buffers", "exp_name", "dataset_streaming", "streaming"} | {
+    name for name, group in _GROUPS.items() if not group and name not in _TRAINING_FIELDS
+}
 
 
 def add_help(parser: argparse.ArgumentParser) -> None:
@@ -84,12 +85,10 @@ def _section(name: str) -> str:
         return _SCRIPT
     if name in _MODEL_FIELDS:
         return _MODEL
-    if name.startswith("kl_"):
-        return _ANCHOR
-    if name.startswith(("trust_", "clip")) and name != "cliprange_value":
-        return _TRUST
     if name in _COMMON_FIELDS:
         return _COMMON
+    if (group := _GROUPS.get(name)) in (_ANCHOR, _TRUST):
+        return group
     return _REST if name in _TRAINING_FIELDS else _PPO
 
 

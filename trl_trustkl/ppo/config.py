@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-import typing
-from collections.abc import Callable, Iterable
-from dataclasses import MISSING, Field, dataclass, field, fields
-from functools import cache
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from transformers.utils import logging
 
@@ -24,47 +21,33 @@ from ..controllers import (
     build_controller,
 )
 from ..divergences import ESTIMATORS, KLEstimatorName, Placement, build_estimator, gradient_kind
-from ..errors import ConfigError, out_of_range, shown, unknown_name
+from ..errors import ConfigError, is_finite, out_of_range, shown
+from ..options import COUNT, NOT_NEGATIVE, PER_TOKEN, POSITIVE, WHOLE, Range, check_options, inherited, option
 from ..rollout.generation_options import check_generation_kwargs
 from ..surrogates import SURROGATES, WITHOUT_RANGE, ClipRuleName, build_surrogate
+from ..trl_compat import ppo_base
 from ..trl_compat.version import PPOConfig
-from . import field_types
 from .losses import Penalties
-from .ranges import check_ranges
 from .unsupported import refuse_optimizers, refuse_other_kernels, refuse_other_loops, refuse_sharding
 
 logger = logging.get_logger(__name__)
 
 TrustEstimator = Literal["exact", "k1", "k3"]
 
-_DICT_FIELDS = (
-    "kl_estimator_kwargs",
-    "kl_controller_kwargs",
-    "clip_kwargs",
-    "trust_controller_kwargs",
-    "generation_kwargs",
-    "model_init_kwargs",
-)
+_UP_TO_1, _BELOW_1 = Range("in [0, 1]", lambda x: 0 <= x <= 1), Range("in [0, 1)", lambda x: 0 <= x < 1)
 
-_NAMES: dict[str, Callable[[], Iterable[str]]] = {
-    "kl_estimator": lambda: (*ESTIMATORS, "exact"),
-    "kl_controller": lambda: CONTROLLERS,
-    "trust_controller": lambda: CONTROLLERS,
-    "clip_rule": lambda: SURROGATES,
-}
-"""Fields that take whatever is registered, a user's own included."""
-
-_LOOSELY_TYPED = ("accelerator_config", "debug", "fsdp", "max_grad_norm")
-"""transformers takes more for these than it says."""
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+# A field of TRL or transformers that has a unit or a range is declared again, with its default and its help text.
+_trl = partial(inherited, ppo_base.PPOConfig)
+_anchor = partial(option, group="anchor")
+_trust = partial(option, group="trust region")
+_value = partial(option, group="advantages and values")
+_run = partial(option, group="optimising, sampling, rewards, models")
+_failure = partial(option, group="when something goes wrong")
 
 
 @dataclass
 class TrustKLPPOConfig(PPOConfig):
-    """Configuration of [`TrustKLPPOTrainer`]: TRL's PPO fields, and those below.
+    """Configuration of [`TrustKLPPOTrainer`]: TRL's PPO fields, and this project's.
 
     KL divergences are in nats, of the policy at `temperature`. The anchor is KL(π‖π_ref), the trust region
     KL(π_old‖π). Raises `ConfigError`, which names the field, the value, the valid range and the likely fix.
@@ -76,72 +59,130 @@ class TrustKLPPOConfig(PPOConfig):
     trl_trustkl.errors.ConfigError: `kl_target` got 6.0, but kl_controller='fixed' never looks at it; ...
     """
 
+    # fmt: off
     # -- the anchor: KL(π‖π_ref) --------------------------------------------------------------------------------------
-    kl_estimator: KLEstimatorName = _option(
-        "k1", "Estimator of the KL to the reference: one of ESTIMATORS, or 'exact' (over the whole vocabulary)."
-    )
-    kl_estimator_kwargs: dict | str | None = _option(None, "Its arguments, as a dict or JSON: {'order': 0.5}.")
-    kl_placement: Placement = _option("reward", "Where the anchor acts: 'reward', 'loss' or 'both'.")
-    kl_offpolicy: bool = _option(
-        False, "Whether a KL term in the loss is weighted by the (stopped) token ratio; 'exact' does not need it."
-    )
-    kl_controller: ControllerName = _option("fixed", "Controller of kl_coef; it is fed the exact KL.")
-    kl_controller_kwargs: dict | str | None = _option(None, "Its arguments, as a dict or JSON.")
-    kl_target: float | None = _option(None, "Target of the KL to the reference, in nats per response.")
-    kl_horizon: int = _option(10_000, "Horizon of the adaptive controller, in episodes.")
+    kl_coef: float = _anchor(
+        *_trl("kl_coef"), unit="score per nat", off="0", range=NOT_NEGATIVE, fix="0 turns the anchor off.")
+    kl_estimator: KLEstimatorName = _anchor(
+        "k1", "Estimator of the KL to the reference: one of ESTIMATORS, or 'exact' (over the whole vocabulary).",
+        names=ESTIMATORS)
+    kl_estimator_kwargs: dict | str | None = _anchor(None, "Its arguments, as a dict or JSON: {'order': 0.5}.")
+    kl_placement: Placement = _anchor("reward", "Where the anchor acts: 'reward', 'loss' or 'both'.")
+    kl_offpolicy: bool = _anchor(
+        False, "Whether a KL term in the loss is weighted by the (stopped) token ratio; 'exact' does not need it.",
+        off="False")
+    kl_controller: ControllerName = _anchor(
+        "fixed", "Controller of kl_coef; it is fed the exact KL.", off='"fixed"', names=CONTROLLERS)
+    kl_controller_kwargs: dict | str | None = _anchor(None, "Its arguments, as a dict or JSON.")
+    kl_target: float | None = _anchor(
+        None, "Target of the KL to the reference, in nats per response.", unit="nats/response", off="None",
+        range=Range("a positive number of nats per response"))
+    kl_horizon: int = _anchor(
+        10_000, "Horizon of the adaptive controller, in episodes.", unit="responses",
+        range=Range("a positive number of episodes"))
 
     # -- the trust region: KL(π_old‖π) --------------------------------------------------------------------------------
-    clip_rule: ClipRuleName = _option("ppo", "Rule that clips the policy's update; 'none' for no clipping.")
-    clip_kwargs: dict | str | None = _option(None, "Its arguments, as a dict or JSON.")
-    cliprange_high: float | None = _option(None, "Upper clip range; None: the same as cliprange.")
-    clip_value: bool = _option(True, "Whether the value loss is clipped, at cliprange_value.")
-    trust_coef: float = _option(0.0, "Coefficient of the penalty on KL(π_old‖π); 0 turns it off.")
-    trust_estimator: TrustEstimator = _option(
-        "exact",
-        "The penalty's KL(π_old‖π): 'exact' over the vocabulary, or 'k3' at the sampled tokens; 'k1' is unbiased too, but on "
-        "samples that stay the same over the epochs it only makes them likelier.",
-    )
-    trust_controller: ControllerName = _option("fixed", "Controller of trust_coef.")
-    trust_target: float | None = _option(None, "Target of KL(π_old‖π) after an update, in nats per token.")
-    trust_controller_kwargs: dict | str | None = _option(None, "Its arguments, as a dict or JSON.")
-    trust_stop: float | None = _option(
-        None, "Stop the update when the exact KL of the mini-batch just stepped exceeds this, in nats per token."
-    )
-    trust_max_kl: float | None = _option(
-        None, "Hard limit of the batch's mean KL(π_old‖π), in nats per token, held by backtracking."
-    )
-    trust_lr_target: float | None = _option(None, "Target KL that the learning rate is adapted to, in nats per token.")
+    clip_rule: ClipRuleName = _trust(
+        "ppo", "Rule that clips the policy's update; 'none' for no clipping.", off='"none"', names=SURROGATES)
+    clip_kwargs: dict | str | None = _trust(None, "Its arguments, as a dict or JSON.")
+    cliprange: float = _trust(
+        *_trl("cliprange"), unit="1", off='clip_rule="none"', range=Range("in (0, 1)", lambda x: 0 < x < 1),
+        fix="Use clip_rule='none' to turn clipping off.")
+    cliprange_high: float | None = _trust(
+        None, "Upper clip range; None: the same as cliprange.", unit="1", range=POSITIVE,
+        fix="None means the same as cliprange.")
+    clip_value: bool = _trust(True, "Whether the value loss is clipped, at cliprange_value.", off="False")
+    cliprange_value: float = _trust(
+        *_trl("cliprange_value"), unit="the return's", off="clip_value=False", range=POSITIVE,
+        fix="Use clip_value=False to turn value clipping off.")
+    max_grad_norm: float | None = _trust(
+        *_trl("max_grad_norm"), unit="1", off="0", range=NOT_NEGATIVE, fix="0 or None turns it off.")
+    trust_coef: float = _trust(
+        0.0, "Coefficient of the penalty on KL(π_old‖π); 0 turns it off.", unit="advantage per nat", off="0",
+        range=NOT_NEGATIVE, fix="0 turns the penalty off.")
+    trust_estimator: TrustEstimator = _trust(
+        "exact", "The penalty's KL(π_old‖π): 'exact' over the vocabulary, or 'k3' at the sampled tokens; 'k1' is unbiased "
+        "too, but on samples that stay the same over the epochs it only makes them likelier.")
+    trust_controller: ControllerName = _trust("fixed", "Controller of trust_coef.", off='"fixed"', names=CONTROLLERS)
+    trust_target: float | None = _trust(None, "Target of KL(π_old‖π) after an update, in nats per token.", **PER_TOKEN)
+    trust_controller_kwargs: dict | str | None = _trust(None, "Its arguments, as a dict or JSON.")
+    trust_stop: float | None = _trust(
+        None, "Stop the update when the exact KL of the mini-batch just stepped exceeds this, in nats per token.",
+        **PER_TOKEN)
+    trust_max_kl: float | None = _trust(
+        None, "Hard limit of the batch's mean KL(π_old‖π), in nats per token, held by backtracking.", **PER_TOKEN)
+    trust_lr_target: float | None = _trust(
+        None, "Target KL that the learning rate is adapted to, in nats per token.", **PER_TOKEN)
 
     # -- advantages and values ----------------------------------------------------------------------------------------
-    whiten_advantages: bool = _option(True, "Whether advantages are whitened over the batch.")
-    score_position: ScorePosition = _option(
-        "after_eos", "Where the score lands: one position after the end of a response, as in TRL, or on its last token."
-    )
-    detach_value_head: bool = _option(True, "Whether the value loss is kept from moving the policy's backbone.")
-    value_learning_rate: float | None = _option(None, "Learning rate of the value; None: the policy's.")
+    gamma: float = _value(*_trl("gamma"), unit="1", range=_UP_TO_1)
+    lam: float = _value(*_trl("lam"), unit="1", range=_UP_TO_1)
+    whiten_rewards: bool = _value(*_trl("whiten_rewards"), off="False")
+    whiten_advantages: bool = _value(True, "Whether advantages are whitened over the batch.", off="False")
+    score_position: ScorePosition = _value(
+        "after_eos", "Where the score lands: one position after the end of a response, as in TRL, or on its last token.")
+    detach_value_head: bool = _value(
+        True, "Whether the value loss is kept from moving the policy's backbone.", off="False")
+    vf_coef: float = _value(*_trl("vf_coef"), unit="1", off="0", range=NOT_NEGATIVE)
+    value_learning_rate: float | None = _value(
+        None, "Learning rate of the value; None: the policy's.", unit="1", range=NOT_NEGATIVE)
+
+    # -- optimising ---------------------------------------------------------------------------------------------------
+    learning_rate: float = _run(*_trl("learning_rate"), unit="1", range=NOT_NEGATIVE)
+    weight_decay: float = option(*_trl("weight_decay"), range=NOT_NEGATIVE)
+    adam_beta1: float = option(*_trl("adam_beta1"), range=_BELOW_1)
+    adam_beta2: float = option(*_trl("adam_beta2"), range=_BELOW_1)
+    adam_epsilon: float = option(*_trl("adam_epsilon"), range=NOT_NEGATIVE)
+    num_ppo_epochs: int = _run(*_trl("num_ppo_epochs"), unit="epochs", range=COUNT)
+    num_mini_batches: int = _run(*_trl("num_mini_batches"), unit="mini-batches", range=COUNT)
+    per_device_train_batch_size: int = option(*_trl("per_device_train_batch_size"), range=COUNT)
+    per_device_eval_batch_size: int = option(*_trl("per_device_eval_batch_size"), range=COUNT)
+    gradient_accumulation_steps: int = option(*_trl("gradient_accumulation_steps"), range=COUNT)
+    total_episodes: int | None = _run(*_trl("total_episodes"), unit="responses", range=Range("a positive whole number"))
+    num_train_epochs: float = option(*_trl("num_train_epochs"), range=Range("a positive number"))
+    max_steps: int = option(
+        *_trl("max_steps"), range=Range("a whole number >= 1, or -1", lambda x: x >= 1 or x == -1),
+        fix="-1: total_episodes decides.")
+    seed: int = option(*_trl("seed"), range=Range("a whole number from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32))
 
     # -- measuring, sampling, models ----------------------------------------------------------------------------------
-    measure_fraction: float = _option(1.0, "Share of the micro-batches measured after an update.")
-    stop_token: Literal["eos", "none"] | None = _option(
-        None, "'eos' or 'none'; None: 'eos' for text and chat prompts, 'none' for a dataset of input_ids, as in TRL."
-    )
-    generation_kwargs: dict | str | None = _option(None, "Further arguments of generate(), as a dict or JSON.")
-    reward_weights: list[float] | None = _option(None, "Weight of each reward function; None: 1 each.")
-    model_init_kwargs: dict | str | None = _option(
-        None, "Arguments of from_pretrained() for models given by name, as a dict or JSON."
-    )
+    measure_fraction: float = _run(
+        1.0, "Share of the micro-batches measured after an update.", unit="share",
+        range=Range("in (0, 1]", lambda x: 0 < x <= 1), fix="There is no way to turn the measurement off.")
+    dataset_num_proc: int | None = _run(*_trl("dataset_num_proc"), unit="processes", range=COUNT)
+    local_rollout_forward_batch_size: int = _run(*_trl("local_rollout_forward_batch_size"), unit="prompts", range=COUNT)
+    num_sample_generations: int = _run(*_trl("num_sample_generations"), unit="times", off="0")
+    response_length: int = _run(*_trl("response_length"), unit="tokens", range=COUNT)
+    temperature: float = _run(
+        *_trl("temperature"), unit="1", range=POSITIVE, fix="Near-greedy sampling is temperature=0.01.")
+    stop_token: Literal["eos", "none"] | None = _run(
+        None, "'eos' or 'none'; None: 'eos' for text and chat prompts, 'none' for a dataset of input_ids, as in TRL.",
+        off='"none"')
+    stop_token_id: int | None = _run(*_trl("stop_token_id"), unit="token id", off="None", range=WHOLE)
+    missing_eos_penalty: float | None = _run(
+        *_trl("missing_eos_penalty"), unit="the score's", off="None", range=NOT_NEGATIVE)
+    generation_kwargs: dict | str | None = _run(None, "Further arguments of generate(), as a dict or JSON.")
+    reward_weights: list[float] | None = _run(
+        None, "Weight of each reward function; None: 1 each.", unit="1",
+        range=Range("a list of finite numbers, one for each reward function", is_finite))
+    model_init_kwargs: dict | str | None = _run(
+        None, "Arguments of from_pretrained() for models given by name, as a dict or JSON.")
+    model_adapter_name: str | None = _run(*_trl("model_adapter_name"))
+    ref_adapter_name: str | None = _run(*_trl("ref_adapter_name"))
 
     # -- when something goes wrong ------------------------------------------------------------------------------------
-    panic_kl: float | None = _option(
-        None, "Undo an update whose KL(π_old‖π), before any backtracking, exceeds this, in nats per token; None: never."
-    )
-    max_refused: int = _option(5, "End the run, its state saved, when this many updates in a row had to be undone.")
-    reward_retries: int = _option(
-        0, "How often a reward function that failed is called again, after 1, 2, 4, … seconds (60 at most)."
-    )
-    grace_seconds: float = _option(
-        20.0, "How long the update in hand may go on after SIGTERM or Ctrl-C, in seconds; then it is given up."
-    )
+    panic_kl: float | None = _failure(
+        None, "Undo an update whose KL(π_old‖π), before any backtracking, exceeds this, in nats per token; None: never.",
+        **PER_TOKEN)
+    max_refused: int = _failure(
+        5, "End the run, its state saved, when this many updates in a row had to be undone.", unit="updates", range=COUNT)
+    reward_retries: int = _failure(
+        0, "How often a reward function that failed is called again, after 1, 2, 4, … seconds (60 at most).",
+        unit="times", off="0", range=WHOLE, fix="0 turns retrying off.")
+    grace_seconds: float = _failure(
+        20.0, "How long the update in hand may go on after SIGTERM or Ctrl-C, in seconds; then it is given up.", unit="s",
+        range=NOT_NEGATIVE._replace(valid="a finite number of seconds >= 0"))
+    # fmt: on
 
     writes_records: ClassVar[bool] = True
     """What tells callbacks that the trainer has records and controllers of its own; TRL's configurations lack it."""
@@ -151,10 +192,8 @@ class TrustKLPPOConfig(PPOConfig):
         refuse_other_kernels(self)
         refuse_other_loops(self)
         refuse_optimizers(self)
-        for name in _DICT_FIELDS:
-            setattr(self, name, _as_dict(name, getattr(self, name)))
-        self._check_ranges()
-        self._check_types()
+        check_options(self)
+        self._check_batch()
         try:
             super().__post_init__()
         except (ArithmeticError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
@@ -244,8 +283,7 @@ class TrustKLPPOConfig(PPOConfig):
 
     # Checks. Each says which field, what it got, what it may be, and what to do.
 
-    def _check_ranges(self) -> None:
-        check_ranges(self)
+    def _check_batch(self) -> None:
         local = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if local % self.num_mini_batches:
             raise ConfigError(
@@ -253,25 +291,6 @@ class TrustKLPPOConfig(PPOConfig):
                 f"per_device_train_batch_size × gradient_accumulation_steps = {self.per_device_train_batch_size} × "
                 f"{self.gradient_accumulation_steps} = {local}."
             )
-        if not field_types.fits(self.reward_weights, list[float] | None):
-            raise out_of_range(
-                "reward_weights", self.reward_weights, "a list of finite numbers, one for each reward function, or None"
-            )
-
-    def _check_types(self) -> None:
-        for each, hint in _typed_fields():
-            value = getattr(self, each.name)
-            default = each.default_factory() if each.default_factory is not MISSING else each.default
-            if each.name in _NAMES:
-                known = _NAMES[each.name]()
-                if not isinstance(value, str) or value not in known:
-                    raise unknown_name(each.name, value, known)
-                continue
-            if (value is None and default is None) or field_types.fits(value, hint):
-                continue
-            if (options := field_types.names(hint)) is not None:
-                raise unknown_name(each.name, value, options)
-            raise out_of_range(each.name, value, field_types.in_words(hint), field_types.unquoted(value))
 
     def _check_anchor(self) -> None:
         if self.build_kl_estimator() is None and self.kl_estimator_kwargs:
@@ -349,28 +368,3 @@ class TrustKLPPOConfig(PPOConfig):
             # transformers' handler would take SIGTERM away from ours, and write checkpoints that may be cut short.
             logger.warning("`enable_jit_checkpoint` is ignored: this trainer saves on SIGTERM and Ctrl-C by itself.")
             self.enable_jit_checkpoint: bool = False
-
-
-@cache
-def _typed_fields() -> list[tuple[Field[Any], Any]]:
-    """The fields with what they are annotated with; once, since that takes a while."""
-    hints = typing.get_type_hints(TrustKLPPOConfig)
-    return [(each, hints[each.name]) for each in fields(TrustKLPPOConfig) if each.name not in _LOOSELY_TYPED]
-
-
-def _as_dict(name: str, value: Any) -> dict[str, Any] | None:
-    """A dict, or None, from a dict or a JSON object, as the command line gives it."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(
-                f"`{name}` got {shown(value)}, which is not JSON ({error}); write an object such as '{{\"order\": 0.5}}'."
-            ) from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"`{name}` got {shown(value)}; it must be a dict, or a JSON object as a string.")
-    if not all(isinstance(key, str) for key in value):
-        raise ConfigError(f"`{name}` got {shown(value)}; its keys must be the names of arguments, as text.")
-    return dict(value)

@@ -1,0 +1,178 @@
+"""The options of a configuration: what is known of a field beside its type and default, and the checks made from that."""
+
+from __future__ import annotations
+
+import json
+import os
+import types
+import typing
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, Field, field, fields
+from functools import cache
+from typing import Any, NamedTuple
+
+from .errors import ConfigError, is_finite, out_of_range, shown, unknown_name
+
+
+class Range(NamedTuple):
+    """What a number, or each of a list, may be: in words, and as a test of one that is finite. Its type says the rest."""
+
+    valid: str
+    holds: Callable[[Any], bool] = lambda x: x > 0
+
+
+POSITIVE, COUNT = Range("a finite number > 0"), Range("a whole number >= 1")
+NOT_NEGATIVE, WHOLE = (Range(f"a {kind} number >= 0", lambda x: x >= 0) for kind in ("finite", "whole"))
+
+
+class Option(NamedTuple):
+    """What is known of a field beside its type, default and help text."""
+
+    unit: str = ""
+    off: str = ""  # the value that turns the mechanism off
+    range: Range | None = None
+    fix: str = ""  # what to do instead of going beyond the range
+    names: Collection[str] = ()  # allowed beside those of the type: what is registered
+    group: str = ""  # the section of the documentation; "" for a field that other documentation describes
+
+
+class _Help(str):
+    """A help text that carries its option: HfArgumentParser takes no other key than `help` in a field's metadata."""
+
+    option: Option
+
+
+def option(default: Any, help: str, **about: Any) -> Any:
+    """A dataclass field; `about`: the parts of its `Option`."""
+    text = _Help(help)
+    text.option = Option(**about)
+    return field(default=default, metadata={"help": text})
+
+
+_NATS = Range("a positive number of nats per token")
+PER_TOKEN: dict[str, Any] = {"unit": "nats/token", "off": "None", "range": _NATS, "fix": "None turns it off."}
+"""What `option` takes for a KL per token that may be None."""
+
+
+def inherited(base: type, name: str) -> tuple[Any, str]:
+    """Default and help text of a base's field, for `option` where a subclass declares it again."""
+    each = base.__dataclass_fields__[name]  # type: ignore[attr-defined]
+    return each.default, each.metadata["help"]
+
+
+def about(each: Field[Any]) -> Option:
+    """The option that a field was declared with; an empty one for other fields."""
+    return getattr(each.metadata.get("help"), "option", Option())
+
+
+_LOOSELY_TYPED = ("accelerator_config", "debug", "fsdp")
+"""transformers takes more for these than it says."""
+
+
+@cache
+def typed_fields(config: type) -> list[tuple[Field[Any], Any]]:
+    """The fields with what they are annotated with; once, since that takes a while."""
+    hints = typing.get_type_hints(config)
+    return [(each, hints[each.name]) for each in fields(config) if each.name not in _LOOSELY_TYPED]
+
+
+def dict_fields(config: type) -> list[str]:
+    """The options that take a dict, or JSON."""
+    return [each.name for each, hint in typed_fields(config) if about(each).group and dict in typing.get_args(hint)]
+
+
+def check_options(args: Any) -> None:
+    """ConfigError for the first field whose value is not of its type, or not in its range. JSON becomes a dict."""
+    for name in dict_fields(args.__class__):
+        setattr(args, name, _as_dict(name, getattr(args, name)))
+    for each, hint in typed_fields(args.__class__):
+        value, own = getattr(args, each.name), about(each)
+        default = each.default_factory() if each.default_factory is not MISSING else each.default
+        if (value is None and (default is None or fits(None, hint))) or (isinstance(value, str) and value in own.names):
+            continue
+        if fits(value, hint) and (own.range is None or _within(value, own.range)):
+            continue
+        if (known := names(hint)) is not None:
+            raise unknown_name(each.name, value, {*known, *own.names})
+        valid = in_words(hint) if own.range is None else own.range.valid + ", or None" * fits(None, hint)
+        raise out_of_range(each.name, value, valid, unquoted(value) or own.fix)
+
+
+def _as_dict(name: str, value: Any) -> dict[str, Any] | None:
+    """A dict, or None, from a dict or a JSON object, as the command line gives it."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"`{name}` got {shown(value)}, which is not JSON ({error}); write an object such as '{{\"order\": 0.5}}'."
+            ) from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"`{name}` got {shown(value)}; it must be a dict, or a JSON object as a string.")
+    if not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"`{name}` got {shown(value)}; its keys must be the names of arguments, as text.")
+    return dict(value)
+
+
+def _within(value: Any, range: Range) -> bool:
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    return all(is_finite(number) and range.holds(number) for number in numbers)
+
+
+# Types: dataclasses do not look at them, and YAML and JSON may say anything.
+
+_WORDS = {
+    bool: "true or false", int: "a whole number", float: "a finite number", str: "text", dict: "a dict", list: "a list",
+    type(None): "None",
+}  # fmt: skip
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether `value` may stand where `hint` is: truth values are no numbers, and a float is finite."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, part) for part in parts)
+    if origin is typing.Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if origin is list:
+        return isinstance(value, (list, tuple)) and all(fits(each, parts[0]) for each in value)
+    if hint is Any:  # `parallelism_config` in transformers 5.0
+        return True
+    if hint is float:
+        return is_finite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, (str, os.PathLike))
+    return isinstance(value, origin or hint)
+
+
+def unquoted(value: Any) -> str:
+    """The fix for a number that arrived as text; "" for anything else."""
+    try:
+        number = isinstance(value, str) and is_finite(float(value))
+    except ValueError:
+        return ""
+    return "Write the number without quotes; YAML reads 1e-5 as text and 1.0e-5 as a number." if number else ""
+
+
+def in_words(hint: Any) -> str:
+    """What `fits` asks for, for an error's reader."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return ", or ".join(dict.fromkeys(in_words(part) for part in parts))
+    if origin is typing.Literal:
+        return ", ".join(map(repr, parts))
+    if origin is list:
+        return f"a list with {in_words(parts[0])} in each place"
+    return _WORDS.get(origin or hint, getattr(hint, "__name__", str(hint)))
+
+
+def names(hint: Any) -> list[str] | None:
+    """The names a field of names allows, None left out; None for any other field."""
+    parts = [part for part in typing.get_args(hint) if part is not type(None)]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType) and len(parts) == 1:
+        return names(parts[0])
+    return list(typing.get_args(hint)) if typing.get_origin(hint) is typing.Literal else None
