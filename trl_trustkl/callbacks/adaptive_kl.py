@@ -12,6 +12,7 @@ from transformers.utils import logging
 from ..controllers import Controller, ControllerState
 from ..errors import ConfigError
 from ..trl_compat.trl_logs import COEF, KL, KL_METRIC, TARGET, Kind, episodes_seen, kind_of, writes_records
+from ..trl_compat.trl_trainers import StockTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -56,7 +57,7 @@ class AdaptiveKLCallback(TrainerCallback):
     def __init__(self, controller: Controller, trainer: Any) -> None:
         self.controller = controller
         self.state: Any = _first_state(controller)
-        self.trainer = trainer
+        self.trainer: StockTrainer = trainer
         self.kind = _checked_kind(trainer)
         self.step = 0  # of the last KL, to count episodes from
         self._values: list[float] = []
@@ -75,7 +76,8 @@ class AdaptiveKLCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         callbacks = self.trainer.callback_handler.callbacks
-        if args is not self.trainer.args:
+        own: object = self.trainer.args
+        if args is not own:
             raise ConfigError(
                 "`trainer` is not the trainer that this AdaptiveKLCallback was added to; give it that one."
             )

@@ -59,6 +59,7 @@ def load_models(options: Options) -> dict[str, Any]:
     """Policy, tokenizer, adapter, reference and value, as arguments of the trainer."""
     model, training, script = options.model, options.training, options.script
     name = model.model_name_or_path
+    assert name is not None  # `parse` refuses options without it
     init_kwargs: Any = training.model_init_kwargs or {}
     settings = {
         "revision": model.model_revision,

@@ -11,7 +11,7 @@ from ..errors import RewardError
 Messages = Sequence[dict[str, Any]]
 
 
-def sentiment(prompts: Sequence[Any], completions: Sequence[str | Messages], **columns: Any) -> list[float]:
+def sentiment(prompts: Sequence[Any], completions: Sequence[str | Messages], **columns: Any) -> list[float | None]:
     """VADER's compound score of each completion, from -1 (negative) to 1 (positive); 0 for an empty one.
 
     A word list is easily fooled, and that is why the demo uses one: a policy that no anchor holds finds out within a

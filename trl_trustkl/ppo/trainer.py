@@ -23,6 +23,7 @@ from transformers.utils import logging
 from ..callbacks.bound_report import BoundReportCallback, is_report, with_report
 from ..errors import ConfigError
 from ..policy.loading import save_policy, trainable
+from ..policy.value_head import PolicyAndValue
 from ..report import model_card
 from ..rollout.prompts import collate_nothing
 from ..rollout.rewards import RewardFunc
@@ -67,6 +68,10 @@ class TrustKLPPOTrainer(PPOTrainer):
     Raises:
         ConfigError, DataError, ModelError: naming the field, the value, what is valid and the likely fix.
     """
+
+    args: TrustKLPPOConfig
+    model: PolicyAndValue
+    state: OnlineTrainerState
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from transformers import TrainerState
 from .. import bounds
 from ..divergences import gradient_kind
 from ..types import AnchorRecord, BoundRecord, GradientRecord, SamplerRecord, TrustRecord, ValueRecord
+from .trl_trainers import StockConfig
 
 Kind = Literal["grpo", "rloo", "ppo"]
 
@@ -56,7 +57,7 @@ def kind_of(args: Any) -> Kind | None:
     return next((kind for kind, config in kinds.items() if isinstance(args, config)), None)
 
 
-def episodes_seen(args: Any, step: int) -> int:
+def episodes_seen(args: StockConfig, step: int) -> int:
     """Responses sampled up to optimizer step `step` (of PPO: update), a response counted once however often it is used."""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return step * batch // getattr(args, "num_iterations", 1)
@@ -119,7 +120,7 @@ def _latest(state: TrainerState, logs: Mapping[str, Any], key: str) -> float:
     return _known(next((each for each in (logs, *reversed(state.log_history)) if key in each), {}), key)
 
 
-def _anchor(kind: Kind, args: Any, logs: Mapping[str, Any], coef: float, per_response: float) -> AnchorRecord:
+def _anchor(kind: Kind, args: StockConfig, logs: Mapping[str, Any], coef: float, per_response: float) -> AnchorRecord:
     """per_response: what turns the logged KL into nats per response."""
     target = _known(logs, TARGET) * per_response
     estimator, placement = {"grpo": ("k3", "loss"), "rloo": ("k1", "reward")}.get(kind) or (args.kl_estimator, "reward")
@@ -138,7 +139,7 @@ def _anchor(kind: Kind, args: Any, logs: Mapping[str, Any], coef: float, per_res
     )
 
 
-def _trust(kind: Kind, args: Any, logs: Mapping[str, Any]) -> TrustRecord:
+def _trust(kind: Kind, args: StockConfig, logs: Mapping[str, Any]) -> TrustRecord:
     rule, low, high = _clip(kind, args)
     # "clip_ratio" alone is the name of GRPO's Liger loss.
     names = ("policy/clipfrac_avg",) if kind == "ppo" else ("clip_ratio/region_mean", "clip_ratio")
@@ -165,7 +166,7 @@ def _trust(kind: Kind, args: Any, logs: Mapping[str, Any]) -> TrustRecord:
     )
 
 
-def _clip(kind: Kind, args: Any) -> tuple[str, float, float]:
+def _clip(kind: Kind, args: StockConfig) -> tuple[str, float, float]:
     """(rule, low, high): the range of the ratio is [1 − low, 1 + high], NaN where the rule has no such bound."""
     if kind == "ppo":
         return "ppo", args.cliprange, args.cliprange
@@ -178,7 +179,7 @@ def _clip(kind: Kind, args: Any) -> tuple[str, float, float]:
     return loss, math.nan, high - 1.0 if loss == "cispo" else math.nan
 
 
-def _gradient(kind: Kind, args: Any, logs: Mapping[str, Any]) -> GradientRecord:
+def _gradient(kind: Kind, args: StockConfig, logs: Mapping[str, Any]) -> GradientRecord:
     if kind == "ppo":  # it has max_grad_norm, and does not apply it
         return GradientRecord(norm=math.nan, max_norm=None, scale=1.0)
     norm, max_norm = _known(logs, "grad_norm"), args.max_grad_norm or None

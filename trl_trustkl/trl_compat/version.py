@@ -1,18 +1,23 @@
 """The only file that knows which TRL is installed.
 
-TRL up to 1.12 has PPO under `trl.experimental.ppo`; TRL 1.13 removed it, and `_base.py` stands in.
+TRL up to 1.12 has PPO under `trl.experimental.ppo`; TRL 1.13 removed it, and `ppo_base.py` stands in. A type checker sees
+the latter whatever is installed.
 """
 
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
-with warnings.catch_warnings():
-    # TRL warns that anything under `trl.experimental` may change; the tests on both lines are there to notice.
-    warnings.simplefilter("ignore")
-    try:
-        from trl.experimental.ppo import PPOConfig, PPOTrainer
-    except ImportError:
-        from .ppo_base import PPOConfig, PPOTrainer  # type: ignore[assignment]
+if TYPE_CHECKING:
+    from .ppo_base import PPOConfig, PPOTrainer
+else:
+    with warnings.catch_warnings():
+        # TRL warns that anything under `trl.experimental` may change; the tests on both lines are there to notice.
+        warnings.simplefilter("ignore")
+        try:
+            from trl.experimental.ppo import PPOConfig, PPOTrainer
+        except ImportError:
+            from .ppo_base import PPOConfig, PPOTrainer
 
 __all__ = ["PPOConfig", "PPOTrainer"]

@@ -1,0 +1,217 @@
+"""The stubs in `typings/` against the installed libraries, and what mypy makes of a misspelt attribute."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import transformers
+from peft.tuners.lora import LoraLayer
+from transformers import GenerationConfig
+from transformers.utils import logging
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from tests import tiny
+from trl_trustkl.trl_compat.ppo_base import PPOConfig
+from trl_trustkl.trl_compat.trl_trainers import StockConfig, StockTrainer
+
+ROOT = Path(__file__).parents[1]
+STUBS = ROOT / "typings"
+PATHS = sorted(STUBS.rglob("*.pyi"))
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+# -- the stubs are true ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One of each class whose attributes are made when an object is; of the others the class is looked at."""
+    trainer = tiny.trainer(tmp_path_factory.mktemp("typings"))
+    modules = trainer.model.policy.modules()
+    return {
+        "Accelerator": trainer.accelerator,
+        "CallbackHandler": trainer.callback_handler,
+        "GenerationConfig": GenerationConfig(),
+        "LoraLayer": next(module for module in modules if isinstance(module, LoraLayer)),
+        "PeftModel": trainer.model.policy,
+        "PreTrainedModel": tiny.llama(),
+        "PreTrainedTokenizerBase": tiny.tokenizer(),
+        "Trainer": trainer,
+        "_BaseTrainer": trainer,
+        "_Logger": logging.get_logger("trl_trustkl"),
+    }
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(STUBS)))
+def test_what_a_stub_declares_is_there(path: Path, objects: dict[str, Any]) -> None:
+    parts = path.relative_to(STUBS).with_suffix("").parts
+    module = importlib.import_module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    assert list(missing(path.read_text("utf-8"), module, objects)) == []
+
+
+def missing(stub: str, module: Any, objects: dict[str, Any]) -> Iterator[str]:
+    """What the stub of a module declares, and the module or its objects do not have."""
+    for node in ast.parse(stub).body:
+        if isinstance(node, ast.ImportFrom):  # `import x as x`: a name of this module too
+            yield from (alias.name for alias in node.names if alias.asname and not hasattr(module, alias.asname))
+        elif isinstance(node, ast.FunctionDef):
+            yield from refused(node, getattr(module, node.name, None), node.name)
+        elif isinstance(node, ast.AnnAssign) and not hasattr(module, node.target.id):
+            yield node.target.id
+        elif isinstance(node, ast.ClassDef):
+            cls = getattr(module, node.name, None) or type(objects.get(node.name))
+            yield from missing_of_class(node, cls, objects.get(node.name, cls))
+
+
+def missing_of_class(stub: ast.ClassDef, cls: type, example: Any) -> Iterator[str]:
+    """`example`: an object of the class, or the class itself."""
+    ancestors = {each.__name__ for each in (cls if isinstance(example, type) else type(example)).__mro__}
+    for base in stub.bases:
+        name = ast.unparse(base).partition("[")[0].rpartition(".")[2]
+        if name not in ancestors | {"NamedTuple"}:
+            yield f"{stub.name}({name})"
+    fields = (
+        getattr(cls, "__dataclass_fields__", None) if "dataclass" in map(ast.unparse, stub.decorator_list) else None
+    )
+    for node in stub.body:
+        if isinstance(node, ast.AnnAssign):
+            name = node.target.id
+            if not (hasattr(example, name) if fields is None else name in fields):
+                yield f"{stub.name}.{name}"
+        elif isinstance(node, ast.FunctionDef) and node.name not in ("__getattr__", "__setattr__"):
+            function = getattr(cls, node.name, None) or getattr(example, node.name, None)
+            if "property" not in map(ast.unparse, node.decorator_list):
+                yield from refused(node, function, f"{stub.name}.{node.name}")
+            elif not hasattr(example, node.name):
+                yield f"{stub.name}.{node.name}"
+
+
+def refused(stub: ast.FunctionDef, function: Any, name: str) -> Iterator[str]:
+    """The parameters that a stub gives a function and the function does not take, by name or in their place."""
+    if function is None:
+        yield name
+        return
+    found = [each for each in inspect.signature(function).parameters.values() if each.name not in ("self", "cls")]
+    kinds = {each.kind for each in found}
+    takes_any = inspect.Parameter.VAR_KEYWORD in kinds
+    names = [each.name for each in found]
+    in_place = [each.arg for each in (*stub.args.posonlyargs, *stub.args.args) if each.arg not in ("self", "cls")]
+    for place, each in enumerate(in_place):
+        if each in names and names.index(each) != place:
+            yield f"{name}({each}), which is not parameter {place + 1}"
+    for each in (*in_place, *(each.arg for each in stub.args.kwonlyargs)):
+        if each not in names and not takes_any:
+            yield f"{name}({each})"
+    if stub.args.kwarg and not takes_any:
+        yield f"{name}(**{stub.args.kwarg.arg})"
+
+
+@pytest.mark.parametrize(
+    ("stub", "found"),
+    [
+        ("def set_seed(seed: int) -> None: ...", []),
+        ("def set_sead(seed: int) -> None: ...", ["set_sead"]),
+        ("def set_seed(sead: int) -> None: ...", ["set_seed(sead)"]),
+        ("def set_seed(deterministic: bool) -> None: ...", ["set_seed(deterministic), which is not parameter 1"]),
+        ("def set_seed(seed: int, **kwargs: Any) -> None: ...", ["set_seed(**kwargs)"]),
+        ("from .trainer import Trainor as Trainor", ["Trainor"]),
+        ("LIMIT: int", ["LIMIT"]),
+        ("class Trainer:\n    args: int\n    arks: int", ["Trainer.arks"]),
+        ("class Trainer:\n    def log(self, logs): ...\n    def lock(self): ...", ["Trainer.lock"]),
+        ("class Trainer:\n    @property\n    def arks(self): ...", ["Trainer.arks"]),
+        ("class Trainer(ExportableState): ...", ["Trainer(ExportableState)"]),
+        ("@dataclass\nclass TrainingArguments:\n    seed: int\n    sead: int", ["TrainingArguments.sead"]),
+        ("@dataclass\nclass TrainingArguments:\n    should_save: bool", ["TrainingArguments.should_save"]),
+    ],
+)
+def test_what_is_not_there_is_found(stub: str, found: list[str], objects: dict[str, Any]) -> None:
+    assert list(missing(stub, transformers, objects)) == found
+
+
+def test_the_protocols_of_trl_trainers_are_true() -> None:
+    """Each field of a configuration is one of the three's; what is made in a constructor is looked for in its text."""
+    configs = {"grpo": GRPOConfig, "rloo": RLOOConfig, "ppo": PPOConfig}
+    for name in StockConfig.__annotations__:
+        assert any(hasattr(config, name) for config in configs.values()), name
+    for kind in (GRPOTrainer, RLOOTrainer):
+        text = "".join(inspect.getsource(each.__init__) for each in kind.__mro__ if each is not object)
+        for name in StockTrainer.__annotations__:
+            assert f"self.{name} = " in text, f"{kind.__name__}.{name}"
+
+
+# -- a misspelt attribute is an error ----------------------------------------------------------------------------------
+
+
+class Plant(NamedTuple):
+    """A misspelling: the first `old` in the file becomes `new`, and mypy names `wrong`."""
+
+    file: str
+    old: str
+    new: str
+    wrong: str
+
+
+PROBE = "\n    def probe(self) -> object:\n        return "
+
+PLANTS = (
+    Plant("callbacks/adaptive_kl.py", "self.trainer.beta", "self.trainr.beta", "trainr"),
+    Plant("callbacks/adaptive_kl.py", "self.trainer.beta = ", "self.trainer.betta = ", "betta"),
+    Plant("callbacks/adaptive_kl.py", "self.trainer.args.kl_coef = ", "self.trainer.args.kl_coeff = ", "kl_coeff"),
+    Plant("callbacks/bound_report.py", "Path(args.output_dir)", "Path(args.lerning_rate)", "lerning_rate"),
+    Plant(
+        "callbacks/bound_report.py", "state.is_world_process_zero", "state.is_word_process_zero", "is_word_process_zero"
+    ),
+    Plant("ppo/config.py", "return self.cliprange", "return self.clipranje", "clipranje"),
+    Plant("ppo/config.py", "self.metric_for_best_model", "self.metric_for_best_modell", "metric_for_best_modell"),
+    Plant("ppo/optimise.py", "self.args.norm_limit", "self.args.norm_limits", "norm_limits"),
+    Plant("ppo/optimise.py", "self.accelerator.backward", "self.accelerator.backwards", "backwards"),
+    Plant("trl_compat/module.py", "None]\n", f"None]\n{PROBE}self.wieght\n", "wieght"),
+    Plant("trl_compat/ppo_base.py", '"ppo"]\n', f'"ppo"]\n{PROBE}self.args.lerning_rate\n', "lerning_rate"),
+    Plant("trl_compat/trl_logs.py", "args.num_ppo_epochs", "args.num_ppo_epoch", "num_ppo_epoch"),
+)
+"""Together in one copy of the source, as mypy takes a while."""
+
+slow = pytest.mark.slow  # mypy reads PyTorch anew
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What mypy says of the package with everything planted."""
+    pytest.importorskip("mypy")
+    copy = tmp_path_factory.mktemp("planted")
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    for folder in ("trl_trustkl", "typings"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file, old, new, _ in PLANTS:
+        path = copy / "trl_trustkl" / file
+        before, found, after = path.read_text("utf-8").partition(old)
+        assert found, f"{file} does not say {old!r}"
+        path.write_text(before + new + after, encoding="utf-8")
+    command = [sys.executable, "-m", "mypy", "--no-pretty", "--no-error-summary", "--hide-error-context"]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    return [line for line in done.stdout.splitlines() if ": error: " in line]
+
+
+@slow
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: f"{plant.file}-{plant.wrong}")
+def test_a_misspelt_attribute_is_an_error(plant: Plant, errors: list[str]) -> None:
+    said = f'has no attribute "{plant.wrong}"'
+    assert [line for line in errors if line.startswith(f"trl_trustkl/{plant.file}:") and said in line], errors
+
+
+@slow
+def test_there_is_no_other_error(errors: list[str]) -> None:
+    wrong = {f'has no attribute "{plant.wrong}"' for plant in PLANTS}
+    assert [line for line in errors if not any(said in line for said in wrong)] == []
+    assert all("[attr-defined]" in line for line in errors)

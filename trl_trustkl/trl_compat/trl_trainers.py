@@ -1,0 +1,42 @@
+"""What callbacks and records read of TRL's own trainers and their configurations, typed."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
+
+
+class StockConfig(Protocol):
+    """The fields of `GRPOConfig`, `RLOOConfig` and TRL's `PPOConfig` taken together; which of them there are says the kind."""
+
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    world_size: int
+    max_grad_norm: float | None
+    # -- GRPO and RLOO
+    beta: float
+    num_iterations: int
+    epsilon: float
+    epsilon_high: float | None
+    # -- GRPO
+    loss_type: str
+    importance_sampling_level: str
+    # -- PPO
+    kl_coef: float
+    kl_estimator: str
+    cliprange: float
+    cliprange_value: float
+    num_ppo_epochs: int
+
+
+class StockTrainer(Protocol):
+    """GRPOTrainer, RLOOTrainer, or TRL's PPOTrainer, which has neither `beta` nor `_metrics`."""
+
+    args: StockConfig
+    callback_handler: CallbackHandler
+    beta: float
+    _metrics: dict[str, dict[str, list[float]]]
+
+    def add_callback(self, callback: TrainerCallback) -> None: ...

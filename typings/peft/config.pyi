@@ -1,0 +1,6 @@
+from typing import Any
+
+class PeftConfig:
+    @property
+    def is_prompt_learning(self) -> bool: ...
+    def to_dict(self) -> dict[str, Any]: ...

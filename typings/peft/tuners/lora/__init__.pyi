@@ -1,0 +1,23 @@
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ...config import PeftConfig
+
+class LoraConfig(PeftConfig):
+    def __init__(
+        self, *, r: int = ..., lora_alpha: int = ..., target_modules: Any = ..., task_type: Any = ...
+    ) -> None: ...
+
+class LoraLayer(nn.Module):  # a mixin; every layer that has it is a module
+    __getattr__: Callable[..., Any]
+    base_layer: nn.Module
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    lora_dropout: nn.ModuleDict
+    lora_variant: dict[str, Any]
+    scaling: dict[str, float]
+    active_adapters: list[str]
+    disable_adapters: bool
+    merged: bool

@@ -1,0 +1,5 @@
+from .grpo_config import GRPOConfig as GRPOConfig
+from .model_config import ModelConfig as ModelConfig
+from .rloo_config import RLOOConfig as RLOOConfig
+from .utils import get_peft_config as get_peft_config
+from .utils import get_quantization_config as get_quantization_config

@@ -1,0 +1,6 @@
+from typing import Any
+
+from .model_config import ModelConfig
+
+def get_peft_config(model_args: ModelConfig) -> Any: ...
+def get_quantization_config(model_args: ModelConfig) -> Any: ...

@@ -1,0 +1,3 @@
+from .error import MarkedYAMLError
+
+class ConstructorError(MarkedYAMLError): ...
