@@ -6,13 +6,13 @@ expression.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ..files import write_whole
 from ..report import FIGURES_FOLDER
 from ..report.figures import Drawn, write
 from ..report.html import environment
@@ -55,9 +55,7 @@ def save(report: Report, folder: Path) -> None:
         MARKDOWN_FILE: tables.as_markdown(report.results, report.paragraph, latest(report.last), report.limit),
     }
     for name, content in contents.items():
-        unfinished = folder / f".{name}.unfinished"
-        unfinished.write_text(content, encoding="utf-8")
-        os.replace(unfinished, folder / name)
+        write_whole(folder / name, content)
 
 
 def page(report: Report, drawn: Sequence[Drawn], title: str) -> str:
