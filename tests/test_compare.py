@@ -157,11 +157,14 @@ def test_a_task_by_module_and_by_file(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         ("nothing", "it must be module:function or path/to/file.py:function"),
         ("tests.tiny:", "it must be module:function"),
-        ("tests.nowhere:f", "tests.nowhere cannot be imported (ModuleNotFoundError"),
-        ("/nowhere/x.py:f", "cannot be imported (FileNotFoundError"),
-        ("tests.test_compare:tiny_tsk", "has no function 'tiny_tsk'. Did you mean 'tiny_task'?"),
+        (
+            "tests.nowhere:f",
+            "there is no module 'tests.nowhere' to import; it must be module:function or path/to/file.py",
+        ),
+        ("/nowhere/x.py:f", "`task` got the file '/nowhere/x.py'; there is no such file"),
+        ("tests.test_compare:tiny_tsk", "'tiny_tsk' does not exist. Did you mean 'tiny_task'?"),
         ("tests.tiny:good_words", "which cannot be called as (output_dir, *, callbacks=(), **config_changes)"),
-        ("tests.tiny:VOCAB", "has no function 'VOCAB'"),
+        ("tests.tiny:VOCAB", "'VOCAB' is not callable"),
     ],
 )
 def test_a_task_that_cannot_be_run(name: str, said: str) -> None:
