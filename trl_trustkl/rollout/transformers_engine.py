@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from ..errors import out_of_range
-from ..policy import lora, split_lm
-from ..policy import quantization as four_bit
+from ..policy import cpu, lora, split_lm
 
 
 class Sampler(LogitsProcessor):
@@ -140,7 +139,7 @@ def ready_to_generate(causal: nn.Module) -> Iterator[None]:
 
     Its own generation config would fill every option left unset (an end of sequence where there is to be none, a
     repetition penalty), so a blank one stands in. Gradient checkpointing would switch the KV cache off. The model stays in
-    train mode: dropout is off, and eval mode would repack 4-bit weights for inference (see four_bit.unpack_4bit_weights).
+    train mode: dropout is off, and eval mode would repack 4-bit weights for inference (see quantization.unpack_4bit_weights).
     """
     own_config, causal.generation_config = causal.generation_config, GenerationConfig()
     # generate() slices the prompt's last state; PyTorch multiplies a slice by a copy of the head for each sequence.
@@ -149,7 +148,7 @@ def ready_to_generate(causal: nn.Module) -> Iterator[None]:
     for module in checkpointed:
         module.gradient_checkpointing = False
     try:
-        with four_bit.dequantised_on_cpu(causal), lora.short_forward(lora.linear_layers(causal)):
+        with cpu.dequantised_on_cpu(causal), lora.short_forward(lora.linear_layers(causal)):
             yield
     finally:
         hook.remove()
