@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from trl_trustkl import load_records
-from trl_trustkl.callbacks.table import HEADER, line, one_line
+from trl_trustkl.callbacks.table import HEADER, line
 from trl_trustkl.cli import main
 from trl_trustkl.demo.run import closing
+from trl_trustkl.report.text import one_line
 from trl_trustkl.types import (
     AnchorRecord,
     BoundRecord,

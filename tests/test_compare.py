@@ -25,7 +25,7 @@ from tests.test_findings import Row, completions_of, rows_of, write_run
 from tests.test_report import ATTACKS, SAMPLE_KEYS, Page
 from trl_trustkl.cli import compare as command
 from trl_trustkl.cli import main
-from trl_trustkl.compare import child, figures, metrics, page, settings, tables, task
+from trl_trustkl.compare import child, figures, metrics, page, settings, tables, task, terminal
 from trl_trustkl.compare.conclusions import Corners, conclude, corners, gap
 from trl_trustkl.compare.metrics import METRICS, Result, of_run, result, spread
 from trl_trustkl.compare.runner import Job, Outcome, Runner, differences, jobs, start_process, unfinished
@@ -608,7 +608,7 @@ def test_nothing_of_a_completion_acts_in_the_terminal(
 ) -> None:
     from rich.console import Console
 
-    command.show(Console(highlight=False, markup=False, emoji=False, width=80), *attacked)
+    terminal.show(Console(highlight=False, markup=False, emoji=False, width=80), *attacked)
     out = capsys.readouterr().out
     assert not set(out) & set("\x1b\x07\u202e\u2066\x00\ud800") and "\\x1b[2J" in out
     assert all(len(line) <= 80 for line in out.splitlines() if str(attacked[1]) not in line)
@@ -727,11 +727,11 @@ def test_ctrl_c_ends_the_children_and_keeps_what_is_finished(
     def start(job: Job, threads: int) -> Any:
         return instant(job, threads) if job.setting == "anchor + clip" else endless
 
-    def interrupt(live: command.Live, updates: int) -> None:
+    def interrupt(live: terminal.Live, updates: int) -> None:
         if (tmp_path / "anchor-and-clip" / "seed-42" / child.DONE_FILE).exists():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(command.Live, "progress", interrupt)
+    monkeypatch.setattr(terminal.Live, "progress", interrupt)
     assert invoke(tmp_path, start=start) == 130
     assert endless.over.is_set() and "the same command goes on from here" in capsys.readouterr().out
     monkeypatch.undo()

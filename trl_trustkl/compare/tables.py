@@ -12,7 +12,7 @@ from typing import Any
 from ..report.schema import Completion
 from ..report.series import mean
 from ..report.tables import Table
-from ..report.text import number, shortened, visible
+from ..report.text import number, one_line, shortened, visible
 from .metrics import METRICS, Result, shown, spread
 
 MISSING = "–"
@@ -68,11 +68,6 @@ def samples(result: Result, count: int) -> list[Completion]:
     return []
 
 
-def one_line(text: str, limit: int = SAMPLE) -> str:
-    """Text of unknown origin on one line, and nothing in it that acts."""
-    return " ".join(visible(shortened(text, limit)).split())
-
-
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
@@ -94,7 +89,7 @@ def as_markdown(results: Sequence[Result], paragraph: str, last: str, limit: flo
     lines = [_escaped(paragraph), ""]
     lines += [_row([*map(_escaped, head), "a completion at the end"]), "|" + "---|" * (len(head) + 1)]
     for result, row in zip(results, rows, strict=True):
-        sample = next((one_line(kept.completion) for kept in samples(result, 1)), MISSING)
+        sample = next((one_line(shortened(kept.completion, SAMPLE)) for kept in samples(result, 1)), MISSING)
         lines.append(_row([*map(_escaped, row), _escaped(sample)]))
     lines += ["", "Mean ± sample standard deviation over the seeds (– with one seed).", ""]
     lines += [f"- {_escaped(title)}: {_escaped(how)}" for title, how in explained(last, limit).items()]
@@ -107,7 +102,7 @@ def _row(cells: Sequence[str]) -> str:
 
 def _escaped(text: str) -> str:
     """Text as Markdown and HTML show it, on one line."""
-    plain = html.escape(" ".join(visible(text).split()), quote=False)
+    plain = html.escape(one_line(text), quote=False)
     return re.sub(
         r"([\\`*_\[\]|~$])|(?<!\w)(?=https?:|www\.)", lambda found: "\\" + found[0] if found[0] else "\u200b", plain
     )

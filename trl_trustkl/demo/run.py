@@ -108,7 +108,7 @@ def conclude(
     from rich.padding import Padding
     from rich.text import Text
 
-    from ..callbacks.table import one_line
+    from ..report.text import one_line
 
     console.print()
     if after is not None:

@@ -14,7 +14,7 @@ from ..surrogates import SEQUENCE_RANGE, WITHOUT_RANGE
 from ..types import BoundRecord
 from .schema import Run
 from .summary import guaranteed, largest_update
-from .text import number, shortened, visible
+from .text import number, one_line, shortened, visible
 
 README = "README.md"
 TITLE = "How far it may have moved"
@@ -76,7 +76,7 @@ def outcome(records: Sequence[BoundRecord]) -> list[str]:
 
 def escaped(text: str) -> str:
     """Text of unknown origin as Markdown that shows it, on one line: no markup, no HTML, no column of a table."""
-    return _ACTIVE.sub(r"\\\1", " ".join(visible(text).split()))
+    return _ACTIVE.sub(r"\\\1", one_line(text))
 
 
 def _anchor(args: Any) -> str:
