@@ -31,6 +31,7 @@ from trl_trustkl.compare.metrics import METRICS, Result, of_run, result, spread
 from trl_trustkl.compare.runner import Job, Outcome, Runner, differences, jobs, start_process, unfinished
 from trl_trustkl.errors import ConfigError, DataError
 from trl_trustkl.report import read_run
+from trl_trustkl.report.text import markdown
 
 TASK = "tests.test_compare:tiny_task"
 
@@ -105,7 +106,7 @@ def test_a_file_with_everything_and_what_the_command_line_changes(tmp_path: Path
         ("settings: {a: {kl_coeff: 1}}", "setting 'a': `field of TrustKLPPOConfig` got 'kl_coeff'"),
         ("settings: {a: {kl_coeff: 1}}", "Did you mean 'kl_coef'?"),
         ("settings: {a: {clip_rule: pop}}", "setting 'a': `clip_rule` got 'pop'"),
-        ("settings: {a: {kl_coef: much}}", "`kl_coef` got 'much'; it must be a number"),
+        ("settings: {a: {kl_coef: much}}", "`kl_coef` got 'much'; it must be a finite number"),
         ("settings: {a: {kl_coef: -1}}", "`kl_coef` got -1; it must be a finite number >= 0"),
         ("settings: {a: {kl_coef: .nan}}", "setting 'a': Out of range float"),
         ("settings: {a: {num_ppo_epochs: 1.5}}", "`num_ppo_epochs` got 1.5; it must be a whole number"),
@@ -620,9 +621,9 @@ def test_nothing_of_a_completion_is_markup_in_markdown(attacked: tuple[page.Repo
     rows = [line for line in text.splitlines() if line.startswith("|")]
     cells = {line.replace("\\|", "").count("|") for line in rows}
     assert len(rows) == len(ATTACKS) + 2 and cells == {len(METRICS) + 4}
-    evil = tables._escaped("[x](javascript:1) ![](http://e) `a` *b* <i> a|b https://e\nnext")
+    evil = markdown("[x](javascript:1) ![](http://e) `a` *b* <i> a|b https://e\nnext")
     assert evil == (
-        "\\[x\\](javascript:1) !\\[\\](\u200bhttp://e) \\`a\\` \\*b\\* &lt;i&gt; a\\|b \u200bhttps://e next"
+        "\\[x\\](javascript:1) \\!\\[\\](\u200bhttp://e) \\`a\\` \\*b\\* &lt;i&gt; a\\|b \u200bhttps://e next"
     )
 
 
