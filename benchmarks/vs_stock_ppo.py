@@ -313,7 +313,7 @@ def main() -> None:
         options.bf16 = bool(options.bf16)  # None would leave it to TRL, which then says True
         print(json.dumps(run(options)))
         return
-    from trl_trustkl.demo.task import has_bf16_instructions
+    from trl_trustkl.policy.cpu import has_bf16_instructions
 
     if options.bf16 is None:
         options.bf16 = options.device == "cuda" or has_bf16_instructions()

@@ -29,7 +29,8 @@ from trl_trustkl.controllers import PIDKL
 from trl_trustkl.demo.prompts import TRAIN_PROMPTS
 from trl_trustkl.demo.rewards import sentiment
 from trl_trustkl.demo.smollm2 import load_smollm2
-from trl_trustkl.demo.task import has_bf16_instructions, quieten
+from trl_trustkl.demo.task import quieten
+from trl_trustkl.policy.cpu import has_bf16_instructions
 
 TRAINERS: dict[str, tuple[Any, Any]] = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
 

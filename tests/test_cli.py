@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import signal
 import subprocess
@@ -13,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from trl_trustkl import load_records
-from trl_trustkl.callbacks.table import HEADER, line, one_line
+from trl_trustkl.callbacks.table import HEADER, line
 from trl_trustkl.cli import main
-from trl_trustkl.demo.run import closing
+from trl_trustkl.demo.run import Options, closing
+from trl_trustkl.report.text import one_line
 from trl_trustkl.types import (
     AnchorRecord,
     BoundRecord,
@@ -60,7 +60,7 @@ def test_a_line_of_the_table_fits_a_terminal_of_80_columns(changes):
 
 
 def test_the_closing_paragraph_says_what_the_records_say():
-    options = argparse.Namespace(kl_target=6.0, cliprange=0.2)
+    options = Options(kl_target=6.0, cliprange=0.2)
     done = [record(i, binding="anchor" if i > 2 else "clip") for i in range(1, 10)]
     text = " ".join(closing(options, done).split())
     assert "averaged 5.6 nats per response (target 6)" in text

@@ -11,8 +11,8 @@ import yaml
 from tests import tiny
 from tests.test_cli import record
 from trl_trustkl import BoundReportCallback, load_records
-from trl_trustkl.report.model_card import END, START, TITLE, escaped, outcome, section, with_section
-from trl_trustkl.report.text import number
+from trl_trustkl.report.model_card import END, START, TITLE, outcome, section, with_section
+from trl_trustkl.report.text import markdown, number
 
 SECTION = re.compile(f"{re.escape(START)}(.*?){re.escape(END)}", re.DOTALL)
 
@@ -39,7 +39,7 @@ def test_every_saved_model_says_how_far_it_moved(tmp_path):
         anchor = records[-1]["anchor"]
         assert f"{number(anchor['kl_exact'])} ± {number(anchor['kl_stderr'], 2)} nats per response" in text
         largest = max(row["trust"]["kl"] for row in records)
-        assert escaped(f"KL(π_old‖π) was {number(largest)} nats per token") in text
+        assert markdown(f"KL(π_old‖π) was {number(largest)} nats per token") in text
         bound = max(row["trust"]["guaranteed"] for row in records)
         assert f"at most {number(bound)} nats per token" in text
         assert "kl\\_estimator=k1, kl\\_placement=reward, kl\\_coef=0.05" in text
@@ -95,7 +95,7 @@ def test_a_full_model_has_a_card_in_its_checkpoint_too(tmp_path):
     changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "kl_coef": 0.0, "clip_rule": "none"}
     tiny.trainer(tmp_path, changes=changes, peft_config=None).train()
     _, text, _ = parts(tmp_path / "checkpoint-1" / "README.md")
-    assert "| clip | off |" in text and "π\\_ref\\) | off |" in text and "Nothing: no mechanism" in text
+    assert "| clip | off |" in text and "π\\_ref) | off |" in text and "Nothing: no mechanism" in text
 
 
 def test_controllers_and_limits_are_named_with_their_options(tmp_path):
@@ -115,7 +115,7 @@ def test_controllers_and_limits_are_named_with_their_options(tmp_path):
     ["<script>alert(1)</script>", "[x](javascript:alert(1))", "a | b\n\n# c", "![i](http://x)", "\x1b[31m`x`", END],
 )
 def test_no_text_is_read_as_markup(tmp_path, hostile):
-    shown = escaped(hostile)
+    shown = markdown(hostile)
     assert re.search(r"(?<!\\)[<\[\]`|#!*_]", shown) is None and "\n" not in shown and "\x1b" not in shown
     args = tiny.config(tmp_path)
     args.clip_rule = hostile

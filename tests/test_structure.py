@@ -20,7 +20,7 @@ PACKAGE = "trl_trustkl"
 LONGEST_FUNCTION, LARGEST_MODULE = 60, 400  # lines
 
 LAYERS = (
-    ("errors", "types"),
+    ("errors", "files", "import_paths", "types"),
     ("advantages", "bounds", "controllers", "divergences", "masking", "options", "records", "surrogates"),
     ("trl_compat",),
     ("parallel", "policy"),

@@ -83,9 +83,14 @@ def is_finite(value: object) -> bool:
 def unknown_name(field: str, value: object, options: Iterable[str]) -> ConfigError:
     """The error for a name outside a fixed set: says which names exist and suggests the nearest."""
     names = sorted(options)
-    near = difflib.get_close_matches(value[:LONGEST_SHOWN], names, n=1, cutoff=0.4) if isinstance(value, str) else []
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(value, names) if isinstance(value, str) else ""
     return ConfigError(f"`{field}` got {shown(value)}; it must be one of {', '.join(map(repr, names))}.{hint}")
+
+
+def did_you_mean(value: str, names: Iterable[str], show: Callable[[str], str] = repr) -> str:
+    """ " Did you mean 'ppo'?" with the nearest of the names; nothing where none is near."""
+    near = difflib.get_close_matches(value[:LONGEST_SHOWN], list(names), n=1)
+    return f" Did you mean {show(near[0])}?" if near else ""
 
 
 def out_of_range(field: str, value: object, valid: str, fix: str = "") -> ConfigError:

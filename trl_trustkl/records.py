@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError, SaveError
+from .files import replacing
 from .types import BoundRecord
 
 BOUNDS_FILE = "bounds.jsonl"
@@ -65,15 +66,6 @@ def written(failure: str) -> Iterator[None]:
         ) from error
 
 
-def sync(path: Path) -> None:
-    """Bring a file or a folder to the disk, so that it survives the machine too."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def cut(path: Path, *, after: int) -> None:
     """Drop the lines of later updates, and a last line cut short, for a run that goes on `after` an update.
 
@@ -81,15 +73,8 @@ def cut(path: Path, *, after: int) -> None:
     """
     if not path.exists():
         return
-    shorter = path.with_name(f".unfinished-{path.name}")
-    with open(path, "rb") as old, open(shorter, "wb") as new:
-        for line in old:
-            if _update_of(line) <= after:
-                new.write(line)
-        new.flush()
-        os.fsync(new.fileno())
-    os.replace(shorter, path)
-    sync(path.parent)
+    with open(path, "rb") as old, replacing(path, durable=True) as new:
+        new.writelines(line for line in old if _update_of(line) <= after)
 
 
 def take_over(source: Path, folder: Path) -> None:

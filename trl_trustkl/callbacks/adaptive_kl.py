@@ -106,14 +106,9 @@ class AdaptiveKLCallback(TrainerCallback):
             )
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, logs: dict[str, Any], **_: Any
     ) -> None:
-        if self.kind != "ppo" or logs is None or KL_METRIC["ppo"] not in logs:
+        if self.kind != "ppo" or KL_METRIC["ppo"] not in logs:
             return
         added = self._move(logs[KL_METRIC["ppo"]], state.global_step)
         logs.update(added)

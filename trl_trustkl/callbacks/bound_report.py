@@ -97,15 +97,10 @@ class BoundReportCallback(TrainerCallback):
         self.show(record)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, logs: dict[str, Any], **_: Any
     ) -> None:
         """On one of TRL's own trainers: a record of what it logs."""
-        if state.is_world_process_zero and (record := stock.record_of(args, state, logs or {})) is not None:
+        if state.is_world_process_zero and (record := stock.record_of(args, state, logs)) is not None:
             self.on_record(args, state, control, record=record, completions=[])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from ..report.text import visible
+from ..report.text import one_line
 from ..types import BoundRecord
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 WIDTH = 80
 HEADER = "   #  score    KL target   coef  anchor  clip  KL/token max ratio  bound by"
@@ -34,11 +39,6 @@ def line(record: BoundRecord) -> str:
     )
     text += one_line(record.binding if record.refused is None else f"refused: {record.refused}")
     return text if len(text) <= WIDTH else text[: WIDTH - 1] + "…"
-
-
-def one_line(text: str) -> str:
-    """Text of unknown origin on one line, with nothing in it that a terminal would obey."""
-    return " ".join(visible(text).split())
 
 
 def _fit(value: float, width: int, places: int) -> str:
@@ -66,3 +66,28 @@ def _rich() -> Show:
 
 def _plain(text: str, style: str | None) -> None:
     tqdm.write(text)
+
+
+def updates_bar(console: Console) -> Progress:
+    """A bar over updates with the time left, below the lines of a terminal; nothing elsewhere."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("updates"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=20),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        speed_estimate_period=600.0,  # updates take seconds: the speed is that of the last ten minutes
+    )

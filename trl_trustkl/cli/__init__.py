@@ -22,8 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    from ..demo import run as demo
-    from . import compare, report, train
+    from . import compare, demo, report, train
 
     demo.add_arguments(commands.add_parser("demo", help=demo.HELP, description=demo.DESCRIPTION))
     train.add_arguments(commands.add_parser("train", help=train.HELP, add_help=False, allow_abbrev=False))

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from datasets import Dataset, load_dataset, load_from_disk
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import get_dataset, get_peft_config, get_quantization_config
 
-from ..errors import ConfigError, DataError, ModelError, TrustKLError
+from ..errors import DataError, ModelError, TrustKLError
+from ..import_paths import load_function
 from .train_options import Options
 
+VALID = "package.module.function, path/to/file.py:function, or the name or folder of a reward model"
 _FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -100,15 +97,9 @@ def load_rewards(options: Options) -> dict[str, list[Any]]:
 
 def _reward(name: str) -> tuple[Any, Any]:
     """A function by its import path, or else a model; a folder is a model whatever it is called."""
-    if not Path(name).is_dir():
-        place, _, function = name.rpartition(":")
-        if place:
-            return _function(
-                name, _module_of_file(place) if place.endswith(".py") else _module(name, place), function
-            ), None
-        place, _, function = name.rpartition(".")
-        if place and all(part.isidentifier() for part in name.split(".")):
-            return _function(name, _module(name, place), function), None
+    dotted = "." in name and all(part.isidentifier() for part in name.split("."))
+    if not Path(name).is_dir() and (name.find(":") > 0 or dotted):
+        return load_function("reward_funcs", name, VALID), None
     return _reward_model("reward_funcs", name)
 
 
@@ -116,48 +107,6 @@ def _reward_model(field: str, name: str) -> tuple[Any, Any]:
     with _as_error(ModelError, field, name):
         model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
         return model, AutoTokenizer.from_pretrained(name)
-
-
-def _module(name: str, module: str) -> ModuleType:
-    if os.getcwd() not in sys.path:  # a script installed by pip does not look there, and a user's functions are there
-        sys.path.insert(0, os.getcwd())
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"`reward_funcs` got {name!r}, but there is no module {error.name!r} to import; it must be "
-            "package.module.function, path/to/file.py:function, or the name or folder of a reward model."
-        ) from None
-    except Exception as error:
-        raise _failed(name, error) from error
-
-
-def _module_of_file(path: str) -> ModuleType:
-    if not Path(path).is_file():
-        raise ConfigError(f"`reward_funcs` got the file {path!r}; there is no such file.")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None and spec.loader is not None  # a name in .py always has one
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise _failed(path, error) from error
-    return module
-
-
-def _failed(name: str, error: Exception) -> ConfigError:
-    return ConfigError(f"`reward_funcs` got {name!r}; importing it raised {type(error).__name__}: {error}")
-
-
-def _function(name: str, module: ModuleType, function: str) -> Callable[..., Any]:
-    found = getattr(module, function, None)
-    if not callable(found):
-        here = sorted(key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__)
-        what = "does not exist" if found is None else "is not callable"
-        raise ConfigError(
-            f"`reward_funcs` got {name!r}, but {function!r} {what}; there are: {', '.join(here) or 'none'}."
-        )
-    return found
 
 
 @contextmanager

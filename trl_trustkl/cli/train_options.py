@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 from ..ppo.config import TrustKLPPOConfig
 from . import train_help
 
@@ -88,8 +87,7 @@ def _split_config(arguments: Sequence[str]) -> list[str]:
 
 def _unknown_option(unknown: list[str], parser: argparse.ArgumentParser) -> ConfigError:
     names = [option for action in parser._actions for option in action.option_strings]
-    near = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1)
-    hint = f" Did you mean {near[0]}?" if near else " All options: trustkl train --help-all."
+    hint = did_you_mean(unknown[0].split("=")[0], names, show=str) or " All options: trustkl train --help-all."
     return ConfigError(f"unknown option {' '.join(unknown)}.{hint}")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..files import write_whole
 from ..records import load_records
 
 SETTINGS_FILE = "settings.json"
@@ -39,10 +40,8 @@ def run(folder: Path) -> None:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Under another name first: the file is whole, or absent."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-    os.replace(unfinished, path)
+    """Write settings.json or done.json in one step."""
+    write_whole(path, json.dumps(content, ensure_ascii=False, indent=1))
 
 
 def end_with_parent() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,22 +127,14 @@ def shown(metric: str, value: float) -> str:
     if not math.isfinite(value):
         return "–"
     style = _STYLES.get(metric)
-    return style(value) if style else number(value)
+    return format(value, style) if style else number(value)
 
 
-def _fixed(value: float) -> str:
-    return f"{value:.2f}"
-
-
-def _share(value: float) -> str:
-    return f"{value:.0%}"
-
-
-_STYLES: dict[str, Callable[[float], str]] = {
-    "score_first": _fixed,
-    "score": _fixed,
-    "ref_logp": _fixed,
-    "distinct_1": _fixed,
-    "distinct_2": _fixed,
-    "over_limit": _share,
+_STYLES = {
+    "score_first": ".2f",
+    "score": ".2f",
+    "ref_logp": ".2f",
+    "distinct_1": ".2f",
+    "distinct_2": ".2f",
+    "over_limit": ".0%",
 }

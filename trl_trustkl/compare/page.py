@@ -6,20 +6,23 @@ expression.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..report import FIGURES_FOLDER
+from ..files import write_whole
+from ..report import FIGURES_FOLDER, read_run
 from ..report.figures import Drawn, write
 from ..report.html import environment
-from ..report.tables import LENGTH, Sample
-from ..report.text import count, number, shortened
+from ..report.tables import Sample, sample
+from ..report.text import count
 from . import figures, tables
-from .metrics import Result, latest
+from .conclusions import conclude
+from .metrics import Result, last_updates, latest, result
+from .runner import Job, Outcome
+from .settings import Comparison
 
 PAGE_FILE, CSV_FILE, MARKDOWN_FILE = "comparison.html", "comparison.csv", "comparison.md"
 SHOWN = 3  # completions of a setting
@@ -44,6 +47,31 @@ class Side(NamedTuple):
     samples: list[Sample]
 
 
+def collect(
+    comparison: Comparison,
+    task: str,
+    planned: Sequence[Job],
+    failed: Sequence[Outcome],
+    *,
+    last: int | None,
+    limit: float,
+) -> Report | None:
+    """The report of every finished run; None where none is finished. `last`: a quarter of the updates by default."""
+    missing = {outcome.job.folder for outcome in failed}
+    last = last or last_updates(comparison.updates)
+    results, notes = [], []
+    for setting, config in comparison.settings.items():
+        of_setting = [job for job in planned if job.setting == setting and job.folder not in missing]
+        runs = {job.seed: read_run(job.folder) for job in of_setting}
+        notes += [f"{setting}, seed {seed}: {note}" for seed, run in runs.items() for note in run.notes]
+        if runs:
+            results.append(result(setting, config, runs, last=last, limit=limit))
+    if not results:
+        return None
+    notes += [f"{outcome.job.title} failed: {outcome.error}" for outcome in failed]
+    return Report(results, conclude(results, last=last), task, comparison.updates, last, limit, notes)
+
+
 @np.errstate(all="ignore")
 def save(report: Report, folder: Path) -> None:
     """Write everything; each file is whole or as it was."""
@@ -55,9 +83,7 @@ def save(report: Report, folder: Path) -> None:
         MARKDOWN_FILE: tables.as_markdown(report.results, report.paragraph, latest(report.last), report.limit),
     }
     for name, content in contents.items():
-        unfinished = folder / f".{name}.unfinished"
-        unfinished.write_text(content, encoding="utf-8")
-        os.replace(unfinished, folder / name)
+        write_whole(folder / name, content)
 
 
 def page(report: Report, drawn: Sequence[Drawn], title: str) -> str:
@@ -69,7 +95,7 @@ def page(report: Report, drawn: Sequence[Drawn], title: str) -> str:
         paragraph=report.paragraph,
         table=tables.table(report.results, "\n± "),
         figures=drawn,
-        sides=[Side(result.name, _samples(result)) for result in report.results],
+        sides=[Side(each.name, list(map(sample, tables.samples(each, SHOWN)))) for each in report.results],
         task=report.task,
         settings=tables.configurations(report.results),
         explained=tables.explained(latest(report.last), report.limit),
@@ -78,17 +104,8 @@ def page(report: Report, drawn: Sequence[Drawn], title: str) -> str:
 
 def subtitle(report: Report) -> str:
     """ "4 settings × 2 seeds, 20 updates each"."""
-    seeds = sorted({seed for result in report.results for seed in result.rows})
+    seeds = sorted({seed for each in report.results for seed in each.rows})
     return (
         f"{count(len(report.results), 'setting')}, {count(report.updates, 'update')} each, "
         f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}."
     )
-
-
-def _samples(result: Result) -> list[Sample]:
-    return [
-        Sample(
-            shortened(row.prompt, LENGTH), shortened(row.completion, LENGTH), number(row.score), number(row.ref_logp)
-        )
-        for row in tables.samples(result, SHOWN)
-    ]

@@ -32,6 +32,10 @@ class Job(NamedTuple):
     folder: Path
     made_with: dict[str, Any]
 
+    @property
+    def title(self) -> str:
+        return f"{self.setting}, seed {self.seed}"
+
 
 class Outcome(NamedTuple):
     """How a job ended; `error` is None for one that is finished."""

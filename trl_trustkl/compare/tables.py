@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import csv
-import html
 import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..report.schema import Completion
 from ..report.series import mean
 from ..report.tables import Table
-from ..report.text import number, shortened, visible
+from ..report.text import markdown, number, one_line, shortened, visible
 from .metrics import METRICS, Result, shown, spread
 
 MISSING = "–"
@@ -68,11 +66,6 @@ def samples(result: Result, count: int) -> list[Completion]:
     return []
 
 
-def one_line(text: str, limit: int = SAMPLE) -> str:
-    """Text of unknown origin on one line, and nothing in it that acts."""
-    return " ".join(visible(shortened(text, limit)).split())
-
-
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
@@ -91,23 +84,15 @@ def as_csv(results: Sequence[Result]) -> str:
 def as_markdown(results: Sequence[Result], paragraph: str, last: str, limit: float) -> str:
     """Paragraph, table with a completion of each setting, and what the columns mean."""
     head, rows = table(results)
-    lines = [_escaped(paragraph), ""]
-    lines += [_row([*map(_escaped, head), "a completion at the end"]), "|" + "---|" * (len(head) + 1)]
+    lines = [markdown(paragraph), ""]
+    lines += [_row([*map(markdown, head), "a completion at the end"]), "|" + "---|" * (len(head) + 1)]
     for result, row in zip(results, rows, strict=True):
-        sample = next((one_line(kept.completion) for kept in samples(result, 1)), MISSING)
-        lines.append(_row([*map(_escaped, row), _escaped(sample)]))
+        sample = next((one_line(shortened(kept.completion, SAMPLE)) for kept in samples(result, 1)), MISSING)
+        lines.append(_row([*map(markdown, row), markdown(sample)]))
     lines += ["", "Mean ± sample standard deviation over the seeds (– with one seed).", ""]
-    lines += [f"- {_escaped(title)}: {_escaped(how)}" for title, how in explained(last, limit).items()]
+    lines += [f"- {markdown(title)}: {markdown(how)}" for title, how in explained(last, limit).items()]
     return "\n".join(lines) + "\n"
 
 
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _escaped(text: str) -> str:
-    """Text as Markdown and HTML show it, on one line."""
-    plain = html.escape(" ".join(visible(text).split()), quote=False)
-    return re.sub(
-        r"([\\`*_\[\]|~$])|(?<!\w)(?=https?:|www\.)", lambda found: "\\" + found[0] if found[0] else "\u200b", plain
-    )

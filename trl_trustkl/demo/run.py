@@ -1,33 +1,26 @@
-"""`trustkl demo`: fine-tune a small language model towards positive sentiment, and say what bounded it."""
+"""The demo: fine-tune a small language model towards positive sentiment, and say what bounded it."""
 
 from __future__ import annotations
 
-import argparse
 import textwrap
 from pathlib import Path
-from typing import Any
-
-HELP = "fine-tune SmolLM2-135M with QLoRA PPO and say what bounded every update"
-DESCRIPTION = (
-    "Fine-tunes SmolLM2-135M-Instruct with QLoRA and PPO towards replies of positive sentiment (VADER). Its KL to the "
-    "reference is held at a target by an adaptive controller, its updates are clipped, and a record of every update is kept."
-)
+from typing import Any, NamedTuple
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=run)
-    parser.add_argument("--output-dir", default="runs/demo", help="where records and adapter go (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=32, help="number of updates (default: %(default)s)")
-    parser.add_argument(
-        "--kl-target", type=float, default=8.0, help="KL to hold, nats per response (default: %(default)s)"
-    )
-    parser.add_argument("--kl-coef", type=float, default=0.05, help="coefficient at the start (default: %(default)s)")
-    parser.add_argument("--cliprange", type=float, default=0.2, help="clip range of the ratio (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="learning rate (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=42, help="seed (default: %(default)s)")
+class Options(NamedTuple):
+    """What can be set of a run of the demo; `kl_target` in nats per response."""
+
+    output_dir: str = "runs/demo"
+    updates: int = 32
+    kl_target: float = 8.0
+    kl_coef: float = 0.05
+    cliprange: float = 0.2
+    learning_rate: float = 1e-3
+    seed: int = 42
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: Options) -> int:
+    """Train, evaluate before and after, say what happened; returns 0, or 128 + the signal that ended it."""
     from rich.console import Console
 
     from .task import quieten
@@ -60,7 +53,7 @@ def train(trainer: Any, console: Any) -> int:
     return 0
 
 
-def build(options: argparse.Namespace, console: Any) -> tuple[Any, Any]:
+def build(options: Options, console: Any) -> tuple[Any, Any]:
     """The trainer and the live table of its updates."""
     from .table import LiveReport
     from .task import sentiment_trainer
@@ -98,7 +91,7 @@ def _evaluation_line(when: str, result: dict[str, Any]) -> str:
 
 def conclude(
     console: Any,
-    options: argparse.Namespace,
+    options: Options,
     before: dict[str, Any],
     after: dict[str, Any] | None,
     done: list[Any],
@@ -108,7 +101,7 @@ def conclude(
     from rich.padding import Padding
     from rich.text import Text
 
-    from ..callbacks.table import one_line
+    from ..report.text import one_line
 
     console.print()
     if after is not None:
@@ -129,7 +122,7 @@ def conclude(
     console.print(Text(f"Adapter:      {folder / 'adapter'} (AutoPeftModelForCausalLM.from_pretrained)"))
 
 
-def closing(options: argparse.Namespace, done: list[Any]) -> str:
+def closing(options: Options, done: list[Any]) -> str:
     """The closing paragraph, from the records alone."""
     last = done[-max(1, len(done) // 3) :]
     kl = sum(record.anchor.kl_exact for record in last) / len(last)

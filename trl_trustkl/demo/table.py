@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 from transformers import TrainingArguments
 
 from ..callbacks import BoundReportCallback
-from ..callbacks.table import HEADER, line
+from ..callbacks.table import HEADER, line, updates_bar
 from ..types import BoundRecord
 
 
@@ -19,17 +18,8 @@ class LiveReport(BoundReportCallback):
         super().__init__(report=True)
         self.console = console
         self.records: list[BoundRecord] = []
-        self.progress = Progress(
-            TextColumn("update"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            console=console,
-            transient=True,
-        )
-        self.task = self.progress.add_task("update", total=total)
+        self.progress = updates_bar(console)
+        self.task = self.progress.add_task("updates", total=total)
 
     def __enter__(self) -> LiveReport:
         self.console.print(HEADER, style="bold")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 
@@ -17,6 +16,7 @@ def sentiment_trainer(output_dir: str, *, callbacks: Sequence[Any] = (), **chang
     from peft import LoraConfig
 
     from .. import TrustKLPPOTrainer
+    from ..policy.cpu import computes_bf16
     from .prompts import EVAL_PROMPTS, TRAIN_PROMPTS
     from .rewards import sentiment
     from .smollm2 import load_smollm2
@@ -47,6 +47,7 @@ def sentiment_config(output_dir: str, **changes: Any) -> Any:
     import torch
 
     from .. import TrustKLPPOConfig
+    from ..policy.cpu import computes_bf16
 
     settings: dict[str, Any] = {
         "output_dir": output_dir,
@@ -69,21 +70,6 @@ def sentiment_config(output_dir: str, **changes: Any) -> Any:
         "disable_tqdm": True,
     }
     return TrustKLPPOConfig(**settings | changes)
-
-
-def computes_bf16() -> bool:
-    """Whether the GPU, or without one the CPU, multiplies bf16 itself."""
-    import torch
-
-    return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else has_bf16_instructions()
-
-
-def has_bf16_instructions() -> bool:
-    """Whether this CPU multiplies bf16 itself; on one that does not, bf16 is slower than float32."""
-    try:
-        return " avx512_bf16 " in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
 
 
 def quieten() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import TrustKLError
+from ..files import write_whole
 from .schema import Run, read_run
 
 REPORT_FILE = "report.html"
@@ -51,10 +52,7 @@ def write_report(runs: list[Run], output: str | os.PathLike[str] | None = None) 
             sections.append(html.section(run, drawn))
         content = html.page(sections)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Under another name first: a page that is looked at while the run renders it anew is never half a page.
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    unfinished.write_text(content, encoding="utf-8")
-    os.replace(unfinished, target)
+    write_whole(target, content)  # someone may have the page open while the run renders it anew
     return target
 
 

@@ -19,6 +19,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from ..files import write_whole
 from ..types import BoundRecord
 from .series import Column, column, distance, quantile, shares, token_range
 
@@ -329,6 +330,6 @@ def write(figures: Sequence[Drawn], folder: Path) -> None:
     """NAME.svg, NAME-dark.svg (both without a background) and NAME.png (on white) for each figure."""
     folder.mkdir(parents=True, exist_ok=True)
     for figure in figures:
-        (folder / f"{figure.name}.svg").write_text(figure.svg, encoding="utf-8")
-        (folder / f"{figure.name}-dark.svg").write_text(figure.dark, encoding="utf-8")
-        (folder / f"{figure.name}.png").write_bytes(figure.png)
+        write_whole(folder / f"{figure.name}.svg", figure.svg)
+        write_whole(folder / f"{figure.name}-dark.svg", figure.dark)
+        write_whole(folder / f"{figure.name}.png", figure.png)

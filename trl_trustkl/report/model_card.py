@@ -1,6 +1,6 @@
 """The section of a model card that says how far a run may have moved its model, from records and configuration.
 
-Markdown by hand, so that a model can be saved without the packages of a report. Every text passes through `escaped`.
+Markdown by hand, so that a model can be saved without the packages of a report. Every text passes through `markdown`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from ..surrogates import SEQUENCE_RANGE, WITHOUT_RANGE
 from ..types import BoundRecord
 from .schema import Run, read_run
 from .summary import guaranteed, largest_update
-from .text import number, shortened, visible
+from .text import markdown, number, shortened, visible
 
 README = "README.md"
 TITLE = "How far it may have moved"
 START, END = "<!-- trustkl: section begins -->", "<!-- trustkl: section ends -->"
 
 _SECTION = re.compile(f"\n*{re.escape(START)}.*?{re.escape(END)}\n*", re.DOTALL)
-_ACTIVE = re.compile(r"([\\`*_{}\[\]()<>#|~&!$])")
 _FOLLOWING = re.compile(r"^#+ Citations?$", re.MULTILINE)
 
 
@@ -41,10 +40,10 @@ def with_section(card: str, section: str) -> str:
 def section(records: Sequence[BoundRecord], args: Any, report: str | None = None) -> str:
     """Markdown. records: of the run so far; args: a TrustKLPPOConfig; report: a relative link, None where there is none."""
     lines = [f"## {TITLE}", "", "| mechanism | settings |", "|---|---|"]
-    lines += [f"| {escaped(name)} | {escaped(said)} |" for name, said in mechanisms(args)]
+    lines += [f"| {markdown(name)} | {markdown(said)} |" for name, said in mechanisms(args)]
     lines += ["", *(f"- {text}" for text in outcome(records))]
     if report is not None:
-        lines += ["", f"What bounded each update: [{escaped(Path(report).name)}](<{_target(report)}>)."]
+        lines += ["", f"What bounded each update: [{markdown(Path(report).name)}](<{_target(report)}>)."]
     return "\n".join(lines) + "\n"
 
 
@@ -101,14 +100,9 @@ def outcome(records: Sequence[BoundRecord]) -> list[str]:
         f"**KL to the reference** in the last of {len(records):,} update{'s' if len(records) > 1 else ''}: "
         f"{number(last.kl_exact)} ± {number(last.kl_stderr, 2)} nats per response (exact, over the whole vocabulary, before "
         "that update's step; mean and standard error over its responses).",
-        f"**Largest update.** {escaped(largest_update(run))}",
-        f"**Guaranteed.** {escaped(guaranteed(run))}",
+        f"**Largest update.** {markdown(largest_update(run))}",
+        f"**Guaranteed.** {markdown(guaranteed(run))}",
     ]
-
-
-def escaped(text: str) -> str:
-    """Text of unknown origin as Markdown that shows it, on one line: no markup, no HTML, no column of a table."""
-    return _ACTIVE.sub(r"\\\1", " ".join(visible(text).split()))
 
 
 def _anchor(args: Any) -> str:

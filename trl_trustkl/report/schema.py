@@ -164,16 +164,16 @@ def _whole(value: Any) -> int:
     return value
 
 
-def _boolean(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _Misfit("true or false", value)
-    return value
+def _instance_of(kind: type, expected: str) -> Reader:
+    def read(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise _Misfit(expected, value)
+        return value
+
+    return read
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise _Misfit("text", value)
-    return value
+_boolean, _text = _instance_of(bool, "true or false"), _instance_of(str, "text")
 
 
 def _numbers(value: Any) -> dict[str, float]:

@@ -146,11 +146,12 @@ def moments(run: Run) -> list[Moment]:
     found: dict[int, list[Sample]] = {update: [] for update in chosen}
     for row in run.completions:
         if row.update in found and len(found[row.update]) < SHOWN:
-            found[row.update].append(_sample(row))
+            found[row.update].append(sample(row))
     return [Moment(chosen[update], update, samples) for update, samples in sorted(found.items())]
 
 
-def _sample(row: Completion) -> Sample:
+def sample(row: Completion) -> Sample:
+    """A completion shortened, with its numbers as text."""
     return Sample(
         shortened(row.prompt, LENGTH), shortened(row.completion, LENGTH), number(row.score), number(row.ref_logp)
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import math
+import re
 import unicodedata
 from typing import Any
 
@@ -27,6 +29,18 @@ def _visible(character: str) -> str:
         return " "
     code = ord(character)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def one_line(text: str) -> str:
+    """The visible text on one line."""
+    return " ".join(visible(text).split())
+
+
+def markdown(text: str) -> str:
+    """Text as Markdown that shows it, on one line: no markup, no HTML, no link, no column of a table."""
+    plain = html.escape(one_line(text), quote=False)
+    active = r"([\\`*_\[\]#|~!$])|(?<!\w)(?=https?:|www\.)"
+    return re.sub(active, lambda found: "\\" + found[0] if found[0] else "\u200b", plain)
 
 
 def shortened(text: str, limit: int) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from ..policy import lora, quantization, split_lm
+from ..policy import cpu, lora, split_lm
 from ..run import rng
 from .engine import FinishReason, Samples
 from .sampling import ends_with_stop, response_mask
@@ -156,7 +156,7 @@ def ready_to_generate(causal: nn.Module) -> Iterator[None]:
     for module in checkpointed:
         module.gradient_checkpointing = False
     try:
-        with quantization.dequantised_on_cpu(causal), lora.short_forward(lora.linear_layers(causal)):
+        with cpu.dequantised_on_cpu(causal), lora.short_forward(lora.linear_layers(causal)):
             yield
     finally:
         hook.remove()

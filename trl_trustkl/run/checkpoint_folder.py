@@ -20,7 +20,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..errors import SaveError
-from ..records import sync
+from ..files import sync
 
 logger = logging.get_logger(__name__)
 

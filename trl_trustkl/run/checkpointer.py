@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from .. import records
+from .. import files, records
 from ..errors import CheckpointError, SaveError
 from ..parallel.processes import Processes
 from . import checkpoint_folder
@@ -87,7 +87,7 @@ class Checkpointer:
                 _write(unfinished / name, state)
             for lines in (records.BOUNDS_FILE, records.COMPLETIONS_FILE):
                 if (path := folder.parent / lines).exists():
-                    records.sync(path)
+                    files.sync(path)
 
     def load(self, folder: Path, *names: str) -> None:
         """Load the parts of these names from a complete checkpoint, bit for bit; a file that is not there is passed over,

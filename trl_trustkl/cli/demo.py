@@ -1,0 +1,34 @@
+"""`trustkl demo`: fine-tune a small language model towards positive sentiment, and say what bounded it."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..demo import run as demo
+
+HELP = "fine-tune SmolLM2-135M with QLoRA PPO and say what bounded every update"
+DESCRIPTION = (
+    "Fine-tunes SmolLM2-135M-Instruct with QLoRA and PPO towards replies of positive sentiment (VADER). Its KL to the "
+    "reference is held at a target by an adaptive controller, its updates are clipped, and a record of every update is kept."
+)
+OPTIONS = {
+    "output_dir": "where records and adapter go",
+    "updates": "number of updates",
+    "kl_target": "KL to hold, nats per response",
+    "kl_coef": "coefficient at the start",
+    "cliprange": "clip range of the ratio",
+    "learning_rate": "learning rate",
+    "seed": "seed",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run)
+    for name, help in OPTIONS.items():
+        default = demo.Options._field_defaults[name]
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=type(default), default=default, help=f"{help} (default: %(default)s)")
+
+
+def run(options: argparse.Namespace) -> int:
+    return demo.run(demo.Options(**{name: getattr(options, name) for name in OPTIONS}))

@@ -1,0 +1,45 @@
+"""Files that are replaced in one step: each is whole, or as it was."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
+    """A new file beside `path`, which takes its place when the block ends without an error.
+
+    With `durable` it is on the disk by then, so that it survives the machine too.
+    """
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    try:
+        with open(unfinished, "wb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync(path.parent)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file in one step; text as UTF-8."""
+    with replacing(path) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def sync(path: Path) -> None:
+    """Bring a file or a folder to the disk, so that it survives the machine too."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
