@@ -36,7 +36,7 @@ package's own `__init__`, which loads what is above the mathematics on first use
 UNNAMED_ON_PURPOSE = {
     "cli.train_help._format_action_invocation": "argparse calls it",
     "cli.train_help._get_help_string": "argparse calls it",
-    "ppo.saving._save": "transformers calls it",
+    "ppo.trainer._save": "transformers calls it",
     "trl_compat.ppo_base._name": "TRL's model card reads it",
     "trl_compat.ppo_base._paper": "TRL's model card reads it",
 }
@@ -271,6 +271,14 @@ def test_the_design_names_every_module():
 def test_everything_is_named_somewhere():
     elsewhere = {word for path in everything_else() for word in re.findall(r"\w+", path.read_text(encoding="utf-8"))}
     assert sorted(unused(package(), elsewhere)) == sorted(UNNAMED_ON_PURPOSE)
+
+
+def test_no_class_of_the_package_stands_behind_the_trainer():
+    """Its behaviour is in parts, not in base classes; on newer TRL `ppo_base` stands in for the PPO trainer."""
+    from trl_trustkl import TrustKLPPOTrainer
+
+    ours = [cls for cls in TrustKLPPOTrainer.__mro__[1:] if cls.__module__.startswith(PACKAGE)]
+    assert [cls.__module__ for cls in ours] in ([], ["trl_trustkl.trl_compat.ppo_base"])
 
 
 # -- that each rule can fail -------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def test_sigterm_in_any_phase_finishes_the_update_and_saves_it(whole, tmp_path, 
     trainer = build(tmp_path)
     with pytest.raises(Interrupted) as ended, counted(trainer, (phase, number), terminate):
         trainer.train()
-    assert ended.value.code == 143 and trainer.interrupted == signal.SIGTERM
+    assert ended.value.code == 143 and trainer._loop.interrupted == signal.SIGTERM
     done = 2 if phase == "write" else 3
     assert trainer.state.global_step == len(load_records(tmp_path)) == done
     assert checkpoint.damage(tmp_path / f"checkpoint-{done}") is None

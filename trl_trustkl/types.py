@@ -72,6 +72,12 @@ class UpdateContext:
     snapshot: Snapshot | None = None
     enforcement: Enforcement | None = None
 
+    def taken_snapshot(self) -> Snapshot:
+        """The snapshot, once there is one."""
+        if self.snapshot is None:
+            raise ValueError("`optimise` took no snapshot of the update; an override must call super().optimise")
+        return self.snapshot
+
 
 class Prompts(NamedTuple):
     """One batch of prompts: `ids` and `mask` [B, P], left-padded, and the dataset row behind each of them."""

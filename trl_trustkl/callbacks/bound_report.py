@@ -158,6 +158,11 @@ def is_report(callback: Any) -> bool:
     )
 
 
+def report_of(callbacks: Sequence[Any]) -> BoundReportCallback | None:
+    """The BoundReportCallback among the callbacks, or None."""
+    return next((each for each in callbacks if isinstance(each, BoundReportCallback)), None)
+
+
 def with_report(callbacks: Sequence[Any] | None) -> list[Any]:
     """The callbacks, with a BoundReportCallback before them where there is none; ConfigError for two, which would write
     every record twice."""

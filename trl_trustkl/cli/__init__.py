@@ -1,4 +1,7 @@
-"""The command line: `trustkl demo`, `trustkl train`, `trustkl report` and `trustkl compare`."""
+"""The command line: `trustkl demo`, `trustkl train`, `trustkl report` and `trustkl compare`.
+
+Arguments, their checks and exit statuses; the work is done in the other folders, all of which it may import.
+"""
 
 from __future__ import annotations
 

@@ -70,10 +70,10 @@ def _checkpoint(value: str | None) -> str | bool | None:
 
 def _rendered(trainer: Any) -> Path | None:
     """The page that the trainer's own callback wrote at the end, or None where it could not."""
-    from ..callbacks.bound_report import BoundReportCallback
+    from ..callbacks.bound_report import report_of
 
-    callbacks = trainer.callback_handler.callbacks
-    return next((each.rendered for each in callbacks if isinstance(each, BoundReportCallback)), None)
+    report = report_of(trainer.callback_handler.callbacks)
+    return None if report is None else report.rendered
 
 
 def _conclude(folder: str, kind: str, report: Path | None) -> None:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers.utils import logging
 
@@ -63,7 +63,7 @@ class TrustKLPPOConfig(PPOConfig):
     # -- the anchor: KL(π‖π_ref) --------------------------------------------------------------------------------------
     kl_coef: float = _anchor(
         *_trl("kl_coef"), unit="score per nat", off="0", range=NOT_NEGATIVE, fix="0 turns the anchor off.")
-    kl_estimator: KLEstimatorName = _anchor(
+    kl_estimator: KLEstimatorName = _anchor(  # type: ignore[assignment]  # TRL has fewer names
         "k1", "Estimator of the KL to the reference: one of ESTIMATORS, or 'exact' (over the whole vocabulary).",
         names=ESTIMATORS)
     kl_estimator_kwargs: dict | str | None = _anchor(None, "Its arguments, as a dict or JSON: {'order': 0.5}.")
@@ -155,7 +155,7 @@ class TrustKLPPOConfig(PPOConfig):
     response_length: int = _run(*_trl("response_length"), unit="tokens", range=COUNT)
     temperature: float = _run(
         *_trl("temperature"), unit="1", range=POSITIVE, fix="Near-greedy sampling is temperature=0.01.")
-    stop_token: Literal["eos", "none"] | None = _run(
+    stop_token: Literal["eos", "none"] | None = _run(  # type: ignore[assignment]  # TRL has no "none"
         None, "'eos' or 'none'; None: 'eos' for text and chat prompts, 'none' for a dataset of input_ids, as in TRL.",
         off='"none"')
     stop_token_id: int | None = _run(*_trl("stop_token_id"), unit="token id", off="None", range=WHOLE)
@@ -243,7 +243,7 @@ class TrustKLPPOConfig(PPOConfig):
 
     def build_kl_estimator(self):
         """(logp, ref_logp) -> [B, T]; None for `exact`, which has no sampled form."""
-        return None if self.exact_anchor else build_estimator(self.kl_estimator, self.kl_estimator_kwargs)
+        return None if self.exact_anchor else build_estimator(self.kl_estimator, self.arguments("kl_estimator_kwargs"))
 
     def build_penalties(self, anchor_coef: float, trust_coef: float) -> Penalties:
         """The KL terms of the loss, at the coefficients of the update."""
@@ -269,7 +269,11 @@ class TrustKLPPOConfig(PPOConfig):
         return self.anchored and self.kl_placement != "reward"
 
     def build_surrogate(self):
-        return build_surrogate(self.clip_rule, low=self.low, high=self.high, kwargs=self.clip_kwargs or {})
+        return build_surrogate(self.clip_rule, low=self.low, high=self.high, kwargs=self.arguments("clip_kwargs"))
+
+    def arguments(self, name: str) -> dict[str, Any]:
+        """A field that holds arguments, such as "clip_kwargs", as a dict; empty where it is None."""
+        return getattr(self, name) or {}
 
     def _controller(self, prefix: str, coef: float, target: float | None):
         name = getattr(self, f"{prefix}_controller")
@@ -351,7 +355,7 @@ class TrustKLPPOConfig(PPOConfig):
             raise ConfigError(
                 f"`stop_token` got {self.stop_token!r} and `stop_token_id` got {self.stop_token_id}; set only one of them."
             )
-        check_generation_kwargs(self.generation_kwargs or {})
+        check_generation_kwargs(self.arguments("generation_kwargs"))
 
     def _check_saving(self) -> None:
         folder = Path(self.output_dir)

@@ -127,6 +127,14 @@ def chosen_dataset(given: Any, own: Any) -> Any:
     return own if given is None else given
 
 
+def one_dataset(given: Any, own: Any) -> Any:
+    """As `chosen_dataset`, where it has to be one."""
+    dataset = chosen_dataset(given, own)
+    if isinstance(dataset, dict):
+        raise ConfigError(f"`eval_dataset` got several; name one of {', '.join(map(repr, dataset))}.")
+    return dataset
+
+
 def print_samples(rows: list[dict[str, Any]]) -> None:
     """A table of prompts, completions and scores. Their text is data: no markup and no escape sequence in it is obeyed."""
     for row in rows:

@@ -94,7 +94,7 @@ class TrainingLoop:
             while self._continues():
                 context = contexts.of_update(trainer.args, trainer.state, self._parts.processes.index)
                 trainer.event("step_begin")
-                trainer.state.episode += trainer.args.batch_size
+                trainer.state.episode += self._parts.sizes.batch
                 with self._parts.failures.update(
                     finished=lambda: trainer.state.global_step > context.update,  # noqa: B023
                     roll_back=lambda: self._roll_back(context),  # noqa: B023
@@ -136,7 +136,7 @@ class TrainingLoop:
         state.global_step += 1
         state.epoch = state.global_step / parts.order.batches_per_pass
         trainer.lr_scheduler.step()
-        parts.coefficients.update(record, args.batch_size)
+        parts.coefficients.update(record, parts.sizes.batch)
         if not self._warned_of_sampler:
             self._warned_of_sampler = warn_of_sampler(record, args)
         if args.torch_empty_cache_steps and state.global_step % args.torch_empty_cache_steps == 0:
@@ -157,7 +157,7 @@ class TrainingLoop:
         if pass_is_over:
             trainer.event("epoch_end")
         wanted = args.num_sample_generations
-        if wanted > 0 and (state.global_step - 1) % max(1, args.num_total_batches // wanted) == 0:
+        if wanted > 0 and (state.global_step - 1) % max(1, parts.sizes.updates // wanted) == 0:
             trainer.generate_completions(sampling=True)
         # Once, with nothing of this update to come: a checkpoint saved here holds all of it.
         self._act_on_control()
@@ -206,6 +206,8 @@ class TrainingLoop:
         parts.progress.reset()
         vars(trainer.state).update(vars(OnlineTrainerState(stateful_callbacks=self._exportable())))
         trainer.prepare_optimisation()
+        handler = trainer.callback_handler
+        handler.model, handler.optimizer, handler.lr_scheduler = trainer.model, trainer.optimizer, trainer.lr_scheduler
         self._checkpointer = self._new_checkpointer()
         output = Path(args.output_dir)
         folder = self._checkpointer.find(resume_from_checkpoint, output)
@@ -224,11 +226,11 @@ class TrainingLoop:
 
     def _describe_run(self) -> None:
         """What the state says of this process and of the length of the run."""
-        state, args, order = self._trainer.state, self._trainer.args, self._parts.order
+        state, args, updates = self._trainer.state, self._trainer.args, self._parts.sizes.updates
         state.is_local_process_zero = self._trainer.accelerator.is_local_main_process
         state.is_world_process_zero = self._parts.processes.is_main
-        state.max_steps = args.num_total_batches
-        state.num_train_epochs = math.ceil(args.num_total_batches / order.batches_per_pass)
+        state.max_steps = updates
+        state.num_train_epochs = math.ceil(updates / self._parts.order.batches_per_pass)
         state.train_batch_size = args.per_device_train_batch_size
         state.compute_steps(args, state.max_steps)
 

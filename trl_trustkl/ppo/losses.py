@@ -114,12 +114,14 @@ def kl_terms(out: TokenOutputs, old_logp: Tensor, ref_logp: Tensor, mask: Tensor
     if penalties.anchor_coef:
         estimator = penalties.anchor_estimator
         anchor = out.ref_kl if estimator is None else estimator(out.logp, ref_logp)
+        assert anchor is not None  # the pass was asked for it
         if penalties.anchor_offpolicy:
             anchor = anchor * (out.logp - old_logp).detach().clamp(max=LARGEST_LOG_RATIO).exp()
         total = total + penalties.anchor_coef * masked_sum(anchor, mask)
     if penalties.trust_coef:
         estimator = penalties.trust_estimator
         trust = out.old_kl if estimator is None else estimator(old_logp, out.logp)
+        assert trust is not None  # the pass was asked for it
         total = total + penalties.trust_coef * masked_sum(trust, mask)
     return total
 
@@ -161,22 +163,23 @@ def stacked(sums: LossSums) -> Tensor:
 
 def epoch_stats(total: Tensor) -> EpochStats:
     """Means from the pooled sums (a vector in the order of `LossSums`)."""
-    s = LossSums(*total.tolist())  # type: ignore[arg-type]
+    sums: list[float] = total.tolist()
+    s = dict(zip(LossSums._fields, sums, strict=True))
 
     def share(part: float, whole: float) -> float:
         return part / whole if whole else 0.0
 
-    ratio = share(s.ratio, s.tokens)
+    ratio = share(s["ratio"], s["tokens"])
     return EpochStats(
-        policy_loss=share(s.policy_loss, s.tokens),
-        value_loss=share(s.value_loss, s.positions),
-        gated=share(s.gated, s.weight),
-        gated_low=share(s.gated_low, s.weight),
-        gated_high=share(s.gated_high, s.weight),
-        clip_fraction=share(s.clipped, s.tokens),
-        penalty=share(s.pull, s.pull + s.weight),
-        value_gated=share(s.value_gated, s.positions),
-        approx_kl=0.5 * share(s.squared_log_ratio, s.tokens),
+        policy_loss=share(s["policy_loss"], s["tokens"]),
+        value_loss=share(s["value_loss"], s["positions"]),
+        gated=share(s["gated"], s["weight"]),
+        gated_low=share(s["gated_low"], s["weight"]),
+        gated_high=share(s["gated_high"], s["weight"]),
+        clip_fraction=share(s["clipped"], s["tokens"]),
+        penalty=share(s["pull"], s["pull"] + s["weight"]),
+        value_gated=share(s["value_gated"], s["positions"]),
+        approx_kl=0.5 * share(s["squared_log_ratio"], s["tokens"]),
         ratio=ratio,
-        ratio_var=max(share(s.squared_ratio, s.tokens) - ratio**2, 0.0) if math.isfinite(ratio) else math.nan,
+        ratio_var=max(share(s["squared_ratio"], s["tokens"]) - ratio**2, 0.0) if math.isfinite(ratio) else math.nan,
     )

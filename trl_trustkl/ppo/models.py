@@ -56,7 +56,7 @@ def prepare(
         reward_funcs,
         reward_processing_classes,
         weights=args.reward_weights,
-        init_kwargs=args.model_init_kwargs,
+        init_kwargs=args.arguments("model_init_kwargs"),
         vocab_size=len(tokenizer),
     )
     value = loading.prepare_value_model(value_model, args)
@@ -64,7 +64,9 @@ def prepare(
     reference = build_reference(
         policy,
         trained.split_lm,
-        loading.load_causal_lm(ref_model, args.model_init_kwargs) if isinstance(ref_model, str) else ref_model,
+        loading.load_causal_lm(ref_model, args.arguments("model_init_kwargs"))
+        if isinstance(ref_model, str)
+        else ref_model,
         ref_adapter_name=args.ref_adapter_name,
         new_adapter=peft_config is not None,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, shown
 from ..parallel.processes import Processes
+from ..policy.forward import ForwardPass
 from ..policy.loading import trainable
 from ..policy.value_head import PolicyAndValue
 from ..run import rng
 from ..run.failure_handling import reject
+from ..trust.measurement import measure
 from ..trust.snapshot import UpdateSnapshot
-from ..types import Batch, PolicySnapshot, TokenOutputs, UpdateStats
+from ..types import Batch, Measurement, PolicySnapshot, TokenOutputs, UpdateStats
 from .config import TrustKLPPOConfig
 from .losses import LossScale, LossSums, Penalties, Rule, epoch_stats, micro_loss, stacked
 
@@ -183,6 +185,20 @@ class Optimisation:
     def _scale(self, norm: float) -> float:
         limit = self.args.norm_limit
         return min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+
+
+def measured(batch: Batch, indices: Iterable[int], forward: ForwardPass, processes: Processes) -> Measurement:
+    """Some micro-batches of a batch under the policy as it is now, against π_old."""
+    scored = batch.scored
+    return measure(
+        forward.compare,
+        scored.micro_batches,
+        scored.old_peers,
+        scored.logp,
+        scored.rollout.response_mask,
+        gather=processes.gather,
+        indices=indices,
+    )
 
 
 @contextmanager

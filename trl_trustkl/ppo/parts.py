@@ -28,7 +28,7 @@ from .evaluation import Evaluator
 from .models import Models
 from .optimise import Optimisation, adopt
 from .scoring import Scoring
-from .setup import micro_batch_size, place, set_batch_sizes, warn_of_gradient
+from .setup import BatchSizes, micro_batch_size, place, set_batch_sizes, warn_of_gradient
 
 
 @dataclass
@@ -51,6 +51,7 @@ class Parts:
     progress: Progress
     settings: RunSettings
     stop_ids: list[int]
+    sizes: BatchSizes
 
 
 def build(
@@ -73,7 +74,7 @@ def build(
     if optimizer is not None:
         adopt(optimizer, models.trained, rate=args.value_learning_rate, scheduled=scheduler is not None)
     warn_of_gradient(args)
-    set_batch_sizes(args, rows=len(models.train), processes=processes.count)
+    sizes = set_batch_sizes(args, rows=len(models.train), processes=processes.count)
     place([models.reference.model, *(getattr(func, "model", None) for func in models.reward_funcs)], processes.device)
     policy, tokenizer = models.trained.policy, models.tokenizer
     collate = Collator(data_collator, tokenizer.pad_token_id, processes.device)
@@ -93,7 +94,7 @@ def build(
 
     return Parts(
         processes=processes,
-        order=PromptOrder(len(models.train), args.batch_size, args.seed),
+        order=PromptOrder(len(models.train), sizes.batch, args.seed),
         collate=collate,
         engine=TransformersEngine(
             policy,
@@ -103,7 +104,7 @@ def build(
             pad_token_id=tokenizer.pad_token_id,
             batch_size=args.local_rollout_forward_batch_size,
             autocast=accelerator.autocast,
-            generation_kwargs=args.generation_kwargs,
+            generation_kwargs=args.arguments("generation_kwargs"),
         ),
         optimisation=Optimisation(args, models.trained, accelerator, processes),
         forward=forward,
@@ -145,4 +146,5 @@ def build(
             ),
         ),
         stop_ids=models.stop_ids,
+        sizes=sizes,
     )

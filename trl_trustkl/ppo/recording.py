@@ -17,6 +17,7 @@ from ..rollout.prompts import prompt_texts
 from ..rollout.sampling import ends_with_stop
 from ..types import Batch, BoundRecord, Enforcement, Measurement, RolloutSummary, UpdateStats
 from .config import TrustKLPPOConfig
+from .parts import Parts
 
 
 def summary(batch: Batch, stop_ids: list[int], processes: Processes) -> RolloutSummary:
@@ -46,14 +47,15 @@ def record(
     batch: Batch,
     stats: UpdateStats,
     measured: Measurement,
-    rollout: RolloutSummary,
-    *,
+    parts: Parts,
     episode: int,
     scheduled_lr: float,
-    lr_factor: float,
 ) -> BoundRecord:
-    """What bounded this update, in the words gated, measured and guaranteed."""
-    context = batch.context
+    """What bounded this update, in the words gated, measured and guaranteed.
+
+    episode: responses sampled so far. scheduled_lr: the policy's learning rate by the schedule.
+    """
+    context, lr_factor = batch.context, parts.coefficients.lr_factor
     enforcement = context.enforcement or Enforcement(measured.kl, scale=None, tries=0, limit=None)
     return bounds.build_record(
         args,
@@ -64,7 +66,7 @@ def record(
         trust_coef=batch.trust_coef,
         refused=context.rejected,
         seconds={**context.seconds, "total": time.perf_counter() - context.started},
-        rollout=rollout,
+        rollout=summary(batch, parts.stop_ids, parts.processes),
         anchor=batch.anchor,
         stats=stats,
         measured=measured,

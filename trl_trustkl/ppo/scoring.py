@@ -16,7 +16,7 @@ from ..rollout.sampling import ends_with_stop
 from ..rollout.scorer import Scorer
 from ..run import rng
 from ..run.failure_handling import FailureHandling
-from ..types import MicroBatch, PolicySnapshot, Rollout, Scored
+from ..types import MicroBatch, PolicySnapshot, Rollout, Scored, UpdateContext
 from .config import TrustKLPPOConfig
 
 _TOKEN_COLUMNS = ("logp", "ref_logp", "ref_kl", "entropy")
@@ -63,9 +63,10 @@ class Scoring:
         self._micro_batch_size = micro_batch_size
         self._process = process
 
-    def score(self, rollout: Rollout, state: TrainerState) -> Scored:
+    def score(self, rollout: Rollout, context: UpdateContext, state: TrainerState) -> Scored:
         """The rollout with everything that is fixed before the first step; `state` goes to the reward functions."""
-        micros = self._micro_batches(rollout)
+        rollout = rollout._replace(context=context)
+        micros = self._micro_batches(rollout, context.update)
         shape = rollout.response_mask.shape
         columns = {name: rollout.response_mask.new_zeros(shape, dtype=torch.float32) for name in _TOKEN_COLUMNS}
         values = rollout.response_mask.new_zeros((shape[0], shape[1] + 1), dtype=torch.float32)
@@ -80,7 +81,7 @@ class Scoring:
             for name, column in columns.items():
                 column[micro.rows, : micro.response_ids.shape[1]] = getattr(out, name).float()
             values[micro.rows, : out.values.shape[1]] = out.values.float()
-        completions, scores = self._scores(rollout, state)
+        completions, scores = self._scores(rollout, context, state)
         mask = rollout.response_mask & ~scores.isnan().unsqueeze(-1)
         value_mask = value_positions(mask, self._args.score_position)
         return Scored(
@@ -96,7 +97,7 @@ class Scoring:
             **columns,
         )
 
-    def _micro_batches(self, rollout: Rollout) -> list[MicroBatch]:
+    def _micro_batches(self, rollout: Rollout, update: int) -> list[MicroBatch]:
         """Micro-batches that divide a mini-batch evenly, each trimmed to its longest row.
 
         Where every pass takes all rows, rows of like length come together and less is padding; the sums are the same. Where
@@ -105,20 +106,19 @@ class Scoring:
         if self._args.num_mini_batches == 1 and self._args.measure_fraction == 1:
             order = longest_first(rollout)
         else:
-            update = rollout.context.update if rollout.context is not None else 0
             generator = rng.generator(self._args.seed, rng.RngStream.MICRO_BATCHES, update, self._process)
             order = torch.randperm(len(rollout.response_ids), generator=generator)
         return [
             micro_batch(rollout, rows) for rows in order.to(rollout.response_ids.device).split(self._micro_batch_size)
         ]
 
-    def _scores(self, rollout: Rollout, state: TrainerState) -> tuple[list[str], Tensor]:
+    def _scores(self, rollout: Rollout, context: UpdateContext, state: TrainerState) -> tuple[list[str], Tensor]:
         """Completions as text, and the score of each, NaN where no function gave one; `missing_eos_penalty` taken off."""
         ids = [row[mask].tolist() for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
         completions = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         prompts = prompt_texts(rollout, self._tokenizer)
         found = self._failures.score(
-            rollout.context,
+            context,
             lambda: self._scorer(
                 rollout,
                 prompts=prompts,

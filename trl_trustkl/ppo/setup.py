@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -48,8 +48,16 @@ def refuse_sharding(*, deepspeed: bool, fsdp: bool) -> None:
         raise sharding_error("DeepSpeed" if deepspeed else "FSDP")
 
 
-def set_batch_sizes(args: TrustKLPPOConfig, *, rows: int, processes: int) -> None:
-    """The fields of `args` that follow from others, from the rows of the dataset and the number of processes."""
+class BatchSizes(NamedTuple):
+    """Responses of one update on one process (`local`) and on all of them (`batch`); `updates` of the run."""
+
+    local: int
+    batch: int
+    updates: int
+
+
+def set_batch_sizes(args: TrustKLPPOConfig, *, rows: int, processes: int) -> BatchSizes:
+    """Set the fields of `args` that follow from others, from the rows of the dataset and the number of processes."""
     args.world_size = processes
     args.local_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     args.micro_batch_size = args.per_device_train_batch_size * processes
@@ -60,6 +68,7 @@ def set_batch_sizes(args: TrustKLPPOConfig, *, rows: int, processes: int) -> Non
     if args.total_episodes is None:
         args.total_episodes = math.ceil(args.num_train_epochs * rows)
     args.num_total_batches = args.max_steps if args.max_steps > 0 else math.ceil(args.total_episodes / args.batch_size)
+    return BatchSizes(args.local_batch_size, args.batch_size, args.num_total_batches)
 
 
 def micro_batch_size(args: TrustKLPPOConfig) -> int:

@@ -21,7 +21,7 @@ def shaped(scored: Scored, args: TrustKLPPOConfig, processes: Processes, *, kl_c
     divergence = scored.ref_kl if estimator is None else estimator(scored.logp, scored.ref_logp)
     pull = anchor_rewards(divergence, mask, kl_coef if args.anchor_in_reward else 0.0, of_contexts=args.exact_anchor)
     rewards = pull + place_scores(scored.scores, mask, args.score_position)
-    scale = 1.0
+    scale: Tensor | float = 1.0
     if args.whiten_rewards:
         mean, var = processes.moments(rewards, scored.value_mask)
         rewards = whiten(rewards, scored.value_mask, mean=mean, var=var, shift_mean=False)

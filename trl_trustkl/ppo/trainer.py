@@ -18,29 +18,25 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
-from transformers.utils import logging
 
-from ..callbacks.bound_report import BoundReportCallback, is_report, with_report
-from ..errors import ConfigError
+from ..callbacks.bound_report import BoundReportCallback, is_report, report_of, with_report
 from ..policy.loading import save_policy, trainable
 from ..policy.value_head import PolicyAndValue
 from ..report import model_card
 from ..rollout.prompts import collate_nothing
 from ..rollout.rewards import RewardFunc
-from ..rollout.sampling import padded
+from ..rollout.sampling import sample
 from ..run.failure_handling import reject
 from ..run.state import OnlineTrainerState
 from ..trl_compat.version import PPOTrainer
-from ..trust.measurement import measure
 from ..types import Batch, BoundRecord, Measurement, Prompts, Rollout, Scored, UpdateStats
 from . import contexts, models, parts, recording, setup
 from .config import TrustKLPPOConfig
-from .evaluation import chosen_dataset
+from .evaluation import chosen_dataset, one_dataset
 from .loop import TrainingLoop
+from .optimise import measured as measured_batch
 from .optimise import separate_value
 from .shaping import shaped
-
-logger = logging.get_logger(__name__)
 
 
 class TrustKLPPOTrainer(PPOTrainer):
@@ -49,8 +45,7 @@ class TrustKLPPOTrainer(PPOTrainer):
     Args:
         args: the configuration; `TrustKLPPOConfig("trainer_output")` when None.
         processing_class: the policy's tokenizer; loaded with the model when `model` is a name.
-        model: the policy: a causal language model, 4-bit and PEFT models included, or the name of one
-            (`args.model_init_kwargs` go to `from_pretrained`).
+        model: the policy: a causal language model, 4-bit and PEFT models included, or the name of one.
         ref_model: the reference; None: the policy with its new adapter off, a frozen clone of the adapter the model came
             with, or, in full fine-tuning, a frozen copy of the model.
         reward_model: TRL's way to give one reward model; it reads the policy's token ids.
@@ -65,8 +60,7 @@ class TrustKLPPOTrainer(PPOTrainer):
             name of one, or a list of them, weighted by `args.reward_weights`.
         reward_processing_classes: the tokenizers of reward models that have their own, in the order of `reward_funcs`.
 
-    Raises:
-        ConfigError, DataError, ModelError: naming the field, the value, what is valid and the likely fix.
+    Raises ConfigError, DataError or ModelError, naming the field, the value, what is valid and the likely fix.
     """
 
     args: TrustKLPPOConfig
@@ -93,18 +87,15 @@ class TrustKLPPOTrainer(PPOTrainer):
         args = TrustKLPPOConfig("trainer_output") if args is None else args
         setup.check_arguments(args, model, ref_model, train_dataset, reward_model, reward_funcs)
         set_seed(args.seed)  # adapters and value heads start from random numbers
-        reward_funcs = reward_funcs if reward_model is None else reward_model
         ready = models.prepare(
             args, model=model, tokenizer=processing_class, ref_model=ref_model, value_model=value_model,
-            peft_config=peft_config, reward_funcs=reward_funcs, reward_processing_classes=reward_processing_classes,
-            train=train_dataset, evaluation=eval_dataset, tags=self._tag_names,
+            peft_config=peft_config, reward_funcs=reward_funcs if reward_model is None else reward_model,
+            reward_processing_classes=reward_processing_classes, train=train_dataset, evaluation=eval_dataset,
+            tags=self._tag_names,
         )  # fmt: skip
         self.is_peft_model = isinstance(ready.trained.policy, PeftModel)
-        self.reference, self.reward_funcs, self.reward_weights = (
-            ready.reference,
-            ready.reward_funcs,
-            ready.reward_weights,
-        )
+        self.reference = ready.reference
+        self.reward_funcs, self.reward_weights = ready.reward_funcs, ready.reward_weights
         # TRL's own PPO constructor builds models and loop the way this one replaces; its base's is the one to call.
         super(PPOTrainer, self).__init__(
             model=ready.trained, args=args, data_collator=data_collator or collate_nothing, train_dataset=ready.train,
@@ -119,8 +110,6 @@ class TrustKLPPOTrainer(PPOTrainer):
         )  # fmt: skip
         self._loop = TrainingLoop(self, self.parts)
 
-    # -- the loop ------------------------------------------------------------------------------------------------------
-
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> TrainOutput:
@@ -128,8 +117,7 @@ class TrustKLPPOTrainer(PPOTrainer):
 
         `resume_from_checkpoint`: a path, or True for the last whole checkpoint in `output_dir`; the run goes on as if it had
         never stopped. SIGTERM and Ctrl-C end it after the current update (given up after `grace_seconds`), with a
-        checkpoint and `Interrupted`, a SystemExit of 128 + the signal; a second one ends it at once. The other arguments are
-        those of transformers' method, and change nothing.
+        checkpoint and `Interrupted`, a SystemExit of 128 + the signal; a second one ends it at once.
 
         Raises:
             CheckpointError, ConfigError: a checkpoint that is not whole, or was saved under other settings.
@@ -142,16 +130,11 @@ class TrustKLPPOTrainer(PPOTrainer):
         self.is_in_train = False
         return output
 
-    @property
-    def interrupted(self) -> int | None:
-        """The signal that ended the run, or None."""
-        return self._loop.interrupted
-
     # -- the phases ----------------------------------------------------------------------------------------------------
 
     def next_prompts(self) -> Prompts:
         """This process's prompts of the update that begins."""
-        rows, local = self.parts.order.rows(self.state.global_step), self.args.local_batch_size
+        rows, local = self.parts.order.rows(self.state.global_step), self.parts.sizes.local
         mine = rows[self.parts.processes.index * local :][:local]
         return self.parts.collate([self.train_dataset[row] for row in mine])
 
@@ -159,25 +142,23 @@ class TrustKLPPOTrainer(PPOTrainer):
         """Sample a response to each prompt from the policy."""
         context = prompts.context or contexts.of_update(self.args, self.state, self.parts.processes.index)
         self.parts.engine.sync(self.state.global_step, self.model.policy.named_parameters())
-        ids = [row[mask] for row, mask in zip(prompts.ids, prompts.mask, strict=True)]
-        samples = self.parts.engine.generate(ids, context.sampling_seed)
-        length, padding = self.args.response_length, self.processing_class.pad_token_id
-        return padded(prompts._replace(context=context), samples, length=length, pad_token_id=padding)
+        return sample(
+            self.parts.engine, prompts._replace(context=context), seed=context.sampling_seed,
+            length=self.args.response_length, pad_token_id=self.processing_class.pad_token_id,
+        )  # fmt: skip
 
     def score(self, rollout: Rollout) -> Scored:
         """Log-probabilities under π_old and π_ref, values and rewards: all that is fixed before the first step."""
         context = rollout.context or contexts.of_update(self.args, self.state, self.parts.processes.index)
-        return self.parts.scoring.score(rollout._replace(context=context), self.state)
+        return self.parts.scoring.score(rollout, context, self.state)
 
     def advantages(self, scored: Scored) -> Batch:
         """The anchor and the score as rewards, and their advantages."""
         return shaped(scored, self.args, self.parts.processes, kl_coef=self.kl_coef, trust_coef=self.trust_coef)
 
     def optimise(self, batch: Batch) -> UpdateStats:
-        """The PPO epochs on this batch. A step that is not finite is rejected, and the update rolled back with it.
-
-        Takes the snapshot to which an update is rolled back or scaled back, so an override calls `super().optimise`.
-        """
+        """The PPO epochs on this batch. A step that is not finite is rejected, and the update rolled back with it. Takes
+        the snapshot to which an update is rolled back or scaled back, so an override calls `super().optimise`."""
         limit, lr_factor = self.args.trust_stop, self.parts.coefficients.lr_factor
 
         def too_far(mini: Sequence[int]) -> bool:
@@ -194,10 +175,8 @@ class TrustKLPPOTrainer(PPOTrainer):
     def enforce(self, batch: Batch, proposed: Measurement) -> Measurement:
         """Enforce `trust_max_kl` by backtracking; an update that is not finite, or beyond `panic_kl`, is rolled back."""
         context = batch.context
-        if context.snapshot is None:
-            raise ValueError("`optimise` did not take a snapshot of the update; an override must call super().optimise")
         found = self.parts.trust_region.enforce(
-            context.snapshot, lambda: self.measure(batch), proposed, rejected=context.rejected
+            context.taken_snapshot(), lambda: self.measure(batch), proposed, rejected=context.rejected
         )
         if found.rejected is not None and found.rejected != context.rejected:
             reject(context, found.rejected)
@@ -206,13 +185,8 @@ class TrustKLPPOTrainer(PPOTrainer):
 
     def record(self, batch: Batch, stats: UpdateStats, measured: Measurement) -> BoundRecord:
         """What bounded this update, in the words gated, measured and guaranteed."""
-        rollout = recording.summary(batch, self.parts.stop_ids, self.parts.processes)
-        lr, factor = self._get_learning_rate(), self.parts.coefficients.lr_factor
-        return recording.record(
-            self.args, batch, stats, measured, rollout, episode=self.state.episode, scheduled_lr=lr, lr_factor=factor
-        )
-
-    # -- what the phases share -----------------------------------------------------------------------------------------
+        lr, episode = self._get_learning_rate(), self.state.episode
+        return recording.record(self.args, batch, stats, measured, self.parts, episode, lr)
 
     @property
     def kl_coef(self) -> float:
@@ -226,12 +200,7 @@ class TrustKLPPOTrainer(PPOTrainer):
 
     def _measure(self, batch: Batch, indices: Iterable[int]) -> Measurement:
         """Measure some of the micro-batches (all of them, for a guarantee) under the policy as it is now."""
-        scored, gather = batch.scored, self.parts.processes.gather
-        mask = scored.rollout.response_mask
-        compare, micros = self.parts.forward.compare, scored.micro_batches
-        return measure(compare, micros, scored.old_peers, scored.logp, mask, gather=gather, indices=indices)
-
-    # -- evaluation ----------------------------------------------------------------------------------------------------
+        return measured_batch(batch, indices, self.parts.forward, self.parts.processes)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -253,10 +222,7 @@ class TrustKLPPOTrainer(PPOTrainer):
     def evaluate_completions(self, eval_dataset: Any = None) -> list[dict[str, Any]]:
         """A sampled response to every prompt: `prompt`, `completion`, `score` (NaN where no function gave one), `kl`,
         `length` and `eos_rate` of each, from all processes."""
-        dataset = chosen_dataset(eval_dataset, self.eval_dataset)
-        if isinstance(dataset, dict):
-            raise ConfigError(f"`eval_dataset` got several; name one of {', '.join(map(repr, dataset))}.")
-        return self.parts.evaluator.rows(dataset)
+        return self.parts.evaluator.rows(one_dataset(eval_dataset, self.eval_dataset))
 
     def generate_completions(self, sampling: bool = False) -> None:
         """Print prompts of the evaluation set with the policy's completions and scores; five of them with `sampling`."""
@@ -276,22 +242,20 @@ class TrustKLPPOTrainer(PPOTrainer):
         """Wrap model and optimizer for the hardware, once; a second train() starts a new schedule."""
         if self.model_wrapped is self.model:
             self.create_optimizer()
-            self.model.train()
             self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
-        self.create_scheduler(num_training_steps=self.args.num_total_batches)
-        for name in ("model", "optimizer", "lr_scheduler"):
-            setattr(self.callback_handler, name, getattr(self, name))
+        self.create_scheduler(num_training_steps=self.parts.sizes.updates)
         self.model.train()
         self.parts.optimisation.prepare(self.model_wrapped, self.optimizer)
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """TRL's optimizer, with the value's parameters in groups for their own learning rate."""
-        if self.optimizer is None:
-            rate = self.args.value_learning_rate
-            separate_value(super().create_optimizer(*args), trainable(self.model.value), rate=rate)
-        return self.optimizer
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(*args)
+        separate_value(optimizer, trainable(self.model.value), rate=self.args.value_learning_rate)
+        return optimizer
 
     def add_callback(self, callback: Any) -> None:
         """As in transformers; a BoundReportCallback takes the place of the one there, or every record would come twice."""
@@ -323,15 +287,12 @@ class TrustKLPPOTrainer(PPOTrainer):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """TRL's card in output_dir, with a section on how far the run may have moved the model."""
-        try:
-            super().create_model_card(model_name, dataset_name, tags)
-        except ModuleNotFoundError as error:  # TRL's template needs a package that it does not always ask for
-            logger.warning_once(f"No model card was written: the package {error.name} is not installed.")
-            return
-        self._describe(Path(self.args.output_dir))
+        create = super().create_model_card
+        if model_card.written(lambda: create(model_name, dataset_name, tags)):
+            self._describe(Path(self.args.output_dir))
 
     def _describe(self, folder: Path) -> None:
         if self.is_world_process_zero():
-            report = next((cb for cb in self.callback_handler.callbacks if is_report(cb)), None)
+            report = report_of(self.callback_handler.callbacks)
             update, page = (0, None) if report is None else (self.state.global_step, report.rendered)
             model_card.describe(folder, self.args, update=update, report=page)

@@ -1,4 +1,7 @@
-"""Reports from records alone: the answer in words, findings, figures, one self-contained page."""
+"""Reports from records alone: the answer in words, findings, figures, one self-contained page.
+
+Imports `records`, the mathematics and what is below them; needs no model.
+"""
 
 from __future__ import annotations
 

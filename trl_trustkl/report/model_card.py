@@ -5,9 +5,10 @@ Markdown by hand, so that a model can be saved without the packages of a report.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from ..types import BoundRecord
 from .schema import Run, read_run
 from .summary import guaranteed, largest_update
 from .text import markdown, number, shortened, visible
+
+logger = logging.getLogger(__name__)
 
 README = "README.md"
 TITLE = "How far it may have moved"
@@ -45,6 +48,16 @@ def section(records: Sequence[BoundRecord], args: Any, report: str | None = None
     if report is not None:
         lines += ["", f"What bounded each update: [{markdown(Path(report).name)}](<{_target(report)}>)."]
     return "\n".join(lines) + "\n"
+
+
+def written(create: Callable[[], None]) -> bool:
+    """Whether TRL's card could be created: its template needs a package that TRL does not always ask for."""
+    try:
+        create()
+    except ModuleNotFoundError as error:
+        logger.warning(f"No model card was written: the package {error.name} is not installed.")
+        return False
+    return True
 
 
 def describe(folder: Path, args: Any, *, update: int, report: Path | None) -> None:

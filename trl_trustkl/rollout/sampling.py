@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import out_of_range
 from ..types import Prompts, Rollout
-from .engine import Samples
+from .engine import RolloutEngine, Samples
 
 
 def stop_ids(policy: Any, tokenizer: PreTrainedTokenizerBase, args: Any, *, text: bool) -> list[int]:
@@ -42,6 +42,12 @@ def ends_with_stop(response: Tensor, mask: Tensor, stop_ids: list[int]) -> Tenso
     """Whether each response ended by itself, [b]."""
     stops = torch.isin(response, torch.tensor(stop_ids, dtype=response.dtype, device=response.device))
     return (stops & mask).any(-1)
+
+
+def sample(engine: RolloutEngine, prompts: Prompts, *, seed: int, length: int, pad_token_id: int) -> Rollout:
+    """Sample a response to each prompt, of at most `length` tokens."""
+    ids = [row[mask] for row, mask in zip(prompts.ids, prompts.mask, strict=True)]
+    return padded(prompts, engine.generate(ids, seed), length=length, pad_token_id=pad_token_id)
 
 
 def padded(prompts: Prompts, samples: Samples, *, length: int, pad_token_id: int) -> Rollout:

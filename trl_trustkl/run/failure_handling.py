@@ -77,10 +77,10 @@ class FailureHandling:
             if failure is not None:
                 raise failure
             return result
-        failures = [error for error in self._processes.gather_objects([failure]) if error is not None]
-        for error in failures:
-            if not isinstance(error, NonFiniteRewardError):
-                raise error
+        failures = [each for each in self._processes.gather_objects([failure]) if each is not None]
+        for each in failures:
+            if not isinstance(each, NonFiniteRewardError):
+                raise each
         if failures:
             context.rejected = str(failures[0])
             return None

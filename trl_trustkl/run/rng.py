@@ -62,7 +62,8 @@ class ProcessRandomStates:
 
 def capture() -> dict[str, Any]:
     """The states now; `restore` takes it, also after a journey through JSON."""
-    name, keys, *rest = np.random.get_state()
+    state: Any = np.random.get_state()
+    name, keys, *rest = state
     return {
         "python": random.getstate(),
         "numpy": [name, keys.tolist(), *rest],

@@ -12,6 +12,9 @@ from .trainer_callback import CallbackHandler, TrainerCallback, TrainerControl, 
 from .trainer_utils import TrainOutput
 from .training_args import TrainingArguments
 
+OPTIMIZER_NAME: str
+SCALER_NAME: str
+SCHEDULER_NAME: str
 TRAINER_STATE_NAME: str
 
 class Trainer:
