@@ -166,7 +166,7 @@ def _keys(schema: Any) -> str:
 
 
 def record() -> str:
-    from trl_trustkl.types import BoundRecord
+    from trl_trustkl.records import BoundRecord
 
     return _keys(BoundRecord)
 
@@ -233,7 +233,11 @@ def others() -> str:
         advantages.place_scores, advantages.anchor_share, advantages.explained_variance, trust_region.measurement,
         trust_region.backtrack, bounds.guaranteed, bounds.binding,
     )  # fmt: skip
-    rows = ((f"`{each.__module__.rpartition('.')[2]}.{each.__name__}`", _formula(each)) for each in functions)
+    public = {trust_region.measurement: "trust_region", trust_region.backtrack: "trust_region"}
+    rows = (
+        (f"`{public.get(each, each.__module__.rpartition('.')[2])}.{each.__name__}`", _formula(each))
+        for each in functions
+    )
     return table(("function", "what it computes"), rows)
 
 

@@ -24,7 +24,8 @@ from trl_trustkl.policy import exact_kl
 from trl_trustkl.policy.exact_kl import token_statistics
 from trl_trustkl.policy.loading import trainable
 from trl_trustkl.policy.split_lm import OutputHead, SplitLM
-from trl_trustkl.types import Batch, BoundRecord, PolicySnapshot, Scored
+from trl_trustkl.records import BoundRecord
+from trl_trustkl.types import Batch, PolicySnapshot, Scored
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 EOS, V, H, N = 2, 37, 16, 29

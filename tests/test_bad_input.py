@@ -950,11 +950,12 @@ def test_a_refused_update_leaves_the_value_as_it_was_too(tmp_path, monkeypatch, 
 
 def beyond_panic(monkeypatch, trainer):
     """The bad update goes further than it may."""
-    measure = trainer.measure
+    measure, measured = trainer.measure, []
 
     def far(batch):
         found = measure(batch)
-        first = batch.context.rejected is None and trainer.state.global_step == BAD_UPDATE - 1
+        measured.append(trainer.state.global_step)
+        first = measured.count(BAD_UPDATE - 1) == 1 and measured[-1] == BAD_UPDATE - 1
         return found._replace(kl=1e9) if first else found
 
     monkeypatch.setattr(trainer, "measure", far)

@@ -15,15 +15,8 @@ from trl_trustkl import load_records
 from trl_trustkl.callbacks.table import HEADER, line
 from trl_trustkl.cli import main
 from trl_trustkl.demo.run import Options, closing
+from trl_trustkl.records import AnchorRecord, BoundRecord, GradientRecord, SamplerRecord, TrustRecord, ValueRecord
 from trl_trustkl.report.text import one_line
-from trl_trustkl.types import (
-    AnchorRecord,
-    BoundRecord,
-    GradientRecord,
-    SamplerRecord,
-    TrustRecord,
-    ValueRecord,
-)
 
 
 def record(update: int = 1, **changes) -> BoundRecord:

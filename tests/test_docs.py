@@ -29,13 +29,12 @@ from trl_trustkl.controllers import CONTROLLERS, PIDKL, AdaptiveKL
 from trl_trustkl.divergences import ESTIMATORS, EXACT, exact, k1, k3
 from trl_trustkl.errors import TrustKLError
 from trl_trustkl.ppo.config import TrustKLPPOConfig
-from trl_trustkl.records import flatten, load_records
+from trl_trustkl.records import BoundRecord, flatten, load_records
 from trl_trustkl.report.findings import FINDINGS
 from trl_trustkl.report.schema import Completion
 from trl_trustkl.surrogates import SURROGATES, ppo
 from trl_trustkl.trl_compat.version import PPOConfig
 from trl_trustkl.trust_region import backtrack
-from trl_trustkl.types import BoundRecord
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -98,9 +97,9 @@ def documented(section: str) -> list[str]:
 def test_every_metric_that_is_logged_has_a_meaning() -> None:
     from trl_trustkl.trl_compat import trl_logs as stock
 
-    source = (ROOT / "trl_trustkl/ppo/logs.py").read_text("utf-8")
+    source = (ROOT / "trl_trustkl/ppo/recording.py").read_text("utf-8")
     (function,) = (
-        node for node in ast.walk(ast.parse(source)) if getattr(node, "name", "") == "_update_metrics"
+        node for node in ast.walk(ast.parse(source)) if getattr(node, "name", "") == "metrics"
     )  # fmt: skip
     (returned,) = (node.value for node in ast.walk(function) if isinstance(node, ast.Return))
     logged = [key.value for key in returned.keys if key is not None]

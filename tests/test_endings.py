@@ -108,7 +108,7 @@ def fail(trainer: Any) -> None:
     def fails_when_told(**_: Any) -> Any:
         raise ConnectionError("the service is down")
 
-    trainer.reward_funcs = [fails_when_told]
+    trainer.parts.scorer.funcs[:] = [fails_when_told]
 
 
 def fill_the_records_disk(trainer: Any) -> None:

@@ -35,12 +35,13 @@ from trl_trustkl.controllers import CONTROLLERS
 from trl_trustkl.divergences import ESTIMATORS, gradient_kind
 from trl_trustkl.errors import ConfigError, DataError, RewardError, TrustKLError
 from trl_trustkl.options import dict_fields, names, typed_fields
+from trl_trustkl.records import BoundRecord
 from trl_trustkl.report import read_run, write_report
 from trl_trustkl.report.findings import FINDINGS
 from trl_trustkl.rollout.prompts import check_prompts, collate, encode_prompt, token_limits, tokenize_prompts
 from trl_trustkl.rollout.scorer import Scorer
 from trl_trustkl.surrogates import SURROGATES
-from trl_trustkl.types import BoundRecord, Rollout
+from trl_trustkl.types import Rollout
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NAN, INF, HUGE = math.nan, math.inf, 10**400

@@ -22,7 +22,8 @@ from tests.test_exactness import dense_kl
 from trl_trustkl import TrustKLPPOTrainer
 from trl_trustkl.policy.loading import trainable
 from trl_trustkl.policy.quantization import is_quantized
-from trl_trustkl.types import Batch, BoundRecord, Measurement, Rollout, UpdateStats
+from trl_trustkl.records import BoundRecord
+from trl_trustkl.types import Batch, Measurement, Rollout, UpdateStats
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LIMIT = 0.02

@@ -21,6 +21,7 @@ from trl_trustkl import TrustKLPPOConfig, load_records
 from trl_trustkl.errors import CheckpointError, ConfigError
 from trl_trustkl.run import checkpoint_folder as checkpoint
 from trl_trustkl.run import resume_compatibility as settings
+from trl_trustkl.run import rng
 from trl_trustkl.run.checkpointer import find_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -339,9 +340,9 @@ def test_what_is_saved_holds_no_token(tmp_path):
     assert not any("hf_secret" in text for text in texts)
 
 
-def test_the_comparison_notices_what_is_not_restored(whole, tmp_path):
+def test_the_comparison_notices_what_is_not_restored(whole, tmp_path, monkeypatch):
     """The comparison itself can fail: a run resumed without its random states is another one."""
     resumed = build(tmp_path)
-    resumed._restore_random_states = lambda folder: None
+    monkeypatch.setattr(rng.ProcessRandomStates, "load_state_dict", lambda self, states: None)
     resumed.train(resume_from_checkpoint=whole / "checkpoint-4")
     assert not survival.same(whole, tmp_path)

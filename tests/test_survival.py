@@ -21,7 +21,7 @@ from tests import survival, tiny
 from tests.survival import PHASES, build, counted, cut_off
 from trl_trustkl import load_records
 from trl_trustkl.errors import Interrupted, RefusedError, RewardError, SaveError
-from trl_trustkl.rollout import rewards
+from trl_trustkl.rollout.scorer import Scorer
 from trl_trustkl.run import checkpoint_folder as checkpoint
 from trl_trustkl.run.checkpointer import find_checkpoint
 from trl_trustkl.run.signals import StopRequest
@@ -364,7 +364,8 @@ def test_a_reward_function_is_tried_again_as_often_as_asked(tmp_path, monkeypatc
 def test_the_pause_before_a_retry_has_a_limit():
     waited: list[float] = []
     with pytest.raises(RewardError):
-        rewards._with_retries(raise_reward_error, 9, lambda seconds: bool(waited.append(seconds)))
+        scorer = Scorer([], [], batch_size=1, retries=9, wait=lambda seconds: bool(waited.append(seconds)))
+        scorer._with_retries(raise_reward_error)
     assert waited == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
 
 

@@ -14,20 +14,9 @@ from typing import Any, NamedTuple
 
 from .divergences import gradient_kind
 from .errors import out_of_range
+from .records import AnchorRecord, BoundRecord, GradientRecord, SamplerRecord, TrustRecord, ValueRecord
 from .surrogates import WITHOUT_RANGE
-from .types import (
-    AnchorMeasurement,
-    AnchorRecord,
-    BoundRecord,
-    Enforcement,
-    GradientRecord,
-    Measurement,
-    RolloutSummary,
-    SamplerRecord,
-    TrustRecord,
-    UpdateStats,
-    ValueRecord,
-)
+from .types import AnchorMeasurement, Enforcement, Measurement, RolloutSummary, UpdateStats
 
 BINDING_THRESHOLD = 0.01
 """A mechanism that took less than this share of an update does not count as having bound it."""

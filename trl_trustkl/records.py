@@ -1,4 +1,4 @@
-"""Records of updates as JSON lines: written as they come, read back whole."""
+"""The record of an update: what it holds, and its JSON line, written as it comes and read back."""
 
 from __future__ import annotations
 
@@ -9,14 +9,159 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 from .errors import DataError, SaveError
 from .files import replacing
-from .types import BoundRecord
 
 BOUNDS_FILE = "bounds.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
+
+
+class Meaning(NamedTuple):
+    """What a field of a record means, and its unit; docs/metrics.md is made from these."""
+
+    text: str
+    unit: str = ""
+
+
+class AnchorRecord(NamedTuple):
+    estimator: Annotated[str, Meaning("`kl_estimator`: the formula of the anchor.")]
+    placement: Annotated[str, Meaning("`kl_placement`: where the anchor acts.")]
+    gradient: Annotated[
+        str,
+        Meaning(
+            "What the anchor's gradient is: `exact`, `partial`, `biased` or `zero` ([table](mathematics.md#gradients))."
+        ),
+    ]
+    coef: Annotated[float, Meaning("The coefficient β that this update used.")]
+    target: Annotated[float | None, Meaning("`kl_target`, or `null`.", "nats/response")]
+    kl: Annotated[
+        float, Meaning("KL(π_old‖π_ref) at rollout by the estimator; from samples it may be negative.", "nats/response")
+    ]
+    kl_exact: Annotated[
+        float,
+        Meaning("The same over the whole vocabulary, summed over a response: what controllers see.", "nats/response"),
+    ]
+    kl_stderr: Annotated[
+        float, Meaning("Standard error of `anchor/kl_exact` over the responses of the batch.", "nats/response")
+    ]
+    share: Annotated[
+        float | None,
+        Meaning(
+            'The anchor\'s part of the absolute advantage, before whitening; `null` with `kl_placement="loss"`.',
+            "share",
+        ),
+    ]
+
+
+class TrustRecord(NamedTuple):
+    rule: Annotated[str, Meaning("`clip_rule`.")]
+    low: Annotated[
+        float,
+        Meaning("The clip range of a ratio (gspo: a response's) begins at 1 − `low`; `null` for a rule without one."),
+    ]
+    high: Annotated[float, Meaning("It ends at 1 + `high`; `null` for a rule without one.")]
+    gated: Annotated[
+        float, Meaning("**Gated**: what the clip rule removed of Σ|w·A| over all steps of the update.", "share")
+    ]
+    gated_low: Annotated[float, Meaning("The part of `trust/gated` removed where π/π_old is below 1.", "share")]
+    gated_high: Annotated[float, Meaning("The part of `trust/gated` removed where π/π_old is above 1.", "share")]
+    coef: Annotated[float, Meaning("The coefficient λ of the penalty on KL(π_old‖π) that this update used.")]
+    epochs: Annotated[float, Meaning("Passes made over the batch: the optimizer's steps, as epochs.", "epochs")]
+    stopped: Annotated[bool, Meaning("Whether `trust_stop` ended the update.")]
+    kl: Annotated[
+        float,
+        Meaning(
+            "**Measured** after the update and its enforcement: mean exact KL(π_old‖π) over the batch's contexts.",
+            "nats/token",
+        ),
+    ]
+    kl_max: Annotated[float, Meaning("The largest KL(π_old‖π) of any context of the batch.", "nats/token")]
+    kl_proposed: Annotated[float, Meaning("`trust/kl` as the optimizer left it, before enforcement.", "nats/token")]
+    tv: Annotated[float, Meaning("Mean total variation between π_old and π, from 0 to 1.")]
+    max_ratio: Annotated[float, Meaning("Largest π/π_old of a sampled token, after the update.")]
+    ratio_quantiles: Annotated[dict[str, float], Meaning("Quantiles of that ratio, by their level.")]
+    scale: Annotated[
+        float | None,
+        Meaning(
+            "What was kept of the step: 1 where the limit held anyway, 0 of a refused update, `null` without `trust_max_kl`.",
+            "share",
+        ),
+    ]
+    tries: Annotated[int, Meaning("Scales that backtracking tried.")]
+    limit: Annotated[float | None, Meaning("`trust_max_kl`, or `null`.", "nats/token")]
+    guaranteed: Annotated[
+        float | None,
+        Meaning(
+            "**Guaranteed**: a number only where `trust_max_kl` was enforced on the whole batch; then `trust/kl` is within it.",
+            "nats/token",
+        ),
+    ]
+
+
+class ValueRecord(NamedTuple):
+    clip: Annotated[float | None, Meaning("`cliprange_value`, or `null` with `clip_value=False`.", "the return's")]
+    gated: Annotated[float, Meaning("Positions at which the clip took the value's gradient away.", "share")]
+    explained_variance: Annotated[
+        float, Meaning("Of the returns' variance, by the value: 1 is all, 0 what a constant does.", "share")
+    ]
+
+
+class GradientRecord(NamedTuple):
+    norm: Annotated[float, Meaning("Mean norm of the policy's gradient before it is limited.")]
+    max_norm: Annotated[float | None, Meaning("`max_grad_norm`, or `null`.")]
+    scale: Annotated[float, Meaning("Mean factor that the limit put on the gradient.", "share")]
+
+
+class SamplerRecord(NamedTuple):
+    kl: Annotated[
+        float | None,
+        Meaning(
+            "How far the sampler was from the training pass before any step (k3); near 0 unless sampling is filtered or "
+            "the two disagree. `null` where the sampler does not tell.",
+            "nats/token",
+        ),
+    ]
+
+
+class BoundRecord(NamedTuple):
+    """One update, as a line of `bounds.jsonl`."""
+
+    update: Annotated[int, Meaning("The update's number, from 1.")]
+    episode: Annotated[int, Meaning("Responses sampled so far, over all processes.", "responses")]
+    score: Annotated[
+        float | None, Meaning("Mean score of the responses that have one; `null` where none has.", "the reward's")
+    ]
+    length: Annotated[float, Meaning("Mean length of a response, its stop token included.", "tokens")]
+    eos_rate: Annotated[float, Meaning("Responses that ended by themselves, and not at `response_length`.", "share")]
+    entropy: Annotated[float, Meaning("Mean entropy of π_old at the contexts of the batch.", "nats/token")]
+    lr: Annotated[float, Meaning("Learning rate of this update, `trust_lr_target`'s factor included.")]
+    refused: Annotated[str | None, Meaning("Why the update was undone, as text; `null` for an update that stands.")]
+    seconds: Annotated[
+        dict[str, float], Meaning("Time in `generate`, `score`, `optimise` and `measure`, and in all: `total`.", "s")
+    ]
+    anchor: AnchorRecord
+    trust: TrustRecord
+    value: ValueRecord
+    gradient: GradientRecord
+    sampler: SamplerRecord
+    binding: Annotated[
+        str,
+        Meaning(
+            "The mechanism that took the largest share of the update: `anchor`, `clip`, `penalty`, `stop`, `backtrack`, "
+            "`grad_norm`, `lr`, or `none` where all are below 1 %, or the update was refused: what moved nothing was bound by "
+            "none of them."
+        ),
+    ]
+    shares: Annotated[
+        dict[str, float] | None,
+        Meaning(
+            "The share of the update each of these mechanisms took, of which `binding` names the largest; `null` for an "
+            "update that was refused. (Of the penalty it is its part of the pull on the sampled tokens.)",
+            "share",
+        ),
+    ] = None
 
 
 def as_dict(record: Any) -> Any:

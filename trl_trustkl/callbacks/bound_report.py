@@ -12,10 +12,10 @@ from transformers.utils import logging
 
 from .. import records
 from ..errors import ConfigError, out_of_range
+from ..records import BoundRecord
 from ..report import MissingPackageError, render_report
 from ..report.text import visible
 from ..trl_compat import trl_logs as stock
-from ..types import BoundRecord
 from .table import HEADER, line, printer
 
 logger = logging.get_logger(__name__)

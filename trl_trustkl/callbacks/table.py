@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from ..records import BoundRecord
 from ..report.text import one_line
-from ..types import BoundRecord
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from ..callbacks import BoundReportCallback
 from ..callbacks.table import HEADER, line, updates_bar
-from ..types import BoundRecord
+from ..records import BoundRecord
 
 
 class LiveReport(BoundReportCallback):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..types import BoundRecord
+from ..records import BoundRecord
 from .config import TrustKLPPOConfig
 
 

@@ -19,12 +19,13 @@ from transformers.utils import logging
 
 from ..errors import CheckpointError, Interrupted
 from ..policy.value_head import PolicyAndValue
+from ..records import BoundRecord
 from ..report import model_card
 from ..run import checkpoint_folder, checkpointer, rng
 from ..run.failure_handling import too_many_rejections
 from ..run.state import OnlineTrainerState, RunState, TransformersState
 from ..run.weights import TrainedWeights
-from ..types import Batch, BoundRecord, Enforcement, Measurement, Prompts, Rollout, Scored, UpdateContext, UpdateStats
+from ..types import Batch, Enforcement, Measurement, Prompts, Rollout, Scored, UpdateContext, UpdateStats
 from . import contexts, recording
 from .config import TrustKLPPOConfig
 from .parts import Parts

@@ -36,12 +36,14 @@ class Parts:
     """What the trainer delegates to."""
 
     processes: Processes
+    sizes: BatchSizes
     order: PromptOrder
     collate: Collator
     engine: RolloutEngine
-    optimisation: Optimisation
     forward: ForwardPass
+    scorer: Scorer
     scoring: Scoring
+    optimisation: Optimisation
     coefficients: Coefficients
     trust_region: TrustRegion
     evaluator: Evaluator
@@ -51,7 +53,6 @@ class Parts:
     progress: Progress
     settings: RunSettings
     stop_ids: list[int]
-    sizes: BatchSizes
 
 
 def build(
@@ -76,12 +77,45 @@ def build(
     warn_of_gradient(args)
     sizes = set_batch_sizes(args, rows=len(models.train), processes=processes.count)
     place([models.reference.model, *(getattr(func, "model", None) for func in models.reward_funcs)], processes.device)
-    policy, tokenizer = models.trained.policy, models.tokenizer
-    collate = Collator(data_collator, tokenizer.pad_token_id, processes.device)
-    forward = ForwardPass(models.trained, accelerator.autocast)
     stop = StopRequest(args.grace_seconds)
     failures = FailureHandling(stop, processes)
-    scorer = Scorer(
+    forward = ForwardPass(models.trained, accelerator.autocast)
+    collate = Collator(data_collator, models.tokenizer.pad_token_id, processes.device)
+    scorer = _scorer(args, models, stop)
+    return Parts(
+        processes=processes,
+        sizes=sizes,
+        order=PromptOrder(len(models.train), sizes.batch, args.seed),
+        collate=collate,
+        engine=_engine(args, models, accelerator),
+        forward=forward,
+        scorer=scorer,
+        scoring=Scoring(
+            args,
+            forward=forward,
+            reference=models.reference,
+            scorer=scorer,
+            failures=failures,
+            tokenizer=models.tokenizer,
+            stop_ids=models.stop_ids,
+            micro_batch_size=micro_batch_size(args),
+            process=processes.index,
+        ),
+        optimisation=Optimisation(args, models.trained, accelerator, processes),
+        coefficients=Coefficients(args),
+        trust_region=TrustRegion(Limits(args.trust_max_kl, args.panic_kl)),
+        evaluator=_evaluator(args, models, processes, collate, score_held_out),
+        stop=stop,
+        failures=failures,
+        recorder=Recorder(callbacks, processes),
+        progress=Progress(),
+        settings=_settings(args, models, processes),
+        stop_ids=models.stop_ids,
+    )
+
+
+def _scorer(args: TrustKLPPOConfig, models: Models, stop: StopRequest) -> Scorer:
+    return Scorer(
         models.reward_funcs,
         models.reward_weights,
         batch_size=args.per_device_train_batch_size,
@@ -89,62 +123,48 @@ def build(
         wait=stop.wait,
     )
 
-    def tokenize(dataset: Dataset) -> Dataset:
-        return prepare_datasets(dataset, None, tokenizer, models.token_limits, args)[0]
 
-    return Parts(
-        processes=processes,
-        order=PromptOrder(len(models.train), sizes.batch, args.seed),
-        collate=collate,
-        engine=TransformersEngine(
-            policy,
-            response_length=args.response_length,
-            temperature=args.temperature,
-            stop_ids=models.stop_ids,
-            pad_token_id=tokenizer.pad_token_id,
-            batch_size=args.local_rollout_forward_batch_size,
-            autocast=accelerator.autocast,
-            generation_kwargs=args.arguments("generation_kwargs"),
-        ),
-        optimisation=Optimisation(args, models.trained, accelerator, processes),
-        forward=forward,
-        scoring=Scoring(
-            args,
-            forward=forward,
-            reference=models.reference,
-            scorer=scorer,
-            failures=failures,
-            tokenizer=tokenizer,
-            stop_ids=models.stop_ids,
-            micro_batch_size=micro_batch_size(args),
-            process=processes.index,
-        ),
-        coefficients=Coefficients(args),
-        trust_region=TrustRegion(Limits(args.trust_max_kl, args.panic_kl)),
-        evaluator=Evaluator(
-            score=score_held_out,
-            collate=collate,
-            tokenize=tokenize,
-            model=models.trained,
-            tokenizer=tokenizer,
-            stop_ids=models.stop_ids,
-            processes=processes,
-            batch_size=args.per_device_eval_batch_size,
-        ),
-        stop=stop,
-        failures=failures,
-        recorder=Recorder(callbacks, processes),
-        progress=Progress(),
-        settings=RunSettings(
-            args,
-            setup_of(
-                policy,
-                models.trained.value,
-                rows=len(models.train),
-                vocab_size=models.trained.split_lm.vocab_size,
-                processes=processes.count,
-            ),
-        ),
+def _engine(args: TrustKLPPOConfig, models: Models, accelerator: Accelerator) -> RolloutEngine:
+    return TransformersEngine(
+        models.trained.policy,
+        response_length=args.response_length,
+        temperature=args.temperature,
         stop_ids=models.stop_ids,
-        sizes=sizes,
+        pad_token_id=models.tokenizer.pad_token_id,
+        batch_size=args.local_rollout_forward_batch_size,
+        autocast=accelerator.autocast,
+        generation_kwargs=args.arguments("generation_kwargs"),
     )
+
+
+def _evaluator(
+    args: TrustKLPPOConfig,
+    models: Models,
+    processes: Processes,
+    collate: Collator,
+    score: Callable[[Prompts, int], Scored],
+) -> Evaluator:
+    def tokenize(dataset: Dataset) -> Dataset:
+        return prepare_datasets(dataset, None, models.tokenizer, models.token_limits, args)[0]
+
+    return Evaluator(
+        score=score,
+        collate=collate,
+        tokenize=tokenize,
+        model=models.trained,
+        tokenizer=models.tokenizer,
+        stop_ids=models.stop_ids,
+        processes=processes,
+        batch_size=args.per_device_eval_batch_size,
+    )
+
+
+def _settings(args: TrustKLPPOConfig, models: Models, processes: Processes) -> RunSettings:
+    setup = setup_of(
+        models.trained.policy,
+        models.trained.value,
+        rows=len(models.train),
+        vocab_size=models.trained.split_lm.vocab_size,
+        processes=processes.count,
+    )
+    return RunSettings(args, setup)

@@ -13,9 +13,10 @@ from ..advantages import explained_variance
 from ..divergences import k3
 from ..masking import masked_mean, masked_sum
 from ..parallel.processes import Processes
+from ..records import BoundRecord
 from ..rollout.prompts import prompt_texts
 from ..rollout.sampling import ends_with_stop
-from ..types import Batch, BoundRecord, Enforcement, Measurement, RolloutSummary, UpdateStats
+from ..types import Batch, Enforcement, Measurement, RolloutSummary, UpdateStats
 from .config import TrustKLPPOConfig
 from .parts import Parts
 

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..divergences import gradient_kind
 from ..errors import ConfigError, ModelError
 from ..policy.quantization import is_quantized
-from ..types import BoundRecord
+from ..records import BoundRecord
 from .config import TrustKLPPOConfig
 from .unsupported import sharding_error
 

@@ -22,6 +22,7 @@ from transformers.trainer_utils import TrainOutput
 from ..callbacks.bound_report import BoundReportCallback, is_report, report_of, with_report
 from ..policy.loading import save_policy, trainable
 from ..policy.value_head import PolicyAndValue
+from ..records import BoundRecord
 from ..report import model_card
 from ..rollout.prompts import collate_nothing
 from ..rollout.rewards import RewardFunc
@@ -29,7 +30,7 @@ from ..rollout.sampling import sample
 from ..run.failure_handling import reject
 from ..run.state import OnlineTrainerState
 from ..trl_compat.version import PPOTrainer
-from ..types import Batch, BoundRecord, Measurement, Prompts, Rollout, Scored, UpdateStats
+from ..types import Batch, Measurement, Prompts, Rollout, Scored, UpdateStats
 from . import contexts, models, parts, recording, setup
 from .config import TrustKLPPOConfig
 from .evaluation import chosen_dataset, one_dataset
@@ -66,6 +67,8 @@ class TrustKLPPOTrainer(PPOTrainer):
     args: TrustKLPPOConfig
     model: PolicyAndValue
     state: OnlineTrainerState
+    reward_funcs = property(lambda self: self.parts.scorer.funcs)
+    reward_weights = property(lambda self: self.parts.scorer.weights)
 
     def __init__(
         self,
@@ -93,9 +96,7 @@ class TrustKLPPOTrainer(PPOTrainer):
             reward_processing_classes=reward_processing_classes, train=train_dataset, evaluation=eval_dataset,
             tags=self._tag_names,
         )  # fmt: skip
-        self.is_peft_model = isinstance(ready.trained.policy, PeftModel)
         self.reference = ready.reference
-        self.reward_funcs, self.reward_weights = ready.reward_funcs, ready.reward_weights
         # TRL's own PPO constructor builds models and loop the way this one replaces; its base's is the one to call.
         super(PPOTrainer, self).__init__(
             model=ready.trained, args=args, data_collator=data_collator or collate_nothing, train_dataset=ready.train,

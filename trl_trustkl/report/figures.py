@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from ..files import write_whole
-from ..types import BoundRecord
+from ..records import BoundRecord
 from .series import Column, column, distance, quantile, shares, token_range
 
 Records = Sequence[BoundRecord]

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..records import BoundRecord
 from ..surrogates import SEQUENCE_RANGE, WITHOUT_RANGE
-from ..types import BoundRecord
 from .schema import Run, read_run
 from .summary import guaranteed, largest_update
 from .text import markdown, number, shortened, visible

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from ..errors import DataError
-from ..records import BOUNDS_FILE, COMPLETIONS_FILE, numbered_rows
-from ..types import BoundRecord, Meaning
+from ..records import BOUNDS_FILE, COMPLETIONS_FILE, BoundRecord, Meaning, numbered_rows
 
 Row = TypeVar("Row")
 Reader = Callable[[Any], Any]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..records import BoundRecord, TrustRecord
 from ..surrogates import SEQUENCE_RANGE, WITHOUT_RANGE
-from ..types import BoundRecord, TrustRecord
 from .schema import Run
 
 Column = NDArray[np.float64]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..types import BoundRecord
+from ..records import BoundRecord
 from .schema import Run
 from .series import Column, column, distance, first_third, largest, last_third, mean, stderr, token_range
 from .text import count, number, percent, shortened

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..records import BoundRecord
 from ..surrogates import SEQUENCE_RANGE
-from ..types import BoundRecord
 from .schema import Completion, Run
 from .series import column, distance, largest, last_third, mean, reference_per_token, token_range
 from .text import number, percent, shortened

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import SaveError
 from ..parallel.processes import Processes
-from ..types import BoundRecord
+from ..records import BoundRecord
 
 
 class Recorder:

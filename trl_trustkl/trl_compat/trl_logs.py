@@ -14,7 +14,7 @@ from transformers import TrainerState
 
 from .. import bounds
 from ..divergences import gradient_kind
-from ..types import AnchorRecord, BoundRecord, GradientRecord, SamplerRecord, TrustRecord, ValueRecord
+from ..records import AnchorRecord, BoundRecord, GradientRecord, SamplerRecord, TrustRecord, ValueRecord
 from .trl_trainers import StockConfig
 
 Kind = Literal["grpo", "rloo", "ppo"]
