@@ -89,24 +89,29 @@ class TrainingLoop:
 
     def run(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
         """As `TrustKLPPOTrainer.train`."""
-        trainer = self._trainer
         with self._parts.stop:
             self.begin(resume_from_checkpoint)
             while self._continues():
-                context = contexts.of_update(trainer.args, trainer.state, self._parts.processes.index)
-                trainer.event("step_begin")
-                trainer.state.episode += self._parts.sizes.batch
-                with self._parts.failures.update(
-                    finished=lambda: trainer.state.global_step > context.update,  # noqa: B023
-                    roll_back=lambda: self._roll_back(context),  # noqa: B023
-                    save=self._save_finished,
-                ):
-                    self._update(context)
+                self._update()
             return self._end()
 
     # -- one update ----------------------------------------------------------------------------------------------------
 
-    def _update(self, context: UpdateContext) -> None:
+    def _update(self) -> None:
+        """One update, complete or not at all."""
+        trainer, state = self._trainer, self._trainer.state
+        context = contexts.of_update(trainer.args, state, self._parts.processes.index)
+        trainer.event("step_begin")
+        state.episode += self._parts.sizes.batch
+        with self._parts.failures.update(
+            finished=lambda: state.global_step > context.update,
+            roll_back=lambda: self._roll_back(context),
+            save=self._save_finished,
+        ):
+            batch, stats, record = self._phases(context)
+            self._end_update(batch, stats, record)
+
+    def _phases(self, context: UpdateContext) -> tuple[Batch, UpdateStats, BoundRecord]:
         trainer = self._trainer
         with self._timed(context, "generate"):
             rollout = trainer.rollout(trainer.next_prompts()._replace(context=context))
@@ -119,7 +124,7 @@ class TrainingLoop:
             proposed = trainer.measure(batch)
             context.enforcement = Enforcement(proposed.kl, scale=None, tries=0, limit=None)
             measured = trainer.enforce(batch, proposed)
-        self._end_update(batch, stats, trainer.record(batch, stats, measured))
+        return batch, stats, trainer.record(batch, stats, measured)
 
     @contextmanager
     def _timed(self, context: UpdateContext, phase: str) -> Iterator[None]:
