@@ -171,6 +171,9 @@ PLANTS = (
     Plant(
         "callbacks/bound_report.py", "state.is_world_process_zero", "state.is_word_process_zero", "is_word_process_zero"
     ),
+    Plant("policy/reference.py", "trained = self.policy.", "trained = self.polcy.", "polcy"),
+    Plant("policy/split_lm.py", "faster_kernels(self.causal,", "faster_kernels(self.cawsal,", "cawsal"),
+    Plant("policy/value_head.py", "temperature=self.temperature", "temperature=self.temprature", "temprature"),
     Plant("ppo/config.py", "return self.cliprange", "return self.clipranje", "clipranje"),
     Plant("ppo/config.py", "self.metric_for_best_model", "self.metric_for_best_modell", "metric_for_best_modell"),
     Plant("ppo/optimise.py", "self.args.norm_limit", "self.args.norm_limits", "norm_limits"),
@@ -184,9 +187,11 @@ PLANTS = (
     Plant("ppo/evaluation.py", "self._processes.count", "self._processes.cound", "cound"),
     Plant("policy/reference.py", "self.split_lm.hidden_states", "self.split_lm.hiden_states", "hiden_states"),
     Plant("parallel/processes.py", "self._accelerator.gather(", "self._accelerator.gathr(", "gathr"),
-    Plant("rollout/scorer.py", "self._retries)", "self._retrys)", "_retrys"),
     Plant("run/checkpointer.py", "self._write_model(unfinished)", "self._write_modell(unfinished)", "_write_modell"),
     Plant("trust/limits.py", "self.limits.max_kl", "self.limits.max_kll", "max_kll"),
+    Plant("rollout/rewards.py", "context_length(self.model)", "context_length(self.modle)", "modle"),
+    Plant("rollout/scorer.py", "range(self._retries)", "range(self._retrys)", "_retrys"),
+    Plant("rollout/transformers_engine.py", "self._causal.generate(", "self._causal.genrate(", "genrate"),
     Plant("trl_compat/module.py", "None]\n", f"None]\n{PROBE}self.wieght\n", "wieght"),
     Plant("trl_compat/ppo_base.py", '"ppo"]\n', f'"ppo"]\n{PROBE}self.args.lerning_rate\n', "lerning_rate"),
     Plant("trl_compat/trl_logs.py", "args.num_ppo_epochs", "args.num_ppo_epoch", "num_ppo_epoch"),

@@ -31,7 +31,7 @@ def load_scalar_model(name: str, init_kwargs: dict[str, Any] | None) -> PreTrain
 
 
 def save_policy(
-    policy: nn.Module,
+    policy: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     args: Any,
     folder: Path,
@@ -50,7 +50,7 @@ def load_policy(
     processing_class: PreTrainedTokenizerBase | None,
     args: Any,
     peft_config: PeftConfig | None,
-) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """The policy, ready to train, and its tokenizer, with a padding token; both loaded where `model` is a name."""
     if processing_class is None:
         if not isinstance(model, str):
@@ -88,7 +88,9 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.pad_token_id
 
 
-def prepare_policy(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: Any) -> nn.Module:
+def prepare_policy(
+    model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: Any
+) -> PreTrainedModel | PeftModel:
     """The policy ready to train: quantised weights prepared, adapter added, dropout off, gradient checkpointing on."""
     if peft_config is not None:
         if not isinstance(peft_config, PeftConfig):
@@ -138,7 +140,7 @@ def _activate(model: PeftModel, name: str | None) -> None:
     model.set_adapter(name)
 
 
-def prepare_value_model(model: Any, args: Any) -> nn.Module | None:
+def prepare_value_model(model: Any, args: Any) -> PreTrainedModel | PeftModel | None:
     """A value model of its own, ready to train; None stays None, for a head on the policy."""
     if model is None:
         return None

@@ -45,7 +45,7 @@ def short_forward(layers: Sequence[LoraLayer]) -> Iterator[None]:
             del vars(layer)["forward"]
 
 
-def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _forward(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     name = None if args or kwargs else _plain_adapter(layer)
     if name is None:
         return type(layer).forward(layer, x, *args, **kwargs)
@@ -60,7 +60,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return torch.addmm(result.reshape(-1, wide[-1]), middle.reshape(-1, middle.shape[-1]), up.t()).view(wide)
 
 
-def _plain_adapter(layer: Any) -> str | None:
+def _plain_adapter(layer: LoraLayer) -> str | None:
     """The one active adapter, where it is LoRA without variants, biases or dropout; None leaves the pass to PEFT."""
     names = layer.active_adapters
     if layer.disable_adapters or layer.merged or len(names) != 1 or names[0] not in layer.lora_A:

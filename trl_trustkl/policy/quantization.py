@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
@@ -16,10 +18,9 @@ def unpack_4bit_weights(model: nn.Module) -> None:
     a model would silently leave most of its adapter where it was.
     """
     for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        weight: Any = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
-            module.weight.data, module.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
-                module.weight.data, state
-            )
+            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, ModelError
 from ..types import MicroBatch, PolicySnapshot
 from .loading import disable_dropout
-from .split_lm import SplitLM
+from .split_lm import OutputHead, SplitLM
 
 REFERENCE_ADAPTER = "trustkl_ref"
 
@@ -23,7 +23,13 @@ REFERENCE_ADAPTER = "trustkl_ref"
 class Reference:
     """π_ref, frozen for the whole run: a model of its own, an adapter of the policy, or the policy's adapters off."""
 
-    def __init__(self, policy: nn.Module, split_lm: SplitLM, model: nn.Module | None, adapter: str | None) -> None:
+    def __init__(
+        self,
+        policy: PreTrainedModel | PeftModel,
+        split_lm: SplitLM,
+        model: PreTrainedModel | PeftModel | None,
+        adapter: str | None,
+    ) -> None:
         self.policy = policy
         self.model = model
         self.adapter = adapter
@@ -33,8 +39,9 @@ class Reference:
                 f"`ref_model` has {self.split_lm.vocab_size} vocabulary entries and the policy {split_lm.vocab_size}; "
                 "a KL divergence needs the same vocabulary."
             )
-        projection = getattr(self.split_lm.head, "projection", None)
-        self._head_has_adapter = model is None and projection is not None and any(True for _ in projection.children())
+        head = self.split_lm.head
+        parts = head.projection.children() if isinstance(head, OutputHead) else iter(())
+        self._head_has_adapter = model is None and any(True for _ in parts)
 
     @torch.no_grad()
     def peer(self, micro: MicroBatch) -> PolicySnapshot:
@@ -52,7 +59,9 @@ class Reference:
         """The reference in the policy's place, put back whatever happens."""
         if self.model is not None:
             yield
-        elif self.adapter is None:
+            return
+        assert isinstance(self.policy, PeftModel)  # the reference of any other is a model of its own
+        if self.adapter is None:
             with self.policy.disable_adapter():
                 yield
         else:
@@ -66,9 +75,9 @@ class Reference:
 
 
 def build_reference(
-    policy: nn.Module,
+    policy: PreTrainedModel | PeftModel,
     split_lm: SplitLM,
-    ref_model: nn.Module | None,
+    ref_model: PreTrainedModel | PeftModel | None,
     *,
     ref_adapter_name: str | None,
     new_adapter: bool,

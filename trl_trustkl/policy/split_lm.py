@@ -7,12 +7,13 @@ import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..types import Head, MicroBatch
@@ -65,7 +66,7 @@ class SplitLM:
     back to the model's whole forward pass with the logits in the place of the hidden states, and says so.
     """
 
-    def __init__(self, model: nn.Module, *, name: str = "model") -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, *, name: str = "model") -> None:
         self.model = model
         self.causal = model.get_base_model() if isinstance(model, PeftModel) else model
         self._lora_layers = lora.linear_layers(self.causal)
@@ -78,8 +79,8 @@ class SplitLM:
             )
         self.vocab_size = int(projection.weight.shape[0]) if hasattr(projection, "weight") else int(config.vocab_size)
         self.hidden_size = int(config.hidden_size)
-        self.backbone = getattr(self.causal, self.causal.base_model_prefix, None)
-        self.head: OutputHead | Any = OutputHead(projection, config)
+        self.backbone: Any = getattr(self.causal, self.causal.base_model_prefix, None)
+        self.head: Head = OutputHead(projection, config)
         self.chunked = self.backbone is not None and self._reproduces_logits()
         states = self._behind_padding()
         if _differ(states, self._behind_padding()):
@@ -150,7 +151,7 @@ class SplitLM:
         return states[:, :-1][micro.response_mask]
 
     def frozen_head(self) -> Head:
-        return self.head.frozen() if self.chunked else self.head
+        return self.head.frozen() if isinstance(self.head, OutputHead) else self.head
 
 
 def _differ(states: Tensor, others: Tensor) -> bool:
@@ -172,9 +173,18 @@ def accepted(module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in inputs.items() if name in names}
 
 
-def checkpointed(model: nn.Module) -> list[nn.Module]:
-    """The parts of a model that are recomputed in the backward pass."""
-    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+class Checkpointed(Protocol):
+    """A part of a model that is recomputed in the backward pass."""
+
+    gradient_checkpointing: bool
+
+
+def checkpointed(model: nn.Module) -> list[Checkpointed]:
+    return [module for module in model.modules() if _is_checkpointed(module)]
+
+
+def _is_checkpointed(module: nn.Module) -> TypeGuard[Checkpointed]:
+    return bool(getattr(module, "gradient_checkpointing", False))
 
 
 SHORT = 128
@@ -200,7 +210,7 @@ def faster_kernels(model: nn.Module, input_ids: Tensor, lora_layers: Sequence[An
 
 @contextmanager
 def as_in_training(model: nn.Module) -> Iterator[None]:
-    """`model` in train mode: the kernels of a forward pass may depend on it (see `four_bit.unpack_4bit_weights`)."""
+    """`model` in train mode: the kernels of a forward pass may depend on it (see `quantization.unpack_4bit_weights`)."""
     was_training = model.training
     model.train()
     try:

@@ -6,20 +6,22 @@ values and exact divergences of a micro-batch. The reference is in `reference.py
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import ModelError
+from ..trl_compat.module import Module
 from ..types import MicroBatch, PolicySnapshot, TokenOutputs
 from .exact_kl import token_statistics
 from .loading import trainable
 from .split_lm import SplitLM, accepted, faster_kernels, model_inputs
 
 
-class ValueHead(nn.Module):
+class ValueHead(Module):
     """A linear value on the policy's hidden states, in float32, 0 at the start."""
 
     def __init__(self, hidden_size: int) -> None:
@@ -33,13 +35,13 @@ class ValueHead(nn.Module):
             return self.linear(hidden.float()).squeeze(-1)
 
 
-class ValueModel(nn.Module):
+class ValueModel(Module):
     """A value model of its own: a sequence classifier with one label, read at every position.
 
     `vocab_size` is the policy's: the value reads whatever that may sample.
     """
 
-    def __init__(self, model: nn.Module, vocab_size: int) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, vocab_size: int) -> None:
         super().__init__()
         self.model = model
         base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -69,17 +71,22 @@ class ValueModel(nn.Module):
         return values.squeeze(-1).float()
 
 
-class PolicyAndValue(nn.Module):
+class PolicyAndValue(Module):
     """The policy and its value; the module behind `trainer.model`."""
 
     def __init__(
-        self, policy: nn.Module, value_model: nn.Module | None, *, temperature: float, detach_value: bool = True
+        self,
+        policy: PreTrainedModel | PeftModel,
+        value_model: PreTrainedModel | PeftModel | None,
+        *,
+        temperature: float,
+        detach_value: bool = True,
     ) -> None:
         super().__init__()
         self.policy = policy
         self.split_lm = SplitLM(policy)
         if value_model is None:
-            self.value: nn.Module = ValueHead(self.split_lm.hidden_size)
+            self.value: ValueHead | ValueModel = ValueHead(self.split_lm.hidden_size)
         else:
             self.value = ValueModel(value_model, self.split_lm.vocab_size)
         self.value.to(next(policy.parameters()).device)
@@ -88,17 +95,13 @@ class PolicyAndValue(nn.Module):
         self.config = policy.config
 
     @property
-    def shares_backbone(self) -> bool:
-        return isinstance(self.value, ValueHead)
-
-    @property
     def undoable_value(self) -> list[nn.Parameter]:
         """What of the value an update that is undone takes back: a head, or an adapter.
 
         A model of its own that is trained in full keeps its steps, each of them finite: to take them back would cost a copy
         of its weights and of their optimizer's state, three times its size, in every update.
         """
-        in_full = not self.shares_backbone and not isinstance(self.value.model, PeftModel)
+        in_full = isinstance(self.value, ValueModel) and not isinstance(self.value.model, PeftModel)
         return [] if in_full else trainable(self.value)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
@@ -143,11 +146,15 @@ class PolicyAndValue(nn.Module):
         )
 
     def _values(self, inputs: dict[str, Tensor], first: int, features: Tensor) -> Tensor:
-        if self.shares_backbone:
+        if isinstance(self.value, ValueHead):
             return self.value(features.detach() if self.detach_value else features)
         return self.value(inputs, first)
 
 
+@overload
+def spread(values: Tensor, mask: Tensor) -> Tensor: ...
+@overload
+def spread(values: Tensor | None, mask: Tensor) -> Tensor | None: ...
 def spread(values: Tensor | None, mask: Tensor) -> Tensor | None:
     """[N] values back to [b, t], 0 where nothing counts."""
     if values is None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import DataError, shown
@@ -119,14 +120,16 @@ class TokenLimits(NamedTuple):
     """That model's name."""
 
 
-def token_limits(policy: PreTrainedModel, others: dict[str, Any]) -> TokenLimits:
+def token_limits(
+    policy: PreTrainedModel | PeftModel, others: Mapping[str, PreTrainedModel | PeftModel | None]
+) -> TokenLimits:
     """The room in the policy and in the other models that read token ids, by name; None for one that is not there."""
     models = {"model": policy, **{name: model for name, model in others.items() if model is not None}}
     context, name = min((context_length(model), name) for name, model in models.items())
     return TokenLimits(policy.get_input_embeddings().weight.shape[0], context, name)
 
 
-def context_length(model: Any) -> float:
+def context_length(model: PreTrainedModel | PeftModel) -> float:
     """How many tokens a model can read at once; infinite where it says nothing."""
     config = getattr(model, "config", None)
     length = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)

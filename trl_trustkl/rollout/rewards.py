@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from peft import PeftModel
@@ -26,7 +26,8 @@ LARGEST_REWARD = torch.finfo(torch.float32).max
 """Scores are kept in float32."""
 
 
-RewardFunc: TypeAlias = str | PreTrainedModel | Callable[..., list[float | None]]
+RewardFunc: TypeAlias = str | PreTrainedModel | Callable[..., Sequence[float | None]]
+Tokenizers: TypeAlias = list[PreTrainedTokenizerBase | None] | tuple[PreTrainedTokenizerBase | None, ...]
 
 
 class RewardModel:
@@ -35,7 +36,7 @@ class RewardModel:
     With a tokenizer of its own the text is encoded again; without one it reads the policy's token ids.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         if tokenizer is not None:
@@ -46,11 +47,14 @@ class RewardModel:
 
     @torch.no_grad()
     def score_text(self, prompts: list[Any], completions: list[Any]) -> Tensor:
-        device = next(self.model.parameters()).device
-        texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        tokenizer, device = self.tokenizer, next(self.model.parameters()).device
+        assert tokenizer is not None  # a model without one is asked by `score_ids`
+        texts = [
+            as_text(prompt, completion, tokenizer) for prompt, completion in zip(prompts, completions, strict=True)
+        ]
         # A chat template writes the special tokens itself.
-        special = not is_chat(prompts[0]) or self.tokenizer.chat_template is None
-        inputs = self.tokenizer(
+        special = not is_chat(prompts[0]) or tokenizer.chat_template is None
+        inputs = tokenizer(
             texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=special
         ).to(device)
         if (length := inputs["input_ids"].shape[1]) > (context := context_length(self.model)):
@@ -59,13 +63,6 @@ class RewardModel:
                 f"of {context}; drop the longest prompts, or lower response_length."
             )
         return self.model(**inputs).logits[:, 0].float()
-
-    def _text(self, prompt: Any, completion: Any) -> str:
-        if not is_chat(prompt):
-            return prompt + completion
-        if self.tokenizer.chat_template is None:
-            return "\n".join(message["content"] for message in [*prompt, *completion])
-        return self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
 
     @torch.no_grad()
     def score_ids(self, rollout: Rollout, rows: slice) -> Tensor:
@@ -77,7 +74,7 @@ class RewardModel:
                 f"the policy sampled the token {largest}, and the reward model `{self.__name__}` knows 0 to {known - 1}; give "
                 "it a tokenizer of its own in `reward_processing_classes`, so that it reads the text."
             )
-        classifier = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        classifier: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         backbone = getattr(classifier, classifier.base_model_prefix)
         inputs = {"input_ids": ids * mask, "attention_mask": mask.long(), "position_ids": positions(mask)}
         states = backbone(**inputs, use_cache=False).last_hidden_state
@@ -85,9 +82,18 @@ class RewardModel:
         return classifier.score(states[torch.arange(len(ids), device=ids.device), last])[:, 0].float()
 
 
+def as_text(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a reward model reads with a tokenizer of its own."""
+    if not is_chat(prompt):
+        return prompt + completion
+    if tokenizer.chat_template is None:
+        return "\n".join(message["content"] for message in [*prompt, *completion])
+    return tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+
+
 def build_rewards(
-    reward_funcs: RewardFunc | Sequence[RewardFunc] | None,
-    reward_processing_classes: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None,
+    reward_funcs: RewardFunc | list[RewardFunc] | tuple[RewardFunc, ...] | None,
+    reward_processing_classes: PreTrainedTokenizerBase | Tokenizers | None,
     *,
     weights: list[float] | None,
     init_kwargs: dict[str, Any] | None,
@@ -116,10 +122,10 @@ def build_rewards(
 
 def _as_reward(
     func: Any, tokenizer: PreTrainedTokenizerBase | None, init_kwargs: dict[str, Any] | None, vocab_size: int
-) -> Any:
+) -> Callable | RewardModel:
     if isinstance(func, str):
         return RewardModel(load_scalar_model(func, init_kwargs), tokenizer or AutoTokenizer.from_pretrained(func))
-    if isinstance(func, nn.Module):
+    if _is_model(func):
         if (labels := getattr(getattr(func, "config", None), "num_labels", 1)) != 1:
             raise ConfigError(
                 f"`reward_funcs` got a {type(func).__name__} with {labels} labels; a reward model has 1 (num_labels=1). Of a "
@@ -136,7 +142,12 @@ def _as_reward(
     return func
 
 
-def token_readers(funcs: list[Callable | RewardModel]) -> dict[str, nn.Module]:
+def _is_model(func: Any) -> TypeGuard[PreTrainedModel | PeftModel]:
+    """Any module counts, one that only behaves like a model of transformers too."""
+    return isinstance(func, nn.Module)
+
+
+def token_readers(funcs: list[Callable | RewardModel]) -> dict[str, PreTrainedModel | PeftModel]:
     """The reward models that read the policy's token ids, by where they stand."""
     return {
         f"reward_funcs[{index}]": func.model

@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import out_of_range
 from ..types import Prompts, Rollout
 from .engine import RolloutEngine, Samples
 
 
-def stop_ids(policy: Any, tokenizer: PreTrainedTokenizerBase, args: Any, *, text: bool) -> list[int]:
+def stop_ids(
+    policy: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, args: Any, *, text: bool
+) -> list[int]:
     """The tokens that end a response.
 
     `stop_token_id` alone where it is set. With `stop_token="eos"`, the default for text and chat prompts, every end of
@@ -27,8 +30,8 @@ def stop_ids(policy: Any, tokenizer: PreTrainedTokenizerBase, args: Any, *, text
         return [args.stop_token_id]
     if (args.stop_token or ("eos" if text else "none")) == "none":
         return []
-    declared = policy.generation_config.eos_token_id
-    declared = declared if isinstance(declared, list) else [declared]
+    eos = policy.generation_config.eos_token_id
+    declared = eos if isinstance(eos, list) else [eos]
     return sorted({token for token in (tokenizer.eos_token_id, *declared) if token is not None})
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from ..policy import cpu, lora, split_lm
 from ..run import rng
@@ -42,10 +42,17 @@ class Sampler(LogitsProcessor):
         return torch.full_like(scores, -math.inf).scatter_(-1, token, 0.0)
 
 
-def sampling_with(sampler: Sampler):
+def sampling_with(sampler: Sampler) -> Callable[..., Any]:
     """A decoding method for `generate(custom_generate=…)`: the model's own, with the sampler put last."""
 
-    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    def decode(
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        **kwargs: Any,
+    ) -> Any:
         processors = LogitsProcessorList([*logits_processor, sampler])
         greedy = copy.copy(generation_config)
         greedy.do_sample = False
@@ -70,7 +77,7 @@ class TransformersEngine:
 
     def __init__(
         self,
-        policy: nn.Module,
+        policy: PreTrainedModel | PeftModel,
         *,
         response_length: int,
         temperature: float,
@@ -80,7 +87,7 @@ class TransformersEngine:
         autocast: Callable[[], AbstractContextManager[Any]],
         generation_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        self._causal: Any = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+        self._causal = policy.get_base_model() if isinstance(policy, PeftModel) else policy
         self._stop_ids = stop_ids
         # The model must not see a padding token that it does not know, not even masked.
         known = self._causal.get_input_embeddings().weight.shape[0]
@@ -107,13 +114,16 @@ class TransformersEngine:
 
     def generate(self, prompt_ids: Sequence[Tensor], seed: int) -> Samples:
         """One stream of random numbers serves all prompts: which of them stand in a batch changes what is drawn."""
-        found = Samples([], [], [])
+        ids: list[Tensor] = []
+        logps: list[Tensor] = []
+        reasons: list[FinishReason] = []
         with self._autocast(), rng.seeded(prompt_ids[0].device, seed):
             for start in range(0, len(prompt_ids), self._batch_size):
                 part = self._generate(prompt_ids[start : start + self._batch_size])
-                for mine, more in zip(found, part, strict=True):
-                    mine.extend(more)
-        return found
+                ids += part[0]
+                logps += part[1]
+                reasons += part[2]
+        return Samples(ids, logps, reasons)
 
     def close(self) -> None:
         """There is nothing to let go of."""
@@ -142,7 +152,7 @@ class TransformersEngine:
 
 
 @contextmanager
-def ready_to_generate(causal: nn.Module) -> Iterator[None]:
+def ready_to_generate(causal: PreTrainedModel) -> Iterator[None]:
     """The model as generation needs it, put back afterwards.
 
     Its own generation config would fill every option left unset (an end of sequence where there is to be none, a
@@ -151,7 +161,9 @@ def ready_to_generate(causal: nn.Module) -> Iterator[None]:
     """
     own_config, causal.generation_config = causal.generation_config, GenerationConfig()
     # generate() slices the prompt's last state; PyTorch multiplies a slice by a copy of the head for each sequence.
-    hook = causal.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    head = causal.get_output_embeddings()
+    assert head is not None  # `SplitLM` refuses a model without one
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     checkpointed = split_lm.checkpointed(causal)
     for module in checkpointed:
         module.gradient_checkpointing = False

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .configuration_utils import PretrainedConfig
-from .generation import GenerationConfig
+from .generation import GenerationConfig, LogitsProcessorList
 
 class PreTrainedModel(nn.Module):
     # Not a method: by nn.Module's, any name would be a tensor or a module.
@@ -16,6 +16,14 @@ class PreTrainedModel(nn.Module):
     def can_generate(self) -> bool: ...
     def generate(
         self, inputs: Tensor | None = ..., generation_config: GenerationConfig | None = ..., **kwargs: Any
+    ) -> Any: ...
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        **kwargs: Any,
     ) -> Any: ...
     def get_input_embeddings(self) -> nn.Embedding: ...
     def get_output_embeddings(self) -> nn.Linear | None: ...

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -13,9 +13,10 @@ class LoraConfig(PeftConfig):
 class LoraLayer(nn.Module):  # a mixin; every layer that has it is a module
     __getattr__: Callable[..., Any]
     base_layer: nn.Module
-    lora_A: nn.ModuleDict
-    lora_B: nn.ModuleDict
-    lora_dropout: nn.ModuleDict
+    # nn.ModuleDict, of which no type says what is in it; of a linear layer, these.
+    lora_A: Mapping[str, nn.Linear]
+    lora_B: Mapping[str, nn.Linear]
+    lora_dropout: Mapping[str, nn.Dropout | nn.Identity]
     lora_variant: dict[str, Any]
     scaling: dict[str, float]
     active_adapters: list[str]
