@@ -25,7 +25,9 @@ from trl_trustkl.parallel.processes import Processes
 
 # -- one process -------------------------------------------------------------------------------------------------------
 
-COMMUNICATES = re.compile(r"(i?send|i?recv|(all_)?gather|(all_)?reduce|broadcast|scatter|all_to_all|(monitored_)?barrier)")
+COMMUNICATES = re.compile(
+    r"(i?send|i?recv|(all_)?gather|(all_)?reduce|broadcast|scatter|all_to_all|(monitored_)?barrier)"
+)
 
 
 @pytest.fixture
