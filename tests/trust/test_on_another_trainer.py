@@ -182,7 +182,7 @@ def test_every_step_of_grpo_stays_within_the_limit(case, tmp_path):
 def test_without_the_callback_grpo_exceeds_the_limit(case, tmp_path):
     free, _ = trained(tmp_path / "free", None, **CASES[case])
     assert max(free.kls) > 4 * LIMIT
-    held, callback = trained(tmp_path / "held", LIMIT, **CASES[case])
+    _, callback = trained(tmp_path / "held", LIMIT, **CASES[case])
     assert callback.found[0].kl_proposed == pytest.approx(free.kls[0], rel=1e-3, abs=ROUNDING), "not the same run"
 
 
