@@ -102,11 +102,19 @@ def test_a_kl_that_is_not_finite_moves_nothing(kl, tmp_path):
     assert of.state_dict() == before
 
 
-def test_a_kl_below_zero_counts_as_zero(tmp_path):
-    one, other = (coefficients(tmp_path, **MOVING) for _ in range(2))
-    one.update(record(-1e-6, -1e-6), EPISODES)
-    other.update(record(0.0, 0.0), EPISODES)
-    assert one.state_dict() == other.state_dict()
+def test_a_kl_below_zero_by_rounding_counts_as_zero(tmp_path):
+    told: list[tuple[float, int]] = []
+
+    class Told:
+        def update(self, state: Any, *, kl: float, episodes: int) -> Any:
+            told.append((kl, episodes))
+            return state
+
+    of = coefficients(tmp_path, **MOVING)
+    of.kl_controller = of.trust_controller = of.lr_controller = Told()
+    of.update(record(-1e-6, -1e-7), EPISODES)
+    of.update(record(0.5, 0.25), EPISODES)
+    assert told == [(0.0, EPISODES)] * 3 + [(0.5, EPISODES), (0.25, EPISODES), (0.25, EPISODES)]
 
 
 @pytest.mark.parametrize("changes", [MOVING, SCHEDULE, {}])

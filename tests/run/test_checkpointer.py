@@ -15,7 +15,7 @@ from torch import nn
 
 from tests.processes import alone
 from trl_trustkl.errors import CheckpointError, SaveError
-from trl_trustkl.run import checkpoint_folder
+from trl_trustkl.run import checkpoint_folder, checkpointer
 from trl_trustkl.run.checkpointer import POLICY_FILE, RNG_FILE, RUN_FILE, VALUE_FILE, Checkpointer
 from trl_trustkl.run.weights import TrainedWeights
 
@@ -115,8 +115,9 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
 def test_only_the_parts_that_are_named_are_loaded(tmp_path):
     saved, loaded = Run(1), Run(2, fresh=True)
     saved.checkpointer.save(tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-1" / "unheard_of.json").write_text("1")
     before = weights(loaded.policy)
-    loaded.checkpointer.load(tmp_path / "checkpoint-1", RUN_FILE, "unheard_of.json")
+    loaded.checkpointer.load(tmp_path / "checkpoint-1", RUN_FILE, "unheard_of.json", "not_there.json")
     assert loaded.run.value == NUMBERS and loaded.rng.value is None and loaded.optimizer.value is None
     assert all(map(torch.equal, weights(loaded.policy), before))
 
@@ -333,6 +334,18 @@ def test_a_run_that_goes_on_in_another_folder_takes_the_records_along(tmp_path):
     assert (output / "bounds.jsonl").read_text() == lines
     assert {path.name for path in output.iterdir()} == {"bounds.jsonl", "earlier.1"}
     assert (tmp_path / "old" / "checkpoint-3").exists()
+
+
+def test_a_full_disk_is_found_at_once(tmp_path, monkeypatch):
+    def refuse(dir: Path) -> None:
+        raise OSError(28, "No space left on device", str(dir))
+
+    run = populated(tmp_path)
+    before = contents(tmp_path)
+    monkeypatch.setattr(checkpointer, "TemporaryFile", refuse)
+    with pytest.raises(SaveError, match="cannot be written into .*No space left"):
+        run.checkpointer.prepare_output(tmp_path, None)
+    assert contents(tmp_path) == before and (tmp_path / ".unfinished-checkpoint-4").exists()
 
 
 def test_a_folder_that_cannot_be_written_into_is_found_at_once(tmp_path):

@@ -98,7 +98,9 @@ def test_the_pieces_of_a_run_stand_side_by_side_and_each_finds_its_own():
     assert state.keys() == {"format", "a", "b", "refusals", "metrics", "logged_step", "last_loss"}
     assert state["format"] == 1
     a, b, progress = Piece("a", 0), Piece("b", 0), Progress()
-    RunState(iter([a, b, progress])).load_state_dict(state)
+    loaded = RunState(iter([a, b, progress]))
+    loaded.load_state_dict(state)
+    assert through_json(loaded.state_dict()) == state
     assert (a.value, b.value, progress.rejections) == ([1, 2], None, (2, 0))
 
 
