@@ -1,4 +1,4 @@
-"""Several processes that know of each other, started as a launcher would."""
+"""The one process of a test, and several that know of each other, started as a launcher would."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from accelerate import Accelerator
+
+from trl_trustkl.parallel.processes import Processes
+
 ROOT = Path(__file__).parents[1]
+
+
+def alone() -> Processes:
+    """This process, for a part that is tested by itself."""
+    return Processes(Accelerator(cpu=True))
 
 
 def environment() -> dict[str, str]:

@@ -1,0 +1,197 @@
+"""How an update ends that does not end well: rewards that fail, signals whose grace period is over, updates refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.processes import alone
+from trl_trustkl.errors import NonFiniteRewardError, RefusedError, RewardError
+from trl_trustkl.run.failure_handling import FailureHandling, reject, too_many_rejections
+from trl_trustkl.run.signals import Overdue, StopRequest
+from trl_trustkl.types import UpdateContext
+
+
+def handling(stop: StopRequest | None = None, count: int = 1) -> FailureHandling:
+    processes = alone()
+    processes.count = count
+    return FailureHandling(StopRequest(60.0) if stop is None else stop, processes)
+
+
+def raises(error: BaseException) -> Callable[[], Any]:
+    def scoring() -> Any:
+        raise error
+
+    return scoring
+
+
+def context(*, training: bool = True) -> UpdateContext:
+    return UpdateContext(3, training, 0)
+
+
+# -- scoring -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_scores_that_come_are_handed_on(training):
+    of, scores = context(training=training), object()
+    assert handling().score(of, lambda: scores) is scores and of.rejected is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_reward_that_fails_raises(training):
+    of, error = context(training=training), RewardError("no answer")
+    with pytest.raises(RewardError) as raised:
+        handling().score(of, raises(error))
+    assert raised.value is error and of.rejected is None
+
+
+def test_a_reward_that_is_not_finite_rejects_an_update():
+    of = context()
+    assert handling().score(of, raises(NonFiniteRewardError("it is NaN"))) is None
+    assert of.rejected == "it is NaN"
+
+
+def test_a_reward_that_is_not_finite_raises_in_an_evaluation():
+    of = context(training=False)
+    with pytest.raises(NonFiniteRewardError, match="it is NaN"):
+        handling().score(of, raises(NonFiniteRewardError("it is NaN")))
+    assert of.rejected is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_other_errors_while_scoring_are_not_taken_for_a_rewards(training):
+    with pytest.raises(ZeroDivisionError):
+        handling().score(context(training=training), raises(ZeroDivisionError()))
+
+
+@pytest.mark.parametrize("own", [None, NonFiniteRewardError("mine is NaN")])
+def test_a_failure_elsewhere_raises_here_whatever_came_before_it(own, monkeypatch):
+    """Of two processes; the other one's reward function failed."""
+    parts, theirs = handling(count=2), RewardError("no answer there")
+    monkeypatch.setattr(parts._processes, "gather_objects", lambda items: [*items, theirs])
+    of = context()
+    with pytest.raises(RewardError) as raised:
+        parts.score(of, (lambda: 1) if own is None else raises(own))
+    assert raised.value is theirs and of.rejected is None
+
+
+def test_a_reward_that_is_not_finite_elsewhere_rejects_the_update_here(monkeypatch):
+    parts, of = handling(count=2), context()
+    monkeypatch.setattr(
+        parts._processes, "gather_objects", lambda items: [*items, NonFiniteRewardError("theirs is NaN")]
+    )
+    assert parts.score(of, lambda: 1) is None and of.rejected == "theirs is NaN"
+
+
+# -- an update that is given up ----------------------------------------------------------------------------------------
+
+
+class Update:
+    """An update that ends as `error` says; what was called then, in order."""
+
+    def __init__(self, parts: FailureHandling, error: BaseException | None, *, finished: bool = False) -> None:
+        self.called: list[str] = []
+        self.raised: BaseException | None = None
+        try:
+            with parts.update(
+                lambda: finished, lambda: self.called.append("roll back"), lambda: self.called.append("save")
+            ):
+                if error is not None:
+                    raise error
+        except BaseException as raised:
+            self.raised = raised
+
+
+def test_an_update_that_ends_well_is_left_alone():
+    ended = Update(handling(), None)
+    assert ended.called == [] and ended.raised is None
+
+
+def test_an_overdue_update_is_rolled_back_silently():
+    ended = Update(handling(), Overdue())
+    assert ended.called == ["roll back"] and ended.raised is None
+
+
+def test_an_update_whose_reward_fails_is_rolled_back_the_state_before_it_saved_and_the_error_raised():
+    error = RewardError("no answer")
+    ended = Update(handling(), error)
+    assert ended.called == ["roll back", "save"] and ended.raised is error
+
+
+def test_an_update_whose_reward_fails_after_a_signal_is_only_rolled_back():
+    """The run is to end anyway, and saves itself then."""
+    stop = StopRequest(60.0)
+    with stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        ended = Update(handling(stop), RewardError("no answer"))
+    assert ended.called == ["roll back"] and ended.raised is None
+
+
+@pytest.mark.parametrize(("count", "called"), [(1, ["save"]), (2, [])])
+def test_an_evaluation_that_fails_after_its_update_takes_nothing_back(count, called):
+    error = RewardError("no answer")
+    ended = Update(handling(count=count), error, finished=True)
+    assert ended.called == called and ended.raised is error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), ValueError("a bug")])
+def test_other_errors_leave_an_update_as_they_find_it(error):
+    ended = Update(handling(), error)
+    assert ended.called == [] and ended.raised is error
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_signal_that_came_is_known():
+    stop = StopRequest(60.0)
+    with stop:
+        parts = handling(stop)
+        assert parts.signal() is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert parts.signal() == signal.SIGTERM
+        parts.give_up_if_overdue()  # there is a minute left
+
+
+def test_an_update_is_given_up_when_its_grace_period_is_over():
+    stop = StopRequest(0.0)
+    with stop:
+        parts = handling(stop)
+        parts.give_up_if_overdue()
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Overdue):
+            parts.give_up_if_overdue()
+
+
+def test_an_update_is_given_up_when_it_is_overdue_elsewhere(monkeypatch):
+    parts = handling()
+    monkeypatch.setattr(parts._processes, "max", lambda number: max(number, signal.SIGTERM))
+    assert parts.signal() == signal.SIGTERM
+    with pytest.raises(Overdue):
+        parts.give_up_if_overdue()
+
+
+# -- what is said ------------------------------------------------------------------------------------------------------
+
+
+def test_a_rejected_update_is_noted_and_named(caplog):
+    of = context()
+    reject(of, "the loss is not finite.")
+    assert of.rejected == "the loss is not finite."
+    assert "update 4 is refused: the loss is not finite; the parameters" in caplog.text
+
+
+def test_the_error_for_too_many_rejections_says_where_the_weights_are():
+    error = too_many_rejections(5, 5, "the loss is not finite", Path("runs/checkpoint-7"))
+    assert isinstance(error, RefusedError)
+    assert (
+        "5 updates in a row" in str(error)
+        and "runs/checkpoint-7" in str(error)
+        and "the loss is not finite" in str(error)
+    )

@@ -1,0 +1,108 @@
+"""Where an update began, bit for bit: parameters and the states of optimizers, against copies and against a second run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.trust.tabular import OPTIMIZERS, Tabular, copies, flat, same
+from trl_trustkl.trust.snapshot import ParameterPath
+
+WITH = pytest.mark.parametrize("optimizer", OPTIMIZERS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_ends_of_a_path_are_bit_exact_in_any_order_of_scales(optimizer, dtype):
+    toy = Tabular(optimizer, dtype)
+    path = ParameterPath(list(toy.policy.parameters()))
+    start = copies(toy.policy.parameters())
+    toy.step()
+    end = copies(toy.policy.parameters())
+    assert not any(map(torch.equal, start, end))
+    for scale in (1.0, 0.0, 0.3, 1.0, 0.7, 0.0, 1e-3, 1.0):
+        path.set_scale(scale)
+        if scale in (0.0, 1.0):
+            assert same(copies(toy.policy.parameters()), start if scale == 0.0 else end), scale
+        else:
+            assert not same(copies(toy.policy.parameters()), start)
+    path.restore()
+    assert same(copies(toy.policy.parameters()), start)
+
+
+def test_the_ends_of_a_path_are_bit_exact_where_a_weight_is_not_finite_or_a_negative_zero():
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -0.0, 2.0, -0.0]))
+    path = ParameterPath([parameter])
+    start, end = parameter.detach().clone(), torch.tensor([torch.nan, torch.inf, -0.0, 3.0])
+    with torch.no_grad():
+        parameter.copy_(end)
+    for scale in (1.0, 0.5, 0.0, 1.0, 0.0):
+        path.set_scale(scale)
+        if scale != 0.5:
+            wanted = (start if scale == 0.0 else end).view(torch.int32)
+            assert torch.equal(parameter.detach().view(torch.int32), wanted), scale
+
+
+def test_a_scale_between_is_on_the_line():
+    toy = Tabular()
+    path = ParameterPath(list(toy.policy.parameters()))
+    start = copies(toy.policy.parameters())
+    toy.step()
+    end = copies(toy.policy.parameters())
+    for scale in (0.25, 0.9):
+        path.set_scale(scale)
+        for parameter, a, b in zip(toy.policy.parameters(), start, end, strict=True):
+            wanted = a.double() + scale * (b.double() - a.double())
+            torch.testing.assert_close(parameter.detach().double(), wanted, rtol=1e-6, atol=1e-7)
+
+
+@WITH
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_a_restored_run_goes_on_as_if_the_update_had_never_been(optimizer, steps_before):
+    toy, untouched = Tabular(optimizer), Tabular(optimizer)
+    for _ in range(steps_before):
+        toy.step()
+        untouched.step()
+    snapshot = toy.snapshot()
+    other = copies(toy.other.parameters())
+    for _ in range(3):
+        toy.step(2.0)
+    assert not same(copies(toy.policy.parameters()), copies(untouched.policy.parameters()))
+    assert not same(copies(toy.other.parameters()), other)
+    apart = [*copies(toy.other.parameters()), *flat([toy.optimizer.state.get(p, {}) for p in toy.other.parameters()])]
+    snapshot.restore()
+    now = [*copies(toy.other.parameters()), *flat([toy.optimizer.state.get(p, {}) for p in toy.other.parameters()])]
+    assert same(now, apart), "what is no part of the update was put back"
+    for trained in ("policy", "value"):
+        assert same(*(copies(getattr(each, trained).parameters()) for each in (toy, untouched))), trained
+    assert all(p.grad is None for p in toy.parameters), "the gradient of the update stayed"
+    for each in (toy, untouched):
+        each.step()
+        each.step()
+    for trained in ("policy", "value"):
+        assert same(*(copies(getattr(each, trained).parameters()) for each in (toy, untouched))), trained
+
+
+def test_a_restored_update_takes_the_optimizers_settings_back():
+    toy = Tabular("adamw")
+    toy.step()
+    before = toy.everything()
+    snapshot = toy.snapshot()
+    toy.optimizer.param_groups[0] |= {"lr": 7.0, "betas": (0.1, 0.2)}
+    snapshot.restore()
+    assert same(toy.everything(), before)
+    toy.optimizer.param_groups[0]["lr"] = 9.0
+    snapshot.restore()
+    assert same(toy.everything(), before), "a second restore found what the first one had handed out"
+
+
+def test_a_snapshot_shares_no_memory_with_what_it_was_taken_of():
+    toy = Tabular("adamw")
+    toy.step()
+    snapshot, before = toy.snapshot(), toy.everything()
+    state = [entry for parameter in toy.covered for entry in toy.optimizer.state[parameter].values()]
+    with torch.no_grad():
+        for tensor in [*toy.covered, *state]:
+            tensor.fill_(torch.nan)
+    snapshot.restore()
+    assert same(toy.everything(), before)
