@@ -29,7 +29,10 @@ class PolicySnapshot(NamedTuple):
 
 
 class Path(Protocol):
-    """The segment from θ_old to θ: `set_scale(a)` puts the trained parameters at θ_old + a(θ − θ_old)."""
+    """The segment from θ_old to θ: `set_end()` takes the trained parameters as they are now for θ, and `set_scale(a)` puts
+    them at θ_old + a(θ − θ_old)."""
+
+    def set_end(self) -> None: ...
 
     def set_scale(self, scale: float) -> None: ...
 

@@ -10,8 +10,9 @@ import torch
 from tests import tiny
 from trl_trustkl import TrustKLPPOTrainer, load_records
 from trl_trustkl.ppo import contexts
+from trl_trustkl.records import BoundRecord
 from trl_trustkl.trust.snapshot import UpdateSnapshot
-from trl_trustkl.types import Batch, BoundRecord, Measurement, Prompts, Rollout, Scored, UpdateContext, UpdateStats
+from trl_trustkl.types import Batch, Measurement, Prompts, Rollout, Scored, UpdateContext, UpdateStats
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

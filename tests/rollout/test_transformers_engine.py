@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests import tiny
 from trl_trustkl import load_records
+from trl_trustkl.errors import ModelError, RewardError
 from trl_trustkl.rollout.engine import RolloutEngine, Samples
 from trl_trustkl.rollout.transformers_engine import TransformersEngine
 
@@ -194,3 +195,24 @@ def test_a_run_with_an_engine_of_the_users_own(tmp_path):
         assert record["length"] == 3.5 and record["eos_rate"] == 1.0 and record["sampler"]["kl"] is None
     rows = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
     assert {row["completion"] for row in rows} == {" ".join(["w2", "w4", "w6", "w8"][: 1 + i]) for i in range(4)}
+
+
+def test_an_engine_is_closed_where_a_run_fails(tmp_path):
+    mine = Dictated()
+    trainer = tiny.trainer(tmp_path, reward_funcs=lambda **_: ["no number"] * 8)
+    trainer.parts.engine = mine
+    with pytest.raises(RewardError):
+        trainer.train()
+    assert mine.calls[0] == "check" and mine.calls[-1] == "close"
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"), [([[9, 2]] * 7, "returned 7 responses"), ([[9] * 7] * 8, "responses of up to 7 tokens")]
+)
+def test_an_engine_that_returns_something_else_is_named(tmp_path, ids, said):
+    mine = Dictated()
+    mine.generate = lambda prompts, seed: Samples([torch.tensor(row) for row in ids], None, ["stop"] * len(ids))
+    trainer = tiny.trainer(tmp_path)
+    trainer.parts.engine = mine
+    with pytest.raises(ModelError, match=f"rollout engine Dictated {said}|rollout engine Dictated returned 8 {said}"):
+        trainer.train()

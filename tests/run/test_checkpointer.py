@@ -259,6 +259,31 @@ def test_a_file_that_is_not_json_is_refused(tmp_path):
         Run(2).checkpointer.load(tmp_path / "checkpoint-1", RUN_FILE)
 
 
+@pytest.mark.parametrize("name", [POLICY_FILE, VALUE_FILE, checkpointer.OPTIMIZER_NAME])
+def test_a_damaged_file_is_refused_by_its_name(name, tmp_path):
+    Run(1).checkpointer.save(tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-1" / name).write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
+        Run(2).checkpointer.load(tmp_path / "checkpoint-1", name)
+
+
+def test_a_state_that_its_part_cannot_take_is_refused_by_its_file(tmp_path):
+    Run(1).checkpointer.save(tmp_path / "checkpoint-1")
+    run = Run(2)
+    run.run.load_state_dict = lambda state: state["missing"]
+    with pytest.raises(CheckpointError, match=f"{RUN_FILE} cannot be read.*KeyError"):
+        run.checkpointer.load(tmp_path / "checkpoint-1", RUN_FILE)
+
+
+def test_a_run_state_that_is_no_object_is_none_of_ours(tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    checkpoint = Run(1)
+    checkpoint.run.value = [1]
+    checkpoint.checkpointer.save(folder)
+    with pytest.raises(CheckpointError, match=f"{RUN_FILE} cannot be read.*a list instead of an object"):
+        checkpoint.checkpointer.find(str(folder), tmp_path)
+
+
 # -- which checkpoint to go on from ------------------------------------------------------------------------------------
 
 

@@ -80,7 +80,6 @@ class HoldsTheLimit(TrainerCallback):
         return measure(self.compare, self.micros, self.old, self.old_logp, self.mask, gather=lambda rows: rows)
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.snapshot.path.end = None  # a batch may have several steps, each of which ends elsewhere
         self.found.append(self.region.enforce(self.snapshot, self.measure, self.measure()))
 
 

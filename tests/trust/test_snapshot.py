@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.trust.tabular import OPTIMIZERS, Tabular, copies, flat, same
-from trl_trustkl.trust.snapshot import ParameterPath
+from trl_trustkl.trust.snapshot import ParameterPath, UpdateSnapshot
 
 WITH = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 
@@ -106,3 +106,27 @@ def test_a_snapshot_shares_no_memory_with_what_it_was_taken_of():
             tensor.fill_(torch.nan)
     snapshot.restore()
     assert same(toy.everything(), before)
+
+
+def test_a_second_enforcement_moves_along_the_path_of_its_own_update():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    path = ParameterPath([parameter])
+    for end in (1.0, 10.0):
+        parameter.data.fill_(end)
+        path.set_end()
+        path.set_scale(0.5)
+        assert parameter.item() == 0.5 * end
+        path.set_scale(1.0)
+        assert parameter.item() == end
+
+
+def test_a_restored_state_holds_no_entry_that_came_after_the_snapshot():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    assert optimizer.state[parameter] == {}
+    snapshot = UpdateSnapshot([parameter], [], optimizer)
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    assert "momentum_buffer" in optimizer.state[parameter]
+    snapshot.restore()
+    assert optimizer.state[parameter] == {} and not parameter.any()

@@ -90,10 +90,13 @@ class TrainingLoop:
     def run(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
         """As `TrustKLPPOTrainer.train`."""
         with self._parts.stop:
-            self.begin(resume_from_checkpoint)
-            while self._continues():
-                self._update()
-            return self._end()
+            try:
+                self.begin(resume_from_checkpoint)
+                while self._continues():
+                    self._update()
+                return self._end()
+            finally:
+                self._parts.engine.close()
 
     # -- one update ----------------------------------------------------------------------------------------------------
 
@@ -262,7 +265,6 @@ class TrainingLoop:
         trainer.event("train_end")
         self._act_on_control()
         self._write_final_card()
-        self._parts.engine.close()
         if self.interrupted is not None:
             raise Interrupted(self.interrupted)
         return TrainOutput(trainer.state.global_step, progress.last_loss, metrics)

@@ -25,7 +25,8 @@ class Samples(NamedTuple):
 class RolloutEngine(Protocol):
     """Samples responses from the policy. Its sampling settings are fixed when it is built.
 
-    The trainer calls `check` once before the first rollout, `sync` before every rollout and `close` at the end.
+    The trainer calls `check` when a run begins, `sync` before every rollout, and `close` when the run ends, also where it
+    fails. A further run begins with `check` again. An evaluation outside of a run calls `sync` and `generate` alone.
     """
 
     def check(self) -> None:

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import out_of_range
+from ..errors import ModelError, out_of_range
 from ..types import Prompts, Rollout
 from .engine import RolloutEngine, Samples
 
@@ -48,9 +48,16 @@ def ends_with_stop(response: Tensor, mask: Tensor, stop_ids: list[int]) -> Tenso
 
 
 def sample(engine: RolloutEngine, prompts: Prompts, *, seed: int, length: int, pad_token_id: int) -> Rollout:
-    """Sample a response to each prompt, of at most `length` tokens."""
+    """Sample a response to each prompt, of at most `length` tokens. ModelError for an engine that returns something else."""
     ids = [row[mask] for row, mask in zip(prompts.ids, prompts.mask, strict=True)]
-    return padded(prompts, engine.generate(ids, seed), length=length, pad_token_id=pad_token_id)
+    samples = engine.generate(ids, seed)
+    longest = max(map(len, samples.ids), default=0)
+    if len(samples.ids) != len(ids) or longest > length:
+        raise ModelError(
+            f"the rollout engine {type(engine).__name__} returned {len(samples.ids)} responses of up to {longest} tokens; it "
+            f"must return {len(ids)}, one for each prompt, of at most response_length={length} tokens."
+        )
+    return padded(prompts, samples, length=length, pad_token_id=pad_token_id)
 
 
 def padded(prompts: Prompts, samples: Samples, *, length: int, pad_token_id: int) -> Rollout:

@@ -102,6 +102,8 @@ class Checkpointer:
                     self._parts[name].load_state_dict(state)
                 except CheckpointError as error:
                     raise CheckpointError(f"{folder / name}: {error}") from None
+                except Exception as error:  # of a part, or of a library that reads for it
+                    raise _unreadable(folder / name, error) from error
 
     def find(self, wanted: str | os.PathLike[str] | bool | None, output_dir: Path) -> Path | None:
         """The checkpoint to go on from, the same on every process; None for a fresh run.
@@ -158,7 +160,10 @@ def find_checkpoint(wanted: str | os.PathLike[str] | bool | None, output_dir: Pa
                 f"`resume_from_checkpoint` got {str(wanted)!r}, which is not a whole checkpoint of this trainer: {what}. "
                 "Give another checkpoint-N, or True for the last whole one in output_dir."
             )
-    if not read_json(folder / RUN_FILE).get("resumable"):
+    run = read_json(folder / RUN_FILE)
+    if not isinstance(run, dict):
+        raise _unreadable(folder / RUN_FILE, TypeError(f"a {type(run).__name__} instead of an object"))
+    if not run.get("resumable"):
         raise CheckpointError(
             f"`resume_from_checkpoint` got {folder}, which holds the model alone (save_only_model=True): there is no "
             "optimizer to go on with. Start a new run from its weights, or resume from a full checkpoint."
@@ -171,9 +176,14 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"`resume_from_checkpoint`: {path} cannot be read ({error}); it is none of this trainer's checkpoints."
-        ) from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"`resume_from_checkpoint`: {path} cannot be read ({type(error).__name__}: {error}); it is none of this trainer's "
+        "checkpoints."
+    )
 
 
 def _model_files(folder: Path) -> list[Path]:
@@ -195,6 +205,13 @@ def _write(path: Path, state: Any) -> None:
 def _read(path: Path) -> Any:
     if path.suffix == ".json":
         return read_json(path)
-    if path.suffix == ".pt":
-        return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".pt":
+            return torch.load(path, map_location="cpu", weights_only=True)
+        return _weights(path)
+    except Exception as error:  # torch and safetensors have errors of their own
+        raise _unreadable(path, error) from error
+
+
+def _weights(path: Path) -> WeightsOnDisk:
     return WeightsOnDisk([*(_model_files(path.parent) if path.name == POLICY_FILE else ()), path])

@@ -37,7 +37,7 @@ class TrustRegion:
         """Roll the update back, shorten it, or leave it as it is; the result says which, and what was measured then.
 
         Args:
-            snapshot: where the update began. Its `path` leads from θ_old to the parameters as they are now.
+            snapshot: where the update began. Several updates may be enforced one after the other from the same.
             measure: measures the batch under the parameters as they are. With several processes it must return the same
                 on each, since each decides by itself.
             proposed: what `measure` returns before enforcement.
@@ -59,6 +59,7 @@ class TrustRegion:
             tried.append(measure())
             return tried[-1].kl
 
+        snapshot.path.set_end()
         found = backtrack(snapshot.path.set_scale, kl, limit, proposed=proposed.kl)
         kept = next((each for each in tried if each.kl == found.measured), None) or measure()
         return Enforcement(proposed.kl, found.scale, found.tries, limit, kept)

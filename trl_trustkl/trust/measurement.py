@@ -4,37 +4,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..masking import masked_mean
-from ..types import Measurement, MicroBatch, PolicySnapshot, TokenOutputs
+from ..types import Measurement, MicroBatch, PolicySnapshot
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 _COLUMNS = ("logp", "old_kl", "old_tv")
 
 
+class Comparison(Protocol):
+    """The tokens of a micro-batch under a policy and under π_old: log π(token), the exact KL(π_old‖π) and the total
+    variation of each, [b, t]."""
+
+    @property
+    def logp(self) -> Tensor: ...
+    @property
+    def old_kl(self) -> Tensor | None: ...
+    @property
+    def old_tv(self) -> Tensor | None: ...
+
+
 def measure(
-    compare: Callable[[MicroBatch, PolicySnapshot], TokenOutputs],
+    compare: Callable[[MicroBatch, PolicySnapshot], Comparison],
     micro_batches: Sequence[MicroBatch],
     old: Sequence[PolicySnapshot],
     old_logp: Tensor,
     response_mask: Tensor,
     *,
-    gather: Callable[[Tensor], Tensor],
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows,
     indices: Iterable[int] | None = None,
 ) -> Measurement:
     """Measure a batch under the policy as it is now against π_old.
 
     Args:
-        compare: the micro-batch under the policy as it is: `logp`, `old_kl` and `old_tv` [b, t].
+        compare: the micro-batch under the policy as it is, and under π_old.
         micro_batches: the batch, as it was when π_old scored it.
         old: π_old at the tokens of each micro-batch.
         old_logp: log π_old of the sampled tokens, [B, T].
         response_mask: [B, T].
-        gather: the rows of all processes, such as `Processes.gather`.
+        gather: the rows of all processes, such as `Processes.gather`; by default those of this one.
         indices: of the micro-batches to measure; None: all, which is what a guarantee needs.
     """
     mask = torch.zeros_like(response_mask)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 class ParameterPath:
     """The segment from θ_old to θ of some parameters, in their own precision: `set_scale(a)` moves them along it.
 
-    Scale 0 restores θ_old bit for bit, scale 1 the θ that the parameters had at the first call of `set_scale`.
+    Scale 0 restores θ_old bit for bit, scale 1 the θ that the parameters had at the last call of `set_end`, or at the first
+    of `set_scale` where there was none.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -21,11 +22,16 @@ class ParameterPath:
         self.start = [p.detach().clone() for p in self.parameters]
         self.end: list[Tensor] | None = None
 
+    def set_end(self) -> None:
+        """Take the parameters as they are now for θ."""
+        self.end = [p.detach().clone() for p in self.parameters]
+
     @torch.no_grad()
     def set_scale(self, scale: float) -> None:
         """Put the parameters at θ_old + scale·(θ − θ_old)."""
         if self.end is None:
-            self.end = [p.detach().clone() for p in self.parameters]
+            self.set_end()
+        assert self.end is not None
         for parameter, start, end in zip(self.parameters, self.start, self.end, strict=True):
             if scale == 0.0:
                 parameter.copy_(start)
@@ -77,6 +83,8 @@ class UpdateSnapshot:
                 del self._optimizer.state[parameter]
         for parameter, saved in self._state.items():
             state = self._optimizer.state[parameter]
+            for name in state.keys() - saved.keys():
+                del state[name]
             for name, entry in saved.items():
                 if isinstance(entry, Tensor):
                     with torch.no_grad():
