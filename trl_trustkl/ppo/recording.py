@@ -16,6 +16,7 @@ from ..parallel.processes import Processes
 from ..records import BoundRecord
 from ..rollout.prompts import prompt_texts
 from ..rollout.sampling import ends_with_stop
+from ..run.state import OnlineTrainerState
 from ..types import Batch, Enforcement, Measurement, RolloutSummary, UpdateStats
 from .config import TrustKLPPOConfig
 from .parts import Parts
@@ -49,19 +50,19 @@ def record(
     stats: UpdateStats,
     measured: Measurement,
     parts: Parts,
-    episode: int,
+    state: OnlineTrainerState,
     scheduled_lr: float,
 ) -> BoundRecord:
     """What bounded this update, in the words gated, measured and guaranteed.
 
-    episode: responses sampled so far. scheduled_lr: the policy's learning rate by the schedule.
+    scheduled_lr: the policy's learning rate by the schedule.
     """
     context, lr_factor = batch.context, parts.coefficients.lr_factor
     enforcement = context.enforcement or Enforcement(measured.kl, scale=None, tries=0, limit=None)
     return bounds.build_record(
         args,
         update=context.update + 1,
-        episode=episode,
+        episode=state.episode,
         lr=scheduled_lr * lr_factor,
         lr_factor=lr_factor,
         trust_coef=batch.trust_coef,

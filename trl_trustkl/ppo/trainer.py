@@ -67,6 +67,7 @@ class TrustKLPPOTrainer(PPOTrainer):
     args: TrustKLPPOConfig
     model: PolicyAndValue
     state: OnlineTrainerState
+    is_peft_model = property(lambda self: isinstance(self.model.policy, PeftModel))
     reward_funcs = property(lambda self: self.parts.scorer.funcs)
     reward_weights = property(lambda self: self.parts.scorer.weights)
 
@@ -186,8 +187,7 @@ class TrustKLPPOTrainer(PPOTrainer):
 
     def record(self, batch: Batch, stats: UpdateStats, measured: Measurement) -> BoundRecord:
         """What bounded this update, in the words gated, measured and guaranteed."""
-        lr, episode = self._get_learning_rate(), self.state.episode
-        return recording.record(self.args, batch, stats, measured, self.parts, episode, lr)
+        return recording.record(self.args, batch, stats, measured, self.parts, self.state, self._get_learning_rate())
 
     @property
     def kl_coef(self) -> float:
