@@ -213,8 +213,8 @@ class TrustKLPPOTrainer(PPOTrainer):
         """
         dataset = chosen_dataset(eval_dataset, self.eval_dataset)
         if isinstance(dataset, dict):
-            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
-            return {key: value for part in parts for key, value in part.items()}
+            found = [self.evaluate(each, ignore_keys, f"{metric_key_prefix}_{name}") for name, each in dataset.items()]
+            return {key: value for metrics in found for key, value in metrics.items()}
         metrics = self.parts.evaluator.metrics(dataset, metric_key_prefix)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
