@@ -112,17 +112,17 @@ def exact_seconds(trainer: Any, batch: Any, repeats: int = 2) -> float:
         for seconds, exact in ((with_them, True), (without, False)):
             elapsed = 0.0
             for micro in batch.scored.micro_batches:
-                peer = trainer.reference.peer(micro)
+                snapshot = trainer.reference.snapshot(micro)
                 started = time.perf_counter()
                 if exact:
-                    trainer.parts.forward.score(micro, peer)
+                    trainer.parts.forward.score(micro, snapshot)
                 else:
                     with torch.no_grad(), trainer.accelerator.autocast():
                         trainer.model(micro)
                     targets = micro.response_ids[micro.response_mask]
                     with torch.no_grad(), trainer.accelerator.autocast():
                         token_statistics(
-                            peer.hidden, targets, peer.head,
+                            snapshot.hidden, targets, snapshot.head,
                             vocab_size=trainer.model.split_lm.vocab_size, temperature=trainer.args.temperature,
                         )  # fmt: skip
                 elapsed += time.perf_counter() - started

@@ -119,10 +119,10 @@ def test_values_and_gradients_in_chunks_are_those_of_the_whole(kind, precision, 
 def test_the_gradient_is_the_finite_difference_also_where_some_or_all_of_it_is_cut_off(small_chunks):
     head = nn.Linear(3, 11).double()
     hidden, targets = torch.randn(7, 3, dtype=torch.float64, requires_grad=True), torch.randint(11, (7,))
-    peer = PolicySnapshot(torch.randn(7, 3, dtype=torch.float64), nn.Linear(3, 11).double())
+    snapshot = PolicySnapshot(torch.randn(7, 3, dtype=torch.float64), nn.Linear(3, 11).double())
 
     def columns(hidden: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        found = token_statistics(hidden, targets, head, vocab_size=50, entropy=True, ref=peer, old=peer)
+        found = token_statistics(hidden, targets, head, vocab_size=50, entropy=True, ref=snapshot, old=snapshot)
         return tuple(getattr(found, name) for name in COLUMNS)
 
     assert torch.autograd.gradcheck(columns, (hidden, head.weight, head.bias), check_undefined_grad=True)

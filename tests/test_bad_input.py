@@ -168,7 +168,7 @@ def test_a_number_out_of_range_is_answered_with_the_range(tmp_path, settings, pi
 def test_batch_arithmetic_is_in_whole_numbers_from_1(tmp_path, field, value):
     with pytest.raises(ConfigError) as error:
         tiny.config(tmp_path, **{field: value})
-    assert_says(error, f"`{field}`", f"got {value!r}", "whole number >= 1")
+    assert_says(error, f"`{field}`", f"got {value!r}", "integer >= 1")
 
 
 @pytest.mark.parametrize("number", [3, 5, 16])
@@ -854,14 +854,14 @@ def nan_value_gradient(monkeypatch, trainer):
 
 def nan_reference(monkeypatch, trainer):
     """The reference gives NaN in the bad update."""
-    peer = trainer.reference.peer
+    snapshot = trainer.reference.snapshot
 
     def poisoned(micro):
-        found = peer(micro)
+        found = snapshot(micro)
         bad = trainer.state.global_step == BAD_UPDATE - 1
         return found._replace(hidden=found.hidden * NAN) if bad else found
 
-    monkeypatch.setattr(trainer.reference, "peer", poisoned)
+    monkeypatch.setattr(trainer.reference, "snapshot", poisoned)
 
 
 def overflowing_reward(monkeypatch, trainer):

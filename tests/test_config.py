@@ -206,8 +206,8 @@ def test_the_checks_are_those_of_any_dataclass():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"size": 0}, "`size` got 0; it must be a whole number >= 1, or None. None: all."),
-        ({"size": 1.5}, "`size` got 1.5; it must be a whole number >= 1, or None. None: all."),
+        ({"size": 0}, "`size` got 0; it must be an integer >= 1, or None. None: all."),
+        ({"size": 1.5}, "`size` got 1.5; it must be an integer >= 1, or None. None: all."),
         ({"width": None}, "`width` got None; it must be a finite number > 0. Use 1."),
         ({"width": float("inf")}, "`width` got inf; it must be a finite number > 0. Use 1."),
         ({"kind": "d"}, "`kind` got 'd'; it must be one of 'a', 'b', 'c'."),

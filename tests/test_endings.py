@@ -212,7 +212,7 @@ def test_sigterm_to_the_launcher_ends_all_it_started_and_the_run_is_resumed(ends
         print(f"the launcher ended with {ended} after {time.monotonic() - started:.1f} s")
         assert ended != 0 and time.monotonic() - started < 30
         assert len(load_records(tmp_path / "run")) == 3
-        assert checkpoint.newest_whole(tmp_path / "run").name == "checkpoint-3"
+        assert checkpoint.newest_complete(tmp_path / "run").name == "checkpoint-3"
         (tmp_path / "wait").unlink()
         subprocess.run(launch, cwd=ROOT, stdout=log, stderr=log, check=True, timeout=600)
     assert survival.same(ends[0] / "whole", tmp_path / "run")

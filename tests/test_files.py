@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from trl_trustkl.errors import ConfigError, did_you_mean
-from trl_trustkl.files import replacing, write_whole
+from trl_trustkl.files import replacing, write_atomically
 from trl_trustkl.import_paths import load_function
 
 
 @pytest.mark.parametrize("durable", [False, True])
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, durable: bool) -> None:
     path = tmp_path / "page.html"
-    write_whole(path, "π")
+    write_atomically(path, "π")
     with pytest.raises(KeyboardInterrupt), replacing(path, durable=durable) as file:
         file.write(b"half")
         raise KeyboardInterrupt

@@ -233,13 +233,13 @@ def update(
     reference = Reference(model.policy, model.split_lm, TablePolicy(world.ref), None)
     rollout = Rollout(torch.zeros_like(rows[:, :1]), torch.ones_like(sampled[:, :1]), rows, sampled)
     micros = [micro_batch(rollout, part) for part in torch.arange(len(rows)).split(72)]
-    ref_peers = [reference.peer(micro) for micro in micros]
+    ref_snapshots = [reference.snapshot(micro) for micro in micros]
     columns = {name: torch.zeros(rows.shape, dtype=torch.float64) for name in ("logp", "ref_logp", "ref_kl", "entropy")}
-    old_peers = []
-    for micro, peer in zip(micros, ref_peers, strict=True):
+    old_snapshots = []
+    for micro, snapshot in zip(micros, ref_snapshots, strict=True):
         with torch.no_grad():
-            out = model(micro, entropy=True, ref=peer)
-        old_peers.append(PolicySnapshot(out.hidden, model.split_lm.frozen_head()))
+            out = model(micro, entropy=True, ref=snapshot)
+        old_snapshots.append(PolicySnapshot(out.hidden, model.split_lm.frozen_head()))
         for name, column in columns.items():
             column[micro.rows, : micro.response_ids.shape[1]] = getattr(out, name)
     # A value that depends on the context only, as a value does: a baseline, which must change no expected gradient.
@@ -248,8 +248,8 @@ def update(
     scored = Scored(
         rollout=rollout,
         micro_batches=micros,
-        old_peers=old_peers,
-        ref_peers=ref_peers,
+        old_snapshots=old_snapshots,
+        ref_snapshots=ref_snapshots,
         values=torch.where(value_mask, values, 0.0),
         loss_mask=mask,
         value_mask=value_mask,
@@ -730,7 +730,7 @@ def descend(args: Any, *, steps: int, lr: float = 0.05) -> tuple[list[float], Te
     scored = Scored(
         rollout=rollout,
         micro_batches=[micro],
-        old_peers=[],
+        old_snapshots=[],
         logp=column,
         ref_logp=q.log()[:, None],
         ref_kl=column,

@@ -74,7 +74,7 @@ def main(folder: Path) -> None:
     for index, case in enumerate(CASES):
         run = folder / str(index)
         ended, seconds = signalled(run, case, folder / "log")
-        left = [len(load_records(run)), checkpoint.newest_whole(run).name]
+        left = [len(load_records(run)), checkpoint.newest_complete(run).name]
         resumed = survival.forked(lambda run=run: survival.train(run, resume=True), folder / "log")
         print(json.dumps({"ended": ended, "seconds": seconds, "left": left, "resumed": resumed}), flush=True)
 

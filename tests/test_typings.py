@@ -21,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from tests import tiny
 from trl_trustkl.trl_compat.ppo_base import PPOConfig
-from trl_trustkl.trl_compat.trl_trainers import StockConfig, StockTrainer
+from trl_trustkl.trl_compat.trl_trainers import TRLConfig, TRLTrainer
 
 ROOT = Path(__file__).parents[1]
 STUBS = ROOT / "typings"
@@ -141,11 +141,11 @@ def test_what_is_not_there_is_found(stub: str, found: list[str], objects: dict[s
 def test_the_protocols_of_trl_trainers_are_true() -> None:
     """Each field of a configuration is one of the three's; what is made in a constructor is looked for in its text."""
     configs = {"grpo": GRPOConfig, "rloo": RLOOConfig, "ppo": PPOConfig}
-    for name in StockConfig.__annotations__:
+    for name in TRLConfig.__annotations__:
         assert any(hasattr(config, name) for config in configs.values()), name
     for kind in (GRPOTrainer, RLOOTrainer):
         text = "".join(inspect.getsource(each.__init__) for each in kind.__mro__ if each is not object)
-        for name in StockTrainer.__annotations__:
+        for name in TRLTrainer.__annotations__:
             assert f"self.{name} = " in text, f"{kind.__name__}.{name}"
 
 
@@ -183,7 +183,7 @@ PLANTS = (
     Plant("ppo/trainer.py", "self.parts.coefficients.kl\n", "self.parts.coefficients.kll\n", "kll"),
     Plant("ppo/trainer.py", "self.model.train()", "self.model.trein()", "trein"),
     Plant("ppo/loop.py", "state.episode += ", "state.episodes += ", "episodes"),
-    Plant("ppo/scoring.py", "self._reference.peer", "self._referense.peer", "_referense"),
+    Plant("ppo/scoring.py", "self._reference.snapshot", "self._referense.snapshot", "_referense"),
     Plant("ppo/evaluation.py", "self._processes.count", "self._processes.cound", "cound"),
     Plant("policy/reference.py", "self.split_lm.hidden_states", "self.split_lm.hiden_states", "hiden_states"),
     Plant("parallel/processes.py", "self._accelerator.gather(", "self._accelerator.gathr(", "gathr"),

@@ -73,13 +73,13 @@ def gae(rewards: Tensor, values: Tensor | None = None, *, gamma: float, lam: flo
     return torch.stack(columns[::-1], dim=1)
 
 
-def anchor_part(part: Tensor, mask: Tensor, pooled: Tensor, pooled_mask: Tensor) -> Tensor:
+def anchor_part(part: Tensor, mask: Tensor, gathered: Tensor, gathered_mask: Tensor) -> Tensor:
     """A_anchor [B, T]: `part`, the GAE of the anchor's rewards alone at V = 0, less its batch mean at each position.
 
-    The mean at a position is what a perfect baseline would take out. `pooled` and `pooled_mask` are the same over all
+    The mean at a position is what a perfect baseline would take out. `gathered` and `gathered_mask` are the same over all
     processes. GAE is linear in the rewards, so A − A_anchor is the score's part of an advantage.
     """
-    return torch.where(mask, part - masked_mean(pooled, pooled_mask, dim=0), torch.zeros_like(part))
+    return torch.where(mask, part - masked_mean(gathered, gathered_mask, dim=0), torch.zeros_like(part))
 
 
 def anchor_share(anchor: Tensor, advantages: Tensor, mask: Tensor) -> float:

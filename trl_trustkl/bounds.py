@@ -228,7 +228,7 @@ def _require(field: str, value: float, holds: bool = True, valid: str = "a finit
 
 
 def _horizon(horizon: int) -> int:
-    _require("horizon", horizon, horizon >= 1 and horizon % 1 == 0, "a whole number of tokens >= 1")
+    _require("horizon", horizon, horizon >= 1 and horizon % 1 == 0, "an integer of tokens >= 1")
     return horizon
 
 

@@ -71,7 +71,7 @@ class Controller(Protocol):
 
 
 def _require(field: str, value: object, holds: Callable[[float], bool], valid: str, fix: str = "") -> None:
-    # Infinity is for `holds` to judge: it is a valid upper clamp. A whole number that no float can hold is none.
+    # Infinity is for `holds` to judge: it is a valid upper clamp. An integer that no float can hold is none.
     if not (is_finite(value) or (isinstance(value, float) and math.isinf(value))) or not holds(value):  # type: ignore[arg-type]
         raise out_of_range(field, value, valid, fix)
 

@@ -67,7 +67,7 @@ def shown(value: object) -> str:
     """A value's repr for a message: cut where it is long, and there even where Python refuses to make one."""
     try:
         text = repr(value)
-    except Exception:  # a whole number of thousands of digits, or an object's own repr
+    except Exception:  # an integer of thousands of digits, or an object's own repr
         return f"a value of type {type(value).__name__} that cannot be printed"
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 

@@ -30,7 +30,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
         sync(path.parent)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file in one step; text as UTF-8."""
     with replacing(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)

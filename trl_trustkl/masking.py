@@ -32,7 +32,7 @@ def masked_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def whiten(values: Tensor, mask: Tensor, *, mean: Tensor, var: Tensor, shift_mean: bool = True) -> Tensor:
     """(values − mean) / √(var + 1e-8) under the mask, 0 elsewhere; with `shift_mean=False` the mean is put back.
 
-    The moments are arguments, so that several processes can whiten with the moments of their pooled batch.
+    The moments are arguments, so that several processes can whiten with the moments of the gathered batch.
     """
     whitened = (values - mean) * whitening_factor(var)
     if not shift_mean:

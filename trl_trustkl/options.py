@@ -21,7 +21,7 @@ class Range(NamedTuple):
     holds: Callable[[Any], bool] = lambda x: x > 0
 
 
-POSITIVE, COUNT = Range("a finite number > 0"), Range("a whole number >= 1")
+POSITIVE, COUNT = Range("a finite number > 0"), Range("an integer >= 1")
 NOT_NEGATIVE, WHOLE = (Range(f"a {kind} number >= 0", lambda x: x >= 0) for kind in ("finite", "whole"))
 
 
@@ -124,7 +124,7 @@ def _within(value: Any, range: Range) -> bool:
 # Types: dataclasses do not look at them, and YAML and JSON may say anything.
 
 _WORDS = {
-    bool: "true or false", int: "a whole number", float: "a finite number", str: "text", dict: "a dict", list: "a list",
+    bool: "true or false", int: "an integer", float: "a finite number", str: "text", dict: "a dict", list: "a list",
     type(None): "None",
 }  # fmt: skip
 

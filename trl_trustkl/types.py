@@ -138,7 +138,7 @@ class TokenOutputs(NamedTuple):
 class Scored(NamedTuple):
     """A rollout with everything that is fixed before the first optimizer step; [B, T] unless stated.
 
-    micro_batches, old_peers: the fixed micro-batches and π_old at the tokens of each; ref_peers: π_ref there, kept only
+    micro_batches, old_snapshots: the fixed micro-batches and π_old at the tokens of each; ref_snapshots: π_ref there, kept only
     where the loss needs it.
     logp, ref_logp: log-probabilities of the sampled tokens. ref_kl: exact KL(π_old‖π_ref) per context. entropy: of
     π_old. values: V(state before the token). loss_mask: tokens that get a gradient (the response mask less the rows
@@ -147,7 +147,7 @@ class Scored(NamedTuple):
 
     rollout: Rollout
     micro_batches: list[MicroBatch]
-    old_peers: list[PolicySnapshot]
+    old_snapshots: list[PolicySnapshot]
     logp: Tensor
     ref_logp: Tensor
     ref_kl: Tensor
@@ -157,7 +157,7 @@ class Scored(NamedTuple):
     value_mask: Tensor
     scores: Tensor
     completions: list[str]
-    ref_peers: list[PolicySnapshot] | None = None
+    ref_snapshots: list[PolicySnapshot] | None = None
 
     @property
     def context(self) -> UpdateContext:
@@ -190,7 +190,7 @@ class Batch(NamedTuple):
 
 
 class AnchorMeasurement(NamedTuple):
-    """The anchor at rollout, pooled over all processes; nats per response.
+    """The anchor at rollout, gathered from all processes; nats per response.
 
     coef: the coefficient used. kl: mean by the configured estimator. kl_exact: mean of the exact KL(π‖π_ref) summed over
     a response; kl_stderr: its standard error over responses. share: Σ|A_anchor| / Σ(|A_anchor| + |A_score|) before
@@ -205,7 +205,7 @@ class AnchorMeasurement(NamedTuple):
 
 
 class EpochStats(NamedTuple):
-    """Means over the tokens of one PPO epoch (or of all of them), pooled over processes."""
+    """Means over the tokens of one PPO epoch (or of all of them), gathered from all processes."""
 
     policy_loss: float
     value_loss: float
@@ -239,7 +239,7 @@ class UpdateStats(NamedTuple):
 
 
 class RolloutSummary(NamedTuple):
-    """The rollout in numbers, pooled over processes.
+    """The rollout in numbers, gathered from all processes.
 
     score: mean over the rows that have one, None where none has. length: mean response tokens. eos_rate: share of
     responses that ended by themselves. entropy: of π_old, nats per token. sampler_kl: k3 of the sampler against the
@@ -255,7 +255,7 @@ class RolloutSummary(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """The batch under the new policy against π_old, pooled over processes; nats per token.
+    """The batch under the new policy against π_old, gathered from all processes; nats per token.
 
     kl: mean exact KL(π_old‖π) over the measured contexts; kl_max: the largest. tv: mean total variation. max_ratio and
     ratio_quantiles: of π/π_old at the sampled tokens. tokens: contexts measured; complete: whether that was all of them.

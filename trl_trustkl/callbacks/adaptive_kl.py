@@ -12,7 +12,7 @@ from transformers.utils import logging
 from ..controllers import Controller, ControllerState
 from ..errors import ConfigError
 from ..trl_compat.trl_logs import COEF, KL, KL_METRIC, TARGET, Kind, episodes_seen, kind_of, writes_records
-from ..trl_compat.trl_trainers import StockTrainer
+from ..trl_compat.trl_trainers import TRLTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -46,7 +46,7 @@ class AdaptiveKLCallback(TrainerCallback):
 
     Once per optimizer step (RLOO: per generation; PPO: per update) the controller sees the KL that the trainer measured
     since, as max(0, KL), and the coefficient it answers with holds from the next step on. A KL that is not finite changes
-    nothing. TRL pools its metrics over processes, so all of them take the same coefficient. Logged, for each KL:
+    nothing. TRL gathers its metrics from all processes, so all of them take the same coefficient. Logged, for each KL:
     `kl/measured`, `kl/target` (where the controller has one) and `kl/coef`, the coefficient that this KL was had with.
     Checkpoints keep the controller's state, and a resumed run goes on with it.
 
@@ -57,7 +57,7 @@ class AdaptiveKLCallback(TrainerCallback):
     def __init__(self, controller: Controller, trainer: Any) -> None:
         self.controller = controller
         self.state: Any = _first_state(controller)
-        self.trainer: StockTrainer = trainer
+        self.trainer: TRLTrainer = trainer
         self.kind = _checked_kind(trainer)
         self.step = 0  # of the last KL, to count episodes from
         self._values: list[float] = []

@@ -88,7 +88,7 @@ def prepare(options: argparse.Namespace) -> tuple[settings.Comparison, str]:
     quieten()
     for field, value in (("--processes", options.processes), ("--last", options.last)):
         if value is not None and value < 1:
-            raise out_of_range(field, value, "a whole number >= 1")
+            raise out_of_range(field, value, "an integer >= 1")
     if not (math.isfinite(options.limit) and options.limit > 0):
         raise out_of_range("--limit", options.limit, "a positive number of nats per token")
     comparison = settings.read(options.settings, updates=options.updates, seeds=options.seeds)

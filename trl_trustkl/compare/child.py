@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..files import write_whole
+from ..files import write_atomically
 from ..records import load_records
 
 SETTINGS_FILE = "settings.json"
@@ -41,7 +41,7 @@ def run(folder: Path) -> None:
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write settings.json or done.json in one step."""
-    write_whole(path, json.dumps(content, ensure_ascii=False, indent=1))
+    write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1))
 
 
 def end_with_parent() -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..files import write_whole
+from ..files import write_atomically
 from ..report import FIGURES_FOLDER, read_run
 from ..report.figures import Drawn, write
 from ..report.html import environment
@@ -83,7 +83,7 @@ def save(report: Report, folder: Path) -> None:
         MARKDOWN_FILE: tables.as_markdown(report.results, report.paragraph, latest(report.last), report.limit),
     }
     for name, content in contents.items():
-        write_whole(folder / name, content)
+        write_atomically(folder / name, content)
 
 
 def page(report: Report, drawn: Sequence[Drawn], title: str) -> str:

@@ -56,11 +56,11 @@ def read(
     document = {} if path is None else _document(Path(path))
     updates = document.get("updates", UPDATES) if updates is None else updates
     seeds = document.get("seeds", SEEDS) if seeds is None else seeds
-    _whole("updates", updates, 1)
+    _integer("updates", updates, 1)
     if not isinstance(seeds, (list, tuple)) or not seeds:
-        raise out_of_range("seeds", seeds, "a list of whole numbers", "One seed is seeds: [42].")
+        raise out_of_range("seeds", seeds, "a list of integers", "One seed is seeds: [42].")
     for number, seed in enumerate(seeds):
-        _whole("seeds", seed, 0)
+        _integer("seeds", seed, 0)
         if seed in seeds[:number]:
             raise ConfigError(f"`seeds` got {seed} twice; a seed says something once, so leave one out.")
     common = _fields("common", document.get("common", {}))
@@ -143,9 +143,9 @@ def _loader() -> Any:
     return Loader
 
 
-def _whole(field: str, value: object, least: int) -> None:
+def _integer(field: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**32:
-        raise out_of_range(field, value, f"a whole number from {least} to 2**32 − 1")
+        raise out_of_range(field, value, f"an integer from {least} to 2**32 − 1")
 
 
 def _check_names(settings: Mapping[Any, Any]) -> None:

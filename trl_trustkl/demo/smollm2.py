@@ -38,7 +38,7 @@ def smollm2_path(cache_dir: str | os.PathLike[str] | None = None) -> str:
     In this order: the copy a former call left in `cache_dir`; the wheel's file, converted into `cache_dir`; the hub.
     """
     folder = _cache_folder(cache_dir)
-    if _is_whole(folder):
+    if _is_complete(folder):
         return str(folder)
     if (gguf := _wheel_file()) is not None:
         if importlib.util.find_spec("gguf") is None:
@@ -86,7 +86,7 @@ def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
     return Path(cache_dir).expanduser() / "SmolLM2-135M-Instruct"
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     # The folder appears by a rename, so that it is whole or absent; this asks whether it is ours at all.
     return all((folder / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json"))
 
@@ -131,7 +131,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    if not _is_whole(folder):
+    if not _is_complete(folder):
         raise ModelError(f"{folder} is in the way: it holds no whole model. Fix: remove it, or choose a `cache_dir`.")
 
 

@@ -56,8 +56,8 @@ def token_statistics(
 
     Every distribution is softmax(logits / temperature). entropy: in nats. With `ref`: log π_ref(target) and the exact
     KL(π‖π_ref). With `old`: the exact KL(π_old‖π) and total variation. Gradients
-    flow to `hidden` and to `head.parameters()`, where it has them, never to a peer. Chunk boundaries depend on N and V only,
-    so that two passes over the same tokens do the same arithmetic.
+    flow to `hidden` and to `head.parameters()`, where it has them, never to a snapshot. Chunk boundaries depend on N and V
+    only, so that two passes over the same tokens do the same arithmetic.
     """
     plan = _Plan(head, vocab_size, temperature, entropy, ref, old)
     trained = [p for p in getattr(head, "parameters", tuple)() if p.requires_grad]
@@ -84,14 +84,18 @@ class _Plan(NamedTuple):
     def at(self, rows: slice) -> _Plan:
         """The same for some of the tokens."""
         ref, old = (
-            None if peer is None else PolicySnapshot(peer.hidden[rows], peer.head) for peer in (self.ref, self.old)
+            None if snapshot is None else PolicySnapshot(snapshot.hidden[rows], snapshot.head)
+            for snapshot in (self.ref, self.old)
         )
         return self._replace(ref=ref, old=old)
 
-    def peer_logits(self) -> list[Tensor | None]:
+    def snapshot_logits(self) -> list[Tensor | None]:
         """The reference's and the old policy's logits."""
-        peers = (self.ref, self.old)
-        return [None if peer is None else _tempered(peer.head, peer.hidden, self.temperature) for peer in peers]
+        snapshots = (self.ref, self.old)
+        return [
+            None if snapshot is None else _tempered(snapshot.head, snapshot.hidden, self.temperature)
+            for snapshot in snapshots
+        ]
 
 
 class _Chunked(torch.autograd.Function):
@@ -138,9 +142,9 @@ class _Chunked(torch.autograd.Function):
 
 def _chunk_columns(hidden: Tensor, target: Tensor, plan: _Plan) -> list[Tensor]:
     """The columns of a chunk."""
-    logits, peers = _tempered(plan.head, hidden, plan.temperature), plan.peer_logits()
+    logits, snapshots = _tempered(plan.head, hidden, plan.temperature), plan.snapshot_logits()
     blocks = [
-        _block(logits[rows], target[rows], _at(peers, rows), plan)
+        _block(logits[rows], target[rows], _at(snapshots, rows), plan)
         for rows in _slices(hidden, _block_rows(hidden, plan))
     ]
     return [torch.cat(column) for column in zip(*blocks, strict=True)]
@@ -152,11 +156,11 @@ def _chunk_gradient(
     """A chunk's logits, and the gradient of Σ wanted·column at them, with one block's intermediate results at a time."""
     with torch.enable_grad():
         logits = _tempered(plan.head, hidden, plan.temperature)
-    peers, gradient = plan.peer_logits(), torch.empty_like(logits)
+    snapshots, gradient = plan.snapshot_logits(), torch.empty_like(logits)
     for rows in _slices(logits, _block_rows(logits, plan)):
         with torch.enable_grad():
             part = logits[rows].detach().requires_grad_()
-            columns = _block(part, target[rows], _at(peers, rows), plan)
+            columns = _block(part, target[rows], _at(snapshots, rows), plan)
         pairs = [(column, each[rows]) for column, each in zip(columns, wanted, strict=True) if each is not None]
         outputs, weights = zip(*pairs, strict=True)
         gradient[rows] = torch.autograd.grad(outputs, part, weights)[0]
@@ -181,9 +185,9 @@ def _at(tensors: Sequence[Tensor | None], rows: slice) -> list[Tensor | None]:
     return [None if each is None else each[rows] for each in tensors]
 
 
-def _block(logits: Tensor, target: Tensor, peers: list[Tensor | None], plan: _Plan) -> list[Tensor]:
+def _block(logits: Tensor, target: Tensor, snapshots: list[Tensor | None], plan: _Plan) -> list[Tensor]:
     """The columns of `TokenStatistics` that were asked for, for some tokens."""
-    ref_logits, old_logits = peers
+    ref_logits, old_logits = snapshots
     logps = torch.log_softmax(logits, -1)
     out = [_gather(logps, target)]
     if plan.entropy:

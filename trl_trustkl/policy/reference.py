@@ -44,7 +44,7 @@ class Reference:
         self._head_has_adapter = model is None and any(True for _ in parts)
 
     @torch.no_grad()
-    def peer(self, micro: MicroBatch) -> PolicySnapshot:
+    def snapshot(self, micro: MicroBatch) -> PolicySnapshot:
         """The reference's hidden states at the micro-batch's response tokens, with its head."""
         with self.active():
             hidden = self.split_lm.hidden_states(micro)

@@ -95,7 +95,7 @@ class PolicyAndValue(Module):
         self.config = policy.config
 
     @property
-    def undoable_value(self) -> list[nn.Parameter]:
+    def restorable_value(self) -> list[nn.Parameter]:
         """What of the value an update that is undone takes back: a head, or an adapter.
 
         A model of its own that is trained in full keeps its steps, each of them finite: to take them back would cost a copy

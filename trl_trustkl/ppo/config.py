@@ -28,7 +28,7 @@ from ..surrogates import SURROGATES, WITHOUT_RANGE, ClipRuleName, build_surrogat
 from ..trl_compat import ppo_base
 from ..trl_compat.version import PPOConfig
 from .losses import Penalties
-from .unsupported import refuse_optimizers, refuse_other_kernels, refuse_other_loops, refuse_sharding
+from .unsupported import reject_optimizers, reject_other_kernels, reject_other_loops, reject_sharding
 
 logger = logging.get_logger(__name__)
 
@@ -138,12 +138,12 @@ class TrustKLPPOConfig(PPOConfig):
     per_device_train_batch_size: int = option(*_trl("per_device_train_batch_size"), range=COUNT)
     per_device_eval_batch_size: int = option(*_trl("per_device_eval_batch_size"), range=COUNT)
     gradient_accumulation_steps: int = option(*_trl("gradient_accumulation_steps"), range=COUNT)
-    total_episodes: int | None = _run(*_trl("total_episodes"), unit="responses", range=Range("a positive whole number"))
+    total_episodes: int | None = _run(*_trl("total_episodes"), unit="responses", range=Range("a positive integer"))
     num_train_epochs: float = option(*_trl("num_train_epochs"), range=Range("a positive number"))
     max_steps: int = option(
-        *_trl("max_steps"), range=Range("a whole number >= 1, or -1", lambda x: x >= 1 or x == -1),
+        *_trl("max_steps"), range=Range("an integer >= 1, or -1", lambda x: x >= 1 or x == -1),
         fix="-1: total_episodes decides.")
-    seed: int = option(*_trl("seed"), range=Range("a whole number from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32))
+    seed: int = option(*_trl("seed"), range=Range("an integer from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32))
 
     # -- measuring, sampling, models ----------------------------------------------------------------------------------
     measure_fraction: float = _run(
@@ -188,10 +188,10 @@ class TrustKLPPOConfig(PPOConfig):
     """What tells callbacks that the trainer has records and controllers of its own; TRL's configurations lack it."""
 
     def __post_init__(self) -> None:
-        refuse_sharding(self)
-        refuse_other_kernels(self)
-        refuse_other_loops(self)
-        refuse_optimizers(self)
+        reject_sharding(self)
+        reject_other_kernels(self)
+        reject_other_loops(self)
+        reject_optimizers(self)
         check_options(self)
         self._check_batch()
         try:

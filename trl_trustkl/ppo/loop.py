@@ -280,7 +280,7 @@ class TrainingLoop:
         best = checkpoint_folder.of_update(folder.parent, state.best_global_step or 0)
         if best == folder or best.exists():
             state.best_model_checkpoint = str(best)
-        self._checkpointer.save(folder, without=checkpointer.TO_GO_ON if args.save_only_model else ())
+        self._checkpointer.save(folder, without=checkpointer.RESUME_FILES if args.save_only_model else ())
         self._saved_step = state.global_step
         if args.push_to_hub:
             trainer._push_from_checkpoint(str(folder))

@@ -1,7 +1,8 @@
 """The loss of one micro-batch, and the sums its statistics are made of.
 
 A mini-batch's loss is a mean over its tokens, over all micro-batches and processes: each micro-batch adds its sum divided
-by the mini-batch's count, so that the split changes nothing. Statistics are sums too, pooled by token at the end.
+by the mini-batch's count, so that the split changes nothing. Statistics are sums too; their means over the tokens are taken
+at the end.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def stacked(sums: LossSums) -> Tensor:
 
 
 def epoch_stats(total: Tensor) -> EpochStats:
-    """Means from the pooled sums (a vector in the order of `LossSums`)."""
+    """Means from the gathered sums (a vector in the order of `LossSums`)."""
     sums: list[float] = total.tolist()
     s = dict(zip(LossSums._fields, sums, strict=True))
 

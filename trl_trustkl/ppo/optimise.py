@@ -50,7 +50,7 @@ class Optimisation:
 
     def snapshot(self) -> UpdateSnapshot:
         """Policy, value and optimizer as they are now."""
-        return UpdateSnapshot(self.policy_parameters, self.policy_and_value.undoable_value, self.optimizer)
+        return UpdateSnapshot(self.policy_parameters, self.policy_and_value.restorable_value, self.optimizer)
 
     def update(self, batch: Batch, too_far: Callable[[Sequence[int]], bool], *, lr_factor: float) -> UpdateStats:
         """The PPO epochs on a batch, at the policy's scheduled learning rate times `lr_factor`. An update with a step that
@@ -159,12 +159,12 @@ class Optimisation:
     def _forward(self, batch: Batch, index: int, penalties: Penalties) -> TokenOutputs:
         """The micro-batch under the policy, with the exact divergences that the loss needs, and no others."""
         scored = batch.scored
-        peers: dict[str, PolicySnapshot] = {}
-        if penalties.anchor_coef and penalties.anchor_estimator is None and scored.ref_peers is not None:
-            peers["ref"] = scored.ref_peers[index]
+        snapshots: dict[str, PolicySnapshot] = {}
+        if penalties.anchor_coef and penalties.anchor_estimator is None and scored.ref_snapshots is not None:
+            snapshots["ref"] = scored.ref_snapshots[index]
         if penalties.trust_coef and penalties.trust_estimator is None:
-            peers["old"] = scored.old_peers[index]
-        return self.model(scored.micro_batches[index], **peers)
+            snapshots["old"] = scored.old_snapshots[index]
+        return self.model(scored.micro_batches[index], **snapshots)
 
     def _loss_scale(self, batch: Batch, mini: list[int]) -> LossScale:
         rows = torch.cat([batch.scored.micro_batches[index].rows for index in mini])
@@ -193,7 +193,7 @@ def measured(batch: Batch, indices: Iterable[int], forward: ForwardPass, process
     return measure(
         forward.compare,
         scored.micro_batches,
-        scored.old_peers,
+        scored.old_snapshots,
         scored.logp,
         scored.rollout.response_mask,
         gather=processes.gather,

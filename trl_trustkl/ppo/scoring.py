@@ -71,13 +71,13 @@ class Scoring:
         columns = {name: rollout.response_mask.new_zeros(shape, dtype=torch.float32) for name in _TOKEN_COLUMNS}
         values = rollout.response_mask.new_zeros((shape[0], shape[1] + 1), dtype=torch.float32)
         head = self._forward.model.split_lm.frozen_head()
-        old_peers, ref_peers = [], []
+        old_snapshots, ref_snapshots = [], []
         for micro in micros:
             with self._forward.autocast():
-                peer = self._reference.peer(micro)
-            out = self._forward.score(micro, peer)
-            old_peers.append(PolicySnapshot(out.hidden, head))
-            ref_peers.append(peer)
+                snapshot = self._reference.snapshot(micro)
+            out = self._forward.score(micro, snapshot)
+            old_snapshots.append(PolicySnapshot(out.hidden, head))
+            ref_snapshots.append(snapshot)
             for name, column in columns.items():
                 column[micro.rows, : micro.response_ids.shape[1]] = getattr(out, name).float()
             values[micro.rows, : out.values.shape[1]] = out.values.float()
@@ -87,13 +87,13 @@ class Scoring:
         return Scored(
             rollout=rollout,
             micro_batches=micros,
-            old_peers=old_peers,
+            old_snapshots=old_snapshots,
             values=torch.where(value_mask, values[:, : shape[1]], 0.0),
             loss_mask=mask,
             value_mask=value_mask,
             scores=scores,
             completions=completions,
-            ref_peers=ref_peers if self._args.anchor_in_loss and self._args.exact_anchor else None,
+            ref_snapshots=ref_snapshots if self._args.anchor_in_loss and self._args.exact_anchor else None,
             **columns,
         )
 

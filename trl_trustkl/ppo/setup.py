@@ -42,7 +42,7 @@ def check_arguments(
         raise ConfigError("`reward_model` and `reward_funcs` were both given; put the model into `reward_funcs`.")
 
 
-def refuse_sharding(*, deepspeed: bool, fsdp: bool) -> None:
+def reject_sharding(*, deepspeed: bool, fsdp: bool) -> None:
     """NotAvailableYetError for an accelerator that shards, whoever set it up so."""
     if deepspeed or fsdp:
         raise sharding_error("DeepSpeed" if deepspeed else "FSDP")

@@ -104,7 +104,7 @@ class TrustKLPPOTrainer(PPOTrainer):
             eval_dataset=ready.evaluation, processing_class=ready.tokenizer, callbacks=with_report(callbacks),
             optimizers=optimizers,
         )  # fmt: skip
-        setup.refuse_sharding(deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
+        setup.reject_sharding(deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
         self.state = OnlineTrainerState()
         self.parts = parts.build(
             args, ready, self.accelerator, optimizers=(self.optimizer, self.lr_scheduler), data_collator=data_collator,

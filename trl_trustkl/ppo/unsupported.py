@@ -10,7 +10,7 @@ from accelerate.utils import parse_flag_from_env
 from ..errors import NotAvailableYetError, shown
 
 
-def refuse_sharding(args: Any) -> None:
+def reject_sharding(args: Any) -> None:
     for name, given, flag in (
         ("FSDP", args.fsdp, "ACCELERATE_USE_FSDP"),
         ("DeepSpeed", args.deepspeed, "ACCELERATE_USE_DEEPSPEED"),
@@ -28,7 +28,7 @@ def sharding_error(name: str) -> NotAvailableYetError:
     )
 
 
-def refuse_other_kernels(args: Any) -> None:
+def reject_other_kernels(args: Any) -> None:
     """Compiled and patched kernels would be others in one pass than in the next, and the ratio not 1 before the first step."""
     compiled = args.torch_compile or args.torch_compile_backend or args.torch_compile_mode
     if compiled or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
@@ -43,7 +43,7 @@ def refuse_other_kernels(args: Any) -> None:
         )
 
 
-def refuse_other_loops(args: Any) -> None:
+def reject_other_loops(args: Any) -> None:
     """What belongs to the loop of transformers' own trainer, and would be ignored in silence here."""
     for name, why in (
         (
@@ -58,7 +58,7 @@ def refuse_other_loops(args: Any) -> None:
             )
 
 
-def refuse_optimizers(args: Any) -> None:
+def reject_optimizers(args: Any) -> None:
     """Those that step where an update cannot be looked at, and schedules that wait for a metric instead of an update."""
     optimizer, schedule = (str(getattr(name, "value", name)) for name in (args.optim, args.lr_scheduler_type))
     why = "steps within the backward pass, where no gradient norm can be limited and no update undone"

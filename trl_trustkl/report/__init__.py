@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import TrustKLError
-from ..files import write_whole
+from ..files import write_atomically
 from .schema import Run, read_run
 
 REPORT_FILE = "report.html"
@@ -55,7 +55,7 @@ def write_report(runs: list[Run], output: str | os.PathLike[str] | None = None) 
             sections.append(html.section(run, drawn))
         content = html.page(sections)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, content)  # someone may have the page open while the run renders it anew
+    write_atomically(target, content)  # someone may have the page open while the run renders it anew
     return target
 
 

@@ -19,7 +19,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from ..files import write_whole
+from ..files import write_atomically
 from ..records import BoundRecord
 from .series import Column, column, distance, quantile, shares, token_range
 
@@ -330,6 +330,6 @@ def write(figures: Sequence[Drawn], folder: Path) -> None:
     """NAME.svg, NAME-dark.svg (both without a background) and NAME.png (on white) for each figure."""
     folder.mkdir(parents=True, exist_ok=True)
     for figure in figures:
-        write_whole(folder / f"{figure.name}.svg", figure.svg)
-        write_whole(folder / f"{figure.name}-dark.svg", figure.dark)
-        write_whole(folder / f"{figure.name}.png", figure.png)
+        write_atomically(folder / f"{figure.name}.svg", figure.svg)
+        write_atomically(folder / f"{figure.name}-dark.svg", figure.dark)
+        write_atomically(folder / f"{figure.name}.png", figure.png)

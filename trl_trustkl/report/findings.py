@@ -19,7 +19,7 @@ from .series import (
     column,
     distance,
     first_third,
-    is_stock,
+    is_from_trl_logs,
     largest,
     last_third,
     mean,
@@ -64,7 +64,7 @@ def configured_lr(run: Run) -> float:
 
 def _present_lr(run: Run) -> str:
     """What the configured one is, in words; the records do not say whether `trust_lr_target` has raised it."""
-    return ("" if is_stock(run.records) else "at most ") + number(configured_lr(run))
+    return ("" if is_from_trl_logs(run.records) else "at most ") + number(configured_lr(run))
 
 
 def clip_never_binds(run: Run) -> Finding | None:
@@ -72,7 +72,7 @@ def clip_never_binds(run: Run) -> Finding | None:
     if len(clipped) < FEW or not (column(clipped, "trust.gated") <= IDLE).all():  # NaN is not 0
         return None
     reached = largest(column(clipped, "trust.max_ratio"))
-    made, stock = count(len(clipped), "update"), is_stock(run.records)
+    made, stock = count(len(clipped), "update"), is_from_trl_logs(run.records)
     if all(record.trust.epochs <= 1 for record in clipped):
         return Finding(
             "clip_never_binds",
@@ -120,7 +120,7 @@ def coefficient_pinned(run: Run) -> Finding | None:
         f"{number(mean(kl))} nats per response against a target of {number(target[-1])}. A controller moves it unless it "
         f"is held at its {'floor' if below else 'ceiling'}" + (", or fixed." if fixed else "."),
         f"Give the controller {bound}={number(value if coef[0] > 0 else start, 2)}."
-        if is_stock(run.records)
+        if is_from_trl_logs(run.records)
         else f'Set kl_controller_kwargs={{"{bound}": {number(value if coef[0] > 0 else start, 2)}}}'
         + (', with kl_controller="adaptive" if it is "fixed".' if fixed else "."),
     )
@@ -135,7 +135,7 @@ def target_never_reached(run: Run) -> Finding | None:
     above = bool(np.nanmin(late / aim) > 1 + NEAR)
     if not (below or above):
         return None
-    coef, stock = float(column(run.records, "anchor.coef")[-1]), is_stock(run.records)
+    coef, stock = float(column(run.records, "anchor.coef")[-1]), is_from_trl_logs(run.records)
     when = "in the whole run" if below else f"in the last {count(len(late), 'update')}"
     came = f"came no nearer than {number(largest(kl))}" if below else f"stayed above {number(float(np.nanmin(late)))}"
     if below and _still_rising(kl):
@@ -163,7 +163,7 @@ def negative_estimate(run: Run) -> Finding | None:
         f"The estimate of the KL to the reference was negative in {int(negative.sum()):,} of "
         f"{count(len(kl), 'update')}, at its lowest {number(float(np.nanmin(kl)))} nats per response"
     )
-    stock = is_stock(run.records)
+    stock = is_from_trl_logs(run.records)
     evidence += ". " if stock else f", where the exact KL averaged {number(mean(exact[negative]))}. "
     if stock:
         why = "A KL never is: near 0, an estimate from few responses is mostly noise."
@@ -239,7 +239,7 @@ def early_stop(run: Run) -> Finding | None:
 
 
 def learning_rate_floor(run: Run) -> Finding | None:
-    if is_stock(run.records):  # no trainer of TRL's own adapts the learning rate to the KL
+    if is_from_trl_logs(run.records):  # no trainer of TRL's own adapts the learning rate to the KL
         return None
     lr, top = column(run.records, "lr"), configured_lr(run)
     floor = (lr > 0) & (lr <= 1.05 * LR_FLOOR * top)
@@ -309,7 +309,7 @@ def biased_estimator(run: Run) -> Finding | None:
         f"The estimator {shortened(last.estimator, 40)} with the placement {shortened(last.placement, 40)} gives a "
         f"gradient that {_GRADIENTS[last.gradient]}.",
         _better_estimator(last.placement, last.gradient)
-        if is_stock(run.records)
+        if is_from_trl_logs(run.records)
         else 'Set kl_estimator="k1" with kl_placement="reward"; "exact" with "both" has the least variance.',
     )
 

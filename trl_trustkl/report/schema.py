@@ -112,7 +112,7 @@ def _reader(expected: Any) -> Reader:
         return _numbers
     if hasattr(expected, "_fields"):
         return _tuple_of(expected)
-    return {str: _text, bool: _boolean, int: _whole, float: _number}[expected]
+    return {str: _text, bool: _boolean, int: _integer, float: _number}[expected]
 
 
 def _tuple_of(schema: Any) -> Reader:
@@ -157,9 +157,9 @@ def _number(value: Any) -> float:
     return found if math.isfinite(found) else math.nan
 
 
-def _whole(value: Any) -> int:
+def _integer(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
-        raise _Misfit("a whole number >= 0", value)
+        raise _Misfit("an integer >= 0", value)
     return value
 
 
@@ -189,7 +189,7 @@ def _numbers(value: Any) -> dict[str, float]:
 
 _EXPECTED: dict[Reader, str] = {
     _number: "a number",
-    _whole: "a whole number",
+    _integer: "an integer",
     _boolean: "true or false",
     _text: "text",
     _numbers: "an object of numbers",
@@ -228,7 +228,7 @@ def _short(value: object) -> str:
     if isinstance(value, str):
         return ascii(value if len(value) <= 60 else value[:60] + "…")
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**20:
-        return "a whole number of more than 20 digits"
+        return "an integer of more than 20 digits"
     if isinstance(value, (list, dict)):
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
     return repr(value)

@@ -28,7 +28,7 @@ def distance(records: Sequence[BoundRecord]) -> Column:
     return np.where(np.isfinite(exact), exact, column(records, "anchor.kl"))
 
 
-def is_stock(records: Sequence[BoundRecord]) -> bool:
+def is_from_trl_logs(records: Sequence[BoundRecord]) -> bool:
     """Whether the records look like those of a trainer of TRL's own, which measures no update and keeps no such settings."""
     keys = ("trust.kl", "anchor.kl_exact", "value.explained_variance")
     return not any(np.isfinite(column(records, key)).any() for key in keys)

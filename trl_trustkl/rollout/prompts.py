@@ -92,14 +92,14 @@ def prepare_datasets(
     train: Dataset,
     evaluation: Dataset | dict[str, Dataset] | None,
     tokenizer: PreTrainedTokenizerBase,
-    room: TokenLimits,
+    limits: TokenLimits,
     args: Any,
 ) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
     """Both datasets with token ids, checked against the vocabulary and the context of the models that read them."""
 
     def prepare(dataset: Dataset, name: str) -> Dataset:
         dataset = tokenize_prompts(dataset, tokenizer, name=name, num_proc=args.dataset_num_proc)
-        check_prompts(dataset, room, args.response_length, name=name)
+        check_prompts(dataset, limits, args.response_length, name=name)
         return dataset
 
     if isinstance(evaluation, dict):
@@ -123,7 +123,7 @@ class TokenLimits(NamedTuple):
 def token_limits(
     policy: PreTrainedModel | PeftModel, others: Mapping[str, PreTrainedModel | PeftModel | None]
 ) -> TokenLimits:
-    """The room in the policy and in the other models that read token ids, by name; None for one that is not there."""
+    """The limits of the policy and of the other models that read token ids, by name; None for one that is not there."""
     models = {"model": policy, **{name: model for name, model in others.items() if model is not None}}
     context, name = min((context_length(model), name) for name, model in models.items())
     return TokenLimits(policy.get_input_embeddings().weight.shape[0], context, name)
@@ -136,39 +136,39 @@ def context_length(model: PreTrainedModel | PeftModel) -> float:
     return math.inf if length is None else length
 
 
-def check_prompts(dataset: Dataset, room: TokenLimits, response_length: int, *, name: str) -> None:
+def check_prompts(dataset: Dataset, limits: TokenLimits, response_length: int, *, name: str) -> None:
     """Raise DataError for a prompt that is empty, has unknown tokens, or leaves no room for the response in a context."""
     masked = "attention_mask" in dataset.column_names
     masks = dataset["attention_mask"] if masked else [None] * len(dataset)
     for index, (row, mask) in enumerate(zip(dataset[IDS], masks, strict=True)):
         where = f"`{name}` row {index}"
-        ids = _whole_numbers(row, f"{where}, 'input_ids'")
+        ids = _integers(row, f"{where}, 'input_ids'")
         if masked and (
-            len(_whole_numbers(mask, f"{where}, 'attention_mask'")) != len(ids) or not {0, 1} >= set(map(int, mask))
+            len(_integers(mask, f"{where}, 'attention_mask'")) != len(ids) or not {0, 1} >= set(map(int, mask))
         ):
             raise DataError(
                 f"{where} has the attention_mask {shown(mask)} for {len(ids)} tokens; it must be 0 or 1 for each."
             )
         if len(ids) == 0 or (masked and not any(mask)):
             raise DataError(f"{where} has no token in 'input_ids'; every prompt needs at least one.")
-        if min(ids) < 0 or max(ids) >= room.vocabulary:
-            bad = next(token for token in ids if not 0 <= token < room.vocabulary)
+        if min(ids) < 0 or max(ids) >= limits.vocabulary:
+            bad = next(token for token in ids if not 0 <= token < limits.vocabulary)
             raise DataError(
-                f"{where} has the token id {bad}; the model's vocabulary is 0 to {room.vocabulary - 1}: tokenize the "
+                f"{where} has the token id {bad}; the model's vocabulary is 0 to {limits.vocabulary - 1}: tokenize the "
                 "dataset with the model's own tokenizer."
             )
-        if len(ids) + response_length > room.context:
+        if len(ids) + response_length > limits.context:
             raise DataError(
                 f"{where} has {len(ids)} prompt tokens; with response_length={response_length} that is more than the context "
-                f"of `{room.model}`, {room.context}: shorten or drop the prompt, or lower response_length."
+                f"of `{limits.model}`, {limits.context}: shorten or drop the prompt, or lower response_length."
             )
 
 
-def _whole_numbers(values: Any, where: str) -> list[int]:
-    """A flat list of whole numbers; arrays and tensors of them too."""
+def _integers(values: Any, where: str) -> list[int]:
+    """A flat list of integers; arrays and tensors of them too."""
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, (list, tuple)) or not all(isinstance(each, int) for each in values):
-        raise DataError(f"{where} got {shown(values)}; it must be a list of whole numbers.")
+        raise DataError(f"{where} got {shown(values)}; it must be a list of integers.")
     return list(values)
 
 

@@ -31,7 +31,7 @@ EARLIER = "earlier"
 
 
 @contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
+def written_atomically(folder: Path) -> Iterator[Path]:
     """A folder to write into that takes the name `folder` when the block ends, complete and on the disk, or not at all.
 
     Raises SaveError where anything in the block, or the disk, fails; what was written until then is removed.
@@ -113,7 +113,7 @@ def damage(folder: Path, *, thorough: bool = True) -> str | None:
     return None
 
 
-def newest_whole(output_dir: Path) -> Path | None:
+def newest_complete(output_dir: Path) -> Path | None:
     """The last checkpoint that is whole; a warning names each later one that is not."""
     for folder in reversed(checkpoints(output_dir)):
         if (what := damage(folder)) is None:

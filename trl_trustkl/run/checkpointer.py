@@ -34,11 +34,11 @@ POLICY_FILE = "policy.safetensors"
 VALUE_FILE = "value.safetensors"
 RUN_FILE = "trustkl_state.json"
 RNG_FILE = "rng.json"
-TO_GO_ON = (OPTIMIZER_NAME, SCHEDULER_NAME, SCALER_NAME, RNG_FILE)
+RESUME_FILES = (OPTIMIZER_NAME, SCHEDULER_NAME, SCALER_NAME, RNG_FILE)
 """Files that only a run that goes on needs, which `save_only_model` leaves out."""
 
 __all__ = [
-    "OPTIMIZER_NAME", "POLICY_FILE", "RNG_FILE", "RUN_FILE", "SCALER_NAME", "SCHEDULER_NAME", "TO_GO_ON",
+    "OPTIMIZER_NAME", "POLICY_FILE", "RESUME_FILES", "RNG_FILE", "RUN_FILE", "SCALER_NAME", "SCHEDULER_NAME",
     "TRAINER_STATE_NAME", "VALUE_FILE", "Checkpointer",
 ]  # fmt: skip
 
@@ -81,7 +81,7 @@ class Checkpointer:
 
     def write(self, folder: Path, states: Mapping[str, Any]) -> None:
         """The part of `save` that the processes do not do together."""
-        with checkpoint_folder.written_whole(folder) as unfinished:
+        with checkpoint_folder.written_atomically(folder) as unfinished:
             self._write_model(unfinished)
             for name, state in states.items():
                 _write(unfinished / name, state)
@@ -149,7 +149,7 @@ def find_checkpoint(wanted: str | os.PathLike[str] | bool | None, output_dir: Pa
     if wanted is None or wanted is False:
         return None
     if wanted is True:
-        folder = checkpoint_folder.newest_whole(output_dir)
+        folder = checkpoint_folder.newest_complete(output_dir)
         if folder is None:
             logger.warning(f"`resume_from_checkpoint` got True; {output_dir} has no whole checkpoint: starting afresh.")
             return None

@@ -15,12 +15,12 @@ from transformers import TrainerState
 from .. import bounds
 from ..divergences import gradient_kind
 from ..records import AnchorRecord, BoundRecord, GradientRecord, SamplerRecord, TrustRecord, ValueRecord
-from .trl_trainers import StockConfig
+from .trl_trainers import TRLConfig
 
 Kind = Literal["grpo", "rloo", "ppo"]
 
 KL_METRIC: dict[Kind, str] = {"grpo": "kl", "rloo": "kl", "ppo": "objective/kl"}
-"""Under which name each trainer logs its KL(π‖π_ref). In nats, pooled over all processes:
+"""Under which name each trainer logs its KL(π‖π_ref). In nats, gathered from all processes:
 
 grpo: per token. The k3 estimate at the policy of this very step, on tokens that π_old sampled, averaged over the tokens of
 a micro-batch, then over the micro-batches. With `use_bias_correction_kl` each token's k3 is multiplied by its ratio π/π_old.
@@ -57,7 +57,7 @@ def kind_of(args: Any) -> Kind | None:
     return next((kind for kind, config in kinds.items() if isinstance(args, config)), None)
 
 
-def episodes_seen(args: StockConfig, step: int) -> int:
+def episodes_seen(args: TRLConfig, step: int) -> int:
     """Responses sampled up to optimizer step `step` (of PPO: update), a response counted once however often it is used."""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return step * batch // getattr(args, "num_iterations", 1)
@@ -120,7 +120,7 @@ def _latest(state: TrainerState, logs: Mapping[str, Any], key: str) -> float:
     return _known(next((each for each in (logs, *reversed(state.log_history)) if key in each), {}), key)
 
 
-def _anchor(kind: Kind, args: StockConfig, logs: Mapping[str, Any], coef: float, per_response: float) -> AnchorRecord:
+def _anchor(kind: Kind, args: TRLConfig, logs: Mapping[str, Any], coef: float, per_response: float) -> AnchorRecord:
     """per_response: what turns the logged KL into nats per response."""
     target = _known(logs, TARGET) * per_response
     estimator, placement = {"grpo": ("k3", "loss"), "rloo": ("k1", "reward")}.get(kind) or (args.kl_estimator, "reward")
@@ -139,7 +139,7 @@ def _anchor(kind: Kind, args: StockConfig, logs: Mapping[str, Any], coef: float,
     )
 
 
-def _trust(kind: Kind, args: StockConfig, logs: Mapping[str, Any]) -> TrustRecord:
+def _trust(kind: Kind, args: TRLConfig, logs: Mapping[str, Any]) -> TrustRecord:
     rule, low, high = _clip(kind, args)
     # "clip_ratio" alone is the name of GRPO's Liger loss.
     names = ("policy/clipfrac_avg",) if kind == "ppo" else ("clip_ratio/region_mean", "clip_ratio")
@@ -166,7 +166,7 @@ def _trust(kind: Kind, args: StockConfig, logs: Mapping[str, Any]) -> TrustRecor
     )
 
 
-def _clip(kind: Kind, args: StockConfig) -> tuple[str, float, float]:
+def _clip(kind: Kind, args: TRLConfig) -> tuple[str, float, float]:
     """(rule, low, high): the range of the ratio is [1 − low, 1 + high], NaN where the rule has no such bound."""
     if kind == "ppo":
         return "ppo", args.cliprange, args.cliprange
@@ -179,7 +179,7 @@ def _clip(kind: Kind, args: StockConfig) -> tuple[str, float, float]:
     return loss, math.nan, high - 1.0 if loss == "cispo" else math.nan
 
 
-def _gradient(kind: Kind, args: StockConfig, logs: Mapping[str, Any]) -> GradientRecord:
+def _gradient(kind: Kind, args: TRLConfig, logs: Mapping[str, Any]) -> GradientRecord:
     if kind == "ppo":  # it has max_grad_norm, and does not apply it
         return GradientRecord(norm=math.nan, max_norm=None, scale=1.0)
     norm, max_norm = _known(logs, "grad_norm"), args.max_grad_norm or None

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 
-class StockConfig(Protocol):
+class TRLConfig(Protocol):
     """The fields of `GRPOConfig`, `RLOOConfig` and TRL's `PPOConfig` taken together; which of them there are says the kind."""
 
     per_device_train_batch_size: int
@@ -31,10 +31,10 @@ class StockConfig(Protocol):
     num_ppo_epochs: int
 
 
-class StockTrainer(Protocol):
+class TRLTrainer(Protocol):
     """GRPOTrainer, RLOOTrainer, or TRL's PPOTrainer, which has neither `beta` nor `_metrics`."""
 
-    args: StockConfig
+    args: TRLConfig
     callback_handler: CallbackHandler
     beta: float
     _metrics: dict[str, dict[str, list[float]]]
