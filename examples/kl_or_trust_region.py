@@ -9,8 +9,8 @@ and let it be the next μ. What to look for: with an anchor (β > 0) the policy 
 and λ only sets how much of the remaining error an update keeps, λ/(β + λ). Without one (β = 0) there is no such place:
 the policy ends on the one word with the highest reward, and a larger λ only postpones that.
 
-    python examples/which_leash.py                              # a table, and the figure in runs/which_leash
-    python examples/which_leash.py --output-dir docs/figures    # the figure of docs/kl_or_trust_region.md
+    python examples/kl_or_trust_region.py                              # a table, and the figure in runs/kl_or_trust_region
+    python examples/kl_or_trust_region.py --output-dir docs/figures    # the figure of docs/kl_or_trust_region.md
 
 It takes seconds, and needs matplotlib: pip install '.[report]'.
 
@@ -149,7 +149,7 @@ FONTS = {
     "axes.spines.right": False,
     "legend.frameon": False,
     "legend.fontsize": 12.5,
-    "svg.hashsalt": "which_leash",
+    "svg.hashsalt": "kl_or_trust_region",
 }
 
 
@@ -220,7 +220,7 @@ def draw_rate(axes: Axes, q: Tensor, r: Tensor, updates: int = 40) -> None:
 def save(figure: Figure, folder: Path) -> list[Path]:
     """PNG and SVG, the same bytes on every call."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"which_leash.{suffix}" for suffix in ("png", "svg")]
+    paths = [folder / f"kl_or_trust_region.{suffix}" for suffix in ("png", "svg")]
     for path, metadata in zip(paths, ({"Software": None}, {"Date": None}), strict=True):
         figure.savefig(path, dpi=160, metadata=metadata)
     return paths
@@ -229,7 +229,7 @@ def save(figure: Figure, folder: Path) -> list[Path]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="The KL anchor and the trust region, taken apart on six words.")
     parser.add_argument(
-        "--output-dir", type=Path, default=Path("runs/which_leash"), help="for the figure (%(default)s)"
+        "--output-dir", type=Path, default=Path("runs/kl_or_trust_region"), help="for the figure (%(default)s)"
     )
     options = parser.parse_args(arguments)
 
