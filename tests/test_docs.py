@@ -104,7 +104,7 @@ def test_every_metric_that_is_logged_has_a_meaning() -> None:
     (returned,) = (node.value for node in ast.walk(function) if isinstance(node, ast.Return))
     logged = [key.value for key in returned.keys if key is not None]
     assert logged == documented("TRL's names")
-    assert documented("Of `AdaptiveKLCallback`") == [stock.KL, stock.TARGET, stock.COEF]
+    assert documented("Metrics of `AdaptiveKLCallback`") == [stock.KL, stock.TARGET, stock.COEF]
 
 
 def test_every_finding_has_its_section_in_order() -> None:
@@ -171,7 +171,7 @@ def test_settings_named_in_the_text_are_settings() -> None:
 
 
 def test_keys_of_a_record_named_in_the_text_are_keys() -> None:
-    sections = ("The record", "TRL's names", "Of `AdaptiveKLCallback`")
+    sections = ("The record", "TRL's names", "Metrics of `AdaptiveKLCallback`")
     known = {key for section in sections for key in documented(section)}
     groups = {key.split("/")[0] for key in documented("The record") if "/" in key}
     found = [
