@@ -57,7 +57,7 @@ def destination(q: Tensor, r: Tensor, beta: float) -> Tensor:
 
 
 def update(mu: Tensor, q: Tensor, r: Tensor, beta: float, lam: float) -> Tensor:
-    """The log-probabilities of the p that maximises E_p[r] − β·KL(p‖q) − λ·KL(p‖μ). q and μ are log-probabilities; all are [V]."""
+    """Log-probabilities of the p that maximises E_p[r] − β·KL(p‖q) − λ·KL(p‖μ), from those of q and μ; all are [V]."""
     if beta + lam == 0:
         return greedy(q, r)
     return torch.log_softmax((r + beta * q + lam * mu) / (beta + lam), -1)
