@@ -146,7 +146,7 @@ def medians(rows: list[dict[str, float]]) -> list[dict[str, float]]:
 
 def table(rows: list[dict[str, float]]) -> str:
     """A Markdown table of shares of an update's time, as medians over updates."""
-    head = ["epochs", "measure_fraction", "seconds an update", *PARTS, "total", "updates", "render (s)"]
+    head = ["epochs", "measure_fraction", "seconds per update", *PARTS, "total", "updates", "render (s)"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in medians(rows):
         shares = [f"{row[name]:.2%}" for name in (*PARTS, "total")]

@@ -227,8 +227,8 @@ def summary(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     base = PLANS["quick" if options.quick else options.device].base
     lines.append(
         f"Base: {base.batch} responses × {base.length} tokens after {PROMPT_LENGTH} tokens of prompt, {base.micro_batch} "
-        f"responses per micro-batch, V = {base.vocabulary:,}, {base.layers} layers of width {base.hidden}; {options.epochs} PPO "
-        f"epochs; {'bf16' if options.device == 'cuda' else 'float32'}; {machine(options.device)}; medians of "
+        f"responses per micro-batch, V = {base.vocabulary:,}, {base.layers} layers of width {base.hidden}; {options.epochs} "
+        f"PPO epochs; {'bf16' if options.device == 'cuda' else 'float32'}; {machine(options.device)}; medians of "
         f"{options.updates - 1} updates. Exponents are over all points (in brackets: between the two largest)."
     )
     return "\n".join(lines) + "\n"
