@@ -14,7 +14,7 @@ separately.
 The total is measure + exact + record + callback. Settings alternate between runs, so that a temporary slowdown affects all
 of them.
 
-    python benchmarks/overhead.py            # writes benchmarks/data/overhead.csv and .md; some 15 minutes on two cores
+    python benchmarks/overhead.py            # writes benchmarks/data/overhead.csv and .md; about 15 minutes on two cores
 """
 
 from __future__ import annotations

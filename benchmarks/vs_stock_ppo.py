@@ -181,11 +181,11 @@ def stock_trainer(options: argparse.Namespace, seconds: list[dict[str, float]]) 
     )
 
 
-# -- all of them, in turns ----------------------------------------------------------------------------------------------
+# -- all runs, alternating -----------------------------------------------------------------------------------------------
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each run: medians over its updates but the first, which warms up."""
+    """One row for each run: medians over its updates except the first, which is a warm-up."""
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         model, prompts = prepare(options, Path(scratch))
@@ -228,7 +228,7 @@ def in_a_process(options: argparse.Namespace, kind: str, model: str, prompts: Pa
 
 
 def prepare(options: argparse.Namespace, scratch: Path) -> tuple[str, Path]:
-    """The model's folder and the prompts' file, the same for every run."""
+    """The folder of the model and the file of the prompts, which are the same for every run."""
     from trl_trustkl.demo.prompts import TRAIN_PROMPTS
 
     prompts = scratch / "prompts.json"
@@ -243,7 +243,7 @@ def prepare(options: argparse.Namespace, scratch: Path) -> tuple[str, Path]:
 
 
 def random_model(folder: Path, *, tiny: bool) -> str:
-    """Random weights in the shape of Qwen3-0.6B, or much smaller, and a tokenizer, in a folder."""
+    """A folder with a tokenizer and random weights in the shape of Qwen3-0.6B, or much smaller."""
     import torch
 
     small = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "head_dim": 16} if tiny else {}

@@ -7,7 +7,7 @@ ratio after an update, and the KL of an update. A rule that gates more does not 
 `ppo`, whose gradient is zero outside the range, with `rollback` and `spo`, which pull ratios back, with `gspo`, which uses
 the ratio of an entire response, and with `none`.
 
-    python examples/compare_clip_rules.py                           # SmolLM2 on a CPU, some minutes
+    python examples/compare_clip_rules.py                           # SmolLM2 on a CPU, a few minutes
     python examples/compare_clip_rules.py --rules all --model Qwen/Qwen2.5-0.5B-Instruct --updates 50       # a GPU
 """
 

@@ -7,7 +7,7 @@ update, but never below its initial value. A controller is a frozen dataclass wi
 and `update(state, kl=, episodes=)`, which returns the next one. When it is registered in CONTROLLERS, it is an option like
 the built-in controllers: its arguments are checked, its state is saved in checkpoints, and its coefficient is recorded.
 
-    python examples/custom_controller.py                            # SmolLM2 on a CPU, some minutes
+    python examples/custom_controller.py                            # SmolLM2 on a CPU, a few minutes
     python examples/custom_controller.py --model Qwen/Qwen2.5-0.5B-Instruct --updates 100       # a GPU
 """
 

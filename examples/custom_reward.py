@@ -7,7 +7,7 @@ of the two. The score of a row is the weighted sum of its numbers. A row for whi
 and contributes no gradient. The prompts are lists of messages, so completions are lists of messages too; `text_of` extracts
 their text.
 
-    python examples/custom_reward.py                            # SmolLM2 on a CPU, some minutes
+    python examples/custom_reward.py                            # SmolLM2 on a CPU, a few minutes
     python examples/custom_reward.py --model Qwen/Qwen2.5-0.5B-Instruct --updates 100       # a GPU
 """
 

@@ -6,7 +6,7 @@ KL. A callback reads the KL that the trainer measures, in nats per token, and ad
 Here beta starts at an arbitrary value, and every line shows how the controller changes it. The reward is VADER's
 sentiment, which a policy without a KL penalty soon exploits with a list of positive words.
 
-    python examples/grpo_adaptive_kl.py                         # GRPO on SmolLM2-135M, a CPU, some minutes
+    python examples/grpo_adaptive_kl.py                         # GRPO on SmolLM2-135M, a CPU, a few minutes
     python examples/grpo_adaptive_kl.py --trainer rloo --steps 60
     python examples/grpo_adaptive_kl.py --model Qwen/Qwen2.5-0.5B-Instruct --batch-size 64 --steps 200      # a GPU
 

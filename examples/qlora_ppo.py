@@ -8,7 +8,7 @@ part), the adapter with its gradient and Adam's two moments, what the backward p
 and values of sampling. Training and sampling use their memory at different times: `--micro-batch` and `--response-length`
 determine the peak of training, `--sample-batch` that of sampling. On a GPU the measured peak is printed after the run.
 
-    python examples/qlora_ppo.py                                        # SmolLM2-135M on a CPU, some minutes
+    python examples/qlora_ppo.py                                        # SmolLM2-135M on a CPU, a few minutes
     python examples/qlora_ppo.py --model Qwen/Qwen2.5-7B-Instruct --updates 200        # one GPU of 24 GB
     python examples/qlora_ppo.py --model Qwen/Qwen2.5-7B-Instruct --estimate-only      # reads its config.json, no weights
 """

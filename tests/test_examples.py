@@ -1,4 +1,4 @@
-"""The examples: that they run, and that what they show is so."""
+"""Tests that the examples run, and that their results are correct."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_without_an_anchor_every_lambda_collapses(lam: float) -> None:
     assert (loophole.diff() >= -1e-15).all()
     kl = exact_from_logps("kl", policies[-1], Q).item()
     assert kl == pytest.approx(-Q[R.argmax()].item(), abs=1e-9)
-    if lam > 0:  # the trust region sets the pace: λ times as many updates to the same policy
+    if lam > 0:  # the trust region determines the rate: λ times as many updates lead to the same policy
         once = fixed_points.iterate(Q, R, 0.0, 0.1 * lam, 1)[-1]
         assert policies[10].tolist() == pytest.approx(once.tolist(), abs=1e-12)
 
@@ -103,16 +103,16 @@ def test_kl_or_trust_region_runs_and_prints_its_table(tmp_path: Path) -> None:
     rows = [line.split() for line in lines if line[:3].strip() and line.split()[0] in ("0.50", "0.15", "0.00")]
     assert len(rows) == len(fixed_points.BETAS) * len(fixed_points.LAMBDAS)
     for beta in ("0.50", "0.15", "0.00"):
-        assert len({tuple(row[2:5]) for row in rows if row[0] == beta}) == 1  # one destination, whatever λ is
+        assert len({tuple(row[2:5]) for row in rows if row[0] == beta}) == 1  # the fixed point does not depend on λ
     for row in rows:
-        assert row[6] == row[7]  # the share kept, as measured and as predicted
+        assert row[6] == row[7]  # the share kept: measured and predicted
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["kl_or_trust_region.png", "kl_or_trust_region.svg"]
     assert (tmp_path / "out" / "kl_or_trust_region.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "out" / "kl_or_trust_region.svg").read_text("utf-8")
 
 
-# -- Those that train: on a tiny model, one update, as a user starts them ------------------------------------------------
+# -- Examples that train, on a tiny model for one update ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def example(name: str, *arguments: str, capsys: pytest.CaptureFixture) -> list[str]:
-    """Run its main in this process, which has torch and TRL loaded already; returns what it printed."""
+    """Run its `main` in this process, which has already loaded torch and TRL, and return the printed lines."""
     load(name).main(list(arguments))
     return capsys.readouterr().out.splitlines()
 
@@ -153,7 +153,7 @@ def test_a_controller_of_ones_own_moves_the_coefficient(model, tmp_path, capsys)
         own = load("custom_controller")
         own.main(["--model", model, "--updates", "3", "--budget", "1e-6", "--output-dir", str(tmp_path)])
         coefs = [record["anchor"]["coef"] for record in load_records(tmp_path)]
-        assert coefs[0] == coefs[1] == 0.02 < coefs[2]  # the first update is at the reference, where nothing is over
+        assert coefs[0] == coefs[1] == 0.02 < coefs[2]  # the first update starts at the reference, where the KL is 0
         rule = own.BudgetKL(coef=0.1, target=2.0)
         risen = rule.update(rule.init(), kl=4.0, episodes=8)
         assert (risen.coef, rule.update(risen, kl=1.0, episodes=8).coef) == pytest.approx((0.2, 0.19))
