@@ -75,9 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
     print("\nrule        gated        ratio     update     to ref    score")
     print("\n".join(rows))
     print(
-        "\ngated: share of the gradient that the rule removed; ratio: largest after an\n"
-        "update; update: mean KL(π_old‖π), nats per token; to ref: KL(π‖π_ref) at the end,\n"
-        "nats per response. cliprange is 0.2 for all rules; gspo's paper uses 3e-4."
+        "\ngated: share of the gradient that the rule removed; ratio: the largest after\n"
+        "an update; update: mean KL(π_old‖π), nats per token; to ref: KL(π‖π_ref) at the\n"
+        "end, nats per response. cliprange is 0.2 for all rules; gspo's paper uses 3e-4."
     )
 
 

@@ -73,9 +73,9 @@ def table(distance: float) -> str:
         lines.append(f"{name:11} {meaning:14} {value:8.4f} {bias:+8.4f} {deviation / value:6.1f}  {kinds}")
     lines += [
         "",
-        "value: in nats; bias: mean of the estimator − value; std: of one sample, in units",
-        "of the value. exact: the gradient of that divergence; partial: one of its two",
-        "terms; biased: the gradient of another quantity; zero: only noise.",
+        "value: in nats; bias: mean of the estimator − value; std: of one sample, in",
+        "units of the value. exact: the gradient of that divergence; partial: one of its",
+        "two terms; biased: the gradient of another quantity; zero: only noise.",
     ]
     return "\n".join(lines)
 

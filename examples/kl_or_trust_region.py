@@ -127,7 +127,7 @@ def table(q: Tensor, r: Tensor, steps: int) -> str:
             )
         lines.append("")
     lines += [
-        "β determines where training ends: all lines with the same β agree. λ determines how fast.",
+        "β determines where training ends (the lines of one β agree), and λ how fast.",
         f"β = 0: every λ ends at one word, with KL −log q = {-q[r.argmax()].item():.4f} nats.",
     ]
     return "\n".join(lines)
