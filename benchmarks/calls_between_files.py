@@ -1,9 +1,9 @@
-"""Counts the calls from one file of the package to another in one update of PPO on a tiny model.
+"""Count the calls from one file of the package to another in one PPO update of a tiny model.
 
     python benchmarks/calls_between_files.py
-    python benchmarks/calls_between_files.py --within ppo/trainer.py ppo/loop.py   # and those between some files alone
+    python benchmarks/calls_between_files.py --within ppo/trainer.py ppo/loop.py   # also those between these files
 
-A call counts for the nearest file of the package above it, also where a library stands between the two.
+A call is attributed to the nearest caller in the package, even if functions of a library are in between.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(trl_trustkl.__file__).parent
 
 
 class Calls:
-    """Counts (caller, called) files while it is the profile function of the interpreter."""
+    """A profile function of the interpreter that counts pairs of (calling, called) files."""
 
     def __init__(self) -> None:
         self.pairs: Counter[tuple[str, str]] = Counter()
@@ -43,7 +43,7 @@ class Calls:
 
 
 def count() -> Counter[tuple[str, str]]:
-    """The calls of the second update of three: one with backtracking, on a tiny Llama with LoRA."""
+    """The calls of the second of three updates, which includes backtracking, on a tiny Llama with LoRA."""
     from transformers import TrainerCallback
 
     calls = Calls()
@@ -65,12 +65,14 @@ def count() -> Counter[tuple[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--within", nargs="+", default=[], metavar="FILE", help="count those between these files too")
+    parser.add_argument(
+        "--within", nargs="+", default=[], metavar="FILE", help="also count the calls between these files"
+    )
     files = set(parser.parse_args().within)
     pairs = count()
     for (caller, called), number in pairs.most_common():
         print(f"{number:5}  {caller} → {called}")
-    print(f"{sum(pairs.values()):5}  in all, between {len(pairs)} pairs of files")
+    print(f"{sum(pairs.values()):5}  in total, between {len(pairs)} pairs of files")
     if files:
         within = sum(number for pair, number in pairs.items() if files.issuperset(pair))
         print(f"{within:5}  between the files of --within")

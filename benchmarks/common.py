@@ -1,4 +1,4 @@
-"""What the benchmarks share: peak memory, settings of a run, models with random weights, and where figures were taken."""
+"""Common functions of the benchmarks: peak memory, training settings, models with random weights, and the hardware."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process (Linux); a new process begins anew, unlike `ru_maxrss`."""
+    """Peak resident memory of this process (Linux). Unlike `ru_maxrss`, it starts at zero in a new process."""
     return _status("VmHWM")
 
 
@@ -30,21 +30,21 @@ def _status(field: str) -> int:
 
 
 def used_bytes(device: str) -> int:
-    """What is in use now: resident memory, or what torch has allocated on the GPU."""
+    """Memory in use now: resident memory, or what torch has allocated on the GPU."""
     import torch
 
     return torch.cuda.memory_allocated() if device == "cuda" else resident_bytes()
 
 
 def most_bytes(device: str) -> int:
-    """The most that was in use so far, in the sense of `used_bytes`."""
+    """The maximum of `used_bytes` so far."""
     import torch
 
     return torch.cuda.max_memory_allocated() if device == "cuda" else peak_bytes()
 
 
 def training_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Fields that TRL's PPOConfig and ours have in common: one mini-batch, and nothing written beside the records."""
+    """Fields of both TRL's PPOConfig and ours: one mini-batch, and no output except the records."""
     return {
         "output_dir": options.output_dir,
         "per_device_train_batch_size": options.batch_size // 2,
@@ -75,7 +75,7 @@ def lora() -> Any:
 
 
 def phase_clock(seconds: list[dict[str, float]]) -> Any:
-    """A callback that appends the phases' seconds of every record."""
+    """A callback that appends the seconds of the phases of every record."""
     from transformers import TrainerCallback
 
     class Phases(TrainerCallback):
@@ -86,12 +86,12 @@ def phase_clock(seconds: list[dict[str, float]]) -> Any:
 
 
 def distinct_share(prompts: Any, completions: Any, completion_ids: Any, **_: Any) -> list[float]:
-    """A reward function that takes no time: the cost of a reward function is the user's."""
+    """A reward function that takes almost no time, because its cost depends on the user's function."""
     return [len(set(ids)) / len(ids) for ids in completion_ids]
 
 
 def random_model(**shape: Any) -> Any:
-    """A Qwen3 with random weights, for machines without a model at hand; `shape` goes to its configuration."""
+    """A Qwen3 with random weights, which needs no download; `shape` is passed to its configuration."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -100,7 +100,7 @@ def random_model(**shape: Any) -> Any:
 
 
 def byte_tokenizer() -> Any:
-    """Single bytes, <eos> and <pad>: 258 tokens, whatever the vocabulary of a random model."""
+    """A tokenizer with 258 tokens (single bytes, <eos> and <pad>), regardless of the model's vocabulary size."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -111,7 +111,7 @@ def byte_tokenizer() -> Any:
 
 
 def machine(device: str) -> str:
-    """Where figures were taken: cores and memory, or the GPU; Python and torch."""
+    """The hardware and software of a measurement: cores and memory, or the GPU; Python and torch."""
     import torch
 
     where = f"{os.cpu_count()} cores, {memory_gib():.0f} GiB" if device == "cpu" else torch.cuda.get_device_name()

@@ -1,12 +1,12 @@
-"""Memory of exact full-vocabulary divergences: in chunks against all logits at once.
+"""Memory of exact full-vocabulary divergences: computed in chunks, compared with all logits at once ("dense").
 
-Each point is a fresh process: N = B·T tokens, hidden states of width H for two policies, a frozen head of V × H. Measured
-is the peak resident memory beyond what was there with hidden states and head in place, forward alone and forward with
-backward. Dense it grows with N·V; in chunks what the arithmetic holds at a time does not grow with N.
+Each point is a separate process with N = B·T tokens, hidden states of width H for two policies, and a frozen head of V × H.
+The script measures the peak resident memory above that of hidden states and head, for a forward pass and for forward and
+backward passes. Dense, it grows with N·V. In chunks, the memory of the computation does not grow with N.
 
-What a process holds can be more than that: glibc by default keeps freed blocks of up to 32 MiB for later use, and does not
-always find a use for them (allocator `default`): small blocks that are still needed lie between them. With
-MALLOC_MMAP_THRESHOLD_ fixed, large blocks go back when they are freed, at the cost of page faults (allocator `returning`).
+A process can hold more memory than it uses: by default glibc keeps freed blocks of up to 32 MiB for later use, and cannot
+always reuse them, because small blocks that are still in use lie between them (allocator `default`). With a fixed
+MALLOC_MMAP_THRESHOLD_, large blocks are returned when they are freed, at the cost of page faults (allocator `returning`).
 
     python benchmarks/exact_kl_memory.py            # writes benchmarks/data/exact_kl_memory.csv
 """
@@ -26,7 +26,7 @@ ALLOCATORS = {"default": {}, "returning": {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
 
 def measure(mode: str, tokens: int, vocab: int, hidden: int, backward: bool) -> float:
-    """MiB beyond the stored hidden states and the head."""
+    """MiB above the memory of the stored hidden states and the head."""
     import torch
 
     from trl_trustkl import divergences
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=150_000)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096])
-    parser.add_argument("--dense-up-to", type=int, default=256, help="largest N that is also computed densely")
+    parser.add_argument("--dense-up-to", type=int, default=256, help="largest N that is also computed dense")
     parser.add_argument("--point", nargs=5, metavar=("MODE", "N", "V", "H", "BACKWARD"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.point:
@@ -71,7 +71,7 @@ def main() -> None:
         print(measure(mode, int(tokens), int(vocab), int(hidden), backward == "True"))
         return
     rows = []
-    print(f"V = {options.vocab}, H = {options.hidden}; MiB beyond hidden states and head; {machine('cpu')}")
+    print(f"V = {options.vocab}, H = {options.hidden}; MiB above hidden states and head; {machine('cpu')}")
     for backward, allocator, tokens, mode in itertools.product(
         (False, True), ALLOCATORS, options.tokens, ("chunked", "dense")
     ):

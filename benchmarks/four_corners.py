@@ -1,13 +1,13 @@
-"""The four corners of anchor × trust region on a real language model: what fails without each of them.
+"""The four combinations of anchor and trust region on a real language model: what fails without each of them.
 
-SmolLM2-135M-Instruct with a 4-bit backbone and LoRA is tuned towards positive sentiment four times from the same start:
-with the anchor (β = 0.05) and the clip (0.2), with either, with neither. Table and figures go into the README and
-docs/kl_or_trust_region.md.
+SmolLM2-135M-Instruct with a 4-bit backbone and LoRA is trained with a reward for positive sentiment, four times from the
+same model: with the anchor (β = 0.05) and the clip (0.2), with either one, and with neither. The table and the figures are
+used in the README and docs/kl_or_trust_region.md.
 
     python benchmarks/four_corners.py    # benchmarks/data/four_corners.csv and .md, docs/figures/four_corners_*.png
 
-This is `trustkl compare` with nothing changed; its table, its numbers and two of its figures are copied to where the
-documentation has them. Its options are handed on, such as `--seeds 42 43`; an interrupted comparison goes on where it stopped.
+This script runs `trustkl compare` with its defaults, and copies the table, the numbers and two of the figures to the folders
+that the documentation uses. Options such as `--seeds 42 43` are passed on. Running it again resumes an interrupted comparison.
 """
 
 from __future__ import annotations

@@ -1,18 +1,20 @@
-"""What measuring and recording cost: the share of an update's time on the demo's task, timed part by part in one run.
+"""The cost of measuring and recording, as shares of an update's time on the demo's task.
 
-Instrumented, not a difference of whole runs. Each part is a share of one update, from the start of its rollout to the end
-of its callbacks; rendering is taken out of that time and reported on its own.
+The parts are timed inside one run, instead of comparing the times of different runs. Each part is a share of the time of
+one update, from the start of its rollout to the end of its callbacks. Rendering is excluded from that time and reported
+separately.
 
-    measure   the batch's pass through the new policy and enforcement: `seconds.measure` of the record
-    exact     the exact KL to the reference, and the entropy, while scoring: the pass as it is, against the same pass on the
-              same micro-batches without them (log-probabilities only), timed in alternation outside the update's time
-    record    building the record
-    callback  BoundReportCallback: two files, the table
-    render    the report, each time it is rendered; in no sum
+    measure   the batch's pass through the new policy, and enforcement: `seconds.measure` of the record
+    exact     the exact KL to the reference and the entropy, in the scoring phase: the difference to the same pass without
+              them (log-probabilities only), on the same micro-batches, timed alternately outside the update's time
+    record    creating the record
+    callback  BoundReportCallback: two files and the table
+    render    rendering the report once; not part of the total
 
-The total is measure + exact + record + callback. Settings alternate, run by run, so that a slow minute hits all of them.
+The total is measure + exact + record + callback. Settings alternate between runs, so that a temporary slowdown affects all
+of them.
 
-    python benchmarks/overhead.py            # writes benchmarks/data/overhead.csv and .md; some 15 minutes on two cores
+    python benchmarks/overhead.py            # writes benchmarks/data/overhead.csv and .md; about 15 minutes on two cores
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ COLUMNS = ("epochs", "measure_fraction", "run", "update", "seconds", *PARTS, "to
 
 
 class Clock:
-    """Seconds spent in wrapped methods since they were last taken."""
+    """Seconds spent in wrapped methods since the last call of `take`."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -59,7 +61,7 @@ class Clock:
 
 
 def run(epochs: int, fraction: float, number: int, updates: int) -> list[dict[str, float]]:
-    """The rows of one run; its first update warms up and is left out."""
+    """The rows of one run, without its first update, which is a warm-up."""
     from trl_trustkl import BoundReportCallback, load_records
     from trl_trustkl.demo.task import sentiment_trainer
 
@@ -104,7 +106,7 @@ def run(epochs: int, fraction: float, number: int, updates: int) -> list[dict[st
 
 
 def exact_seconds(trainer: Any, batch: Any, repeats: int = 2) -> float:
-    """What the exact KL to the reference and the entropy add to scoring this batch; after the update, and outside its time."""
+    """Seconds that the exact KL to the reference and the entropy add to scoring this batch, timed after the update."""
     from trl_trustkl.policy.exact_kl import token_statistics
 
     with_them, without = [], []
@@ -131,7 +133,7 @@ def exact_seconds(trainer: Any, batch: Any, repeats: int = 2) -> float:
 
 
 def medians(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    """One row for each setting: the median over its updates, part by part."""
+    """One row for each setting: the median of each part over its updates."""
     found: dict[tuple[float, float], list[dict[str, float]]] = defaultdict(list)
     for row in rows:
         found[row["epochs"], row["measure_fraction"]].append(row)
@@ -143,8 +145,8 @@ def medians(rows: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def table(rows: list[dict[str, float]]) -> str:
-    """Markdown: shares of update time, the median over updates."""
-    head = ["epochs", "measure_fraction", "seconds an update", *PARTS, "total", "updates", "render (s)"]
+    """A Markdown table of shares of an update's time, as medians over updates."""
+    head = ["epochs", "measure_fraction", "seconds per update", *PARTS, "total", "updates", "render (s)"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in medians(rows):
         shares = [f"{row[name]:.2%}" for name in (*PARTS, "total")]
@@ -157,8 +159,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--fractions", type=float, nargs="+", default=[1.0, 0.25])
-    parser.add_argument("--runs", type=int, default=3, help="of each setting (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=5, help="in each run, after the first (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each setting (default: %(default)s)")
+    parser.add_argument(
+        "--updates", type=int, default=5, help="updates of each run after the first (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, default=DATA, help="folder of the results (default: %(default)s)")
     options = parser.parse_args()
     rows = []

@@ -1,15 +1,15 @@
 """How an update's time and memory grow with response length, batch, vocabulary and model size.
 
-Qwen3-shaped models with random weights, LoRA on all linear layers, value head on the backbone, two PPO epochs, every response
-of full length. One dimension varies at a time, the others stay at the base; each point is a fresh process, whose first
-update warms up and is left out. Seconds are those of the records. Two figures of memory: the peak above a bare interpreter
-with torch, and `working`, the peak above what was there when training began (libraries, weights, adapters), which is
-what updates need. An exponent is the slope of a line fitted to the logarithms, beside it in brackets that between the two
-largest values alone, where constant costs weigh least.
+The models have the shape of Qwen3 and random weights, LoRA on all linear layers, and a value head on the backbone; an
+update has two PPO epochs, and every response has full length. One dimension varies at a time, and the others have the base
+values. Each point is a separate process, whose first update is a warm-up and not counted. Seconds are those of the records.
+Memory is reported twice: `peak`, above a bare interpreter with torch, and `working`, above the memory at the start of
+training (libraries, weights, adapters), which is what updates need. An exponent is the slope of a line fitted to the
+logarithms; in brackets, the slope between the two largest values only, where constant costs have the least influence.
 
     python benchmarks/scaling.py                         # writes benchmarks/data/scaling.csv and .md
     python benchmarks/scaling.py --device cuda           # larger shapes; scaling_cuda.csv and .md
-    python benchmarks/scaling.py --quick                 # tiny shapes, to see it work; writes nothing
+    python benchmarks/scaling.py --quick                 # tiny shapes, to test the script; writes nothing
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MEASURED = (*PHASES, "mib", "working_mib")
 
 
 class Point(NamedTuple):
-    """tokens of a response, responses of an update, responses of a micro-batch, vocabulary, and the backbone's shape."""
+    """Tokens per response, responses per update, responses per micro-batch, vocabulary size, and the backbone's shape."""
 
     length: int
     batch: int
@@ -55,7 +55,7 @@ class Point(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The base, and what each dimension takes on instead."""
+    """The base point, and the values of each dimension."""
 
     base: Point
     length: tuple[int, ...]
@@ -65,7 +65,7 @@ class Plan(NamedTuple):
     model: tuple[tuple[int, int], ...]
 
     def points(self) -> dict[str, list[Point]]:
-        """By dimension; the base is in each of them."""
+        """The points of each dimension, which include the base."""
         single = ("length", "batch", "micro_batch", "vocabulary")
         found = {name: [self.base._replace(**{name: value}) for value in getattr(self, name)] for name in single}
         return found | {"model": [self.base._replace(hidden=hidden, layers=layers) for hidden, layers in self.model]}
@@ -98,29 +98,29 @@ PLANS = {
     ),
 }
 
-# True by construction, whatever the figures; see the phases in `trl_trustkl/ppo/trainer.py`.
+# These follow from the algorithm, not from the measurements; see the phases in `trl_trustkl/ppo/trainer.py`.
 EXPECTED = {
-    "length": "Every pass is linear in the tokens but for attention, which is quadratic; sampling takes one step a token, "
-    "and a step reads a cache that grows. That cache and a micro-batch's activations are linear in T, the "
-    "chunks of logits bounded.",
-    "batch": "At a fixed micro-batch scoring, optimising and measuring take as many passes as there are micro-batches: linear. "
-    "Sampling takes the same steps with more rows in each. Memory keeps one micro-batch's activations at a time: with the "
-    "batch grow only the stored hidden states and, while sampling, the cache and one step's logits.",
-    "micro_batch": "The same tokens in fewer passes: no more arithmetic, and less overhead. The activations of a pass are "
-    "linear in its rows.",
-    "vocabulary": "The output head and the sums over the vocabulary are linear in V, the layers do not know it. Of memory, the "
-    "embedding is linear in V and so are the logits of one sampling step; the chunks of logits are bounded, so there "
-    "is no B·T·V term.",
-    "model": "x is the number of the layers' parameters. Their arithmetic is linear in it; attention's scores, sampling's "
-    "overhead for each layer and the head grow less. Activations grow as width × layers, which is less than parameters.",
+    "length": "Every pass is linear in the number of tokens, except attention, which is quadratic. Sampling makes one step "
+    "per token, and each step reads a growing cache. The cache and the activations of a micro-batch are linear in T; the "
+    "chunks of logits are bounded.",
+    "batch": "With a fixed micro-batch, scoring, optimising and measuring make one pass per micro-batch, so their time is "
+    "linear. Sampling makes the same number of steps with more rows in each. Memory holds the activations of one micro-batch "
+    "at a time; only the stored hidden states and, while sampling, the cache and the logits of one step grow with the batch.",
+    "micro_batch": "The same tokens are computed in fewer passes, with the same arithmetic and less overhead. The activations "
+    "of a pass are linear in its rows.",
+    "vocabulary": "The output head and the sums over the vocabulary are linear in V; the layers do not depend on V. In memory, "
+    "the embedding and the logits of one sampling step are linear in V; the chunks of logits are bounded, so there is no "
+    "B·T·V term.",
+    "model": "x is the number of parameters of the layers. Their arithmetic is linear in x; the attention scores, the sampling "
+    "overhead of each layer and the head grow less. Activations grow with width × layers, which is less than the parameters.",
 }
 
 
-# -- one point, in a process of its own ---------------------------------------------------------------------------------
+# -- one point, in a separate process ----------------------------------------------------------------------------------
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Medians of the phases' seconds, MiB, and the number of the layers' parameters."""
+    """Medians of the phases' seconds, MiB, and the number of parameters of the layers."""
     import torch
 
     point, bare = Point(*options.run), most_bytes(options.device)
@@ -168,7 +168,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-# -- all of them ---------------------------------------------------------------------------------------------------------
+# -- all points ----------------------------------------------------------------------------------------------------------
 
 
 def in_a_process(point: Point, options: argparse.Namespace) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def in_a_process(point: Point, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each dimension and value; the base is measured once."""
+    """One row for each dimension and value. The base is measured only once."""
     known: dict[Point, dict[str, Any]] = {}
     rows = []
     for dimension, points in PLANS["quick" if options.quick else options.device].points().items():
@@ -208,7 +208,7 @@ def exponent(points: list[tuple[float, float]]) -> float:
 
 
 def summary(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
-    """The points, the exponents, and what there is to expect of them."""
+    """The tables of points and exponents, and the expected growth."""
     units = [name if name in PHASES else f"{name.removesuffix('_mib')} (MiB)" for name in MEASURED]
     units = ["peak (MiB)" if name == "mib (MiB)" else name for name in units]
     by_dimension = {name: [row for row in rows if row["dimension"] == name] for name in EXPECTED}
@@ -226,10 +226,10 @@ def summary(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     lines += ["", *(f"- *{name}*: {text}" for name, text in EXPECTED.items()), ""]
     base = PLANS["quick" if options.quick else options.device].base
     lines.append(
-        f"Base: {base.batch} responses × {base.length} tokens after {PROMPT_LENGTH} of prompt, {base.micro_batch} responses "
-        f"in a micro-batch, V = {base.vocabulary:,}, {base.layers} layers of width {base.hidden}; {options.epochs} PPO epochs; "
-        f"{'bf16' if options.device == 'cuda' else 'float32'}; {machine(options.device)}; medians of {options.updates - 1} "
-        "updates. Exponents over all points (between the two largest)."
+        f"Base: {base.batch} responses × {base.length} tokens after {PROMPT_LENGTH} tokens of prompt, {base.micro_batch} "
+        f"responses per micro-batch, V = {base.vocabulary:,}, {base.layers} layers of width {base.hidden}; {options.epochs} "
+        f"PPO epochs; {'bf16' if options.device == 'cuda' else 'float32'}; {machine(options.device)}; medians of "
+        f"{options.updates - 1} updates. Exponents are over all points (in brackets: between the two largest)."
     )
     return "\n".join(lines) + "\n"
 
@@ -237,15 +237,17 @@ def summary(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--updates", type=int, default=4, help="of each point, the first left out (%(default)s)")
+    parser.add_argument(
+        "--updates", type=int, default=4, help="updates per point; the first is not counted (%(default)s)"
+    )
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, nothing written")
+    parser.add_argument("--quick", action="store_true", help="use tiny shapes, and write nothing")
     parser.add_argument("--run", type=int, nargs=len(Point._fields), help=argparse.SUPPRESS)
     parser.add_argument("--output-dir", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.updates < 2:
         parser.error(
-            f"--updates got {options.updates}; it must be at least 2: the first update warms up and is left out"
+            f"--updates got {options.updates}; it must be at least 2: the first update is a warm-up and not counted"
         )
     if options.run:
         print(json.dumps(run(options)))

@@ -1,9 +1,9 @@
-"""Many updates of a tiny model: does memory grow, are files left open?
+"""Make many updates of a tiny model, and check whether memory grows or files stay open.
 
     python benchmarks/soak.py [updates]
 
-Prints the slope of the resident memory over each half of the run, in bytes an update, what is resident at the start, at the
-end, and once glibc has given back what it holds of freed memory (Linux), and the open file handles at the start and the end.
+Prints the slope of the resident memory over each half of the run, in bytes per update; the resident memory at the start, at
+the end, and after glibc has returned freed memory (Linux); and the open file handles at the start and the end.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Watch(TrainerCallback):
 
 
 def soak(folder: str | os.PathLike[str], updates: int) -> dict[str, float]:
-    """Train for `updates`, with a checkpoint every 50th, and say what grew."""
+    """Train for `updates`, with a checkpoint every 50 updates, and return what grew."""
     watch = Watch()
     changes = {"max_steps": updates, "save_strategy": "steps", "save_steps": 50, "save_total_limit": 2}
     changes |= {"logging_steps": 100, "kl_controller": "adaptive", "kl_target": 1.0, "trust_max_kl": 0.05}
@@ -59,14 +59,14 @@ def soak(folder: str | os.PathLike[str], updates: int) -> dict[str, float]:
 
 
 def give_back_freed_memory() -> None:
-    """Return what Python and the C library hold of freed memory to the operating system, where that is possible."""
+    """Return freed memory that Python and the C library hold to the operating system, where that is possible."""
     gc.collect()
     if sys.platform == "linux":
         getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
 
 
 def slope(values: list[int]) -> float:
-    """Of the least-squares line through the values, per step."""
+    """The slope of the least-squares line through the values, per step."""
     middle, mean = (len(values) - 1) / 2, sum(values) / len(values)
     covariance = sum((i - middle) * (value - mean) for i, value in enumerate(values))
     return covariance / max(sum((i - middle) ** 2 for i in range(len(values))), 1.0)

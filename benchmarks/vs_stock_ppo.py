@@ -1,23 +1,23 @@
-"""This trainer against TRL 1.12's own PPO trainer: seconds an update by phase, tokens per second, peak memory.
+"""Compare this trainer with TRL 1.12's PPO trainer: seconds per update by phase, tokens per second, peak memory.
 
-Each run is a process of its own, and the kinds take turns. *equal* trains the same models as the stock trainer does: a
-4-bit policy with LoRA, a full-precision value model of its own, a full-precision reward model. *recommended* is what this
-package offers by default: a value head on the policy's backbone, and a reward function. Both compute under bf16 autocast
-where the hardware multiplies bf16, as TRL's configurations do by default; *equal-float32* does not. The stock trainer has to
-compute in float32: with `bf16=True` it cannot sample from a 4-bit policy (its norms give float32 to an output head that it
-has cast to bf16). Measurements and records are on in all of ours; prompts, episodes, epochs and mini-batches are the same.
+Each run is a separate process, and the kinds alternate. *stock* is TRL's trainer. *equal* trains the same models: a 4-bit
+policy with LoRA, a separate full-precision value model, a full-precision reward model. *recommended* uses this package's
+defaults: a value head on the policy's backbone, and a reward function. Both run under bf16 autocast if the hardware has
+bf16 instructions, as TRL's configurations do by default; *equal-float32* does not. The stock trainer has to run in float32:
+with `bf16=True` it cannot sample from a 4-bit policy (its norms pass float32 to an output head that it has cast to bf16).
+Measuring and recording are enabled in all kinds of this package. Prompts, episodes, epochs and mini-batches are the same.
 
-    make test-trl112 ARGS=--collect-only                 # makes the environment with TRL 1.12, once
+    make test-trl112 ARGS=--collect-only                 # creates the environment with TRL 1.12, once
     python benchmarks/vs_stock_ppo.py                    # writes benchmarks/data/vs_stock_ppo.csv and .md
 
-The model is SmolLM2-135M-Instruct; `--model random` needs no weights, and with `--device cuda` is of 0.6 B parameters in
-the shape of Qwen3-0.6B.
+The model is SmolLM2-135M-Instruct. `--model random` needs no weights; with `--device cuda` it has 0.6 B parameters in the
+shape of Qwen3-0.6B.
 
-What the arithmetic needs at least, on SmolLM2 (135 M parameters, 106 M of them in 4 bit): an update of 16 responses of T =
-32 tokens after P ≈ 12 of prompt is one pass over 16·(P + T) tokens for generation, one each for π_old and π_ref, two
-forward and backward passes for two epochs, and one for the measurement, at 2·N flops a token forward and 4·N backward to
-the activations and adapters: about (4 + 2·3)·2·N·16·(P + T) = 3 Tflop. The stock trainer adds a value model and a reward
-model of the same size, and the weight gradients of the value model.
+The minimal amount of computation on SmolLM2 (135 M parameters, 106 M of them in 4 bits): an update of 16 responses of T =
+32 tokens after P ≈ 12 tokens of prompt needs one pass over 16·(P + T) tokens for generation, one each for π_old and π_ref,
+two forward and backward passes for two epochs, and one for the measurement. With 2·N flops per token forward and 4·N
+backward to the activations and adapters, this is about (4 + 2·3)·2·N·16·(P + T) = 3 Tflop. The stock trainer adds a value
+model and a reward model of the same size, and the weight gradients of the value model.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ QWEN3_06B = {
 }
 
 
-# -- one run, in a process of its own -----------------------------------------------------------------------------------
+# -- one run, in a separate process -------------------------------------------------------------------------------------
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Train, and return the phases of each update with the peak memory above a bare interpreter with torch."""
+    """Train, and return the seconds of each update's phases, and the peak memory above a bare interpreter with torch."""
     import torch
 
     device = options.device
@@ -111,7 +111,7 @@ def scalar_model(options: argparse.Namespace, seed: int) -> Any:
 
 
 def prompt_dataset(options: argparse.Namespace) -> Any:
-    """Token ids, in the order of a fixed list: every kind sees the same prompts."""
+    """Token ids in a fixed order, so that every kind has the same prompts."""
     from datasets import Dataset
 
     tokenizer = load_tokenizer(options)
@@ -138,7 +138,7 @@ def our_trainer(options: argparse.Namespace, seconds: list[dict[str, float]]) ->
 
 
 def stock_trainer(options: argparse.Namespace, seconds: list[dict[str, float]]) -> Any:
-    """TRL 1.12's, with a clock at the functions where its phases begin and end."""
+    """TRL 1.12's trainer, with timers in the functions where its phases begin and end."""
     import torch
     from transformers import TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
@@ -181,11 +181,11 @@ def stock_trainer(options: argparse.Namespace, seconds: list[dict[str, float]]) 
     )
 
 
-# -- all of them, in turns ----------------------------------------------------------------------------------------------
+# -- all runs, alternating -----------------------------------------------------------------------------------------------
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each run: medians over its updates but the first, which warms up."""
+    """One row for each run: medians over its updates except the first, which is a warm-up."""
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         model, prompts = prepare(options, Path(scratch))
@@ -228,7 +228,7 @@ def in_a_process(options: argparse.Namespace, kind: str, model: str, prompts: Pa
 
 
 def prepare(options: argparse.Namespace, scratch: Path) -> tuple[str, Path]:
-    """The model's folder and the prompts' file, the same for every run."""
+    """The folder of the model and the file of the prompts, which are the same for every run."""
     from trl_trustkl.demo.prompts import TRAIN_PROMPTS
 
     prompts = scratch / "prompts.json"
@@ -243,7 +243,7 @@ def prepare(options: argparse.Namespace, scratch: Path) -> tuple[str, Path]:
 
 
 def random_model(folder: Path, *, tiny: bool) -> str:
-    """Random weights in the shape of Qwen3-0.6B, or much smaller, and a tokenizer, in a folder."""
+    """A folder with a tokenizer and random weights in the shape of Qwen3-0.6B, or much smaller."""
     import torch
 
     small = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "head_dim": 16} if tiny else {}
@@ -253,7 +253,7 @@ def random_model(folder: Path, *, tiny: bool) -> str:
 
 
 def summary(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
-    """The table of medians, and the ratios with their range over the repeats."""
+    """The table of medians, and the ratios with their ranges over the repeats."""
     by_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in options.kinds}
     lines = [
         "| | TRL | generate (s) | score (s) | optimise (s) | measure (s) | update (s) | tokens/s | peak memory (MiB) |",
@@ -283,7 +283,9 @@ def summary(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         options.model, options.model
     )
     lines += ["", f"{model}, {shape}, {precision}; {machine(options.device)}; "]
-    lines[-1] += f"medians of {options.repeats} runs of {options.updates} updates, the first update of each left out."
+    lines[-1] += (
+        f"medians of {options.repeats} runs of {options.updates} updates, without the first update of each run."
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -296,21 +298,25 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--updates", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=16, help="responses of an update (%(default)s)")
-    parser.add_argument("--response-length", type=int, help="tokens (32; 512 on a GPU)")
+    parser.add_argument("--batch-size", type=int, default=16, help="responses per update (%(default)s)")
+    parser.add_argument("--response-length", type=int, help="tokens per response (32; 512 on a GPU)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
-        "--bf16", action=argparse.BooleanOptionalAction, help="for equal and recommended (where it is fast)"
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="for equal and recommended (default: if the hardware has it)",
     )
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--model", default="smollm2", help="smollm2, random, or a name or folder (%(default)s)")
+    parser.add_argument(
+        "--model", default="smollm2", help="smollm2, random, or the name or folder of a model (%(default)s)"
+    )
     parser.add_argument("--run", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--prompts", help=argparse.SUPPRESS)
     parser.add_argument("--output-dir", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.response_length = options.response_length or (512 if options.device == "cuda" else 32)
     if options.run:
-        options.bf16 = bool(options.bf16)  # None would leave it to TRL, which then says True
+        options.bf16 = bool(options.bf16)  # None would select TRL's default, which is True
         print(json.dumps(run(options)))
         return
     from trl_trustkl.policy.cpu import has_bf16_instructions

@@ -1,10 +1,10 @@
-"""Writes the parts of the documentation that the code knows best: options, metrics, formulas, the command line.
+"""Generate the parts of the documentation that are derived from the code: options, metrics, formulas, the command line.
 
-Between `<!-- generated: NAME -->` and `<!-- end -->` a page holds what the function NAME of `PARTS` returns. `make docs` runs
-this; a test compares.
+Between `<!-- generated: NAME -->` and `<!-- end -->` a page has the output of the function NAME in `PARTS`. `make docs` runs
+this script, and a test checks that the pages are up to date.
 
     python docs/generate.py            # rewrites the pages in place
-    python docs/generate.py --check    # names those that would change, and exits with 1
+    python docs/generate.py --check    # prints the pages that would change, and then exits with status 1
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _first(text: str | None) -> str:
 
 
 def config_fields() -> dict[str, dataclasses.Field[Any]]:
-    """The fields this project documents itself: its own, and TRL's PPO ones."""
+    """The fields that this package documents: its own fields and those of TRL's PPO."""
     from trl_trustkl.options import about
     from trl_trustkl.ppo.config import TrustKLPPOConfig
 
@@ -103,7 +103,7 @@ def _literals(hint: Any) -> tuple[str, ...]:
 
 
 def inherited() -> str:
-    """transformers' fields, as TRL sets their defaults."""
+    """The fields of transformers, with TRL's defaults."""
     from transformers import TrainingArguments
 
     from trl_trustkl.ppo.config import TrustKLPPOConfig
@@ -122,7 +122,7 @@ def _help(field: dataclasses.Field[Any]) -> str:
 
 
 def options() -> str:
-    """What goes into the `*_kwargs`."""
+    """The arguments in the `*_kwargs` fields."""
     from trl_trustkl.controllers import CONTROLLERS
     from trl_trustkl.divergences import ESTIMATORS
     from trl_trustkl.surrogates import SURROGATES
@@ -152,7 +152,7 @@ def _argument(field: dataclasses.Field[Any]) -> str:
 
 
 def meanings(schema: Any, prefix: str = "") -> dict[str, Any]:
-    """Each key of a record as trackers see it, with what its field is annotated with."""
+    """The keys of a record as they are logged to trackers, with the annotations of their fields."""
     found: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(schema, include_extras=True).items():
         nested = hasattr(hint, "_fields")
@@ -177,7 +177,7 @@ def completions() -> str:
     return _keys(Completion)
 
 
-# -- mathematics: the first paragraph of each docstring is formula and source ------------------------------------------
+# -- mathematics: the first paragraph of each docstring has the formula and its source ---------------------------------
 
 
 def _formulas(module: str, entries: dict[str, Any]) -> str:
@@ -291,7 +291,7 @@ PARTS: dict[str, Callable[[], str]] = {
 
 
 def generated(text: str) -> str:
-    """A page with its generated parts made anew."""
+    """A page with its generated parts updated."""
     return _BLOCK.sub(lambda found: f"{found[1]}\n{PARTS[found[2]]()}\n{found[3]}", text)
 
 

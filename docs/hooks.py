@@ -1,6 +1,6 @@
-"""MkDocs: files of the repository outside docs/ that a page links to become part of the site, under source/.
+"""MkDocs hooks: files outside docs/ that a page links to are added to the site, under source/.
 
-The pages link to them relatively, so that the links work in a clone and on a forge as well.
+The pages use relative links to these files, so that the links also work in a clone and on GitHub.
 """
 
 from __future__ import annotations
@@ -29,5 +29,5 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def _served(path: str) -> str:
-    """Where a file is in the site; as text, so that nothing is made into a page that is not one."""
+    """The path of a file in the site. Markdown and Python files are served as text, so that MkDocs does not render them."""
     return f"source/{path}" + (".txt" if path.endswith((".md", ".py")) else "")

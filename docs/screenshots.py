@@ -1,4 +1,4 @@
-"""Pictures of a run's report for the documentation, by headless Chromium: light, dark, and as wide as a phone.
+"""Screenshots of a run's report for the documentation, by headless Chromium: light, dark, and at the width of a phone.
 
 make demo && python docs/screenshots.py runs/demo/report.html      # writes docs/figures/report_*.png
 """
@@ -31,9 +31,9 @@ def main() -> None:
             raw = Path(scratch) / f"{name}.png"
             base = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
             command = [*base, *flags, f"--window-size={width},{height}", f"--screenshot={raw}", page.as_uri()]
-            # Not into pipes, which Chromium's own processes would keep open.
+            # Output does not go into pipes, because Chromium's child processes would keep them open.
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120)
-            # 256 colours are enough for a page of text and lines, at a third of the size.
+            # 256 colours are enough for text and lines, and reduce the size to one third.
             Image.open(raw).convert("RGB").quantize(256).save(FIGURES / f"report_{name}.png", optimize=True)
             print(FIGURES / f"report_{name}.png")
 

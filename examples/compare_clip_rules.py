@@ -1,12 +1,13 @@
-"""Clip rules side by side: what each of them takes from the gradient, and how far the policy moves all the same.
+"""Compare clip rules: how much of the gradient each of them removes, and how far the policy moves nevertheless.
 
-"Clipping keeps the ratio within [0.8, 1.2]" is what people say; what a clip does is take the gradient away from tokens
-that are outside already. Ratios are pushed out by their neighbours, by the optimizer's momentum, and by the step that
-crosses the border. So three columns belong together: the share of the gradient that was gated, the largest ratio after
-an update, and the KL of an update. A rule that gates more need not move less: compare `ppo`, whose gradient is zero
-outside, with `rollback` and `spo`, which pull back, with `gspo`, which looks at whole responses, and with `none`.
+It is often said that clipping keeps the ratio within [0.8, 1.2]. In fact, a clip removes the gradient of tokens whose ratio
+has already left the range. Gradients of other tokens, the optimizer's momentum, and the step that crosses the limit still
+move ratios outside of it. Therefore read three columns together: the share of the gradient that was gated, the largest
+ratio after an update, and the KL of an update. A rule that gates more does not necessarily move the policy less. Compare
+`ppo`, whose gradient is zero outside the range, with `rollback` and `spo`, which pull ratios back, with `gspo`, which uses
+the ratio of an entire response, and with `none`.
 
-    python examples/compare_clip_rules.py                           # SmolLM2 on a CPU, some minutes
+    python examples/compare_clip_rules.py                           # SmolLM2 on a CPU, a few minutes
     python examples/compare_clip_rules.py --rules all --model Qwen/Qwen2.5-0.5B-Instruct --updates 50       # a GPU
 """
 
@@ -27,13 +28,13 @@ from trl_trustkl.surrogates import SURROGATES
 
 
 def short_words(prompts, completions, **columns):
-    """The share of words of up to three letters: easily learnt, and easily overdone."""
+    """The share of words of up to three letters: easy to learn, and easy to exploit."""
     words = [text.split() for text in completions]
     return [sum(len(word) <= 3 for word in some) / max(len(some), 1) for some in words]
 
 
 def run(rule: str, options: argparse.Namespace) -> list[dict]:
-    """The records of a run with this rule; nothing else differs, the seed included."""
+    """The records of a run with this rule. All other settings and the seed are the same for every rule."""
     gpu, folder = torch.cuda.is_available(), Path(options.output_dir) / rule
     TrustKLPPOTrainer(
         args=TrustKLPPOConfig(
@@ -62,10 +63,10 @@ def row(rule: str, records: list[dict]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="The clip rules on one task, from one seed.")
+    parser = argparse.ArgumentParser(description="Compare clip rules on one task and one seed.")
     parser.add_argument("--rules", nargs="+", default=["ppo", "rollback", "spo", "gspo", "none"], help="or: all")
-    parser.add_argument("--model", help="a name or folder (default: SmolLM2-135M-Instruct, from the hub or its wheel)")
-    parser.add_argument("--updates", type=int, default=6, help="of each run (default: %(default)s)")
+    parser.add_argument("--model", help="a name or folder (default: SmolLM2-135M-Instruct, from the Hub or its wheel)")
+    parser.add_argument("--updates", type=int, default=6, help="updates of each run (default: %(default)s)")
     parser.add_argument("--output-dir", default="runs/compare_clip_rules", help="(default: %(default)s)")
     options = parser.parse_args(arguments)
     options.model = options.model or smollm2_path()
@@ -74,9 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
     print("\nrule        gated        ratio     update     to ref    score")
     print("\n".join(rows))
     print(
-        "\ngated: share of the gradient that a rule took; ratio: largest after an update;\n"
-        "update: mean KL(π_old‖π), nats per token; to ref: KL(π‖π_ref) at the end, nats\n"
-        "per response. cliprange is 0.2 for all; gspo's paper takes 3e-4 for responses."
+        "\ngated: share of the gradient that the rule removed; ratio: the largest after\n"
+        "an update; update: mean KL(π_old‖π), nats per token; to ref: KL(π‖π_ref) at the\n"
+        "end, nats per response. cliprange is 0.2 for all rules; gspo's paper uses 3e-4."
     )
 
 

@@ -1,13 +1,13 @@
-"""A controller of one's own for the anchor's coefficient: a budget instead of a target.
+"""A custom controller for the anchor's coefficient: a budget instead of a target.
 
-The controllers of this package hold the KL to the reference *at* a target: below it they lower β, also where the policy
-has no wish to go further. This one treats the target as a budget: above it β goes up at once, by `up` for every multiple
-of the target, and below it β slowly fades, by `fade` an update, but never below where it started. What there is to learn:
-a controller is a frozen dataclass with `init()` and `update(state, kl=, episodes=)`, state in and state out; under a name
-in CONTROLLERS it is an option like the built-in ones, with its arguments checked, its state in checkpoints, and its
-coefficient in the records.
+The controllers of this package keep the KL to the reference *at* a target. When the KL is below the target they lower β,
+even if the reward does not need a larger KL. This controller treats the target as a budget. When the KL is above it, β
+rises immediately, by `up` for every multiple of the target; when the KL is below it, β decreases slowly, by `fade` per
+update, but never below its initial value. A controller is a frozen dataclass with `init()`, which returns the first state,
+and `update(state, kl=, episodes=)`, which returns the next one. When it is registered in CONTROLLERS, it is an option like
+the built-in controllers: its arguments are checked, its state is saved in checkpoints, and its coefficient is recorded.
 
-    python examples/custom_controller.py                            # SmolLM2 on a CPU, some minutes
+    python examples/custom_controller.py                            # SmolLM2 on a CPU, a few minutes
     python examples/custom_controller.py --model Qwen/Qwen2.5-0.5B-Instruct --updates 100       # a GPU
 """
 
@@ -49,14 +49,14 @@ CONTROLLERS["budget"] = BudgetKL
 
 
 def short_words(prompts, completions, **columns):
-    """The share of words of up to three letters: easily learnt, and easily overdone."""
+    """The share of words of up to three letters: easy to learn, and easy to exploit."""
     words = [text.split() for text in completions]
     return [sum(len(word) <= 3 for word in some) / max(len(some), 1) for some in words]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="A controller of one's own, registered by name.")
-    parser.add_argument("--model", help="a name or folder (default: SmolLM2-135M-Instruct, from the hub or its wheel)")
+    parser = argparse.ArgumentParser(description="A custom controller, registered by name.")
+    parser.add_argument("--model", help="a name or folder (default: SmolLM2-135M-Instruct, from the Hub or its wheel)")
     parser.add_argument("--updates", type=int, default=12, help="(default: %(default)s)")
     parser.add_argument("--budget", type=float, default=2.0, help="nats per response (default: %(default)s)")
     parser.add_argument("--output-dir", default="runs/custom_controller", help="(default: %(default)s)")

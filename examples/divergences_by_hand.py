@@ -1,14 +1,14 @@
-"""Every estimator of the KL anchor against its closed form, on six words, where a mean is a sum of six terms.
+"""Compare every estimator of the KL anchor with its closed form, on six words, where a mean is a sum of six terms.
 
-A trainer sees one sampled word at a time, and estimates how far the policy p is from the reference q by a function of
-u = q/p at that word. Three questions decide which function to take, and this table answers them. *What* does it estimate:
-some of them measure another divergence than KL(p‖q), and k2 measures none of them exactly. *How noisy* is it: k1 and k3
-have the same mean, but on policies that are close k1's noise is many times its value. And *what does its gradient pull
-towards*, as a penalty in the reward, in the loss, or in both: an estimator with the right value may have the gradient of
-something else, or none at all. Look at k1 in the loss, and at k3 in the reward, which is what TRL's kl_estimator="k3" was.
+A trainer observes sampled words, and estimates how far the policy p is from the reference q by a function of u = q/p at
+each word. To choose this function, three questions matter, and the table answers them. *What does it estimate?* Some
+estimators measure another divergence than KL(p‖q), and k2 measures no divergence exactly. *How noisy is it?* k1 and k3 have
+the same mean, but for policies that are close the noise of k1 is many times its value. *What is its gradient*, as a penalty
+in the reward, in the loss, or in both? An estimator with the correct value may have the gradient of another quantity, or
+none. Look at k1 in the loss, and at k3 in the reward, which was TRL's kl_estimator="k3".
 
     python examples/divergences_by_hand.py                  # seconds, without a model
-    python examples/divergences_by_hand.py --distance 0.05  # a policy nearer to its reference: k1's noise stays
+    python examples/divergences_by_hand.py --distance 0.05  # a policy closer to the reference: k1 is still noisy
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def policy(distance: float) -> list[float]:
 
 
 def closed_forms(p: list[float], q: tuple[float, ...]) -> dict[str, tuple[str, float]]:
-    """For each estimator the divergence it stands for, and its value in nats, from the definition and nothing else."""
+    """For each estimator the divergence that it estimates, and its value in nats, from the definition only."""
     pairs = list(zip(p, q, strict=True))
     kl = sum(a * math.log(a / b) for a, b in pairs)
     middle = [(a + b) / 2 for a, b in pairs]
@@ -50,7 +50,7 @@ def closed_forms(p: list[float], q: tuple[float, ...]) -> dict[str, tuple[str, f
 
 
 def moments(name: str, p: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation of one sample of the estimator, over all six words with their probabilities."""
+    """Mean and standard deviation of one sample of the estimator, by enumeration of the six words."""
     weights = torch.tensor(p, dtype=torch.float64)
     sample = ESTIMATORS[name](weights.log(), torch.tensor(REFERENCE, dtype=torch.float64).log())
     mean = (weights * sample).sum()
@@ -63,7 +63,7 @@ def table(distance: float) -> str:
         "p: " + " ".join(f"{each:.3f}" for each in p),
         "q: " + " ".join(f"{each:.3f}" for each in REFERENCE),
         "",
-        "estimator   stands for       value     bias    std  gradient as a penalty in the",
+        "estimator   estimates        value     bias    std  gradient as a penalty in the",
         "                                                     reward  loss    both",
     ]
     for name, (meaning, value) in closed_forms(p, REFERENCE).items():
@@ -73,9 +73,9 @@ def table(distance: float) -> str:
         lines.append(f"{name:11} {meaning:14} {value:8.4f} {bias:+8.4f} {deviation / value:6.1f}  {kinds}")
     lines += [
         "",
-        "value: in nats; bias: of the estimator against it; std: of one sample, in units",
-        "of the value. exact: the gradient of that divergence; partial: one of its two",
-        "terms; biased: of something else; zero: noise around nothing.",
+        "value: in nats; bias: mean of the estimator − value; std: of one sample, in",
+        "units of the value. exact: the gradient of that divergence; partial: one of its",
+        "two terms; biased: the gradient of another quantity; zero: only noise.",
     ]
     return "\n".join(lines)
 

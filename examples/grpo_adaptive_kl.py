@@ -1,16 +1,16 @@
-"""A KL target for GRPO or RLOO: the coefficient that reaches it is found while the run goes.
+"""A KL target for GRPO or RLOO: beta is adapted during training until the KL reaches the target.
 
-TRL's GRPOTrainer and RLOOTrainer hold the policy near its reference with a fixed coefficient, `beta`. Which KL a given
-beta leads to depends on model, reward and learning rate, and is known only afterwards; what one can say beforehand is how
-far the policy may go. So say that: a callback reads the KL that the trainer measures, in nats per token, and moves beta
-until it meets the target. Here beta starts at a guess, and every line shows what the controller makes of it. The
-reward is VADER's sentiment, which an unheld policy soon satisfies with a heap of nice words.
+TRL's GRPOTrainer and RLOOTrainer keep the policy near its reference with a fixed coefficient, `beta`. The KL that results
+from a given beta depends on model, reward and learning rate, and is known only after the run. It is easier to choose the
+KL. A callback reads the KL that the trainer measures, in nats per token, and adapts beta until the KL is near the target.
+Here beta starts at an arbitrary value, and every line shows how the controller changes it. The reward is VADER's
+sentiment, which a policy without a KL penalty soon exploits with a list of positive words.
 
-    python examples/grpo_adaptive_kl.py                         # GRPO on SmolLM2-135M, a CPU, some minutes
+    python examples/grpo_adaptive_kl.py                         # GRPO on SmolLM2-135M, a CPU, a few minutes
     python examples/grpo_adaptive_kl.py --trainer rloo --steps 60
     python examples/grpo_adaptive_kl.py --model Qwen/Qwen2.5-0.5B-Instruct --batch-size 64 --steps 200      # a GPU
 
-It needs pip install '.[demo]' for the reward. bounds.jsonl in the output folder is what `trustkl report` reads.
+The reward needs pip install '.[demo]'. `trustkl report` reads bounds.jsonl in the output folder.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TRAINERS: dict[str, tuple[Any, Any]] = {"grpo": (GRPOTrainer, GRPOConfig), "rloo
 
 
 class PrintKL(TrainerCallback):
-    """A line for every update."""
+    """Prints a line for every update."""
 
     def __init__(self) -> None:
         self.kls: list[float] = []
@@ -75,12 +75,12 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trainer", choices=TRAINERS, default="grpo", help="(%(default)s)")
-    parser.add_argument("--model", help="a name on the hub, or a folder (SmolLM2-135M-Instruct)")
+    parser.add_argument("--model", help="a name on the Hub, or a folder (SmolLM2-135M-Instruct)")
     parser.add_argument("--target", type=float, default=0.1, help="KL to the reference, nats per token (%(default)s)")
     parser.add_argument("--beta", type=float, default=1.0, help="the first coefficient (%(default)s)")
     parser.add_argument("--steps", type=int, default=40, help="updates (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="responses per update (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=20, help="of a response, at most (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=20, help="maximum length of a response (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="(%(default)s)")
     parser.add_argument("--output-dir", default="runs/grpo_adaptive_kl", help="for bounds.jsonl (%(default)s)")
     options = parser.parse_args(arguments)
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     printed = PrintKL()
-    # What this example is about. The gains are for a run of some dozen updates; the default ones suit a longer run.
+    # These gains are for a run of a few dozen updates; the default ones suit a longer run.
     controller = PIDKL(coef=options.beta, target=options.target, kp=0.5, ki=0.08)
     trainer.add_callback(AdaptiveKLCallback(controller, trainer=trainer))
     trainer.add_callback(BoundReportCallback())

@@ -1,14 +1,14 @@
-"""PPO on a model of 7 to 8 billion parameters, on one GPU of 24 GB: what takes the memory, and which setting moves it.
+"""PPO on a model of 7 to 8 billion parameters, on one GPU of 24 GB: where the memory goes, and which settings change it.
 
-PPO needs a policy, a reference and a value, and sampling besides. Three full models of 8 billion parameters would take
-some 50 GB of weights alone. Here one backbone in 4 bits serves three times: with the LoRA adapter it is the policy,
-without it the reference, and a small head on its hidden states is the value. The script adds up what remains before it
-trains: the weights (embeddings and head stay in 32 bits, and are a large part of it), the adapter with its gradient and
-Adam's two moments, what the backward pass of one micro-batch keeps, and the keys and values of sampling, which come at
-another time. So `--micro-batch` and `--response-length` set the one peak, `--sample-batch` the other. It is an estimate,
-from the shapes in the model's configuration; on a GPU the measured peak is printed beside it after the run.
+PPO needs a policy, a reference, a value, and memory for sampling. The weights of three full models of 8 billion parameters
+would take about 50 GB. Here one backbone in 4 bits has three uses: with the LoRA adapter it is the policy, without the
+adapter it is the reference, and a small head on its hidden states predicts the value. Before training, the script estimates
+the memory from the shapes in the model's configuration: the weights (embeddings and head stay in 32 bits and are a large
+part), the adapter with its gradient and Adam's two moments, what the backward pass of one micro-batch keeps, and the keys
+and values of sampling. Training and sampling use their memory at different times: `--micro-batch` and `--response-length`
+determine the peak of training, `--sample-batch` that of sampling. On a GPU the measured peak is printed after the run.
 
-    python examples/qlora_ppo.py                                        # SmolLM2-135M on a CPU, some minutes
+    python examples/qlora_ppo.py                                        # SmolLM2-135M on a CPU, a few minutes
     python examples/qlora_ppo.py --model Qwen/Qwen2.5-7B-Instruct --updates 200        # one GPU of 24 GB
     python examples/qlora_ppo.py --model Qwen/Qwen2.5-7B-Instruct --estimate-only      # reads its config.json, no weights
 """
@@ -27,11 +27,11 @@ from trl_trustkl.demo.prompts import TRAIN_PROMPTS
 from trl_trustkl.demo.smollm2 import smollm2_path
 
 GB = 1e9
-NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, a byte of scale for 64, and 4 bytes for 256 scales
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes per weight: 4 bits, 1 byte of scale per 64 weights, 4 bytes per 256 scales
 
 
 def estimate(config, options: argparse.Namespace) -> dict[str, float]:
-    """Bytes by purpose, from the shapes of the model alone; the model itself is made without memory."""
+    """Bytes by purpose, from the shapes of the model, which is created on the meta device, without memory."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     head = model.get_output_embeddings()
@@ -49,9 +49,9 @@ def estimate(config, options: argparse.Namespace) -> dict[str, float]:
         "embeddings, head, norms in 32 bits": 4.0 * kept,
         "adapter, its gradient, Adam's moments": 16.0 * adapter,
         "CUDA context and buffers": 1.0 * GB,
-        # Checkpointing keeps each layer's input; then one layer is run again, with all that its backward pass needs.
+        # Checkpointing keeps each layer's input; then one layer is recomputed with all that its backward pass needs.
         "training: inputs of the layers": 2.0 * layers * tokens * hidden,
-        "training: one layer run again": tokens * (28.0 * hidden + 10.0 * inner) + 2.0 * hidden * inner,
+        "training: one recomputed layer": tokens * (28.0 * hidden + 10.0 * inner) + 2.0 * hidden * inner,
         "training: hidden states of the batch": 2.0 * options.batch * options.response_length * hidden,
         "sampling: keys and values": 4.0
         * options.sample_batch
@@ -64,7 +64,7 @@ def estimate(config, options: argparse.Namespace) -> dict[str, float]:
 
 
 def peak(parts: dict[str, float]) -> float:
-    """Training and sampling take turns, so that the larger of the two counts."""
+    """The peak of all parts. Training and sampling alternate, so only the larger of the two counts."""
     sums = {phase: sum(v for k, v in parts.items() if k.startswith(phase)) for phase in ("training", "sampling")}
     return sum(parts.values()) - min(sums.values())
 
@@ -101,10 +101,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="QLoRA PPO with an estimate of its memory.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--model", help="a name or folder; SmolLM2-135M-Instruct, from the hub or its wheel, if left out"
-    )
-    parser.add_argument("--reward-model", help="a sequence classifier with one label; a rule of length if left out")
+    parser.add_argument("--model", help="a name or folder; default: SmolLM2-135M-Instruct, from the Hub or its wheel")
+    parser.add_argument("--reward-model", help="a sequence classifier with one label; default: a rule on the length")
     for option, default in {"updates": 4, "batch": 32, "micro-batch": 4, "sample-batch": 32, "lora-r": 16}.items():
         parser.add_argument(f"--{option}", type=int, default=default)
     parser.add_argument("--prompt-length", type=int, default=256, help="tokens of the longest prompt, for the estimate")

@@ -1,4 +1,4 @@
-"""The documentation against the code: what is generated is up to date, what is named exists, what is shown would run."""
+"""Compare the documentation with the code: generated parts are up to date, names exist, and code examples are valid."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def modules_with_examples() -> list[str]:
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
-    """Fenced blocks of a language with their pages; of pages whose blocks are printed by a program, none."""
+    """Fenced blocks of a language with their pages, except in pages whose blocks are printed by a program."""
     pattern = re.compile(rf"^ *```{language}\n(.*?)^ *```", re.S | re.M)
     return [(page, block) for page, text in TEXTS.items() if page != "docs/cli.md" for block in pattern.findall(text)]
 
 
-# -- what is generated -------------------------------------------------------------------------------------------------
+# -- generated parts ---------------------------------------------------------------------------------------------------
 
 
 @on_pinned_transformers("The pages quote its help texts.")
@@ -104,7 +104,7 @@ def test_every_metric_that_is_logged_has_a_meaning() -> None:
     (returned,) = (node.value for node in ast.walk(function) if isinstance(node, ast.Return))
     logged = [key.value for key in returned.keys if key is not None]
     assert logged == documented("TRL's names")
-    assert documented("Of `AdaptiveKLCallback`") == [stock.KL, stock.TARGET, stock.COEF]
+    assert documented("Metrics of `AdaptiveKLCallback`") == [stock.KL, stock.TARGET, stock.COEF]
 
 
 def test_every_finding_has_its_section_in_order() -> None:
@@ -112,7 +112,7 @@ def test_every_finding_has_its_section_in_order() -> None:
 
 
 def errors_of(folder: Path) -> list[Any]:
-    """What meets each error of the troubleshooting table, in its order; None for those that other tests provoke."""
+    """Functions that raise each error of the troubleshooting table, in its order; None for errors that other tests raise."""
     quantised = tiny.llama()
     quantised.is_loaded_in_4bit = True
     anchor = {"kl_estimator": "k1", "kl_placement": "loss"}
@@ -171,7 +171,7 @@ def test_settings_named_in_the_text_are_settings() -> None:
 
 
 def test_keys_of_a_record_named_in_the_text_are_keys() -> None:
-    sections = ("The record", "TRL's names", "Of `AdaptiveKLCallback`")
+    sections = ("The record", "TRL's names", "Metrics of `AdaptiveKLCallback`")
     known = {key for section in sections for key in documented(section)}
     groups = {key.split("/")[0] for key in documented("The record") if "/" in key}
     found = [

@@ -1,4 +1,4 @@
-"""The examples: that they run, and that what they show is so."""
+"""Tests that the examples run, and that their results are correct."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def load(name: str) -> ModuleType:
     return module
 
 
-leash = load("which_leash")
-Q = torch.tensor(leash.REFERENCE, dtype=torch.float64).log()
-R = torch.tensor(leash.REWARD, dtype=torch.float64)
+fixed_points = load("kl_or_trust_region")
+Q = torch.tensor(fixed_points.REFERENCE, dtype=torch.float64).log()
+R = torch.tensor(fixed_points.REWARD, dtype=torch.float64)
 ANCHORED = [(beta, lam) for beta in (2.0, 0.5, 0.15) for lam in (0.0, 0.3, 1.0, 10.0)]
 
 
 def objective(logp: torch.Tensor, mu: torch.Tensor, beta: float, lam: float) -> torch.Tensor:
-    leashes = beta * exact_from_logps("kl", logp, Q) + lam * exact_from_logps("kl", logp, mu)
-    return (logp.exp() * R).sum(-1) - leashes
+    penalties = beta * exact_from_logps("kl", logp, Q) + lam * exact_from_logps("kl", logp, mu)
+    return (logp.exp() * R).sum(-1) - penalties
 
 
 @pytest.mark.parametrize(("beta", "lam"), [*ANCHORED, (0.0, 0.5), (0.0, 10.0)])
 def test_an_update_is_the_maximum(beta: float, lam: float) -> None:
     mu = torch.log_softmax(Q + torch.randn(6, dtype=torch.float64), -1)
-    best = leash.update(mu, Q, R, beta, lam)
+    best = fixed_points.update(mu, Q, R, beta, lam)
     assert best.exp().sum().item() == pytest.approx(1)
     others = torch.log_softmax(best + 0.1 * torch.randn(500, 6, dtype=torch.float64), -1)
     assert (objective(others, mu, beta, lam) < objective(best, mu, beta, lam)).all()
@@ -56,62 +56,63 @@ def test_an_update_is_the_maximum(beta: float, lam: float) -> None:
 
 @pytest.mark.parametrize("beta", [2.0, 0.5, 0.15])
 def test_the_destination_is_a_fixed_point_and_the_same_for_every_lambda(beta: float) -> None:
-    end = leash.destination(Q, R, beta)
-    weights = torch.tensor(leash.REFERENCE, dtype=torch.float64) * (R / beta).exp()
+    end = fixed_points.destination(Q, R, beta)
+    weights = torch.tensor(fixed_points.REFERENCE, dtype=torch.float64) * (R / beta).exp()
     assert end.exp().tolist() == pytest.approx((weights / weights.sum()).tolist(), rel=1e-12)
     gained = (end.exp() * R).sum() - (Q.exp() * R).sum()
     assert exact_from_logps("kl", end, Q) <= gained / beta
     for lam in (0.0, 0.3, 1.0, 10.0):
-        assert leash.update(end, Q, R, beta, lam).tolist() == pytest.approx(end.tolist(), abs=1e-12)
-        arrived = leash.iterate(Q, R, beta, lam, 3000)[-1]
+        assert fixed_points.update(end, Q, R, beta, lam).tolist() == pytest.approx(end.tolist(), abs=1e-12)
+        arrived = fixed_points.iterate(Q, R, beta, lam, 3000)[-1]
         assert arrived.tolist() == pytest.approx(end.tolist(), abs=1e-9)
 
 
 @pytest.mark.parametrize(("beta", "lam"), ANCHORED)
 def test_the_rate(beta: float, lam: float) -> None:
-    policies = leash.iterate(Q, R, beta, lam, 40)
+    policies = fixed_points.iterate(Q, R, beta, lam, 40)
     assert len(policies) == 41 and policies[0].tolist() == Q.tolist()
-    end, rate = leash.destination(Q, R, beta), lam / (beta + lam)
-    assert leash.measured_rate(policies, end) == pytest.approx(rate, abs=1e-6)
-    error = leash.log_error(policies, end)
+    end, rate = fixed_points.destination(Q, R, beta), lam / (beta + lam)
+    assert fixed_points.measured_rate(policies, end) == pytest.approx(rate, abs=1e-6)
+    error = fixed_points.log_error(policies, end)
     far = error[:-1] > 1e-6
     assert (error[1:][far] / error[:-1][far]).tolist() == pytest.approx([rate] * int(far.sum()), abs=1e-6)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.3, 1.0, 10.0])
 def test_without_an_anchor_every_lambda_collapses(lam: float) -> None:
-    policies = leash.iterate(Q, R, 0.0, lam, 2000)
+    policies = fixed_points.iterate(Q, R, 0.0, lam, 2000)
     loophole = policies[:, R.argmax()].exp()
     assert loophole[0].item() == pytest.approx(0.01)
     assert loophole[-1] > 1 - 1e-12
     assert (loophole.diff() >= -1e-15).all()
     kl = exact_from_logps("kl", policies[-1], Q).item()
     assert kl == pytest.approx(-Q[R.argmax()].item(), abs=1e-9)
-    if lam > 0:  # the trust region sets the pace: λ times as many updates to the same policy
-        once = leash.iterate(Q, R, 0.0, 0.1 * lam, 1)[-1]
+    if lam > 0:  # the trust region determines the rate: λ times as many updates lead to the same policy
+        once = fixed_points.iterate(Q, R, 0.0, 0.1 * lam, 1)[-1]
         assert policies[10].tolist() == pytest.approx(once.tolist(), abs=1e-12)
 
 
-def test_which_leash_runs_and_says_so(tmp_path: Path) -> None:
+def test_kl_or_trust_region_runs_and_prints_its_table(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "which_leash.py"), "--output-dir", "out"],
+        [sys.executable, str(ROOT / "examples" / "kl_or_trust_region.py"), "--output-dir", "out"],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     rows = [line.split() for line in lines if line[:3].strip() and line.split()[0] in ("0.50", "0.15", "0.00")]
-    assert len(rows) == len(leash.BETAS) * len(leash.LAMBDAS)
+    assert len(rows) == len(fixed_points.BETAS) * len(fixed_points.LAMBDAS)
     for beta in ("0.50", "0.15", "0.00"):
-        assert len({tuple(row[2:5]) for row in rows if row[0] == beta}) == 1  # one destination, whatever λ is
+        assert len({tuple(row[2:5]) for row in rows if row[0] == beta}) == 1  # the fixed point does not depend on λ
     for row in rows:
-        assert row[6] == row[7]  # the share kept, as measured and as predicted
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["which_leash.png", "which_leash.svg"]
-    assert (tmp_path / "out" / "which_leash.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (tmp_path / "out" / "which_leash.svg").read_text("utf-8")
+        assert row[6] == row[7]  # the share kept: measured and predicted
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["kl_or_trust_region.png", "kl_or_trust_region.svg"]
+    assert (tmp_path / "out" / "kl_or_trust_region.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "out" / "kl_or_trust_region.svg").read_text("utf-8")
 
 
-# -- Those that train: on a tiny model, one update, as a user starts them ------------------------------------------------
+# -- Examples that train, on a tiny model for one update ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def example(name: str, *arguments: str, capsys: pytest.CaptureFixture) -> list[str]:
-    """Run its main in this process, which has torch and TRL loaded already; returns what it printed."""
+    """Run its `main` in this process, which has already loaded torch and TRL, and return the printed lines."""
     load(name).main(list(arguments))
     return capsys.readouterr().out.splitlines()
 
@@ -152,7 +153,7 @@ def test_a_controller_of_ones_own_moves_the_coefficient(model, tmp_path, capsys)
         own = load("custom_controller")
         own.main(["--model", model, "--updates", "3", "--budget", "1e-6", "--output-dir", str(tmp_path)])
         coefs = [record["anchor"]["coef"] for record in load_records(tmp_path)]
-        assert coefs[0] == coefs[1] == 0.02 < coefs[2]  # the first update is at the reference, where nothing is over
+        assert coefs[0] == coefs[1] == 0.02 < coefs[2]  # the first update starts at the reference, where the KL is 0
         rule = own.BudgetKL(coef=0.1, target=2.0)
         risen = rule.update(rule.init(), kl=4.0, episodes=8)
         assert (risen.coef, rule.update(risen, kl=1.0, episodes=8).coef) == pytest.approx((0.2, 0.19))
@@ -249,7 +250,7 @@ def test_the_notebook_runs_from_top_to_bottom(model, tmp_path, capsys) -> None:
 TRAINING = ("custom_controller", "custom_reward", "compare_clip_rules", "qlora_ppo")
 
 
-@pytest.mark.parametrize("name", ["which_leash", "divergences_by_hand", *TRAINING])
+@pytest.mark.parametrize("name", ["kl_or_trust_region", "divergences_by_hand", *TRAINING])
 def test_an_example_opens_with_a_paragraph_and_commands(name: str) -> None:
     paragraphs = (load(name).__doc__ or "").split("\n\n")
     assert len(paragraphs) >= 3 and f"python examples/{name}.py" in "".join(paragraphs)

@@ -1,21 +1,21 @@
-"""Which leash does what: the KL penalty to a frozen reference, and the penalty on the size of an update.
+"""The separate effects of the KL penalty to a frozen reference (the anchor) and of a penalty on the size of an update.
 
-Both hold a policy near another one, so they look like one thing set twice. Here they are taken apart on a vocabulary of
-six words, where every update can be made exactly: from the policy μ of the last update, take the p that maximises
+Both penalties keep a policy near another policy, so they look alike. This example separates them on a vocabulary of six
+words, where every update can be computed exactly: from the policy μ of the last update, take the p that maximises
 
     E_p[r] − β·KL(p‖q) − λ·KL(p‖μ),        which is        p ∝ exp((r + β·log q + λ·log μ) / (β + λ)),
 
-and let it be the next μ. What to look for: with an anchor (β > 0) the policy ends at q·exp(r/β)/Z, the same for every λ,
-and λ only sets how much of the remaining error an update keeps, λ/(β + λ). Without one (β = 0) there is no such place:
-the policy ends on the one word with the highest reward, and a larger λ only postpones that.
+and use it as the next μ. With an anchor (β > 0) the policy converges to q·exp(r/β)/Z, which does not depend on λ; λ only
+sets the share of the remaining error that an update keeps, λ/(β + λ). Without an anchor (β = 0) there is no such fixed
+point: the policy converges to the word with the highest reward, and a larger λ only delays this.
 
-    python examples/which_leash.py                              # a table, and the figure in runs/which_leash
-    python examples/which_leash.py --output-dir docs/figures    # the figure of docs/kl_or_trust_region.md
+    python examples/kl_or_trust_region.py                              # a table, and the figure in runs/kl_or_trust_region
+    python examples/kl_or_trust_region.py --output-dir docs/figures    # the figure of docs/kl_or_trust_region.md
 
 It takes seconds, and needs matplotlib: pip install '.[report]'.
 
-The updates are exact and the trust region is a penalty. A real run samples, and PPO's clip is weaker than this penalty:
-nothing in it pulls the policy back to μ.
+The updates are exact and the trust region is a penalty. A real run uses samples, and PPO's clip is weaker than this
+penalty, because it does not pull the policy back to μ.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from trl_trustkl.divergences import exact_from_logps
 WORDS = ("fine", "good", "great", "thanks", "the", "wow")
 REFERENCE = (0.30, 0.25, 0.15, 0.14, 0.15, 0.01)
 REWARD = (0.3, 0.5, 0.7, 0.4, 0.0, 1.0)
-"""A reward with a loophole: it likes best a word that the reference hardly ever says."""
+"""A reward with a loophole: it is highest for a word that the reference hardly ever says."""
 
 BETAS = (0.5, 0.15, 0.0)
 LAMBDAS = (0.0, 1.0, 3.0, 10.0)
@@ -47,17 +47,17 @@ STEPS = 1000
 
 
 def greedy(q: Tensor, r: Tensor) -> Tensor:
-    """All of the probability on the words of the highest reward, shared as q shares it."""
+    """The policy with all probability on the words of the highest reward, in proportion to q."""
     return torch.log_softmax(torch.where(r == r.max(), q, -torch.inf), -1)
 
 
 def destination(q: Tensor, r: Tensor, beta: float) -> Tensor:
-    """Where the iteration ends: q·exp(r/β)/Z, and its limit for β → 0; no λ in it."""
+    """The fixed point of the iteration: q·exp(r/β)/Z, or its limit for β → 0. It does not depend on λ."""
     return torch.log_softmax(q + r / beta, -1) if beta > 0 else greedy(q, r)
 
 
 def update(mu: Tensor, q: Tensor, r: Tensor, beta: float, lam: float) -> Tensor:
-    """The p that maximises E_p[r] − β·KL(p‖q) − λ·KL(p‖μ); like q and μ as log-probabilities, and like r, [V]."""
+    """Log-probabilities of the p that maximises E_p[r] − β·KL(p‖q) − λ·KL(p‖μ), from those of q and μ; all are [V]."""
     if beta + lam == 0:
         return greedy(q, r)
     return torch.log_softmax((r + beta * q + lam * mu) / (beta + lam), -1)
@@ -72,15 +72,15 @@ def iterate(q: Tensor, r: Tensor, beta: float, lam: float, steps: int) -> Tensor
 
 
 def log_error(policies: Tensor, end: Tensor) -> Tensor:
-    """How far the log-odds of any two words are from those of `end`, at most, in nats: [..., V] to [...]."""
+    """The largest difference of the log-odds of any two words from those of `end`, in nats: [..., V] to [...]."""
     difference = policies - end
     return difference.amax(-1) - difference.amin(-1)
 
 
 class Summary(NamedTuple):
     """The last policy of an iteration. kl: to the reference, in nats; reward: expected; loophole: probability of the
-    word with the highest reward; distance: total variation from q·exp(r/β)/Z; rate: share of the log-error that an update
-    kept, as measured, None at β = 0, where there is nothing to come nearer to at a rate."""
+    word with the highest reward; distance: total variation from q·exp(r/β)/Z; rate: measured share of the log-error that an
+    update keeps, or None at β = 0, where convergence has no constant rate."""
 
     kl: float
     reward: float
@@ -101,17 +101,17 @@ def summarise(policies: Tensor, q: Tensor, r: Tensor, beta: float) -> Summary:
 
 
 def measured_rate(policies: Tensor, end: Tensor) -> float:
-    """The factor on the log-error per update, while that is far above rounding; 0 if the first update removes it."""
+    """The factor on the log-error per update, while the error is far above rounding; 0 if the first update removes it."""
     error = log_error(policies, end)
     updates = int((error > 1e-6).sum()) - 1
     return ((error[updates] / error[0]) ** (1 / updates)).item() if updates else 0.0
 
 
-# -- What is shown -----------------------------------------------------------------------------------------------------
+# -- Table and figure --------------------------------------------------------------------------------------------------
 
 
 def table(q: Tensor, r: Tensor, steps: int) -> str:
-    """One line for each (β, λ), 80 columns wide at most."""
+    """One line for each (β, λ), at most 80 columns wide."""
     lines = [
         f"After {steps} exact updates. KL to the reference in nats; off: total variation from",
         "q·exp(r/β)/Z (β = 0: its limit); kept: share of the log-error an update keeps.",
@@ -127,13 +127,13 @@ def table(q: Tensor, r: Tensor, steps: int) -> str:
             )
         lines.append("")
     lines += [
-        "β decides where it ends: the lines of one β agree. λ decides how fast.",
-        f"β = 0: every λ ends on one word, KL −log q = {-q[r.argmax()].item():.4f} nats from the reference.",
+        "β determines where training ends (the lines of one β agree), and λ how fast.",
+        f"β = 0: every λ ends at one word, with KL −log q = {-q[r.argmax()].item():.4f} nats.",
     ]
     return "\n".join(lines)
 
 
-# Colours of Okabe and Ito, and a dash for each λ: the figure reads without colour too.
+# Colours of Okabe and Ito, and a dash pattern for each λ, so that the figure is readable without colour.
 STYLES = {
     0.0: ("#000000", "-"),
     1.0: ("#0072B2", (0, (5, 1.5))),
@@ -149,12 +149,12 @@ FONTS = {
     "axes.spines.right": False,
     "legend.frameon": False,
     "legend.fontsize": 12.5,
-    "svg.hashsalt": "which_leash",
+    "svg.hashsalt": "kl_or_trust_region",
 }
 
 
 def draw(q: Tensor, r: Tensor, steps: int) -> Figure:
-    """Four panels: the way with an anchor, the way without, where both end, and the rate."""
+    """Four panels: the paths with an anchor, the paths without one, the final policies, and the rate."""
     figure = Figure(figsize=(11, 8.4), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1, wspace=0.04, hspace=0.04)
     figure.suptitle("The anchor decides where training ends, the trust region how fast", fontsize=18, fontweight="bold")
@@ -218,18 +218,18 @@ def draw_rate(axes: Axes, q: Tensor, r: Tensor, updates: int = 40) -> None:
 
 
 def save(figure: Figure, folder: Path) -> list[Path]:
-    """PNG and SVG, the same bytes on every call."""
+    """Write PNG and SVG, with the same bytes on every call."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"which_leash.{suffix}" for suffix in ("png", "svg")]
+    paths = [folder / f"kl_or_trust_region.{suffix}" for suffix in ("png", "svg")]
     for path, metadata in zip(paths, ({"Software": None}, {"Date": None}), strict=True):
         figure.savefig(path, dpi=160, metadata=metadata)
     return paths
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="The KL anchor and the trust region, taken apart on six words.")
+    parser = argparse.ArgumentParser(description="The separate effects of KL anchor and trust region, on six words.")
     parser.add_argument(
-        "--output-dir", type=Path, default=Path("runs/which_leash"), help="for the figure (%(default)s)"
+        "--output-dir", type=Path, default=Path("runs/kl_or_trust_region"), help="for the figure (%(default)s)"
     )
     options = parser.parse_args(arguments)
 
