@@ -1,4 +1,4 @@
-"""Checkpoints of toy parts: round trips bit for bit, what is left of one that fails, and which one a run goes on from."""
+"""Checkpoints of toy parts: they are restored bit for bit, leave nothing if they fail, and are found to resume from."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def contents(folder: Path) -> dict[str, Any]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-# -- there and back ----------------------------------------------------------------------------------------------------
+# -- saving and loading ------------------------------------------------------------------------------------------------
 
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
@@ -123,7 +123,7 @@ def test_only_the_parts_that_are_named_are_loaded(tmp_path):
 
 
 def test_loading_does_not_tie_a_part_to_the_file(tmp_path):
-    """The folder may be deleted, or rotated away, while the run goes on."""
+    """The folder may be deleted while the run continues."""
     saved, loaded = Run(1), Run(2, fresh=True)
     saved.checkpointer.save(tmp_path / "checkpoint-1")
     loaded.checkpointer.load(tmp_path / "checkpoint-1", *NAMES)
@@ -173,7 +173,7 @@ def test_a_process_that_does_not_write_takes_part_and_leaves_nothing(tmp_path):
 
     class Asked(Toy):
         def state_dict(self) -> Any:
-            asked.append(True)  # where several processes give their states together
+            asked.append(True)  # where several processes gather their states
             return super().state_dict()
 
     silent = Checkpointer({RNG_FILE: Asked([])}, alone(), lambda folder: asked.append(folder), writes=False)
@@ -181,7 +181,7 @@ def test_a_process_that_does_not_write_takes_part_and_leaves_nothing(tmp_path):
     assert asked == [True] and contents(tmp_path) == {}
 
 
-# -- what fails --------------------------------------------------------------------------------------------------------
+# -- failures ----------------------------------------------------------------------------------------------------------
 
 
 class Broken(Toy):
@@ -284,7 +284,7 @@ def test_a_run_state_that_is_no_object_is_none_of_ours(tmp_path):
         checkpoint.checkpointer.find(str(folder), tmp_path)
 
 
-# -- which checkpoint to go on from ------------------------------------------------------------------------------------
+# -- which checkpoint to resume from -----------------------------------------------------------------------------------
 
 
 def test_a_fresh_run_is_asked_for_by_nothing(tmp_path):
