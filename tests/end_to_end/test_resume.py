@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +13,9 @@ from transformers.trainer_callback import ExportableState
 from tests import survival, tiny
 from tests.survival import build
 from trl_trustkl import load_records
-from trl_trustkl.run import rng
+from trl_trustkl.run import checkpoint_folder, rng
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("*checkpoint*"))
 
 
 @pytest.mark.parametrize("kind", survival.KINDS)
@@ -127,7 +122,7 @@ def test_the_best_checkpoint_is_remembered_kept_and_loaded_at_the_end(tmp_path):
     resumed = trainer()
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.best_metric == 0.9 and resumed.state.best_global_step == 4
-    assert names(tmp_path) == ["checkpoint-4", "checkpoint-8"]
+    assert [folder.name for folder in checkpoint_folder.checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-8"]
     saved = survival.tensors(tmp_path, 4)
     weights = dict(resumed.model.policy.named_parameters())
     found = [name for name in saved if name.startswith("policy.safetensors")]
