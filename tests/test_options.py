@@ -103,7 +103,8 @@ def test_the_names_of_a_field_are_those_of_its_literal(hint, wanted):
 
 
 @pytest.mark.parametrize(
-    ("value", "hinted"), [("1e-5", True), ("3", True), ("nan", False), ("much", False), (3, False)]
+    ("value", "hinted"),
+    [("1e-5", True), ("3", True), ("-1", True), ("nan", False), ("inf", False), ("much", False), (3, False)],
 )
 def test_a_number_in_quotes_is_recognised(value, hinted):
     assert ("without quotes" in unquoted(value)) == hinted

@@ -208,7 +208,7 @@ def test_flags_are_refused_by_the_parser_or_by_us(record_property):
                 parser.parse_args_into_dataclasses(["--output_dir", "unused", "--use_cpu", f"--{flag[0]}={flag[1]}"])
             except SystemExit as end:
                 assert end.code == 2
-                raise ConfigError("rejected by the parser, which has said why") from None
+                raise ConfigError("rejected by the parser, which printed the reason") from None
 
     record_property("rejected", len(check_rejected(BAD_FLAGS, attempt, ConfigError, 150)))
 

@@ -189,7 +189,7 @@ class Broken(Toy):
 
 
 def failing(kind: str, tmp_path: Path) -> Checkpointer:
-    def refuse(folder: Path) -> None:
+    def fail(folder: Path) -> None:
         (folder / "half").write_text("of it")
         raise OSError(28, "No space left on device")
 
@@ -201,7 +201,7 @@ def failing(kind: str, tmp_path: Path) -> Checkpointer:
         parts["optimizer.pt"] = Broken(lambda: None)
     elif kind == "safetensors":
         parts[VALUE_FILE] = Broken({"no": torch.eye(3).to_sparse()})
-    return Checkpointer(parts, alone(), refuse if kind == "model" else run.write_model, writes=True)
+    return Checkpointer(parts, alone(), fail if kind == "model" else run.write_model, writes=True)
 
 
 @pytest.mark.parametrize("kind", ["model", "json", "torch", "safetensors"])
@@ -212,7 +212,7 @@ def test_of_a_checkpoint_that_fails_nothing_is_left(kind, tmp_path):
     for folder in ("checkpoint-2", "checkpoint-3"):
         with pytest.raises(SaveError, match=f"{folder} could not be written .*checkpoint-2 is whole"):
             failing(kind, tmp_path).save(tmp_path / folder)
-        assert contents(tmp_path) == before, "an earlier checkpoint was touched, or something of the new one is left"
+        assert contents(tmp_path) == before, "an earlier checkpoint was changed, or files of the new one are left"
 
 
 def test_a_checkpoint_takes_the_place_of_one_of_the_same_update(tmp_path):
@@ -362,12 +362,12 @@ def test_a_run_that_goes_on_in_another_folder_takes_the_records_along(tmp_path):
 
 
 def test_a_full_disk_is_found_at_once(tmp_path, monkeypatch):
-    def refuse(dir: Path) -> None:
+    def fail(dir: Path) -> None:
         raise OSError(28, "No space left on device", str(dir))
 
     run = populated(tmp_path)
     before = contents(tmp_path)
-    monkeypatch.setattr(checkpointer, "TemporaryFile", refuse)
+    monkeypatch.setattr(checkpointer, "TemporaryFile", fail)
     with pytest.raises(SaveError, match="cannot be written into .*No space left"):
         run.checkpointer.prepare_output(tmp_path, None)
     assert contents(tmp_path) == before and (tmp_path / ".unfinished-checkpoint-4").exists()

@@ -143,7 +143,7 @@ def test_transformers_state_is_loaded_in_place():
     stored = through_json(TransformersState(state, list).state_dict())
     assert list(stored) == sorted(stored) and stored.keys() == {f.name for f in dataclasses.fields(OnlineTrainerState)}
     TransformersState(held, list).load_state_dict(stored)
-    assert dataclasses.asdict(held) == dataclasses.asdict(state), "whoever holds the state has another one"
+    assert dataclasses.asdict(held) == dataclasses.asdict(state), "the state was replaced instead of updated"
     assert held.episode == 16 and held.log_history[0]["loss"] == 1 / 3
 
 
