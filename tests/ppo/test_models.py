@@ -1,4 +1,4 @@
-"""Models and tokenizers that do not fit together."""
+"""Arguments of the trainer that are missing, exclude each other, or do not fit together."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import transformers
 
 from tests import tiny
 from tests.messages import assert_says
+from trl_trustkl import TrustKLPPOTrainer
 from trl_trustkl.errors import ConfigError, ModelError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -55,3 +56,27 @@ def test_models_that_do_not_fit_are_named(tmp_path, arguments, pieces):
     with pytest.raises((ConfigError, ModelError)) as error:
         tiny.trainer(tmp_path, **arguments)
     assert_says(error, *pieces)
+
+
+def test_a_reward_model_beside_reward_functions_is_refused(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        tiny.trainer(tmp_path, reward_model=tiny.scalar_model(tiny.llama()))
+    assert_says(error, "`reward_model`", "`reward_funcs`", "both", "put the model into `reward_funcs`")
+
+
+def test_the_model_as_its_own_reference_is_refused(tmp_path):
+    model = tiny.llama()
+    with pytest.raises(ModelError) as error:
+        tiny.trainer(tmp_path, model, ref_model=model)
+    assert_says(error, "`ref_model`", "the model itself", "a copy, or None")
+
+
+def test_a_configuration_of_another_trainer_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="`args` got TrainingArguments; it must be a TrustKLPPOConfig"):
+        TrustKLPPOTrainer(
+            args=transformers.TrainingArguments(tmp_path, use_cpu=True),
+            model=tiny.llama(),
+            processing_class=tiny.tokenizer(),
+            reward_funcs=tiny.good_words,
+            train_dataset=tiny.prompts(),
+        )

@@ -1,4 +1,4 @@
-"""The arguments of the trainer, the sizes of batches and the warnings of its setup."""
+"""The sizes of batches, and warnings of the anchor and the sampler."""
 
 from __future__ import annotations
 
@@ -6,39 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import TrainingArguments
 
 from tests import tiny
-from tests.messages import assert_says
-from trl_trustkl.errors import ConfigError, ModelError
+from trl_trustkl.errors import ConfigError
 from trl_trustkl.ppo import setup
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def test_a_reward_model_beside_reward_functions_is_refused(tmp_path):
-    with pytest.raises(ConfigError) as error:
-        tiny.trainer(tmp_path, reward_model=tiny.scalar_model(tiny.llama()))
-    assert_says(error, "`reward_model`", "`reward_funcs`", "both", "put the model into `reward_funcs`")
-
-
-def test_the_model_as_its_own_reference_is_refused(tmp_path):
-    model = tiny.llama()
-    with pytest.raises(ModelError) as error:
-        tiny.trainer(tmp_path, model, ref_model=model)
-    assert_says(error, "`ref_model`", "the model itself", "a copy, or None")
-
-
-def test_the_arguments_that_have_to_be_there_are_named(tmp_path):
-    args, model, rows = tiny.config(tmp_path), object(), object()
-    setup.check_arguments(args, model, None, rows, None, tiny.good_words)
-    setup.check_arguments(args, "a name", "a name", rows, None, tiny.good_words)
-    with pytest.raises(ConfigError, match="`args` got TrainingArguments; it must be a TrustKLPPOConfig"):
-        setup.check_arguments(TrainingArguments(tmp_path, use_cpu=True), model, None, rows, None, tiny.good_words)
-    with pytest.raises(ConfigError, match="`model` got None; it is required"):
-        setup.check_arguments(args, None, None, rows, None, tiny.good_words)
-    with pytest.raises(ConfigError, match="`train_dataset` got None; it is required"):
-        setup.check_arguments(args, model, None, None, None, tiny.good_words)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +26,7 @@ def test_the_arguments_that_have_to_be_there_are_named(tmp_path):
 )
 def test_the_sizes_of_batches_follow_from_rows_and_processes(tmp_path, changes, processes, sizes):
     args = tiny.config(tmp_path, **changes)
-    assert setup.set_batch_sizes(args, rows=21, processes=processes) == sizes
+    assert setup.set_batch_sizes(args, rows=21, processes=processes)[:3] == sizes
     assert (args.local_batch_size, args.batch_size, args.num_total_batches) == sizes
     assert (args.world_size, args.micro_batch_size) == (processes, 4 * processes)
     assert (args.local_mini_batch_size, args.mini_batch_size) == (4, 4 * processes)
@@ -64,28 +37,6 @@ def test_a_horizon_is_checked_against_the_responses_of_all_processes(tmp_path):
     setup.set_batch_sizes(args, rows=21, processes=1)
     with pytest.raises(ConfigError, match="`kl_horizon` got 3"):
         setup.set_batch_sizes(args, rows=21, processes=2)
-
-
-@pytest.mark.parametrize(
-    ("per_device", "accumulation", "mini_batches", "size"),
-    [(4, 2, 2, 4), (4, 2, 8, 1), (3, 2, 2, 3), (4, 3, 2, 3), (5, 2, 5, 2), (8, 1, 1, 8), (7, 4, 2, 7)],
-)
-def test_micro_batches_divide_a_mini_batch(tmp_path, per_device, accumulation, mini_batches, size):
-    args = tiny.config(
-        tmp_path,
-        per_device_train_batch_size=per_device,
-        gradient_accumulation_steps=accumulation,
-        num_mini_batches=mini_batches,
-    )
-    assert setup.micro_batch_size(args) == size
-    assert (per_device * accumulation // mini_batches) % size == 0
-
-
-def test_models_that_are_not_trained_move_to_the_device_but_quantised_ones_do_not():
-    plain, quantised = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    quantised.is_loaded_in_4bit = True
-    setup.place([plain, None, quantised], torch.device("meta"))
-    assert plain.weight.is_meta and not quantised.weight.is_meta
 
 
 @pytest.mark.parametrize(
@@ -118,3 +69,21 @@ def test_a_sampler_that_is_not_the_policy_is_named(tmp_path, caplog, kl, generat
     args = tiny.config(tmp_path, generation_kwargs=generation_kwargs)
     assert setup.warn_of_sampler(record, args) == warned
     assert len(caplog.records) == warned and (not warned or "0.051 nats per token" in caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("per_device", "accumulation", "mini_batches", "size"),
+    [(4, 2, 2, 4), (4, 2, 8, 1), (3, 2, 2, 3), (4, 3, 2, 3), (5, 2, 5, 2), (8, 1, 1, 8), (7, 4, 2, 7)],
+)
+def test_micro_batches_divide_a_mini_batch(tmp_path, per_device, accumulation, mini_batches, size):
+    changes = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation, "max_steps": 1}
+    changes |= {"num_mini_batches": mini_batches, "num_ppo_epochs": 1}
+    model, rows = tiny.llama(), []
+
+    def note(module, args, kwargs):
+        if torch.is_grad_enabled():
+            rows.append(len(kwargs["input_ids"]))
+
+    model.model.register_forward_pre_hook(note, with_kwargs=True)
+    tiny.trainer(tmp_path, model, changes=changes, train_dataset=tiny.prompts(28)).train()
+    assert rows == [size] * (per_device * accumulation // size)
