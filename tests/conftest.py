@@ -1,4 +1,4 @@
-"""Tiny models and tokenizers, made on the spot: no test needs a network, and none depends on the caller's settings."""
+"""Fixtures of all tests: no test needs a network, and none depends on the caller's settings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from tests import isolation
 
 # isort: split
 
+import json
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,8 +32,27 @@ def _reproducible():
         yield
 
 
+@pytest.fixture(scope="session")
+def uninterrupted_run(tmp_path_factory) -> Path:
+    """A run of six updates with checkpoints of the updates 2, 4 and 6, and the names of its moments (see survival.py)."""
+    from tests import survival
+
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    trainer = survival.build(folder)
+    with survival.counted(trainer, -1, survival.kill) as seen:
+        trainer.train()
+    (folder / "moments.json").write_text(json.dumps(seen))
+    return folder
+
+
+@pytest.fixture
+def run_copy(uninterrupted_run, tmp_path) -> Path:
+    """A copy of that run's folder, for tests that write into it."""
+    return Path(shutil.copytree(uninterrupted_run, tmp_path / "copy"))
+
+
 def pytest_terminal_summary(terminalreporter):
     """Say how many bad inputs were generated, in this process and in the workers."""
     properties = [pair for report in terminalreporter.getreports("passed") for pair in report.user_properties]
-    if refused := sum(count for name, count in properties if name == "refused"):
-        terminalreporter.write_line(f"fuzz: {refused:,} bad inputs, all refused")
+    if rejected := sum(count for name, count in properties if name == "rejected"):
+        terminalreporter.write_line(f"fuzz: {rejected:,} bad inputs, all rejected")

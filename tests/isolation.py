@@ -1,4 +1,5 @@
-"""Hides the caller's settings and home from the tests. Import it first: libraries read both when they are imported."""
+"""Hides the settings and the home directory of the user from the tests. Import this module first: libraries read both when
+they are imported."""
 
 from __future__ import annotations
 
@@ -22,14 +23,14 @@ for name in [name for name in os.environ if name.startswith(tuple(HIDDEN.split()
     del os.environ[name]
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has the home of the process that started it
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker uses the home directory of the process that started it
     home = tempfile.TemporaryDirectory(prefix="trl-trustkl-home-", ignore_cleanup_errors=True)
     os.environ["HOME"] = home.name
 
 
 @contextmanager
 def terminal() -> Iterator[None]:
-    """80 columns, and no variable that decides on colours; within a test only, as pytest reads these variables too."""
+    """80 columns, and no variable that sets colours; only within a test, because pytest reads these variables too."""
     with mock.patch.dict(os.environ, COLUMNS="80"):
         for name in TERMINAL:
             os.environ.pop(name, None)

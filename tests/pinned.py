@@ -1,4 +1,4 @@
-"""The versions of constraints.txt, and a mark for tests that hold for transformers' alone."""
+"""The versions of constraints.txt, and a mark for tests that hold only for the version of transformers there."""
 
 from __future__ import annotations
 

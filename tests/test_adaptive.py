@@ -362,12 +362,12 @@ def test_a_trainer_that_measures_no_kl(tmp_path):
 
 def stock_ppo(folder: Any, **changes: Any) -> Any:
     pytest.importorskip("trl.experimental.ppo", reason="TRL 1.13 removed its PPO trainer")
-    from tests import test_parity as parity
+    from tests import stock_ppo
 
     settings = {
         "per_device_train_batch_size": 5, "gradient_accumulation_steps": 2, "total_episodes": 40, "num_ppo_epochs": 2,
     }  # fmt: skip
-    return parity.stock_trainer(folder, parity.models(), settings | changes)
+    return stock_ppo.stock_trainer(folder, stock_ppo.models(), settings | changes)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])

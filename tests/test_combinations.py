@@ -20,7 +20,6 @@ from torch import Tensor
 from tests import survival, tiny
 from tests.pinned import on_pinned_transformers
 from tests.test_attacks import before_the_first_step
-from tests.test_endings import pair
 from tests.test_exactness import four_bit
 from trl_trustkl import load_records
 from trl_trustkl.policy.loading import trainable
@@ -56,8 +55,12 @@ def main(folder: Path) -> None:
         survival.cut_off(trainer, at, lambda name: os.kill(os.getpid(), signal.SIGKILL))
 
     whole, run, log = (folder / name for name in ("whole", "killed", "log"))
-    found = {"whole": pair(whole, log, train), "killed": pair(run, log, killed), "left": len(load_records(run))}
-    print(json.dumps(found | {"resumed": pair(run, log, lambda run: train(run, resume=True))}), flush=True)
+    found = {
+        "whole": survival.pair(whole, log, train),
+        "killed": survival.pair(run, log, killed),
+        "left": len(load_records(run)),
+    }
+    print(json.dumps(found | {"resumed": survival.pair(run, log, lambda run: train(run, resume=True))}), flush=True)
 
 
 @on_pinned_transformers("Older ones read a CPU's optimizer onto `cpu:0`, which torch does not know.")

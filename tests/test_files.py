@@ -1,16 +1,14 @@
-"""Files replaced in one step, and functions of the user's own by their import paths."""
+"""Files that are replaced in one step."""
 
 from __future__ import annotations
 
 import os
-import pickle
+import stat
 from pathlib import Path
 
 import pytest
 
-from trl_trustkl.errors import ConfigError, did_you_mean
 from trl_trustkl.files import replacing, write_atomically
-from trl_trustkl.import_paths import load_function
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -27,34 +25,19 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, durable: bool) -
     assert path.read_bytes() == b"whole" and os.listdir(tmp_path) == ["page.html"]
 
 
-@pytest.mark.parametrize(
-    ("path", "said"),
-    [
-        ("nowhere_at_all:f", "`task` got 'nowhere_at_all:f', but there is no module 'nowhere_at_all' to import; it must be x."),
-        ("json.nowhere.f", "no module 'json.nowhere' to import"),
-        ("FOLDER/absent.py:f", "absent.py'; there is no such file"),
-        ("FOLDER/needy.py:f", "importing it raised ModuleNotFoundError: No module named 'needy'"),
-        ("json:lods", "'lods' does not exist. Did you mean 'loads'?"),
-        ("FOLDER/mine.py:number", "'number' is not callable; there are: doubled."),
-    ],
-)  # fmt: skip
-def test_a_function_that_is_not_there(tmp_path: Path, path: str, said: str) -> None:
-    (tmp_path / "needy.py").write_text("import needy")
-    (tmp_path / "mine.py").write_text("from json import loads\nnumber = 1\ndef doubled(x): return 2 * x\n")
-    with pytest.raises(ConfigError) as error:
-        load_function("task", path.replace("FOLDER", str(tmp_path)), "x")
-    assert said in str(error.value)
+@pytest.mark.parametrize("durable", [False, True])
+def test_only_a_durable_file_is_synchronised_with_its_folder_before_and_after_the_replacement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    path, seen = tmp_path / "records.jsonl", []
+    fsync, replace = os.fsync, os.replace
 
+    def watched(descriptor: int) -> None:
+        seen.append("file" if stat.S_ISREG(os.fstat(descriptor).st_mode) else "folder")
+        fsync(descriptor)
 
-def test_a_function_by_module_and_by_file(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("def doubled(x): return 2 * x\n")
-    assert load_function("task", "json:loads", "x") is load_function("task", "json.loads", "x")
-    doubled = load_function("task", f"{tmp_path / 'mine.py'}:doubled", "x")
-    assert doubled(3) == 6 and pickle.loads(pickle.dumps(doubled)) is doubled
-
-
-def test_only_a_near_name_is_suggested() -> None:
-    assert did_you_mean("--kl_cof", ["--kl_coef", "--lam"], show=str) == " Did you mean --kl_coef?"
-    assert did_you_mean("spo", {"ppo": 1, "none": 2}) == " Did you mean 'ppo'?"
-    assert did_you_mean("gspo", ["none", "cispo"]) == " Did you mean 'cispo'?"
-    assert did_you_mean("elephant", ["none", "ppo"]) == ""
+    monkeypatch.setattr(os, "fsync", watched)
+    monkeypatch.setattr(os, "replace", lambda *args: (seen.append("replace"), replace(*args)))
+    with replacing(path, durable=durable) as file:
+        file.write(b"1")
+    assert seen == (["file", "replace", "folder"] if durable else ["replace"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
 
 
 def tokenizer(*, pad: bool = True, chat: bool = True) -> PreTrainedTokenizerFast:
-    """Words w0 … w39 (with a few given names), <bos>, <eos> and, unless told otherwise, <pad>."""
+    """Words w0 … w39 (with a few given names), <bos>, <eos> and, by default, <pad>."""
     names = ["user", "assistant", "good", "bad", *(f"w{i}" for i in range(WORDS - 4))]
     vocab = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", *names])}
     inner = Tokenizer(WordLevel(vocab, unk_token="w0"))
@@ -69,8 +69,15 @@ def gpt2(seed: int = 0) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
+def short_gpt2(kind: Any) -> Any:
+    """A GPT-2 of class `kind` with 8 learned positions; a ninth token is an index error in its embedding."""
+    config = GPT2Config(vocab_size=VOCAB, n_positions=8, n_embd=32, n_layer=1, n_head=2, pad_token_id=0)
+    config.num_labels = 1
+    return kind(config)
+
+
 def gemma2(seed: int = 0) -> Gemma2ForCausalLM:
-    """A Gemma-2: its logits are soft-capped, here at a level that bites."""
+    """A Gemma-2 whose logits are soft-capped, at a level that changes them."""
     torch.manual_seed(seed)
     config = Gemma2Config(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -109,8 +116,13 @@ def lora(**changes: Any) -> LoraConfig:
     return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | changes)
 
 
+def adapted() -> PeftModel:
+    """A tiny Llama with a LoRA adapter."""
+    return get_peft_model(llama(), lora())
+
+
 def config(output_dir: Any, **changes: Any):
-    """A short run in float32 without anything that writes beside the records."""
+    """A short run in float32 that writes only its records."""
     from trl_trustkl import TrustKLPPOConfig
 
     settings = {
@@ -142,7 +154,7 @@ def trainer(
     from trl_trustkl import BoundReportCallback, TrustKLPPOTrainer
     from trl_trustkl.callbacks.bound_report import is_report
 
-    # A report takes longer than a tiny run; a test that wants one brings its own callback.
+    # Rendering a report takes longer than a tiny run; a test of reports passes its own callback.
     given = arguments.pop("callbacks", [])
     arguments["callbacks"] = given if any(map(is_report, given)) else [BoundReportCallback(report=False), *given]
     model = llama() if model is None else model

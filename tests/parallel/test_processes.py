@@ -1,4 +1,4 @@
-"""What processes do together: one alone, which communicates nothing, and two, against what both of them have pooled.
+"""Collective operations: a single process does not communicate, and two get the results over the data of both.
 
 This file is also the program that each of the two processes runs.
 """
@@ -32,15 +32,15 @@ COMMUNICATES = re.compile(
 
 @pytest.fixture
 def processes(monkeypatch):
-    """This process alone, in which whatever would communicate raises."""
+    """A single process, in which every communication raises an error."""
 
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("one process alone communicated")
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a single process communicated")
 
     names = [name for name in dir(dist) if COMMUNICATES.match(name) and callable(getattr(dist, name))]
     assert {"all_gather", "all_reduce", "all_gather_object", "broadcast_object_list", "barrier"} <= set(names)
     for name in names:
-        monkeypatch.setattr(dist, name, refuse)
+        monkeypatch.setattr(dist, name, fail)
     return alone()
 
 
@@ -83,7 +83,7 @@ def test_one_process_raises_its_own_error(processes):
 
 
 def given(rank: int) -> dict[str, Any]:
-    """What a process brings; both know both, so that each can be told what the result must be."""
+    """The data of a process. Both processes can compute it, and with it the expected result."""
     generator = torch.Generator().manual_seed(rank)
     mask = torch.rand(3, 4, generator=generator) < 0.6
     values = torch.randn(3, 4, generator=generator, dtype=torch.float64) + 5 * rank

@@ -1,4 +1,4 @@
-"""Checkpoints of toy parts: round trips bit for bit, what is left of one that fails, and which one a run goes on from."""
+"""Checkpoints of toy parts: they are restored bit for bit, leave nothing if they fail, and are found to resume from."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def contents(folder: Path) -> dict[str, Any]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-# -- there and back ----------------------------------------------------------------------------------------------------
+# -- saving and loading ------------------------------------------------------------------------------------------------
 
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
@@ -123,7 +123,7 @@ def test_only_the_parts_that_are_named_are_loaded(tmp_path):
 
 
 def test_loading_does_not_tie_a_part_to_the_file(tmp_path):
-    """The folder may be deleted, or rotated away, while the run goes on."""
+    """The folder may be deleted while the run continues."""
     saved, loaded = Run(1), Run(2, fresh=True)
     saved.checkpointer.save(tmp_path / "checkpoint-1")
     loaded.checkpointer.load(tmp_path / "checkpoint-1", *NAMES)
@@ -173,7 +173,7 @@ def test_a_process_that_does_not_write_takes_part_and_leaves_nothing(tmp_path):
 
     class Asked(Toy):
         def state_dict(self) -> Any:
-            asked.append(True)  # where several processes give their states together
+            asked.append(True)  # where several processes gather their states
             return super().state_dict()
 
     silent = Checkpointer({RNG_FILE: Asked([])}, alone(), lambda folder: asked.append(folder), writes=False)
@@ -181,7 +181,7 @@ def test_a_process_that_does_not_write_takes_part_and_leaves_nothing(tmp_path):
     assert asked == [True] and contents(tmp_path) == {}
 
 
-# -- what fails --------------------------------------------------------------------------------------------------------
+# -- failures ----------------------------------------------------------------------------------------------------------
 
 
 class Broken(Toy):
@@ -189,7 +189,7 @@ class Broken(Toy):
 
 
 def failing(kind: str, tmp_path: Path) -> Checkpointer:
-    def refuse(folder: Path) -> None:
+    def fail(folder: Path) -> None:
         (folder / "half").write_text("of it")
         raise OSError(28, "No space left on device")
 
@@ -201,7 +201,7 @@ def failing(kind: str, tmp_path: Path) -> Checkpointer:
         parts["optimizer.pt"] = Broken(lambda: None)
     elif kind == "safetensors":
         parts[VALUE_FILE] = Broken({"no": torch.eye(3).to_sparse()})
-    return Checkpointer(parts, alone(), refuse if kind == "model" else run.write_model, writes=True)
+    return Checkpointer(parts, alone(), fail if kind == "model" else run.write_model, writes=True)
 
 
 @pytest.mark.parametrize("kind", ["model", "json", "torch", "safetensors"])
@@ -212,7 +212,7 @@ def test_of_a_checkpoint_that_fails_nothing_is_left(kind, tmp_path):
     for folder in ("checkpoint-2", "checkpoint-3"):
         with pytest.raises(SaveError, match=f"{folder} could not be written .*checkpoint-2 is whole"):
             failing(kind, tmp_path).save(tmp_path / folder)
-        assert contents(tmp_path) == before, "an earlier checkpoint was touched, or something of the new one is left"
+        assert contents(tmp_path) == before, "an earlier checkpoint was changed, or files of the new one are left"
 
 
 def test_a_checkpoint_takes_the_place_of_one_of_the_same_update(tmp_path):
@@ -284,7 +284,7 @@ def test_a_run_state_that_is_no_object_is_none_of_ours(tmp_path):
         checkpoint.checkpointer.find(str(folder), tmp_path)
 
 
-# -- which checkpoint to go on from ------------------------------------------------------------------------------------
+# -- which checkpoint to resume from -----------------------------------------------------------------------------------
 
 
 def test_a_fresh_run_is_asked_for_by_nothing(tmp_path):
@@ -362,12 +362,12 @@ def test_a_run_that_goes_on_in_another_folder_takes_the_records_along(tmp_path):
 
 
 def test_a_full_disk_is_found_at_once(tmp_path, monkeypatch):
-    def refuse(dir: Path) -> None:
+    def fail(dir: Path) -> None:
         raise OSError(28, "No space left on device", str(dir))
 
     run = populated(tmp_path)
     before = contents(tmp_path)
-    monkeypatch.setattr(checkpointer, "TemporaryFile", refuse)
+    monkeypatch.setattr(checkpointer, "TemporaryFile", fail)
     with pytest.raises(SaveError, match="cannot be written into .*No space left"):
         run.checkpointer.prepare_output(tmp_path, None)
     assert contents(tmp_path) == before and (tmp_path / ".unfinished-checkpoint-4").exists()

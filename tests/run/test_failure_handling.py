@@ -1,17 +1,22 @@
-"""How an update ends that does not end well: rewards that fail, signals whose grace period is over, updates refused."""
+"""Updates that fail: reward functions with errors, signals whose grace period is over, rejected updates."""
 
 from __future__ import annotations
 
 import os
+import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests import survival, tiny
 from tests.processes import alone
+from trl_trustkl import load_records
 from trl_trustkl.errors import NonFiniteRewardError, RefusedError, RewardError
+from trl_trustkl.run import checkpoint_folder as checkpoint
 from trl_trustkl.run.failure_handling import FailureHandling, reject, too_many_rejections
 from trl_trustkl.run.signals import Overdue, StopRequest
 from trl_trustkl.types import UpdateContext
@@ -72,7 +77,7 @@ def test_other_errors_while_scoring_are_not_taken_for_a_rewards(training):
 
 @pytest.mark.parametrize("own", [None, NonFiniteRewardError("mine is NaN")])
 def test_a_failure_elsewhere_raises_here_whatever_came_before_it(own, monkeypatch):
-    """Of two processes; the other one's reward function failed."""
+    """There are two processes, and the reward function of the other one failed."""
     parts, theirs = handling(count=2), RewardError("no answer there")
     monkeypatch.setattr(parts._processes, "gather_objects", lambda items: [*items, theirs])
     of = context()
@@ -93,7 +98,7 @@ def test_a_reward_that_is_not_finite_elsewhere_rejects_the_update_here(monkeypat
 
 
 class Update:
-    """An update that ends as `error` says; what was called then, in order."""
+    """An update that ends with `error`; `called` lists what was called then, in order."""
 
     def __init__(self, parts: FailureHandling, error: BaseException | None, *, finished: bool = False) -> None:
         self.called: list[str] = []
@@ -125,7 +130,7 @@ def test_an_update_whose_reward_fails_is_rolled_back_the_state_before_it_saved_a
 
 
 def test_an_update_whose_reward_fails_after_a_signal_is_only_rolled_back():
-    """The run is to end anyway, and saves itself then."""
+    """The run ends because of the signal, and saves its state then."""
     stop = StopRequest(60.0)
     with stop:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -177,7 +182,7 @@ def test_an_update_is_given_up_when_it_is_overdue_elsewhere(monkeypatch):
         parts.give_up_if_overdue()
 
 
-# -- what is said ------------------------------------------------------------------------------------------------------
+# -- messages ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_rejected_update_is_noted_and_named(caplog):
@@ -195,3 +200,51 @@ def test_the_error_for_too_many_rejections_says_where_the_weights_are():
         and "runs/checkpoint-7" in str(error)
         and "the loss is not finite" in str(error)
     )
+
+
+def test_a_reward_function_that_fails_ends_the_run_with_the_last_update_saved(tmp_path):
+    def fails_later(prompts: list, completions: list, trainer_state: Any = None, **_: Any) -> list[float]:
+        draw = random.random()
+        if trainer_state.global_step == 2 and state["broken"]:
+            raise ConnectionError("the service is down")
+        return [score + draw for score in tiny.good_words(prompts, completions)]
+
+    def trainer(folder: Path) -> Any:
+        return tiny.trainer(folder, changes={"max_steps": 4, "save_strategy": "no"}, reward_funcs=fails_later)
+
+    state = {"broken": True}
+    with pytest.raises(RewardError):
+        trainer(tmp_path / "cut").train()
+    state["broken"] = False
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "cut")] == ["checkpoint-2"]
+    trainer(tmp_path / "cut").train(resume_from_checkpoint=True)
+    trainer(tmp_path / "uninterrupted").train()
+    one, other = (
+        [survival.without_clock(record) for record in load_records(tmp_path / name)]
+        for name in ("cut", "uninterrupted")
+    )
+    assert one == other
+
+
+def test_a_reward_function_that_fails_in_an_evaluation_leaves_the_finished_update_whole(tmp_path):
+    calls: list[int] = []
+
+    def fails_in_the_evaluation(prompts: list, completions: list, **_: Any) -> list[float]:
+        calls.append(len(prompts))
+        if len(prompts) == 4:  # the evaluation's batch
+            raise ConnectionError("the service is down")
+        return tiny.good_words(prompts, completions)
+
+    changes = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "per_device_eval_batch_size": 4}
+    changes |= {"lr_scheduler_type": "constant"}
+    trainer = tiny.trainer(
+        tmp_path, changes=changes, reward_funcs=fails_in_the_evaluation, eval_dataset=tiny.prompts(4)
+    )
+    with pytest.raises(RewardError):
+        trainer.train()
+    assert calls == [8, 8, 4] and trainer.state.global_step == 2 and trainer.state.episode == 16
+    assert checkpoint.damage(tmp_path / "checkpoint-2") is None
+    reference = tiny.trainer(tmp_path / "uninterrupted", changes=changes | {"eval_strategy": "no", "max_steps": 2})
+    reference.train()
+    after = dict(trainer.model.named_parameters())
+    assert all(torch.equal(weight, after[name]) for name, weight in reference.model.named_parameters())

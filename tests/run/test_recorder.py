@@ -1,4 +1,4 @@
-"""Who gets the record of an update."""
+"""The record of an update is passed to callbacks."""
 
 from __future__ import annotations
 

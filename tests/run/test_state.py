@@ -1,4 +1,4 @@
-"""The state of a run: counts, metrics and transformers' own, there and back through a JSON file."""
+"""The state of a run (counts, metrics and transformers' state) is restored from JSON."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_the_pieces_of_a_run_stand_side_by_side_and_each_finds_its_own():
 
 
 class Counts(TrainerCallback, ExportableState):
-    """A callback with a state of its own."""
+    """A callback with a state."""
 
     def __init__(self, start: int) -> None:
         self.start, self.seen = start, 0
@@ -122,7 +122,7 @@ class Other(Counts):
 
 
 class Control(ExportableState):
-    """As transformers' control is: it has a state, and is no callback."""
+    """Like transformers' control: it has a state and is not a callback."""
 
     seen = 5
 
@@ -143,7 +143,7 @@ def test_transformers_state_is_loaded_in_place():
     stored = through_json(TransformersState(state, list).state_dict())
     assert list(stored) == sorted(stored) and stored.keys() == {f.name for f in dataclasses.fields(OnlineTrainerState)}
     TransformersState(held, list).load_state_dict(stored)
-    assert dataclasses.asdict(held) == dataclasses.asdict(state), "whoever holds the state has another one"
+    assert dataclasses.asdict(held) == dataclasses.asdict(state), "the state was replaced instead of updated"
     assert held.episode == 16 and held.log_history[0]["loss"] == 1 / 3
 
 

@@ -1,6 +1,6 @@
-"""Two processes of which one meets something: both end, none waits for the other, and the run goes on from what is whole.
+"""Two processes of which one fails, gets a signal or is killed: both end, and the run is resumed bit for bit.
 
-This file is also the program whose forked children they are: one start of it serves all cases. And it is the script that
+The tests start this file as a program, once for all cases; it forks the processes. It is also the script that
 `accelerate launch` starts.
 """
 
@@ -22,17 +22,16 @@ import pytest
 from tests import survival
 from tests.pinned import on_pinned_transformers
 from tests.processes import ROOT, environment, in_two_processes
+from tests.survival import PATIENCE, pair
 from trl_trustkl import load_records, records
 from trl_trustkl.errors import ConfigError, RewardError
 from trl_trustkl.run import checkpoint_folder as checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-PATIENCE = 120.0
-"""Seconds after which a process that does not end counts as hanging."""
 
 
 class Case(NamedTuple):
-    """What happens to which of the processes in the `number`-th call of a function, how each ends then, and what is left."""
+    """What happens to the processes `ranks` in a function's `number`-th call, their exit statuses, and the updates recorded."""
 
     what: str
     ranks: tuple[int, ...]
@@ -54,20 +53,20 @@ CASES = [
     Case("terminate", (1,), "_save_checkpoint", 0, (143, 143), 2),
     Case("fill the records' disk", (0,), "append_line", 34, (1, 1), 2, "the record of update 3 could not be appended"),
     Case("limit files", (0,), "write", 1, (1, 1), 4, "checkpoint-4 could not be written"),
-    # gloo has errors of its own for the one that is left; the one that was killed says nothing.
+    # The other process ends with an error of gloo; the one that was killed prints nothing.
     Case("kill", (1,), "step", 9, (1, KILLED), 2),
     Case("kill", (0,), "step", 9, (KILLED, 1), 2),
     Case("kill", (0,), "save_file", 3, (KILLED, 1), 4),
 ]
 
 
-# -- the program -------------------------------------------------------------------------------------------------------
+# -- the program that the tests start ----------------------------------------------------------------------------------
 
 
 def main(folder: Path) -> None:
-    """Train in two processes and do to them what each case says, then resume; prints a line of JSON for each."""
+    """For each case: train in two processes, interrupt them, and resume the run. Prints a line of JSON for each."""
     survival.quieten()
-    pair(folder / "whole", folder / "whole-log", lambda run: survival.train(run))
+    pair(folder / "uninterrupted", folder / "uninterrupted-log", lambda run: survival.train(run))
     for index, case in enumerate(CASES):
         run, log = folder / str(index), folder / f"{index}-log"
         started = time.monotonic()
@@ -78,27 +77,13 @@ def main(folder: Path) -> None:
         print(json.dumps(found), flush=True)
 
 
-def pair(run: Path, log: Path, job: Any) -> list[int | None]:
-    """Do a job in two processes that know of each other; how they ended."""
-    common = environment()
-    children = []
-    for rank in range(2):
-
-        def one(rank: int = rank) -> None:
-            os.environ |= common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            job(run)
-
-        children.append(survival.fork(one, log.with_name(f"{log.name}-{rank}")))
-    return [survival.end_of(child, PATIENCE) for child in children]
-
-
 def last_line(log: Path) -> str:
     lines = [line for line in log.read_text().splitlines() if "Error" in line]
     return lines[-1] if lines else ""
 
 
 def meet(case: Case, run: Path) -> None:
-    """Train until the case's moment, and do there what it says on its processes."""
+    """Train until the moment of the case, then act on its processes."""
     trainer = survival.build(run)
     mine = trainer.accelerator.process_index in case.ranks
     survival.cut_off(trainer, (case.name, case.number) if mine else -1, lambda name: ACTS[case.what](trainer))
@@ -129,7 +114,7 @@ ACTS = {
 
 
 def worker(run: Path) -> None:
-    """What a launcher starts: it waits in the third update for a signal where it finds a file that asks for that."""
+    """What the launcher starts: a run that waits for a signal in its third update if there is a file named `wait`."""
     survival.quieten()
     trainer = survival.build(run)
     wait = run.with_name("wait")
@@ -144,7 +129,7 @@ def worker(run: Path) -> None:
 
 
 def evaluate(folder: Path) -> None:
-    """In each of two processes: evaluate, and print samples, with a reward function that fails on the second alone."""
+    """In each of two processes: evaluate and print samples, with a reward function that fails only on the second."""
     survival.quieten()
     trainer = survival.build(folder, per_device_eval_batch_size=2)
     trainer.eval_dataset = trainer.train_dataset.select(range(6))
@@ -155,13 +140,13 @@ def evaluate(folder: Path) -> None:
             call()
 
 
-# -- what they leave ---------------------------------------------------------------------------------------------------
+# -- the tests ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("endings")
-    return folder, survival.program("tests.test_endings", folder)
+    return folder, survival.program("tests.end_to_end.test_failures_in_two_processes", folder)
 
 
 @on_pinned_transformers("Older ones read a CPU's optimizer onto `cpu:0`, which torch does not know.")
@@ -173,17 +158,17 @@ def test_both_processes_end_and_the_run_is_resumed_bit_for_bit(ends, case):
     assert found[index]["left"] == case.updates
     assert all(case.said in said for said in found[index]["said"]), found[index]["said"]
     assert found[index]["resumed"] == [0, 0]
-    assert survival.same(folder / "whole", folder / str(index))
+    assert survival.same(folder / "uninterrupted", folder / str(index))
 
 
 def test_a_run_of_two_processes_is_not_resumed_by_one(ends, tmp_path):
     folder, _ = ends
     with pytest.raises(ConfigError, match="number of processes: 2 in the checkpoint, 1 now"):
-        survival.build(tmp_path).train(resume_from_checkpoint=folder / "whole" / "checkpoint-4")
+        survival.build(tmp_path).train(resume_from_checkpoint=folder / "uninterrupted" / "checkpoint-4")
 
 
 def test_a_reward_that_fails_in_an_evaluation_on_one_process_raises_on_both(tmp_path):
-    in_two_processes("-m", "tests.test_endings", "evaluate", str(tmp_path), cwd=ROOT)
+    in_two_processes("-m", "tests.end_to_end.test_failures_in_two_processes", "evaluate", str(tmp_path), cwd=ROOT)
 
 
 @pytest.mark.slow
@@ -199,7 +184,7 @@ def test_sigterm_to_the_launcher_ends_all_it_started_and_the_run_is_resumed(ends
         "--main_process_port",
         port,
     ]
-    launch += ["-m", "tests.test_endings", "worker", str(tmp_path / "run")]
+    launch += ["-m", "tests.end_to_end.test_failures_in_two_processes", "worker", str(tmp_path / "run")]
     (tmp_path / "wait").touch()
     with open(tmp_path / "log", "w") as log:
         launcher = subprocess.Popen(launch, cwd=ROOT, stdout=log, stderr=log)
@@ -215,7 +200,7 @@ def test_sigterm_to_the_launcher_ends_all_it_started_and_the_run_is_resumed(ends
         assert checkpoint.newest_complete(tmp_path / "run").name == "checkpoint-3"
         (tmp_path / "wait").unlink()
         subprocess.run(launch, cwd=ROOT, stdout=log, stderr=log, check=True, timeout=600)
-    assert survival.same(ends[0] / "whole", tmp_path / "run")
+    assert survival.same(ends[0] / "uninterrupted", tmp_path / "run")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Signals from outside to real processes, in each phase of an update: how they end, how soon, and what they leave.
 
-This file is also the program whose forked children they are: one start of it serves all cases.
+The tests start this file as a program, once for all cases; it forks the processes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests import survival
+from tests.survival import PATIENCE
 from trl_trustkl import load_records
 from trl_trustkl.run import checkpoint_folder as checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-PATIENCE = 120.0
-"""Seconds after which a child that says nothing, or does not end, counts as hanging."""
 
 
 class Case(NamedTuple):
@@ -38,7 +37,7 @@ class Case(NamedTuple):
 
 
 TERM, INT = signal.SIGTERM, signal.SIGINT
-MOMENTS = {  # and the update that is the last one then: the one in hand, or the one that is being saved
+MOMENTS = {  # and the last update of the run then: the current one, or the one that is being saved
     ("rollout", 2): 3,
     ("score", 2): 3,
     ("optimise", 2): 3,
@@ -58,19 +57,19 @@ CASES = [
     Case("rollout", 2, (TERM,), 143, 2, grace_seconds=0.0),
     Case("step", 9, (INT,), 130, 2, grace_seconds=0.0),
     Case("score", 2, (TERM,), 143, 2, grace_seconds=0.1),
-    # The interpreter ends a process by SIGINT itself where KeyboardInterrupt is not caught: 130 in a shell.
+    # Where KeyboardInterrupt is not caught, Python ends the process by SIGINT: 130 in a shell.
     Case("step", 9, (TERM, TERM), -INT, 2),
     Case("save_file", 3, (INT, INT), -INT, 4),
 ]
 
 
-# -- the program -------------------------------------------------------------------------------------------------------
+# -- the program that the tests start ----------------------------------------------------------------------------------
 
 
 def main(folder: Path) -> None:
-    """Send each case's signals to a run, then resume it; prints a line of JSON for each."""
+    """For each case: send its signals to a run, then resume it. Prints a line of JSON for each."""
     survival.load_all(folder)
-    assert survival.forked(lambda: survival.train(folder / "whole"), folder / "log") == 0
+    assert survival.forked(lambda: survival.train(folder / "uninterrupted"), folder / "log") == 0
     for index, case in enumerate(CASES):
         run = folder / str(index)
         ended, seconds = signalled(run, case, folder / "log")
@@ -80,9 +79,9 @@ def main(folder: Path) -> None:
 
 
 def signalled(run: Path, case: Case, log: Path) -> tuple[int | None, float]:
-    """Train in a child that says when it is at the case's moment, and waits there for each signal in turn.
+    """Train in a child that reports when it has reached the case's moment, and send it each signal in turn.
 
-    How it ended, and the seconds from the last signal to its end.
+    Returns its exit status, and the seconds from the last signal to its end.
     """
     heard, said = os.pipe()
 
@@ -108,21 +107,21 @@ def wait_for_signals(trainer: Any, said: int, count: int) -> None:
     os.write(said, b".")
     trainer.parts.stop.wait(PATIENCE)
     if trainer.args.grace_seconds < 1:
-        time.sleep(2 * trainer.args.grace_seconds)  # the function takes longer than that
+        time.sleep(2 * trainer.args.grace_seconds)  # the function takes longer than the grace period
     if count > 1:
         os.write(said, b".")
         time.sleep(PATIENCE)
 
 
-# -- what they leave ---------------------------------------------------------------------------------------------------
+# -- the tests ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory) -> Callable[[Case], tuple[dict[str, Any], Path, Path]]:
     folder = tmp_path_factory.mktemp("signals")
-    found = survival.program("tests.test_signals", folder)
+    found = survival.program("tests.end_to_end.test_signals_to_processes", folder)
     assert len(found) == len(CASES)
-    return lambda case: (found[CASES.index(case)], folder / str(CASES.index(case)), folder / "whole")
+    return lambda case: (found[CASES.index(case)], folder / str(CASES.index(case)), folder / "uninterrupted")
 
 
 def described(case: Case) -> str:
@@ -131,11 +130,11 @@ def described(case: Case) -> str:
 
 @pytest.mark.parametrize("case", CASES, ids=described)
 def test_a_signal_ends_a_process_in_time_and_it_is_resumed_bit_for_bit(ends, case):
-    end, run, whole = ends(case)
+    end, run, uninterrupted = ends(case)
     assert end["ended"] == case.status
     assert end["seconds"] < 20.0
     assert end["left"][0] == case.updates
-    assert end["resumed"] == 0 and survival.same(whole, run)
+    assert end["resumed"] == 0 and survival.same(uninterrupted, run)
     assert not list(run.glob(".unfinished*"))
 
 

@@ -1,12 +1,14 @@
-"""Disks that fill up or turn read-only under a run, for real: what it says, and that it goes on once there is room.
+"""Full and read-only disks: what the errors say, and that the run resumes bit for bit once there is room.
 
-The disk is a tmpfs in a mount namespace of its own (`unshare`, of util-linux), which needs no privileges where the kernel
-allows user namespaces, and binds a superuser too. A limit on the size of files (RLIMIT_FSIZE) stands for it where there is
-none. This file is also the program whose forked children are the runs.
+The disks are simulated by an exception in the process; by a tmpfs in a separate mount namespace (`unshare`, of util-linux),
+which needs no privileges where the kernel allows user namespaces, and binds a superuser too; and by a limit on the size of
+files (RLIMIT_FSIZE). The tests start this file as
+a program, which forks the runs.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
 import shutil
@@ -19,15 +21,78 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests import survival
+from tests.survival import build, counted
 from trl_trustkl import load_records
+from trl_trustkl.errors import SaveError
 from trl_trustkl.run import checkpoint_folder as checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+# -- errors within the process -------------------------------------------------------------------------------------------
+
+
+def no_space(name: str) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("save_file", 3), ("save", 4), ("fsync", 30), ("rename", 1), ("write_text", 7)]
+)
+def test_a_full_disk_during_a_save_ends_the_run_and_leaves_the_last_whole_checkpoint(
+    uninterrupted_run, tmp_path, name, number
+):
+    trainer = build(tmp_path)
+    with pytest.raises(SaveError) as error, counted(trainer, (name, number), no_space):
+        trainer.train()
+    for piece in (
+        "`output_dir`",
+        "checkpoint-4",
+        "No space left",
+        "checkpoint-2 is whole",
+        "resume_from_checkpoint=True",
+    ):
+        assert piece in str(error.value)
+    assert not list(tmp_path.glob(".unfinished*"))
+    build(tmp_path).train(resume_from_checkpoint=True)
+    assert survival.same(uninterrupted_run, tmp_path)
+
+
+def test_a_full_disk_at_a_record_ends_the_run_and_the_line_cut_short_is_dropped(uninterrupted_run, tmp_path):
+    with pytest.raises(OSError), counted(trainer := build(tmp_path), ("append_line", 30), no_space):
+        trainer.train()
+    build(tmp_path).train(resume_from_checkpoint=True)
+    assert survival.same(uninterrupted_run, tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_into_is_named(tmp_path):
+    """A file in the folder's place stands for a read-only folder, because a superuser can write into that."""
+    trainer = build(tmp_path / "run", max_steps=2)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / ".unfinished-checkpoint-2").write_text("a file where the folder should be")
+    remove = checkpoint.remove_unfinished
+    checkpoint.remove_unfinished = lambda folder: None
+    try:
+        with pytest.raises(SaveError, match="there is no earlier checkpoint"):
+            trainer.train()
+    finally:
+        checkpoint.remove_unfinished = remove
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_record_that_cannot_be_written_is_an_error_of_ours():
+    from trl_trustkl.records import append_line
+
+    with pytest.raises(SaveError, match="record of update 3 could not be appended to /dev/full"):
+        append_line(Path("/dev/full"), {"update": 3})
+
+
+# -- real disks ---------------------------------------------------------------------------------------------------------
+
 OWN_MOUNTS = ("unshare", "--map-root-user", "--mount")
 
 
 class Case(NamedTuple):
-    """What happens to the disk in the `number`-th call of a function, and what the error says then."""
+    """What happens to the disk in the `number`-th call of a function, and what the error says."""
 
     what: str
     name: str
@@ -49,13 +114,13 @@ CASES = [
 LIMIT = Case("limit", "write", 1, LIMITED, "checkpoint-4 could not be written")
 
 
-# -- the program -------------------------------------------------------------------------------------------------------
+# -- the program that the tests start ----------------------------------------------------------------------------------
 
 
 def main(folder: Path, cases: list[Case]) -> None:
-    """Break the disk under a run, resume it on the broken disk, mend the disk, resume it; a line of JSON for each case."""
+    """For each case: break the disk during a run, resume, repair the disk, resume. Prints a line of JSON for each."""
     survival.load_all(folder)
-    assert survival.forked(lambda: survival.train(folder / "whole"), folder / "log") == 0
+    assert survival.forked(lambda: survival.train(folder / "uninterrupted"), folder / "log") == 0
     for index, case in enumerate(cases):
         disk = folder / str(index)
         disk.mkdir()
@@ -81,13 +146,13 @@ def one_case(case: Case, run: Path) -> dict[str, Any]:
 
     found: dict[str, Any] = {"ended": survival.forked(start, log := disk.with_name(f"{disk.name}-log"))}
     found["said"] = log.read_text().splitlines()[-1]
-    found["whole"] = [folder.name for folder in checkpoint.checkpoints(run) if checkpoint.damage(folder) is None]
+    found["complete"] = [folder.name for folder in checkpoint.checkpoints(run) if checkpoint.damage(folder) is None]
     found["updates"] = len(load_records(run))
     again = disk.with_name(f"{disk.name}-again")
     found["ended again"] = survival.forked(lambda: resume(limit=case.what == "limit"), again)
     found["said again"] = again.read_text().splitlines()[-1]
     if case.what != "limit":
-        mend(disk)
+        repair(disk)
     found["resumed"] = survival.forked(resume, log)
     return found
 
@@ -113,13 +178,13 @@ def limit_files(disk: Path) -> None:
 BREAK: dict[str, Callable[[Path], None]] = {"fill": fill, "make read-only": make_read_only, "limit": limit_files}
 
 
-def mend(disk: Path) -> None:
+def repair(disk: Path) -> None:
     remount("rw", disk)
     (disk / "ballast").unlink(missing_ok=True)
 
 
 def remount(access: str, disk: Path) -> None:
-    """Change the mount alone (`bind`): otherwise mount(8) repeats the owner's number, unknown in the user namespace."""
+    """Change only the mount (`bind`): otherwise mount(8) repeats the owner's number, which is unknown in the user namespace."""
     mount("-o", f"remount,bind,{access}", disk)
 
 
@@ -127,11 +192,11 @@ def mount(*arguments: object) -> None:
     subprocess.run(["mount", *map(str, arguments)], check=True)
 
 
-# -- what they leave ---------------------------------------------------------------------------------------------------
+# -- the tests ---------------------------------------------------------------------------------------------------------
 
 
 def why_no_mounts(folder: Path) -> str:
-    """What this machine says where it refuses a user the mounts of these tests; empty where it allows them."""
+    """Why this machine does not allow the mounts of these tests; empty if it does."""
     steps = ("-t tmpfs tmpfs", "-o remount,bind,ro", "-o remount,bind,rw")
     script = " && ".join(f'mount {step} "$1"' for step in steps)
     try:
@@ -147,33 +212,33 @@ def mounted(tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("disks")
     if reason := why_no_mounts(folder):
         pytest.skip(f"this machine does not let this user mount a tmpfs in a user namespace: {reason}")
-    return folder, survival.program("tests.test_disks", folder, "mounted", before=OWN_MOUNTS)
+    return folder, survival.program("tests.end_to_end.test_full_disks", folder, "mounted", before=OWN_MOUNTS)
 
 
-def check(case: Case, found: dict[str, Any], run: Path, whole: Path) -> None:
+def check(case: Case, found: dict[str, Any], run: Path, uninterrupted: Path) -> None:
     assert found["ended"] == 1
     assert found["said"].startswith("trl_trustkl.errors.SaveError: `output_dir`"), found["said"]
     for piece in (case.failed, case.reason, "resume_from_checkpoint=True"):
         assert piece in found["said"], found["said"]
     last = 2 if "checkpoint-4" in case.failed or "update 3" in case.failed else None
-    assert found["whole"] == [f"checkpoint-{last}"]
+    assert found["complete"] == [f"checkpoint-{last}"]
     assert found["updates"] == (2 if "record" in case.failed else 4)
     assert found["ended again"] == 1
     assert found["said again"].startswith("trl_trustkl.errors.SaveError: `output_dir`"), found["said again"]
     assert case.reason in found["said again"]
-    assert found["resumed"] == 0 and survival.same(whole, run)
+    assert found["resumed"] == 0 and survival.same(uninterrupted, run)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.what}-{case.name}-{case.number}")
 def test_a_disk_that_breaks_ends_a_run_with_its_last_checkpoint_whole(mounted, case):
     folder, found = mounted
     index = CASES.index(case)
-    check(case, found[index], folder / str(index) / "run", folder / "whole")
+    check(case, found[index], folder / str(index) / "run", folder / "uninterrupted")
 
 
 def test_a_limit_on_the_size_of_files_ends_a_run_with_its_last_checkpoint_whole(tmp_path):
-    (found,) = survival.program("tests.test_disks", tmp_path, "limited")
-    check(LIMIT, found, tmp_path / "0" / "run", tmp_path / "whole")
+    (found,) = survival.program("tests.end_to_end.test_full_disks", tmp_path, "limited")
+    check(LIMIT, found, tmp_path / "0" / "run", tmp_path / "uninterrupted")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""The configuration: the fields of TRL's PPO and ours, from Python, the command line and YAML."""
+"""The configuration: TRL's fields and this package's, from Python, the command line and YAML."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import pickle
 import typing
@@ -14,53 +13,16 @@ from transformers import HfArgumentParser
 from trl import TrlParser
 
 from tests import tiny
+from tests.trl_fields import TRL_FIELDS, default, fields
 from trl_trustkl import TrustKLPPOConfig
 from trl_trustkl.advantages import ScorePosition
 from trl_trustkl.controllers import CONTROLLERS, AdaptiveKL, ControllerName, FixedKL
 from trl_trustkl.divergences import ESTIMATORS, EstimatorName, KLEstimatorName
-from trl_trustkl.errors import ConfigError, NotAvailableYetError
-from trl_trustkl.options import COUNT, POSITIVE, about, check_options, dict_fields, fits, option, typed_fields
+from trl_trustkl.options import about, dict_fields, fits, typed_fields
 from trl_trustkl.surrogates import SURROGATES, ClipRuleName
 from trl_trustkl.trl_compat import ppo_base as _base
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-TRL_FIELDS: dict[str, Any] = {
-    "learning_rate": 3e-6,
-    "dataset_num_proc": None,
-    "num_mini_batches": 1,
-    "total_episodes": None,
-    "local_rollout_forward_batch_size": 64,
-    "num_sample_generations": 10,
-    "response_length": 53,
-    "stop_token": None,
-    "stop_token_id": None,
-    "temperature": 0.7,
-    "missing_eos_penalty": None,
-    "sft_model_path": "EleutherAI/pythia-160m",
-    "world_size": None,
-    "num_total_batches": None,
-    "micro_batch_size": None,
-    "local_batch_size": None,
-    "batch_size": None,
-    "local_mini_batch_size": None,
-    "mini_batch_size": None,
-    "push_to_hub": False,
-    "reward_model_path": "EleutherAI/pythia-160m",
-    "model_adapter_name": None,
-    "ref_adapter_name": None,
-    "num_ppo_epochs": 4,
-    "whiten_rewards": False,
-    "kl_coef": 0.05,
-    "kl_estimator": "k1",
-    "cliprange": 0.2,
-    "vf_coef": 0.1,
-    "cliprange_value": 0.2,
-    "gamma": 1.0,
-    "lam": 0.95,
-    "ds3_gather_for_generation": True,
-}
-"""What TRL 1.12's PPOConfig adds to its base, with the defaults."""
 
 DESIGN_FIELDS: dict[str, Any] = {
     "kl_estimator": "k1",
@@ -100,32 +62,7 @@ DESIGN_FIELDS: dict[str, Any] = {
 """What this package adds, with the defaults."""
 
 
-def fields(cls: type) -> dict[str, dataclasses.Field]:
-    return {field.name: field for field in dataclasses.fields(cls)}
-
-
-def default(field: dataclasses.Field) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
 # -- fields ------------------------------------------------------------------------------------------------------------
-
-
-def test_our_base_has_the_fields_and_defaults_of_trls():
-    mine = fields(_base.PPOConfig)
-    assert {name: mine[name].default for name in TRL_FIELDS} == TRL_FIELDS
-    inherited = fields(_base._BaseConfig)
-    assert set(mine) - set(inherited) == set(TRL_FIELDS) - set(inherited)
-
-
-def test_our_base_equals_trls_own_configuration_field_by_field():
-    ppo = pytest.importorskip("trl.experimental.ppo", reason="TRL 1.13 removed its PPO trainer")
-    theirs, mine = fields(ppo.PPOConfig), fields(_base.PPOConfig)
-    assert theirs.keys() == mine.keys()
-    their_types, my_types = typing.get_type_hints(ppo.PPOConfig), typing.get_type_hints(_base.PPOConfig)
-    for name in theirs:
-        assert default(theirs[name]) == default(mine[name]), name
-        assert their_types[name] == my_types[name], name
 
 
 def test_every_field_of_trl_stays_with_its_default():
@@ -145,7 +82,7 @@ def test_every_added_field_says_what_it_is():
         assert len(fields(TrustKLPPOConfig)[name].metadata["help"]) > 20, name
 
 
-# -- what is known of them ---------------------------------------------------------------------------------------------
+# -- ranges, help texts and copies -------------------------------------------------------------------------------------
 
 
 def test_every_number_has_a_range_and_its_default_lies_in_it():
@@ -177,48 +114,6 @@ def test_a_field_declared_again_keeps_type_default_and_help_of_its_base():
     for name in again:
         assert (default(ours[name]), our_types[name]) == (default(base[name]), base_types[name]), name
         assert ours[name].metadata == base[name].metadata, name
-
-
-@dataclasses.dataclass
-class Other:
-    """Options of a configuration that is not PPO's."""
-
-    size: int | None = option(None, "A size.", range=COUNT, fix="None: all.", group="a")
-    width: float = option(1.0, "A width.", range=POSITIVE, fix="Use 1.")
-    kind: Literal["a", "b"] = option("a", "A kind.", names={"c": 3})
-    extra: dict | str | None = option(None, "A dict.", group="a")
-    plain: bool = True
-
-
-def test_the_checks_are_those_of_any_dataclass():
-    for good in (
-        {"size": 3},
-        {"width": 2},
-        {"kind": "c"},
-        {"extra": {"a": 1}},
-        {"extra": '{"a": 1}'},
-        {"plain": False},
-    ):
-        check_options(other := Other(**good))
-        assert other.extra in (None, {"a": 1})
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ({"size": 0}, "`size` got 0; it must be an integer >= 1, or None. None: all."),
-        ({"size": 1.5}, "`size` got 1.5; it must be an integer >= 1, or None. None: all."),
-        ({"width": None}, "`width` got None; it must be a finite number > 0. Use 1."),
-        ({"width": float("inf")}, "`width` got inf; it must be a finite number > 0. Use 1."),
-        ({"kind": "d"}, "`kind` got 'd'; it must be one of 'a', 'b', 'c'."),
-        ({"extra": "["}, "`extra` got '[', which is not JSON"),
-        ({"plain": 1}, "`plain` got 1; it must be true or false."),
-    ],
-)
-def test_the_checks_say_what_a_field_may_be(bad, message):
-    with pytest.raises(ConfigError) as error:
-        check_options(Other(**bad))
-    assert str(error.value).startswith(message)
 
 
 def test_a_configuration_can_be_copied_and_pickled(tmp_path):
@@ -357,7 +252,7 @@ def test_a_configuration_survives_the_way_through_a_dict(tmp_path):
     assert second.to_dict() == first.to_dict()
 
 
-# -- what is made of them ----------------------------------------------------------------------------------------------
+# -- what is built from them -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", dict_fields(TrustKLPPOConfig))
@@ -391,53 +286,3 @@ def test_a_limit_that_is_off_is_none(tmp_path):
     for off in (0, 0.0, None):
         config = tiny.config(tmp_path, clip_value=False, max_grad_norm=off)
         assert (config.value_range, config.norm_limit) == (None, None)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"torch_compile": True},
-        {"torch_compile_backend": "eager"},
-        {"torch_compile_mode": "default"},
-        {"use_liger_kernel": True},
-        {"neftune_noise_alpha": 5.0},
-        {"auto_find_batch_size": True},
-    ],
-)
-def test_other_kernels_and_loops_are_refused_and_not_ignored(tmp_path, changes):
-    with pytest.raises(
-        NotAvailableYetError, match=rf"`{next(iter(changes)).removesuffix('_backend').removesuffix('_mode')}`"
-    ):
-        tiny.config(tmp_path, **changes)
-
-
-def test_a_compiling_launcher_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    with pytest.raises(NotAvailableYetError, match="dynamo_backend"):
-        tiny.config(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("changes", "pieces"),
-    [
-        ({"optim": "lomo"}, ("`optim`", "'lomo'", "backward", "'adafactor'")),
-        ({"optim": "galore_adamw_layerwise"}, ("`optim`", "'galore_adamw_layerwise'", "undone")),
-        ({"optim": "schedule_free_adamw"}, ("`optim`", "other weights")),
-        (
-            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"},
-            ("`lr_scheduler_type`", "plateau", "`trust_lr_target`"),
-        ),
-    ],
-)
-def test_optimizers_and_schedules_that_cannot_work_are_refused_before_the_run(tmp_path, changes, pieces):
-    with pytest.raises(NotAvailableYetError) as error:
-        tiny.config(tmp_path, **changes)
-    assert all(piece in str(error.value) for piece in pieces), str(error.value)
-
-
-@pytest.mark.parametrize("name", ["file", "file/run", ""])
-def test_an_output_folder_that_cannot_be_one_is_refused_before_the_run(tmp_path, name):
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"`output_dir` got .* must be a folder") as error:
-        tiny.config(tmp_path / name if name else "")
-    assert not name or f"{tmp_path / 'file'} is a file" in str(error.value)

@@ -1,0 +1,22 @@
+"""The command line: options and exit statuses of all commands."""
+
+from __future__ import annotations
+
+import pytest
+
+from trl_trustkl.cli import main
+
+
+def test_options_of_other_commands_are_still_checked(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["report", "somewhere", "--wide"])
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --wide" in capsys.readouterr().err
+
+
+def test_the_exit_statuses_are_documented(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for status in ("0;", "1 for an error of the run", "2 for one of usage", "130 after Ctrl-C", "143 after SIGTERM"):
+        assert status in said

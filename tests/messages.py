@@ -1,0 +1,12 @@
+"""Checks of what an error says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def assert_says(error: Any, *pieces: Any) -> None:
+    """Each of the pieces stands in the message of an error that `pytest.raises` caught."""
+    message = str(error.value)
+    for piece in pieces:
+        assert str(piece) in message, f"{piece!r} is missing in: {message}"

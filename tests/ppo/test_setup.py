@@ -1,0 +1,89 @@
+"""The sizes of batches, and warnings of the anchor and the sampler."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests import tiny
+from trl_trustkl.errors import ConfigError
+from trl_trustkl.ppo import setup
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "sizes"),
+    [
+        ({"max_steps": 3}, 1, (8, 8, 3)),
+        ({"max_steps": 3}, 2, (8, 16, 3)),
+        ({"max_steps": -1, "total_episodes": 33}, 1, (8, 8, 5)),
+        ({"max_steps": -1, "total_episodes": 33}, 4, (8, 32, 2)),
+        ({"max_steps": -1, "num_train_epochs": 2.5}, 1, (8, 8, 7)),  # 2.5 × 21 rows are 53 episodes
+    ],
+)
+def test_the_sizes_of_batches_follow_from_rows_and_processes(tmp_path, changes, processes, sizes):
+    args = tiny.config(tmp_path, **changes)
+    assert setup.set_batch_sizes(args, rows=21, processes=processes)[:3] == sizes
+    assert (args.local_batch_size, args.batch_size, args.num_total_batches) == sizes
+    assert (args.world_size, args.micro_batch_size) == (processes, 4 * processes)
+    assert (args.local_mini_batch_size, args.mini_batch_size) == (4, 4 * processes)
+
+
+def test_a_horizon_is_checked_against_the_responses_of_all_processes(tmp_path):
+    args = tiny.config(tmp_path, kl_controller="adaptive", kl_target=1.0, kl_horizon=3)
+    setup.set_batch_sizes(args, rows=21, processes=1)
+    with pytest.raises(ConfigError, match="`kl_horizon` got 3"):
+        setup.set_batch_sizes(args, rows=21, processes=2)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "placement", "kind"),
+    [("k3", "reward", "biased"), ("exact", "loss", "partial"), ("k1", "reward", None), ("exact", "both", None)],
+)
+def test_an_anchor_whose_gradient_is_not_the_kls_is_named_once(tmp_path, caplog, estimator, placement, kind):
+    args = tiny.config(tmp_path, kl_estimator=estimator, kl_placement=placement)
+    setup.warn_of_gradient(args)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (kind is not None)
+    assert kind is None or f"kl_placement={placement!r} is a {kind} anchor" in said[0]
+    caplog.clear()
+    setup.warn_of_gradient(tiny.config(tmp_path, kl_estimator=estimator, kl_placement=placement, kl_coef=0.0))
+    assert not caplog.records, "there is no anchor"
+
+
+@pytest.mark.parametrize(
+    ("kl", "generation_kwargs", "warned"),
+    [
+        (0.051, None, True),
+        (0.049, None, False),
+        (float("nan"), None, False),
+        (None, None, False),
+        (1.0, {"top_k": 5}, False),
+    ],
+)
+def test_a_sampler_that_is_not_the_policy_is_named(tmp_path, caplog, kl, generation_kwargs, warned):
+    record = SimpleNamespace(update=3, sampler=SimpleNamespace(kl=kl))
+    args = tiny.config(tmp_path, generation_kwargs=generation_kwargs)
+    assert setup.warn_of_sampler(record, args) == warned
+    assert len(caplog.records) == warned and (not warned or "0.051 nats per token" in caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("per_device", "accumulation", "mini_batches", "size"),
+    [(4, 2, 2, 4), (4, 2, 8, 1), (3, 2, 2, 3), (4, 3, 2, 3), (5, 2, 5, 2), (8, 1, 1, 8), (7, 4, 2, 7)],
+)
+def test_micro_batches_divide_a_mini_batch(tmp_path, per_device, accumulation, mini_batches, size):
+    changes = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation, "max_steps": 1}
+    changes |= {"num_mini_batches": mini_batches, "num_ppo_epochs": 1}
+    model, rows = tiny.llama(), []
+
+    def note(module, args, kwargs):
+        if torch.is_grad_enabled():
+            rows.append(len(kwargs["input_ids"]))
+
+    model.model.register_forward_pre_hook(note, with_kwargs=True)
+    tiny.trainer(tmp_path, model, changes=changes, train_dataset=tiny.prompts(28)).train()
+    assert rows == [size] * (per_device * accumulation // size)

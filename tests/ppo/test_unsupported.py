@@ -1,0 +1,95 @@
+"""What transformers offers and this version rejects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests import tiny
+from trl_trustkl import TrustKLPPOTrainer
+from trl_trustkl.errors import NotAvailableYetError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"torch_compile": True},
+        {"torch_compile_backend": "eager"},
+        {"torch_compile_mode": "default"},
+        {"use_liger_kernel": True},
+        {"neftune_noise_alpha": 5.0},
+        {"auto_find_batch_size": True},
+    ],
+)
+def test_other_kernels_and_loops_are_refused_and_not_ignored(tmp_path, changes):
+    with pytest.raises(
+        NotAvailableYetError, match=rf"`{next(iter(changes)).removesuffix('_backend').removesuffix('_mode')}`"
+    ):
+        tiny.config(tmp_path, **changes)
+
+
+def test_a_compiling_launcher_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(NotAvailableYetError, match="dynamo_backend"):
+        tiny.config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "pieces"),
+    [
+        ({"optim": "lomo"}, ("`optim`", "'lomo'", "backward", "'adafactor'")),
+        ({"optim": "galore_adamw_layerwise"}, ("`optim`", "'galore_adamw_layerwise'", "undone")),
+        ({"optim": "schedule_free_adamw"}, ("`optim`", "other weights")),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"},
+            ("`lr_scheduler_type`", "plateau", "`trust_lr_target`"),
+        ),
+    ],
+)
+def test_optimizers_and_schedules_that_cannot_work_are_refused_before_the_run(tmp_path, changes, pieces):
+    with pytest.raises(NotAvailableYetError) as error:
+        tiny.config(tmp_path, **changes)
+    assert all(piece in str(error.value) for piece in pieces), str(error.value)
+
+
+STAGES = [{"zero_optimization": {"stage": stage}} for stage in (2, 3)]
+ASKED = [("FSDP", {"fsdp": "full_shard"}), ("FSDP", {"fsdp": True}), ("FSDP", {"fsdp": "full_shard auto_wrap"})]
+ASKED += [("DeepSpeed", {"deepspeed": stage}) for stage in (*STAGES, "zero3.json")]
+
+
+def assert_says_what_works(error: Any, name: str) -> None:
+    message = str(error.value)
+    assert message.startswith(f"{name} is not available yet") and "DDP" in message and "LoRA" in message
+    assert "examples/accelerate/multi_gpu.yaml" in message and "cpu_gloo.yaml" in message
+
+
+@pytest.mark.parametrize(("name", "changes"), ASKED)
+def test_sharding_asked_for_in_the_configuration_is_refused(tmp_path, name, changes):
+    with pytest.raises(NotAvailableYetError) as error:
+        tiny.config(tmp_path, **changes)
+    assert_says_what_works(error, name)
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
+def test_sharding_asked_for_by_the_launcher_is_refused(tmp_path, name, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    with pytest.raises(NotAvailableYetError) as error:
+        tiny.config(tmp_path)
+    assert_says_what_works(error, name)
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
+def test_an_accelerator_that_shards_is_refused(tmp_path, name, monkeypatch):
+    made = TrustKLPPOTrainer.create_accelerator_and_postprocess
+
+    def sharding(self: Any) -> None:
+        made(self)
+        setattr(self, f"is_{name.lower()}_enabled", True)
+
+    monkeypatch.setattr(TrustKLPPOTrainer, "create_accelerator_and_postprocess", sharding)
+    with pytest.raises(NotAvailableYetError) as error:
+        tiny.trainer(tmp_path)
+    assert_says_what_works(error, name)

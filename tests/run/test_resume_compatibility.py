@@ -1,0 +1,98 @@
+"""Settings that a resumed run may change, and those that it may not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests import survival, tiny
+from tests.pinned import on_pinned_transformers
+from tests.survival import build
+from trl_trustkl import TrustKLPPOConfig
+from trl_trustkl.errors import ConfigError
+from trl_trustkl.run import resume_compatibility as settings
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize(
+    ("changes", "pieces"),
+    [
+        ({"kl_coef": 0.1}, ["`kl_coef`: 0.05 in the checkpoint, 0.1 now"]),
+        (
+            {"seed": 7, "cliprange": 0.3},
+            ["`seed`: 42 in the checkpoint, 7 now", "`cliprange`: 0.2 in the checkpoint, 0.3 now"],
+        ),
+        ({"generation_kwargs": {"top_k": 5}}, ["`generation_kwargs`: None in the checkpoint, {'top_k': 5} now"]),
+        ({"max_steps": 8}, ["`max_steps`: 6 in the checkpoint, 8 now", "schedule"]),
+    ],
+)
+def test_settings_that_would_make_it_another_run_are_named(run_copy, changes, pieces):
+    with pytest.raises(ConfigError) as error:
+        build(run_copy, **changes).train(resume_from_checkpoint=True)
+    assert all(piece in str(error.value) for piece in pieces), error.value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "piece"),
+    [
+        ({"train_dataset": tiny.prompts(24)}, "rows of train_dataset: 16 in the checkpoint, 24 now"),
+        ({"train_dataset": tiny.prompts(8)}, "rows of train_dataset: 16 in the checkpoint, 8 now"),
+        ({"model": tiny.llama(num_hidden_layers=1)}, "trained numbers of the policy: "),
+        ({"model": tiny.llama(num_hidden_layers=3)}, "trained numbers of the policy: "),
+        ({"model": tiny.llama(hidden_size=64)}, "trained numbers of the value: 33 in the checkpoint, 65 now"),
+        ({"value_model": tiny.scalar_model(tiny.llama())}, "trained numbers of the value: 33 in the checkpoint, "),
+        ({"peft_config": None}, "adapter: "),
+        ({"peft_config": tiny.lora(r=2)}, "adapter `r`: 4 in the checkpoint, 2 now"),
+        ({"model": tiny.llama(vocab_size=50)}, "vocabulary size: 43 in the checkpoint, 50 now"),
+    ],
+)
+def test_models_and_data_that_would_make_it_another_run_are_named(run_copy, arguments, piece):
+    changes = {"max_steps": survival.UPDATES, **survival.KINDS["adapter and value head"][0]}
+    changes |= {"lr_scheduler_type": "linear", "learning_rate": 1e-2, "optim": "adamw_torch"}
+    with pytest.raises(ConfigError) as error:
+        tiny.trainer(run_copy, changes=changes, **arguments).train(resume_from_checkpoint=True)
+    assert piece in str(error.value)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_another_shape_of_a_fully_tuned_model_is_named(tmp_path, layers):
+    kind = "all weights and a value model"
+    build(tmp_path, kind, max_steps=2).train()
+    settings, arguments = survival.KINDS[kind]
+    changes = {"max_steps": 2, "lr_scheduler_type": "linear", "learning_rate": 1e-2, "optim": "adamw_torch"} | settings
+    other = tiny.trainer(tmp_path, tiny.llama(num_hidden_layers=layers), changes=changes, **arguments())
+    with pytest.raises(ConfigError, match="trained numbers of the policy"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_harmless_settings_may_change(uninterrupted_run, run_copy):
+    harmless = {"logging_steps": 1, "save_steps": 3, "save_total_limit": 5, "grace_seconds": 3.0, "run_name": "again"}
+    build(run_copy, **harmless).train(resume_from_checkpoint=run_copy / "checkpoint-4")
+    expected, found = survival.tensors(uninterrupted_run), survival.tensors(run_copy)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@on_pinned_transformers("Each release has other settings.")
+def test_every_setting_is_either_harmless_or_compared(tmp_path):
+    fields = {field.name for field in dataclasses.fields(TrustKLPPOConfig) if field.init}
+    assert set(settings.HARMLESS) <= fields
+    assert len(set(settings.HARMLESS)) == len(settings.HARMLESS)
+    args = tiny.config(tmp_path, lr_scheduler_type="linear")
+    now = settings.compared(args)
+    assert set(now) == fields - set(settings.HARMLESS)
+    for name in now:
+        changed = now | {name: "something else"}
+        (difference,) = settings.differences(changed, now, args)
+        assert ("`max_steps`" if name == "num_total_batches" else f"`{name}`") in difference
+    assert not list(settings.differences(now, now, args))
+
+
+def test_a_field_that_a_checkpoint_does_not_know_yet_counts_as_its_default(tmp_path):
+    args = tiny.config(tmp_path, panic_kl=2.0)
+    now = settings.compared(args)
+    old = {name: value for name, value in now.items() if name != "panic_kl"}
+    assert list(settings.differences(old, now, args)) == ["`panic_kl`: None in the checkpoint, 2.0 now"]
+    assert not list(settings.differences(old, now | {"panic_kl": None}, args))

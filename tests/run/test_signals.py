@@ -1,0 +1,131 @@
+"""SIGTERM and SIGINT: the first finishes the update and saves it, the second ends the run at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import survival
+from tests.survival import build, counted
+from trl_trustkl import load_records
+from trl_trustkl.errors import Interrupted
+from trl_trustkl.run import checkpoint_folder as checkpoint
+from trl_trustkl.run.signals import StopRequest
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def terminate(name: str) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("phase", ["rollout", "score", "optimise", "step", "measure", "_end_update", "write"])
+def test_sigterm_in_any_phase_finishes_the_update_and_saves_it(uninterrupted_run, tmp_path, phase):
+    number = {"step": 9, "write": 0}.get(phase, 2)
+    trainer = build(tmp_path)
+    with pytest.raises(Interrupted) as ended, counted(trainer, (phase, number), terminate):
+        trainer.train()
+    assert ended.value.code == 143 and trainer._loop.interrupted == signal.SIGTERM
+    done = 2 if phase == "write" else 3
+    assert trainer.state.global_step == len(load_records(tmp_path)) == done
+    assert checkpoint.damage(tmp_path / f"checkpoint-{done}") is None
+    build(tmp_path).train(resume_from_checkpoint=True)
+    assert survival.same(uninterrupted_run, tmp_path)
+
+
+@pytest.mark.parametrize("phase", ["rollout", "score", "step", "optimise"])
+def test_an_update_beyond_its_grace_period_is_given_up_and_the_one_before_it_saved(uninterrupted_run, tmp_path, phase):
+    trainer = build(tmp_path, grace_seconds=0.0)
+    number = 9 if phase == "step" else 2
+    with pytest.raises(Interrupted), counted(trainer, (phase, number), terminate):
+        trainer.train()
+    assert trainer.state.global_step == len(load_records(tmp_path)) == 2
+    build(tmp_path).train(resume_from_checkpoint=True)
+    assert survival.same(uninterrupted_run, tmp_path)
+
+
+def test_what_a_given_up_update_did_is_undone_before_it_is_saved(uninterrupted_run, tmp_path):
+    """Without a checkpoint of the update before, one is saved from the state that is rolled back."""
+    trainer = build(tmp_path, grace_seconds=0.0, save_strategy="no")
+    with pytest.raises(Interrupted), counted(trainer, -1, terminate) as seen:
+        step = torch.optim.AdamW.step
+        calls: list[int] = []
+
+        def terminated_in_the_fifth_update(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 4 * 4 + 2:
+                terminate("step")
+            return step(*args, **kwargs)
+
+        torch.optim.AdamW.step = terminated_in_the_fifth_update
+        try:
+            trainer.train()
+        finally:
+            torch.optim.AdamW.step = step
+    assert "step" in seen
+    expected, found = survival.tensors(uninterrupted_run, 4), survival.tensors(tmp_path, 4)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert (tmp_path / "checkpoint-4" / "rng.json").read_text() == (
+        uninterrupted_run / "checkpoint-4" / "rng.json"
+    ).read_text()
+
+
+def test_ctrl_c_has_its_own_exit_status_and_a_second_one_stops_at_once(uninterrupted_run, tmp_path):
+    with (
+        pytest.raises(Interrupted) as ended,
+        counted(trainer := build(tmp_path), ("score", 0), lambda name: os.kill(os.getpid(), signal.SIGINT)),
+    ):
+        trainer.train()
+    assert ended.value.code == 130 and len(load_records(tmp_path)) == 1
+
+    def twice(name: str) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), counted(trainer := build(tmp_path / "b"), ("score", 0), twice):
+        trainer.train()
+    assert not load_records_or_none(tmp_path / "b")
+
+
+def load_records_or_none(folder: Path) -> list[dict[str, Any]]:
+    return load_records(folder) if (folder / "bounds.jsonl").exists() else []
+
+
+def test_the_handlers_are_there_only_while_a_run_is_and_only_in_the_main_thread():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with StopRequest(1.0):
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    seen = []
+
+    def elsewhere() -> None:
+        with StopRequest(1.0):
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert seen == [before[0]]
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopRequest(1.0) as request:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert request.received is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_transformers_own_handler_of_sigterm_does_not_get_in_the_way(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = build(tmp_path, enable_jit_checkpoint=True, max_steps=1)
+    trainer.train()
+    assert signal.getsignal(signal.SIGTERM) is before
