@@ -1,7 +1,7 @@
 """PPO on TRL with the anchor and the trust region as switches, and a record of what bounded every update.
 
-The mathematics (`divergences`, `controllers`, `surrogates`, `trust_region`, …) needs torch alone; what needs TRL is loaded
-on first use.
+The mathematics (`divergences`, `controllers`, `surrogates`, `trust_region`, …) only needs torch; modules that need TRL are
+imported on first use.
 """
 
 from __future__ import annotations

@@ -330,15 +330,6 @@ def build_controller(
         raise ConfigError(f"`{where}` lacks {', '.join(missing)}, which {field}_controller={name!r} needs.")
     try:
         return cls(**arguments)
-    except ConfigError as error:
-        raise ConfigError(_in_config_terms(str(error), field)) from None
-
-
-def _in_config_terms(message: str, field: str) -> str:
-    """A controller's error message, with the name that the field it starts with has in the config."""
-
-    def rename(match: re.Match[str]) -> str:
-        own = match[1]
-        return f"`{field}_{own}`" if own in ("coef", "target") else f"`{field}_controller_kwargs['{own}']`"
-
-    return re.sub(r"^`(\w+)`", rename, message)
+    except ConfigError as error:  # it starts with the controller's field, which has another name in the config
+        message = re.sub(r"^`(?!coef`|target`)(\w+)`", rf"`{where}['\1']`", str(error))
+        raise ConfigError(re.sub(r"^`(coef|target)`", rf"`{field}_\1`", message)) from None

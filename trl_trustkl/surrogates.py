@@ -230,12 +230,10 @@ def gmpo(log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, low: float, hig
 
 
 def _binary_tv(old_logp: Tensor, logp: Tensor) -> Tensor:
-    """|p − μ|: the total variation of the two policies over the outcomes "this token" and "any other"."""
     return (logp.exp() - old_logp.exp()).abs()
 
 
 def _binary_kl(old_logp: Tensor, logp: Tensor) -> Tensor:
-    """μ log(μ/p) + (1 − μ) log((1 − μ)/(1 − p)): KL(π_old‖π) over the same two outcomes."""
     rest, new_rest = -torch.expm1(old_logp), -torch.expm1(logp)
     others = torch.where(rest > 0, rest * (rest.log() - new_rest.log()), 0.0)
     return old_logp.exp() * (old_logp - logp) + others
@@ -260,7 +258,8 @@ def dppo_tv(log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, low: float, 
             old_logp: Tensor | None = None, delta: float = 0.15) -> Surrogate:  # fmt: skip
     """M·w·A, M = 0 where the token moves away and |p − μ| > δ (DPPO, arXiv 2602.04879); the range is ignored.
 
-    p = π(token), μ = π_old(token). ConfigError without `old_logp`, from which they are computed. gated = 1 − M.
+    p = π(token), μ = π_old(token); |p − μ| is the total variation over the outcomes "this token" and "any other".
+    ConfigError without `old_logp`, from which p and μ are computed. gated = 1 − M.
     """
     return _divergence_mask(_binary_tv, log_ratio, advantages, mask, old_logp, delta)
 
