@@ -20,23 +20,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
-    "AdaptiveKLCallback": ".callbacks",
-    "BoundReportCallback": ".callbacks",
-    "TrustKLPPOConfig": ".ppo.config",
-    "TrustKLPPOTrainer": ".ppo.trainer",
-}
+    "AdaptiveKLCallback": ".callbacks", "BoundReportCallback": ".callbacks",
+    "TrustKLPPOConfig": ".ppo.config", "TrustKLPPOTrainer": ".ppo.trainer",
+}  # fmt: skip
 
 __all__ = [
-    "AdaptiveKLCallback",
-    "BoundReportCallback",
-    "TrustKLPPOConfig",
-    "TrustKLPPOTrainer",
-    "controllers",
-    "divergences",
-    "load_records",
-    "surrogates",
-    "trust_region",
-]
+    "AdaptiveKLCallback", "BoundReportCallback", "TrustKLPPOConfig", "TrustKLPPOTrainer",
+    "controllers", "divergences", "load_records", "surrogates", "trust_region",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

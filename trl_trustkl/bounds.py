@@ -54,7 +54,7 @@ def binding(shares: dict[str, float]) -> str:
 def guaranteed(measurement: Measurement, enforcement: Enforcement) -> float | None:
     """The guaranteed bound on the batch's mean KL(π_old‖π), in nats per token, or None.
 
-    A number only where backtracking enforced a limit on the whole batch: then `measurement.kl` is within it. It holds for
+    A number only where backtracking enforced a limit on the complete batch: then `measurement.kl` is within it. It holds for
     the contexts of this batch.
     """
     if enforcement.limit is None or not measurement.complete or not measurement.kl <= enforcement.limit:
@@ -62,40 +62,18 @@ def guaranteed(measurement: Measurement, enforcement: Enforcement) -> float | No
     return enforcement.limit
 
 
-def build_record(
-    args: Any,
-    *,
-    update: int,
-    episode: int,
-    lr: float,
-    lr_factor: float,
-    trust_coef: float,
-    refused: str | None,
-    seconds: dict[str, float],
-    rollout: RolloutSummary,
-    anchor: AnchorMeasurement,
-    stats: UpdateStats,
-    measured: Measurement,
-    enforcement: Enforcement,
-) -> BoundRecord:
+def build_record(args: Any, *, update: int, episode: int, lr: float, lr_factor: float, trust_coef: float,
+                 refused: str | None, seconds: dict[str, float], rollout: RolloutSummary, anchor: AnchorMeasurement,
+                 stats: UpdateStats, measured: Measurement, enforcement: Enforcement) -> BoundRecord:  # fmt: skip
     """The record of one update; `args` is the run's configuration (a TrustKLPPOConfig)."""
     shares = None if refused is not None else binding_shares(anchor, stats, enforcement, lr_factor)
     return BoundRecord(
-        update=update,
-        episode=episode,
-        score=rollout.score,
-        length=rollout.length,
-        eos_rate=rollout.eos_rate,
-        entropy=rollout.entropy,
-        lr=lr,
-        refused=refused,
-        seconds=seconds,
+        update=update, episode=episode,
+        score=rollout.score, length=rollout.length, eos_rate=rollout.eos_rate, entropy=rollout.entropy,
+        lr=lr, refused=refused, seconds=seconds,
         anchor=AnchorRecord(
-            estimator=args.kl_estimator,
-            placement=args.kl_placement,
-            gradient=gradient_kind(args.kl_estimator, args.kl_placement),
-            target=args.kl_target,
-            **anchor._asdict(),
+            args.kl_estimator, args.kl_placement, gradient_kind(args.kl_estimator, args.kl_placement),
+            target=args.kl_target, **anchor._asdict(),
         ),
         trust=_trust_record(args, trust_coef, stats, measured, enforcement),
         value=ValueRecord(args.value_range, stats.total.value_gated, rollout.explained_variance),
@@ -103,7 +81,7 @@ def build_record(
         sampler=SamplerRecord(kl=rollout.sampler_kl),
         binding="none" if shares is None else binding(shares),
         shares=shares,
-    )
+    )  # fmt: skip
 
 
 def _trust_record(

@@ -5,8 +5,8 @@ controller.update(state, kl=measured, episodes=seen_since_the_last_update)`, and
 state is a NamedTuple of Python numbers, so it can be compared, logged and saved.
 
 The caller chooses the units: `kl` and `target` in nats per response for the anchor, nats per token for the trust region;
-the rules only use their quotient. `update` applies the published rule to the KL it is given. A negative estimate lowers β,
-as any KL below the target does. Every controller raises DataError for a KL that is not finite.
+the rules only use their quotient. `update` applies the published rule to the KL it is given; a negative estimate is a KL
+below the target. Every controller raises DataError for a KL that is not finite.
 
 A coefficient stays within [`min_coef`, `max_coef`]. What a state holds is clamped too, so nothing winds up: a coefficient
 that was saturated for a thousand updates leaves the clamp on the first update whose KL calls for it. `min_coef` must be
@@ -88,9 +88,7 @@ def _check_measurement(kl: float, episodes: float) -> None:
             "the last update's ratios, and lower the learning rate or set trust_max_kl."
         )
     if not 0 <= episodes < math.inf:
-        raise DataError(
-            f"`episodes` got {episodes!r}; it must be the number of episodes since the last update, 0 or above."
-        )
+        raise DataError(f"`episodes` got {episodes!r}; it must be the number since the last update, >= 0 and finite.")
 
 
 def _clamp(coef: float, low: float, high: float) -> float:

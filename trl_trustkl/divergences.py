@@ -19,7 +19,7 @@ nor in the gradient; the value is +inf only where it overflows the dtype.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, reduce
 from typing import Literal
 
 import torch
@@ -37,9 +37,9 @@ GradientKind = Literal["exact", "partial", "biased", "zero"]
 _FAR = 40.0
 
 
-def _wide(first: Tensor, second: Tensor) -> torch.dtype:
-    """The dtype of both, float32 at least."""
-    return torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
+def _wide(*tensors: Tensor) -> torch.dtype:
+    """The common dtype, float32 at least."""
+    return reduce(torch.promote_types, (each.dtype for each in tensors), torch.float32)
 
 
 def _log_u(logp: Tensor, ref_logp: Tensor) -> Tensor:
@@ -163,10 +163,6 @@ def _kl(logp: Tensor, logq: Tensor) -> Tensor:
     return _kl_terms(logp.exp(), logq.exp(), _difference(logp, logq)[0]).sum(-1)
 
 
-def _forward_kl(logp: Tensor, logq: Tensor) -> Tensor:
-    return _kl(logq, logp)
-
-
 def _js(logp: Tensor, logq: Tensor) -> Tensor:
     p, q = logp.exp(), logq.exp()
     dead_p, dead_q = logp.isneginf(), logq.isneginf()
@@ -201,7 +197,8 @@ def _renyi(logp: Tensor, logq: Tensor, *, order: float = 0.5) -> Tensor:
 
 
 _FROM_LOGPS: dict[ExactName, Callable[..., Tensor]] = {
-    "kl": _kl, "forward_kl": _forward_kl, "js": _js, "tv": _tv, "hellinger": _hellinger, "chi2": _chi2, "renyi": _renyi,
+    "kl": _kl, "forward_kl": lambda logp, logq: _kl(logq, logp), "js": _js, "tv": _tv, "hellinger": _hellinger,
+    "chi2": _chi2, "renyi": _renyi,
 }  # fmt: skip
 
 
@@ -231,10 +228,7 @@ def exact(name: str, logits: Tensor, ref_logits: Tensor, **options: float) -> Te
     >>> exact("kl", logits=torch.tensor([0.5, 0.5]).log(), ref_logits=torch.tensor([0.9, 0.1]).log())
     tensor(0.5108)
     """
-    logps, ref_logps = (
-        torch.log_softmax(each, -1, dtype=torch.promote_types(each.dtype, torch.float32))
-        for each in (logits, ref_logits)
-    )
+    logps, ref_logps = (torch.log_softmax(each, -1, dtype=_wide(each)) for each in (logits, ref_logits))
     return exact_from_logps(name, logps, ref_logps, **options)
 
 

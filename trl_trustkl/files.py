@@ -11,10 +11,7 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
-    """A new file beside `path`, which replaces it when the block ends without an error.
-
-    With `durable` it is synced to the disk first, so that it survives a crash of the machine.
-    """
+    """A new file that replaces `path` when the block ends without an error. `durable`: it is synced to the disk first."""
     unfinished = path.with_name(f".unfinished-{path.name}")
     try:
         with open(unfinished, "wb") as file:

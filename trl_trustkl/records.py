@@ -38,7 +38,7 @@ class AnchorRecord(NamedTuple):
     kl: Annotated[float, Meaning(
         "KL(π_old‖π_ref) at rollout by the estimator; from samples it may be negative.", "nats/response")]
     kl_exact: Annotated[float, Meaning(
-        "The same over the whole vocabulary, summed over a response: the input of the controllers.", "nats/response")]
+        "The same over the full vocabulary, summed over a response: the input of the controllers.", "nats/response")]
     kl_stderr: Annotated[float, Meaning(
         "Standard error of `anchor/kl_exact` over the responses of the batch.", "nats/response")]
     share: Annotated[float | None, Meaning(
@@ -50,28 +50,26 @@ class TrustRecord(NamedTuple):
     low: Annotated[float, Meaning(
         "The clip range of a ratio (gspo: a response's) begins at 1 − `low`; `null` for a rule without one.")]
     high: Annotated[float, Meaning("It ends at 1 + `high`; `null` for a rule without one.")]
-    gated: Annotated[float, Meaning(
-        "**Gated**: what the clip rule removed of Σ|w·A| over all steps of the update.", "share")]
+    gated: Annotated[float, Meaning("**Gated**: what the clip rule removed of Σ|w·A| over all steps of the update.", "share")]
     gated_low: Annotated[float, Meaning("The part of `trust/gated` removed where π/π_old is below 1.", "share")]
     gated_high: Annotated[float, Meaning("The part of `trust/gated` removed where π/π_old is above 1.", "share")]
     coef: Annotated[float, Meaning("The coefficient λ of the penalty on KL(π_old‖π) that this update used.")]
     epochs: Annotated[float, Meaning("Passes made over the batch: the optimizer's steps, as epochs.", "epochs")]
     stopped: Annotated[bool, Meaning("Whether `trust_stop` ended the update.")]
     kl: Annotated[float, Meaning(
-        "**Measured** after the update and its enforcement: mean exact KL(π_old‖π) over the batch's contexts.",
-        "nats/token")]
+        "**Measured** after the update and its enforcement: mean exact KL(π_old‖π) over the batch's contexts.", "nats/token")]
     kl_max: Annotated[float, Meaning("The largest KL(π_old‖π) of any context of the batch.", "nats/token")]
     kl_proposed: Annotated[float, Meaning("`trust/kl` after the last optimizer step, before enforcement.", "nats/token")]
     tv: Annotated[float, Meaning("Mean total variation between π_old and π, from 0 to 1.")]
     max_ratio: Annotated[float, Meaning("Largest π/π_old of a sampled token, after the update.")]
     ratio_quantiles: Annotated[dict[str, float], Meaning("Quantiles of that ratio, by their level.")]
     scale: Annotated[float | None, Meaning(
-        "What was kept of the step: 1 where the limit already held, 0 for a refused update, `null` without `trust_max_kl`.",
+        "What was kept of the step: 1 where the limit already held, 0 for a rejected update, `null` without `trust_max_kl`.",
         "share")]
     tries: Annotated[int, Meaning("Scales that backtracking tried.")]
     limit: Annotated[float | None, Meaning("`trust_max_kl`, or `null`.", "nats/token")]
     guaranteed: Annotated[float | None, Meaning(
-        "**Guaranteed**: a number only where `trust_max_kl` was enforced on the whole batch; then `trust/kl` is within it.",
+        "**Guaranteed**: a number only where `trust_max_kl` was enforced on the complete batch; then `trust/kl` is within it.",
         "nats/token")]
 
 
@@ -99,8 +97,7 @@ class BoundRecord(NamedTuple):
 
     update: Annotated[int, Meaning("The update's number, from 1.")]
     episode: Annotated[int, Meaning("Responses sampled so far, over all processes.", "responses")]
-    score: Annotated[float | None, Meaning(
-        "Mean score of the responses that have one; `null` where none has.", "the reward's")]
+    score: Annotated[float | None, Meaning("Mean score of the responses that have one; `null` where none has.", "the reward's")]
     length: Annotated[float, Meaning("Mean length of a response, its stop token included.", "tokens")]
     eos_rate: Annotated[float, Meaning("Responses that ended with a stop token, not at `response_length`.", "share")]
     entropy: Annotated[float, Meaning("Mean entropy of π_old at the contexts of the batch.", "nats/token")]
@@ -146,10 +143,7 @@ def flatten(record: BoundRecord | dict[str, Any], prefix: str = "") -> dict[str,
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Append a line and flush it to the operating system, so that a killed run keeps every finished update.
-
-    Raises SaveError where that fails, for example on a full disk.
-    """
+    """Append a line and flush it, so that a killed run keeps every finished update; SaveError where that fails."""
     text = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
     failure = f"the record of update {row.get('update')} could not be appended to {path}"
     with written(failure), open(path, "a", encoding="utf-8") as file:
@@ -196,15 +190,14 @@ def _update_of(line: bytes) -> float:
         return math.inf
 
 
-def move_aside(path: Path) -> Path | None:
-    """Rename a file left by an earlier run to the first free `name.1`, `name.2`, …; returns the new path."""
+def move_aside(path: Path) -> None:
+    """Rename a file left by an earlier run to the first free `name.1`, `name.2`, …"""
     if not path.exists():
-        return None
+        return
     number = 1
     while (target := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
     os.replace(path, target)
-    return target
 
 
 def load_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -224,10 +217,7 @@ def load_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def numbered_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """The rows of a file with their line numbers, one at a time; None for a last line truncated by a kill.
-
-    Raises DataError as `load_records` does.
-    """
+    """The rows of a file with their line numbers; None for a last line truncated by a kill. DataError as `load_records`."""
     if not file.exists():
         raise DataError(f"no records at {file}; give a run's output_dir, or its {BOUNDS_FILE}.")
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -53,8 +53,7 @@ class Processes:
 
     def from_main(self, value: Value) -> Value:
         """The main process's value."""
-        values: list[Any] = broadcast_object_list([value])
-        return values[0]
+        return broadcast_object_list([value])[0]
 
     def raise_on_all(self, error: BaseException | None) -> None:
         """Raise the first error of any process on all of them; a process that continued would wait for the others."""

@@ -85,8 +85,7 @@ def record_of(args: Any, state: TrainerState, logs: Mapping[str, Any]) -> BoundR
     if binding == "none" and any(map(math.isnan, shares.values())):
         binding = "unknown"
     return BoundRecord(
-        update=state.global_step,
-        episode=episodes_seen(args, state.global_step),
+        update=state.global_step, episode=episodes_seen(args, state.global_step),
         score=None if math.isnan(score) else score,
         length=length,
         eos_rate=1.0 - _known(logs, "completions/clipped_ratio"),
@@ -94,13 +93,8 @@ def record_of(args: Any, state: TrainerState, logs: Mapping[str, Any]) -> BoundR
         lr=_known(logs, "lr" if ppo else "learning_rate"),
         refused=None,
         seconds={} if math.isnan(step_time) else {"total": step_time},
-        anchor=anchor,
-        trust=trust,
-        value=value,
-        gradient=gradient,
-        sampler=SamplerRecord(kl=None),
-        binding=binding,
-    )
+        anchor=anchor, trust=trust, value=value, gradient=gradient, sampler=SamplerRecord(kl=None), binding=binding,
+    )  # fmt: skip
 
 
 def _known(logs: Mapping[str, Any], key: str) -> float:
@@ -121,9 +115,7 @@ def _anchor(kind: Kind, args: TRLConfig, logs: Mapping[str, Any], coef: float, p
     # Multiplied by the ratio, k3 has the gradient of the KL on the contexts of the batch, as an exact KL in the loss has.
     corrected = getattr(args, "use_bias_correction_kl", False)
     return AnchorRecord(
-        estimator=estimator,
-        placement=placement,
-        gradient=gradient_kind("exact" if corrected else estimator, placement),
+        estimator, placement, gradient=gradient_kind("exact" if corrected else estimator, placement),
         coef=coef,
         target=None if math.isnan(target) else target,
         kl=_known(logs, KL_METRIC[kind]) * per_response,
@@ -136,9 +128,7 @@ def _trust(kind: Kind, args: TRLConfig, logs: Mapping[str, Any]) -> TrustRecord:
     # With GRPO's Liger loss the name is "clip_ratio".
     names = ("policy/clipfrac_avg",) if kind == "ppo" else ("clip_ratio/region_mean", "clip_ratio")
     return TrustRecord(
-        rule=rule,
-        low=low,
-        high=high,
+        rule=rule, low=low, high=high,
         gated=next((_known(logs, name) for name in names if name in logs), math.nan),
         gated_low=_known(logs, "clip_ratio/low_mean"),
         gated_high=_known(logs, "clip_ratio/high_mean"),

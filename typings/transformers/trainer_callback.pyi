@@ -31,7 +31,7 @@ class TrainerControl(ExportableState):
     should_log: bool = ...
 
 class TrainerCallback:
-    # What an event returns, if anything, takes the place of `control`.
+    # What an event returns, if anything, replaces `control`.
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> Any: ...
@@ -39,9 +39,6 @@ class TrainerCallback:
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> Any: ...
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> Any: ...
-    def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> Any: ...
     def on_log(
