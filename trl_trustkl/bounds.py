@@ -134,7 +134,7 @@ def finite_horizon_tv_bound(horizon: int, tv_max: float, reward_max: float) -> f
 
     Policy improvement at a finite horizon (arXiv 2602.04879, after arXiv 1502.05477). horizon: T, tokens; tv_max: in [0,
     1]; reward_max: ξ = max |R|, or half of R's range, as a constant added to R changes neither side. Looseness: the
-    error is at most 81 % of the bound on random trees, 1 % in the median; bad ones attain it at T = 2, 88 % at T = 3.
+    error reaches at most 81 % on random trees, 1 % in the median; bad ones attain it at T = 2, and reach 88 % at T = 3.
     """
     _check(horizon=horizon, tv_max=tv_max, reward_max=reward_max)
     return 2 * reward_max * horizon * (horizon - 1) * tv_max**2
