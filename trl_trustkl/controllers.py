@@ -73,7 +73,7 @@ _RANGES = {
     "kp": NOT_NEGATIVE, "kd": NOT_NEGATIVE, "end_coef": NOT_NEGATIVE,
     "factor": Range("a finite number > 1", lambda x: x > 1), "band": Range("a finite number >= 1", lambda x: x >= 1),
 }  # fmt: skip
-"""Of the arguments by name; a name has the same range in every controller."""
+"""The ranges of the arguments; a name has the same range in every controller."""
 
 
 def _require(field: str, value: object, range: Range, fix: str = "") -> None:
