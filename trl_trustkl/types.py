@@ -170,8 +170,8 @@ class Batch(NamedTuple):
     """The input of `optimise`: a scored rollout, its advantages (whitened if configured) and returns, both [B, T].
 
     anchor: measured before the first step. advantage_scale: the factor of whitening, by which the anchor's term in the
-    loss is multiplied too. trust_coef: the coefficient λ of the penalty on KL(π_old‖π), which is added to the surrogate of
-    these advantages. finite: whether all advantages and returns of all processes are finite.
+    loss is multiplied too. trust_coef: the coefficient λ of the penalty on KL(π_old‖π), relative to these advantages.
+    finite: whether all advantages and returns of all processes are finite.
     """
 
     scored: Scored
