@@ -1,7 +1,7 @@
 """PPO on TRL with the anchor and the trust region as switches, and a record of what bounded every update.
 
-The mathematics (`divergences`, `controllers`, `surrogates`, `trust_region`, …) needs torch alone; what needs TRL is loaded
-on first use.
+The mathematics (`divergences`, `controllers`, `surrogates`, `trust_region`, …) only needs torch; modules that need TRL are
+imported on first use.
 """
 
 from __future__ import annotations
@@ -20,23 +20,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
-    "AdaptiveKLCallback": ".callbacks",
-    "BoundReportCallback": ".callbacks",
-    "TrustKLPPOConfig": ".ppo.config",
-    "TrustKLPPOTrainer": ".ppo.trainer",
-}
+    "AdaptiveKLCallback": ".callbacks", "BoundReportCallback": ".callbacks",
+    "TrustKLPPOConfig": ".ppo.config", "TrustKLPPOTrainer": ".ppo.trainer",
+}  # fmt: skip
 
 __all__ = [
-    "AdaptiveKLCallback",
-    "BoundReportCallback",
-    "TrustKLPPOConfig",
-    "TrustKLPPOTrainer",
-    "controllers",
-    "divergences",
-    "load_records",
-    "surrogates",
-    "trust_region",
-]
+    "AdaptiveKLCallback", "BoundReportCallback", "TrustKLPPOConfig", "TrustKLPPOTrainer",
+    "controllers", "divergences", "load_records", "surrogates", "trust_region",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

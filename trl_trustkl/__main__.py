@@ -1,4 +1,4 @@
-"""`python -m trl_trustkl`: the command line, where its script is not on the path."""
+"""`python -m trl_trustkl`: the command line where the `trustkl` script is not on the path."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Shaped rewards, generalised advantage estimation, and the part of an advantage that the anchor is.
+"""Shaped rewards, generalised advantage estimation, and the anchor's part of an advantage.
 
 Shapes: B sequences, T response positions; every mask is True where a position counts.
 """
@@ -16,7 +16,7 @@ ScorePosition = Literal["after_eos", "eos"]
 
 
 def score_index(mask: Tensor, position: ScorePosition) -> Tensor:
-    """Where the score of each response lands, [B]: on its last token ("eos"), or one position later ("after_eos").
+    """The position of each response's score, [B]: its last token ("eos"), or one position later ("after_eos").
 
     TRL (and the lm-human-preferences code it ports) puts it one position after the end of a response that ended early,
     and on the last token of one that did not; the value of that extra position is then trained too.
@@ -27,7 +27,7 @@ def score_index(mask: Tensor, position: ScorePosition) -> Tensor:
 
 
 def value_positions(mask: Tensor, position: ScorePosition) -> Tensor:
-    """The positions [B, T] whose value is trained: the response, and where the score lands."""
+    """The positions [B, T] whose value is trained: the response, and the position of the score."""
     columns = torch.arange(mask.shape[-1], device=mask.device)
     return mask | ((columns == score_index(mask, position).unsqueeze(-1)) & mask.any(-1, keepdim=True))
 
@@ -40,12 +40,12 @@ def place_scores(scores: Tensor, mask: Tensor, position: ScorePosition) -> Tenso
 
 
 def anchor_rewards(divergence: Tensor, mask: Tensor, coef: float, *, of_contexts: bool) -> Tensor:
-    """−coef · divergence as rewards [B, T], 0 where nothing counts.
+    """−coef · divergence as rewards [B, T], 0 where the mask is False.
 
-    A sampled estimate is paid by the token it was taken at. An exact divergence (`of_contexts`) is a property of the
-    context before a token, so the tokens before it pay: its cost lands one position earlier, and that of the first
-    context, which no token brought about, nowhere. With the present divergence in the loss, that is the whole gradient
-    Σ_t [∇KL_t + KL_t ∇log π(y_<t)] (Amini, Vieira, Cotterell, arXiv 2504.10637).
+    A sampled estimate is the cost of the token at which it was taken. An exact divergence (`of_contexts`) is a property of
+    the context before a token, so it is the cost of the previous token; that of the first context is dropped, as no token
+    led to it. With the present divergence in the loss, this is the full gradient Σ_t [∇KL_t + KL_t ∇log π(y_<t)] (Amini,
+    Vieira, Cotterell, arXiv 2504.10637).
     """
     if coef == 0.0:
         return torch.zeros_like(divergence)  # also where the divergence is infinite
@@ -58,7 +58,7 @@ def anchor_rewards(divergence: Tensor, mask: Tensor, coef: float, *, of_contexts
 def gae(rewards: Tensor, values: Tensor | None = None, *, gamma: float, lam: float) -> Tensor:
     """Generalised advantage estimates [B, T] (Schulman et al., arXiv 1506.02438, eq. 16), with V = 0 after the end.
 
-    A_t = Σ_k (γλ)^k δ_{t+k}, δ_t = r_t + γ V_{t+1} − V_t. Values and rewards must be 0 where nothing counts. Without
+    A_t = Σ_k (γλ)^k δ_{t+k}, δ_t = r_t + γ V_{t+1} − V_t. Values and rewards must be 0 where the mask is False. Without
     `values` V is 0 everywhere.
     """
     values = torch.zeros_like(rewards) if values is None else values
@@ -74,10 +74,10 @@ def gae(rewards: Tensor, values: Tensor | None = None, *, gamma: float, lam: flo
 
 
 def anchor_part(part: Tensor, mask: Tensor, gathered: Tensor, gathered_mask: Tensor) -> Tensor:
-    """A_anchor [B, T]: `part`, the GAE of the anchor's rewards alone at V = 0, less its batch mean at each position.
+    """A_anchor [B, T]: `part`, the GAE of only the anchor's rewards at V = 0, minus its batch mean at each position.
 
-    The mean at a position is what a perfect baseline would take out. `gathered` and `gathered_mask` are the same over all
-    processes. GAE is linear in the rewards, so A − A_anchor is the score's part of an advantage.
+    The mean at a position is what a perfect baseline would subtract. `gathered` and `gathered_mask` are `part` and `mask`
+    of all processes. GAE is linear in the rewards, so A − A_anchor is the score's part of an advantage.
     """
     return torch.where(mask, part - masked_mean(gathered, gathered_mask, dim=0), torch.zeros_like(part))
 

@@ -1,10 +1,10 @@
-"""From what was measured to a record of what bounded an update: gated, measured, guaranteed, binding.
+"""The record of what bounded an update: gated, measured, guaranteed, binding.
 
-Three words that are never mixed: what a mechanism *gated* (the share of the gradient it removed), what was *measured*
-after the step, and what is *guaranteed*: only what backtracking enforced on this very batch.
+Three words are kept apart: what a mechanism *gated* (the share of the gradient it removed), what was *measured* after the
+step, and what is *guaranteed*: only what backtracking enforced on this batch.
 
-Below the record, bounds from the literature: what a trust region would promise if its premise held in every context, not
-only in those that a batch visits. They need no model and no record, and each says how loose it is.
+Below the record are bounds from the literature: what a trust region would guarantee if its premise held in every context,
+not only in those of a batch. They need neither a model nor a record, and each docstring states how loose the bound is.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 from .divergences import gradient_kind
 from .errors import out_of_range
+from .options import NOT_NEGATIVE, Range
 from .records import AnchorRecord, BoundRecord, GradientRecord, SamplerRecord, TrustRecord, ValueRecord
 from .surrogates import WITHOUT_RANGE
 from .types import AnchorMeasurement, Enforcement, Measurement, RolloutSummary, UpdateStats
 
 BINDING_THRESHOLD = 0.01
-"""A mechanism that took less than this share of an update does not count as having bound it."""
+"""The smallest share of an update with which a mechanism counts as having bound it."""
 
 
 def binding_shares(
@@ -30,7 +31,7 @@ def binding_shares(
     anchor: its share of the absolute advantage. clip: the share of the gradient's weight that the rule gated. penalty:
     Σ λ|w − 1| / Σ (λ|w − 1| + |w·A|), its pull on the sampled tokens against the surrogate's. stop: the share of the
     planned optimizer steps left out. backtrack: 1 − scale. grad_norm: 1 − the mean factor of clipping. lr: 1 − the factor
-    that the learning rate by KL put on the scheduled one, where that is below 1.
+    of the learning rate by KL on the scheduled one, where that is below 1.
     """
     left_out = 1.0 - stats.steps / stats.planned_steps if stats.stopped and stats.planned_steps else 0.0
     return {
@@ -45,68 +46,42 @@ def binding_shares(
 
 
 def binding(shares: dict[str, float]) -> str:
-    """The mechanism with the largest share, "none" below 1 %; a share that is no number counts for nothing."""
+    """The mechanism with the largest share, "none" below 1 %; shares of NaN are ignored."""
     known = {name: share for name, share in shares.items() if share >= BINDING_THRESHOLD}
-    return max(known, key=lambda name: known[name]) if known else "none"
+    return max(known, key=known.__getitem__, default="none")
 
 
 def guaranteed(measurement: Measurement, enforcement: Enforcement) -> float | None:
-    """The bound on the batch's mean KL(π_old‖π) that holds, in nats per token, or None.
+    """The guaranteed bound on the batch's mean KL(π_old‖π), in nats per token, or None.
 
-    A number only where backtracking enforced a limit on the whole batch: then `measurement.kl` is within it. Its scope is
-    the contexts this batch visited.
+    A number only where backtracking enforced a limit on the complete batch: then `measurement.kl` is within it. It holds for
+    the contexts of this batch.
     """
     if enforcement.limit is None or not measurement.complete or not measurement.kl <= enforcement.limit:
         return None
     return enforcement.limit
 
 
-def build_record(
-    args: Any,
-    *,
-    update: int,
-    episode: int,
-    lr: float,
-    lr_factor: float,
-    trust_coef: float,
-    refused: str | None,
-    seconds: dict[str, float],
-    rollout: RolloutSummary,
-    anchor: AnchorMeasurement,
-    stats: UpdateStats,
-    measured: Measurement,
-    enforcement: Enforcement,
-) -> BoundRecord:
+def build_record(args: Any, *, update: int, episode: int, lr: float, lr_factor: float, trust_coef: float,
+                 refused: str | None, seconds: dict[str, float], rollout: RolloutSummary, anchor: AnchorMeasurement,
+                 stats: UpdateStats, measured: Measurement, enforcement: Enforcement) -> BoundRecord:  # fmt: skip
     """The record of one update; `args` is the run's configuration (a TrustKLPPOConfig)."""
     shares = None if refused is not None else binding_shares(anchor, stats, enforcement, lr_factor)
     return BoundRecord(
-        update=update,
-        episode=episode,
-        score=rollout.score,
-        length=rollout.length,
-        eos_rate=rollout.eos_rate,
-        entropy=rollout.entropy,
-        lr=lr,
-        refused=refused,
-        seconds=seconds,
+        update=update, episode=episode,
+        score=rollout.score, length=rollout.length, eos_rate=rollout.eos_rate, entropy=rollout.entropy,
+        lr=lr, refused=refused, seconds=seconds,
         anchor=AnchorRecord(
-            estimator=args.kl_estimator,
-            placement=args.kl_placement,
-            gradient=gradient_kind(args.kl_estimator, args.kl_placement),
-            target=args.kl_target,
-            **anchor._asdict(),
+            args.kl_estimator, args.kl_placement, gradient_kind(args.kl_estimator, args.kl_placement),
+            target=args.kl_target, **anchor._asdict(),
         ),
         trust=_trust_record(args, trust_coef, stats, measured, enforcement),
-        value=ValueRecord(
-            clip=args.value_range,
-            gated=stats.total.value_gated,
-            explained_variance=rollout.explained_variance,
-        ),
+        value=ValueRecord(args.value_range, stats.total.value_gated, rollout.explained_variance),
         gradient=GradientRecord(norm=stats.grad_norm, max_norm=args.norm_limit, scale=stats.grad_scale),
         sampler=SamplerRecord(kl=rollout.sampler_kl),
         binding="none" if shares is None else binding(shares),
         shares=shares,
-    )
+    )  # fmt: skip
 
 
 def _trust_record(
@@ -117,34 +92,41 @@ def _trust_record(
         rule=args.clip_rule,
         low=args.low if ranged else math.nan,
         high=args.high if ranged else math.nan,
-        gated=stats.total.gated,
-        gated_low=stats.total.gated_low,
-        gated_high=stats.total.gated_high,
+        gated=stats.total.gated, gated_low=stats.total.gated_low, gated_high=stats.total.gated_high,
         coef=coef,
         epochs=args.num_ppo_epochs * stats.steps / stats.planned_steps,
         stopped=stats.stopped,
-        kl=measured.kl,
-        kl_max=measured.kl_max,
-        kl_proposed=enforcement.kl_proposed,
-        tv=measured.tv,
-        max_ratio=measured.max_ratio,
-        ratio_quantiles=measured.ratio_quantiles,
-        scale=enforcement.scale,
-        tries=enforcement.tries,
-        limit=enforcement.limit,
+        kl=measured.kl, kl_max=measured.kl_max, kl_proposed=enforcement.kl_proposed, tv=measured.tv,
+        max_ratio=measured.max_ratio, ratio_quantiles=measured.ratio_quantiles,
+        scale=enforcement.scale, tries=enforcement.tries, limit=enforcement.limit,
         guaranteed=guaranteed(measured, enforcement),
-    )
+    )  # fmt: skip
 
 
-# -- What a trust region would promise ---------------------------------------------------------------------------------
+# -- What a trust region would guarantee -------------------------------------------------------------------------------
 #
-# μ = π_old samples responses of T = `horizon` tokens, R is the score of a whole response, J(π) = E_π[R], w_t = π/μ at token
-# t, and L(π) = E_μ[R·Σ_t (w_t − 1)] is the surrogate whose gradient at π = μ is the policy gradient. The first four
-# functions bound its error |J(π) − J(μ) − L(π)|, so that J(π) ≥ J(μ) + L(π) − bound; units are the score's.
+# μ = π_old samples responses of T = `horizon` tokens, R is the score of a response, J(π) = E_π[R], w_t = π/μ at token t,
+# and L(π) = E_μ[R·Σ_t (w_t − 1)] is the surrogate whose gradient at π = μ is the policy gradient. The first four functions
+# bound its error |J(π) − J(μ) − L(π)|, so that J(π) ≥ J(μ) + L(π) − bound; the unit is that of the score.
 #
 # A maximum is over every context (prompt and the tokens so far) that μ or π can reach. `trust.kl_max` of a record is over
-# the contexts of one batch: put in here it gives an indication, never a guarantee. Looseness was measured on enumerated
-# trees of 2 and 3 tokens and 2 to 5 positions, random ones and some made or optimised to be bad (tests/test_bounds.py).
+# the contexts of one batch: with it a bound is an indication, not a guarantee. Looseness was measured on enumerated trees
+# of 2 and 3 tokens and 2 to 5 positions, random ones and some made or optimised to be bad (tests/test_bounds.py). All
+# functions raise ConfigError for an argument out of its range.
+
+_RANGES = {
+    "horizon": Range("an integer of tokens >= 1", lambda x: x >= 1 and x % 1 == 0),
+    "tv_max": Range("a number from 0 to 1", lambda x: 0 <= x <= 1),
+    "epsilon": Range("a number in [0, 1)", lambda x: 0 <= x < 1),
+    "gamma": Range("a number in [0, 1)", lambda x: 0 <= x < 1),
+}
+
+
+def _check(**arguments: float) -> None:
+    for name, value in arguments.items():
+        range = _RANGES.get(name, NOT_NEGATIVE)
+        if not (math.isfinite(value) and range.holds(value)):
+            raise out_of_range(name, value, range.valid)
 
 
 def finite_horizon_tv_bound(horizon: int, tv_max: float, reward_max: float) -> float:
@@ -154,40 +136,40 @@ def finite_horizon_tv_bound(horizon: int, tv_max: float, reward_max: float) -> f
     1]; reward_max: ξ = max |R|, or half of R's range, as a constant added to R changes neither side. Looseness: the
     error reaches at most 81 % on random trees, 1 % in the median; bad ones attain it at T = 2, and reach 88 % at T = 3.
     """
-    _require("tv_max", tv_max, tv_max <= 1, "a number from 0 to 1")
-    return 2 * _reward(reward_max) * _horizon(horizon) * (horizon - 1) * tv_max**2
+    _check(horizon=horizon, tv_max=tv_max, reward_max=reward_max)
+    return 2 * reward_max * horizon * (horizon - 1) * tv_max**2
 
 
 def finite_horizon_sum_bound(expected_tv_sum: float, reward_max: float) -> float:
     """4ξ·E_μ[Σ_t TV_t]: bounds the surrogate's error by the total variation summed along a response, in expectation.
 
-    Same source. Of first order in TV where the error is of second, so it wins only for large steps or long responses.
-    expected_tv_sum: over contexts that μ visits, so a batch estimates it without bias: `trust.tv` × `length`. reward_max:
-    ξ, as above. Looseness: at most 34 % on random trees, 1 % in the median; bad ones reach 50 %, and no search found more.
+    Same source. It is of first order in TV and the error of second, so it is the smaller bound only for large steps or long
+    responses. expected_tv_sum: over contexts that μ visits, so a batch estimates it without bias: `trust.tv` × `length`.
+    reward_max: ξ, as above. Looseness: at most 34 % on random trees, 1 % in the median; bad ones reach 50 %, and no search
+    found more.
     """
-    _require("expected_tv_sum", expected_tv_sum)
-    return 4 * _reward(reward_max) * expected_tv_sum
+    _check(expected_tv_sum=expected_tv_sum, reward_max=reward_max)
+    return 4 * reward_max * expected_tv_sum
 
 
 def finite_horizon_bound(horizon: int, tv_max: float, expected_tv_sum: float, reward_max: float) -> float:
     """The smaller of the two above, with the premises of both."""
-    return min(
-        finite_horizon_tv_bound(horizon, tv_max, reward_max), finite_horizon_sum_bound(expected_tv_sum, reward_max)
-    )
+    by_maximum = finite_horizon_tv_bound(horizon, tv_max, reward_max)
+    return min(by_maximum, finite_horizon_sum_bound(expected_tv_sum, reward_max))
 
 
 def masking_bound(horizon: int, kl_max: float, kl_sequence: float | None = None) -> float:
     """min of T(T − 1)·D, (4/3)T^1.5·D and 2T·√(D·D_seq): bounds the surrogate's error by KL(μ‖π), for R in [0, 1].
 
     Trust Region Masking (arXiv 2512.23075): the classical, the Pinsker-marginal and the mixed bound. horizon: T, tokens;
-    kl_max: D, the largest KL(μ‖π) of any context, in nats; kl_sequence: D_seq, KL(μ‖π) of whole responses, in nats,
-    without which the third is left out. For another range of R multiply by its width. Looseness: at most 29 % on random
-    trees, 1 % in the median; bad ones reach 50 %, and none can pass it: |R − ½| ≤ ½, which the proofs leave unused.
+    kl_max: D, the largest KL(μ‖π) of any context, in nats; kl_sequence: D_seq, KL(μ‖π) of complete responses, in nats;
+    None leaves out the third bound. For another range of R multiply by its width. Looseness: at most 29 % on random trees,
+    1 % in the median; bad ones reach 50 % and none can exceed it, as |R − ½| ≤ ½, which the proofs do not use.
     """
-    _require("kl_max", kl_max)
-    bounds = [_horizon(horizon) * (horizon - 1) * kl_max, 4 / 3 * horizon**1.5 * kl_max]
+    _check(horizon=horizon, kl_max=kl_max)
+    bounds = [horizon * (horizon - 1) * kl_max, 4 / 3 * horizon**1.5 * kl_max]
     if kl_sequence is not None:
-        _require("kl_sequence", kl_sequence)
+        _check(kl_sequence=kl_sequence)
         bounds.append(2 * horizon * math.sqrt(kl_max * kl_sequence))
     return min(bounds)
 
@@ -202,36 +184,20 @@ class RatioRangeBounds(NamedTuple):
 def ratio_range_bounds(epsilon: float) -> RatioRangeBounds:
     """TV ≤ ε/2 and KL(π_old‖π) ≤ −½·log(1 − ε²), if 1 − ε ≤ π/π_old ≤ 1 + ε for every token of the vocabulary.
 
-    At ε = 0.2: 0.1 and 0.0204 nats per token. PPO does not enforce that premise: its clip says nothing of the tokens that
-    were not sampled, and lets the full gradient through as long as a ratio is inside the range, 1 included, however far
-    the step then goes. By convexity in the ratio; both are attained, by two tokens at probability ½ that move to (1 ± ε)/2.
+    At ε = 0.2: 0.1 and 0.0204 nats per token. PPO does not enforce that premise: its clip does not limit tokens that were
+    not sampled, and passes the full gradient while a ratio is inside the range, 1 included, however long the step is.
+    Both follow from convexity in the ratio, and are attained by two tokens of probability ½ that move to (1 ± ε)/2.
     """
-    _require("epsilon", epsilon, epsilon < 1, "a number in [0, 1)")
+    _check(epsilon=epsilon)
     return RatioRangeBounds(epsilon / 2, -math.log1p(-(epsilon**2)) / 2)
 
 
 def trpo_penalty_coef(advantage_max: float, gamma: float) -> float:
     """C = 4εγ/(1 − γ)², with which J(π) ≥ L(π) − C·max KL(μ‖π) (TRPO, arXiv 1502.05477, theorem 1).
 
-    For discounted returns without a horizon, where L(π) = J(μ) + the advantages under μ of π's actions, in the states
-    that μ visits. advantage_max: ε = max |A_μ|; gamma: in [0, 1). The steps that it allows
-    are too short to use, so practice sets a limit on the KL instead. Looseness: at most 3 % on random trees.
+    For discounted returns without a horizon, where L(π) = J(μ) + the advantages under μ of π's actions, in the states that
+    μ visits. advantage_max: ε = max |A_μ|; gamma: in [0, 1). The steps that it allows are too short in practice, where the
+    KL is limited instead. Looseness: at most 3 % on random trees.
     """
-    _require("advantage_max", advantage_max)
-    _require("gamma", gamma, gamma < 1, "a number in [0, 1)")
+    _check(advantage_max=advantage_max, gamma=gamma)
     return 4 * advantage_max * gamma / (1 - gamma) ** 2
-
-
-def _require(field: str, value: float, holds: bool = True, valid: str = "a finite number >= 0") -> None:
-    if not (holds and value >= 0 and math.isfinite(value)):
-        raise out_of_range(field, value, valid)
-
-
-def _horizon(horizon: int) -> int:
-    _require("horizon", horizon, horizon >= 1 and horizon % 1 == 0, "an integer of tokens >= 1")
-    return horizon
-
-
-def _reward(reward_max: float) -> float:
-    _require("reward_max", reward_max)
-    return reward_max

@@ -1,26 +1,25 @@
-"""Divergences between two policies, from sampled tokens and from whole distributions. Everything is in nats.
+"""Divergences between two policies, from sampled tokens or from full distributions, in nats.
 
 p = π is the policy that sampled, q = π_ref the other one, u = q/p their ratio at the sampled token. A divergence D_f
-= E_p[f(u)] has f convex and f(1) = 0; adding c·(u − 1), whose mean under p is 0, changes no expectation, and c =
-−f'(1) makes every sample non-negative. That is how k3 arises from k1 (J. Schulman, "Approximating KL divergence",
-2020), and how the others here are written.
+= E_p[f(u)] has a convex f with f(1) = 0. Adding c·(u − 1), whose mean under p is 0, does not change the expectation, and
+with c = −f'(1) every sample is non-negative. This is how k3 follows from k1 (J. Schulman, "Approximating KL divergence",
+2020), and the other estimators are written in the same form.
 
 Two families:
 
-* Estimators, `name(logp, ref_logp, **options)`: log-probabilities of the sampled tokens, any shape, to one sample of
-  the divergence per token, same shape. `ESTIMATORS` has them by name.
-* Exact divergences, `EXACT[name](logits, ref_logits, **options)`: logits [..., V] to [...]. The same divergence as
-  the estimator of that name has in expectation; `exact_from_logps` starts from log-probabilities, for callers that
-  have them.
+* Estimators, `name(logp, ref_logp, **options)`: from log-probabilities of the sampled tokens, of any shape, to one sample
+  of the divergence per token, of the same shape. `ESTIMATORS` holds them by name.
+* Exact divergences, `EXACT[name](logits, ref_logits, **options)`: from logits [..., V] to [...]. Their values are the
+  expectations of the estimators of the same names; `exact_from_logps` takes log-probabilities instead of logits.
 
-Both compute in float32 at least and return that; float64 stays float64. Finite input never gives NaN, neither as
-value nor as gradient; the value is +inf only where it overflows the dtype.
+Both compute in float32 at least and return that; float64 stays float64. Finite input never gives NaN, neither in the value
+nor in the gradient; the value is +inf only where it overflows the dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, reduce
 from typing import Literal
 
 import torch
@@ -29,18 +28,23 @@ from torch import Tensor
 from .errors import check_options, is_finite, option_names, out_of_range, unknown_name
 
 EstimatorName = Literal["k1", "k2", "k3", "abs", "forward_kl", "js", "tv", "hellinger", "chi2", "alpha"]
-KLEstimatorName = Literal["k1", "k2", "k3", "abs", "forward_kl", "js", "tv", "hellinger", "chi2", "alpha", "exact"]
+KLEstimatorName = Literal[EstimatorName, "exact"]
 ExactName = Literal["kl", "forward_kl", "js", "tv", "hellinger", "chi2", "renyi"]
 Placement = Literal["reward", "loss", "both"]
 GradientKind = Literal["exact", "partial", "biased", "zero"]
 
-# e^-40 is below the resolution of float64 beside 1, and e^40 is within the range of float32.
+# 1 + e^-40 is 1 in float64, and e^40 is within the range of float32.
 _FAR = 40.0
 
 
+def _wide(*tensors: Tensor) -> torch.dtype:
+    """The common dtype, float32 at least."""
+    return reduce(torch.promote_types, (each.dtype for each in tensors), torch.float32)
+
+
 def _log_u(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """The log of q/p at the sampled tokens, subtracted in float32 at least: half precision loses the small ones."""
-    dtype = torch.promote_types(torch.promote_types(logp.dtype, ref_logp.dtype), torch.float32)
+    """The log of q/p at the sampled tokens, subtracted in float32 at least, as half precision loses small differences."""
+    dtype = _wide(logp, ref_logp)
     return ref_logp.to(dtype) - logp.to(dtype)
 
 
@@ -62,7 +66,7 @@ def k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """½(log u)²: biased for KL(π‖π_ref), right to second order, ≥ 0 (Schulman 2020)."""
+    """½(log u)²: biased for KL(π‖π_ref), correct to second order, ≥ 0 (Schulman 2020)."""
     return _log_u(logp, ref_logp).square() / 2
 
 
@@ -76,15 +80,15 @@ def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     return torch.expm1(x) - x
 
 
-def abs(logp: Tensor, ref_logp: Tensor) -> Tensor:  # the name users know from TRL; this module never needs the builtin
+def abs(logp: Tensor, ref_logp: Tensor) -> Tensor:  # TRL's name; this module does not use the builtin
     """|log u|: the mean absolute log-ratio under π. Not an f-divergence of the KL family, but ≥ 0 and robust."""
     return _log_u(logp, ref_logp).abs()
 
 
 def forward_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """(u log u) − (u − 1): unbiased for KL(π_ref‖π), the forward direction, from samples of π; ≥ 0."""
-    # Equal to (u − 1)(log u − 1) + log u, which neither cancels near u = 1 nor becomes inf − inf. Below the clamp the
-    # value is 1 to within e^-100, while (−1)(log u − 1) + log u would lose it.
+    # (u − 1)(log u − 1) + log u, which neither cancels near u = 1 nor becomes inf − inf. Below the clamp the value is 1 to
+    # within e^-100; without it, (−1)(log u − 1) + log u would lose that 1 to rounding.
     x = _log_u(logp, ref_logp).clamp(min=-100.0)
     return torch.expm1(x) * (x - 1) + x
 
@@ -123,7 +127,7 @@ def alpha(logp: Tensor, ref_logp: Tensor, *, order: float = 0.5) -> Tensor:
     x = _log_u(logp, ref_logp)
     low, high = x.clamp(max=1.0), x.clamp(min=1.0)
     near = torch.expm1(order * low) - order * torch.expm1(low)
-    # For large u the two terms overflow together; u(u^(a−1) − a) + (a − 1) is the same without inf − inf.
+    # For large u both terms overflow; u(u^(a−1) − a) + (a − 1) is equal and avoids inf − inf.
     far = high.exp() * (((order - 1) * high).clamp(min=-_FAR).exp() - order) + (order - 1)
     return torch.where(x > 1, far, near) / (order * (order - 1))
 
@@ -131,24 +135,16 @@ def alpha(logp: Tensor, ref_logp: Tensor, *, order: float = 0.5) -> Tensor:
 Estimator = Callable[..., Tensor]
 
 ESTIMATORS: dict[EstimatorName, Estimator] = {
-    "k1": k1,
-    "k2": k2,
-    "k3": k3,
-    "abs": abs,
-    "forward_kl": forward_kl,
-    "js": js,
-    "tv": tv,
-    "hellinger": hellinger,
-    "chi2": chi2,
-    "alpha": alpha,
-}
+    "k1": k1, "k2": k2, "k3": k3, "abs": abs, "forward_kl": forward_kl,
+    "js": js, "tv": tv, "hellinger": hellinger, "chi2": chi2, "alpha": alpha,
+}  # fmt: skip
 
 
 # -- Exact divergences -------------------------------------------------------------------------------------------------
 
 
 def _difference(logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
-    """The difference log p − log q where p > 0 and 0 elsewhere, and p > 0: a token that π excludes has no log-ratio."""
+    """log p − log q where p > 0 and 0 elsewhere, and the mask p > 0."""
     alive = ~logp.isneginf()
     return torch.where(alive, logp - logq, 0.0), alive
 
@@ -156,8 +152,8 @@ def _difference(logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
 def _kl_terms(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
     """The terms p·d + q − p of a KL, for d = log(p/q) (any finite number where p = 0): non-negative, 0 at equality.
 
-    Σ p·d as it stands leaves the rounding error of Σp = Σq = 1, and near equality sees nothing else. Where p and q are
-    close, q − p is taken from d; elsewhere e^-d may overflow.
+    Σ p·d has the rounding error of Σp = Σq = 1, which dominates it near equality. Where p and q are close, q − p is
+    computed from d; elsewhere e^-d may overflow.
     """
     close = d.clamp(-1.0, 1.0)
     return torch.where((p > 0) & (d.abs() <= 1), p * (torch.expm1(-close) + close), q - p + p * d)
@@ -165,10 +161,6 @@ def _kl_terms(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
 
 def _kl(logp: Tensor, logq: Tensor) -> Tensor:
     return _kl_terms(logp.exp(), logq.exp(), _difference(logp, logq)[0]).sum(-1)
-
-
-def _forward_kl(logp: Tensor, logq: Tensor) -> Tensor:
-    return _kl(logq, logp)
 
 
 def _js(logp: Tensor, logq: Tensor) -> Tensor:
@@ -205,14 +197,9 @@ def _renyi(logp: Tensor, logq: Tensor, *, order: float = 0.5) -> Tensor:
 
 
 _FROM_LOGPS: dict[ExactName, Callable[..., Tensor]] = {
-    "kl": _kl,
-    "forward_kl": _forward_kl,
-    "js": _js,
-    "tv": _tv,
-    "hellinger": _hellinger,
-    "chi2": _chi2,
-    "renyi": _renyi,
-}
+    "kl": _kl, "forward_kl": lambda logp, logq: _kl(logq, logp), "js": _js, "tv": _tv, "hellinger": _hellinger,
+    "chi2": _chi2, "renyi": _renyi,
+}  # fmt: skip
 
 
 def exact_from_logps(name: str, logps: Tensor, ref_logps: Tensor, **options: float) -> Tensor:
@@ -222,15 +209,14 @@ def exact_from_logps(name: str, logps: Tensor, ref_logps: Tensor, **options: flo
     χ²(π_ref‖π) · renyi(order=0.5): D_order(π‖π_ref) = log E_π[(π/π_ref)^(order − 1)]/(order − 1).
 
     An entry of −inf is a token with probability 0; where only one policy excludes it, kl, forward_kl, chi2 and renyi
-    may be +inf, as their definitions say. Computes in the dtype it is given, in float32 for half precision.
-    ConfigError for an unknown name or option, and for an order out of range.
+    may be +inf, by their definitions. Computed in float32 at least. ConfigError for an unknown name or option, and for an
+    order out of range.
     """
     if name not in _FROM_LOGPS:
         raise unknown_name("divergence", name, _FROM_LOGPS)
     function = _FROM_LOGPS[name]
-    if options:
-        check_options("divergence options", name, option_names(function), options)
-    dtype = torch.promote_types(torch.promote_types(logps.dtype, ref_logps.dtype), torch.float32)
+    check_options("divergence options", name, option_names(function), options)
+    dtype = _wide(logps, ref_logps)
     return function(logps.to(dtype), ref_logps.to(dtype), **options)
 
 
@@ -242,17 +228,14 @@ def exact(name: str, logits: Tensor, ref_logits: Tensor, **options: float) -> Te
     >>> exact("kl", logits=torch.tensor([0.5, 0.5]).log(), ref_logits=torch.tensor([0.9, 0.1]).log())
     tensor(0.5108)
     """
-    logps, ref_logps = (
-        torch.log_softmax(each, -1, dtype=torch.promote_types(each.dtype, torch.float32))
-        for each in (logits, ref_logits)
-    )
+    logps, ref_logps = (torch.log_softmax(each, -1, dtype=_wide(each)) for each in (logits, ref_logits))
     return exact_from_logps(name, logps, ref_logps, **options)
 
 
 EXACT: dict[ExactName, Callable[..., Tensor]] = {name: partial(exact, name) for name in _FROM_LOGPS}
 
 
-# -- What each of them does as a penalty -------------------------------------------------------------------------------
+# -- The gradient of each as a penalty ---------------------------------------------------------------------------------
 
 _OWN_DIVERGENCE: dict[Placement, GradientKind] = {"reward": "biased", "loss": "biased", "both": "exact"}
 
@@ -264,13 +247,13 @@ _GRADIENT_KINDS: dict[str, dict[Placement, GradientKind]] = {
 
 
 def gradient_kind(estimator: str, placement: str) -> GradientKind:
-    """What the gradient of an anchor is, relative to its own divergence (KL for k1, k2, k3, exact), for responses.
+    """How the gradient of an anchor relates to that of its divergence over responses (KL for k1, k2, k3 and exact).
 
-    From ∇E_p[k] = E[∇k] + E[k·∇log p]: a loss gives the first term, a reward the second, both of them the whole.
-    exact: the gradient of the divergence · partial: one of two terms that are both needed (present or future cost
-    only) · biased: of something else · zero: noise around 0. On-policy, at γ = λ = 1; for abs and the f-divergences
-    "exact" refers to their own token-wise divergence on the contexts the policy visits. Checked by enumeration; cf.
-    arXiv 2506.09477, 2510.01555, 2512.21852. ConfigError for an unknown name.
+    ∇E_p[k] = E[∇k] + E[k·∇log p]: a loss gives the first term, a reward the second, "both" the sum. exact: the gradient of
+    the divergence · partial: one of two terms that are both needed (present or future cost only) · biased: of another
+    quantity · zero: noise around 0. On-policy, at γ = λ = 1. For abs and the f-divergences, "exact" refers to their
+    token-wise divergence on the contexts that the policy visits. Checked by enumeration; cf. arXiv 2506.09477, 2510.01555,
+    2512.21852. ConfigError for an unknown name.
     """
     if estimator != "exact" and estimator not in ESTIMATORS:
         raise unknown_name("kl_estimator", estimator, (*ESTIMATORS, "exact"))
@@ -280,7 +263,7 @@ def gradient_kind(estimator: str, placement: str) -> GradientKind:
 
 
 def build_estimator(name: str, options: Mapping[str, float] | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-    """The estimator `name` with its options bound: (logp, ref_logp) -> samples. ConfigError if it cannot have them."""
+    """The estimator `name` with its options bound: (logp, ref_logp) -> samples. ConfigError for invalid options."""
     if name not in ESTIMATORS:
         raise unknown_name("kl_estimator", name, ESTIMATORS)
     options = dict(options or {})

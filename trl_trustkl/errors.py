@@ -15,7 +15,7 @@ LONGEST_SHOWN = 200
 
 
 class TrustKLError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of all errors that this package raises."""
 
 
 class ConfigError(TrustKLError, ValueError):
@@ -23,7 +23,7 @@ class ConfigError(TrustKLError, ValueError):
 
 
 class NotAvailableYetError(ConfigError, NotImplementedError):
-    """A documented option whose mechanism this version does not have yet."""
+    """A documented option that this version does not implement yet."""
 
 
 class DataError(TrustKLError, ValueError):
@@ -35,7 +35,7 @@ class RewardError(TrustKLError, ValueError):
 
 
 class NonFiniteRewardError(RewardError):
-    """A reward of NaN or infinity; the trainer refuses the update that it belongs to."""
+    """A reward of NaN or infinity; the trainer rejects the update that it belongs to."""
 
 
 class ModelError(TrustKLError, ValueError):
@@ -43,7 +43,7 @@ class ModelError(TrustKLError, ValueError):
 
 
 class CheckpointError(TrustKLError, ValueError):
-    """A checkpoint that is not whole, or does not hold what is needed to go on from it."""
+    """A checkpoint that is incomplete, or cannot be resumed from."""
 
 
 class SaveError(TrustKLError, OSError):
@@ -51,11 +51,11 @@ class SaveError(TrustKLError, OSError):
 
 
 class RefusedError(TrustKLError, RuntimeError):
-    """Too many updates in a row had to be undone."""
+    """Too many updates in a row were rejected and rolled back."""
 
 
 class Interrupted(SystemExit):
-    """SIGTERM or Ctrl-C ended the run, its state saved; uncaught, the process exits with 128 + the signal: 143 or 130."""
+    """SIGTERM or Ctrl-C ended the run after its state was saved. Uncaught, it exits with 128 + the signal: 143 or 130."""
 
     def __init__(self, signal: int) -> None:
         super().__init__(128 + signal)
@@ -64,16 +64,16 @@ class Interrupted(SystemExit):
 
 
 def shown(value: object) -> str:
-    """A value's repr for a message: cut where it is long, and there even where Python refuses to make one."""
+    """A value's repr for a message, truncated where it is long; a description where `repr` fails."""
     try:
         text = repr(value)
-    except Exception:  # an integer of thousands of digits, or an object's own repr
+    except Exception:  # for example an integer of thousands of digits
         return f"a value of type {type(value).__name__} that cannot be printed"
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
 def is_finite(value: object) -> bool:
-    """Whether `value` is an int or a float that a float can hold; truth values are not."""
+    """Whether `value` is a finite int or float that fits into a float; bools are not."""
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:
@@ -81,7 +81,7 @@ def is_finite(value: object) -> bool:
 
 
 def unknown_name(field: str, value: object, options: Iterable[str]) -> ConfigError:
-    """The error for a name outside a fixed set: says which names exist and suggests the nearest."""
+    """The error for a name outside a fixed set, with the names that exist and the nearest as a suggestion."""
     names = sorted(options)
     hint = did_you_mean(value, names) if isinstance(value, str) else ""
     return ConfigError(f"`{field}` got {shown(value)}; it must be one of {', '.join(map(repr, names))}.{hint}")
@@ -99,7 +99,7 @@ def out_of_range(field: str, value: object, valid: str, fix: str = "") -> Config
 
 
 def option_names(function: Callable[..., object]) -> list[str]:
-    """The names of a formula's keyword-only arguments."""
+    """The names of a function's keyword-only arguments."""
     return [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
 

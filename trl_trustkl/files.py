@@ -1,4 +1,4 @@
-"""Files that are replaced in one step: each is whole, or as it was."""
+"""Atomic replacement of files: each is complete, or as it was before."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
-    """A new file beside `path`, which takes its place when the block ends without an error.
-
-    With `durable` it is on the disk by then, so that it survives the machine too.
-    """
+    """A new file that replaces `path` when the block ends without an error. `durable`: it is synced to the disk first."""
     unfinished = path.with_name(f".unfinished-{path.name}")
     try:
         with open(unfinished, "wb") as file:
@@ -31,13 +28,13 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file in one step; text as UTF-8."""
+    """Write a file atomically; text as UTF-8."""
     with replacing(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def sync(path: Path) -> None:
-    """Bring a file or a folder to the disk, so that it survives the machine too."""
+    """Sync a file or a folder to the disk, so that it survives a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

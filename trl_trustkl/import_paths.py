@@ -1,4 +1,4 @@
-"""Functions of the user's own, by their import paths."""
+"""The user's functions, by their import paths."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .errors import ConfigError, did_you_mean
 def load_function(field: str, path: str, valid: str) -> Callable[..., Any]:
     """The function that `module:function`, `module.function` or `path/to/file.py:function` names.
 
-    ConfigError where there is none: `field` is where the user wrote the path, `valid` what may stand there.
+    ConfigError where there is none: `field` is where the user wrote the path, `valid` what it may hold.
     """
     place, _, name = path.rpartition(":" if ":" in path else ".")
     module = _module(field, path, place, valid)
@@ -38,7 +38,7 @@ def _module(field: str, path: str, place: str, valid: str) -> ModuleType:
         raise ConfigError(f"`{field}` got the file {place!r}; there is no such file.")
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)  # an installed command does not look there, `python -m` does
+        sys.path.insert(0, here)  # `python -m` adds it, an installed command does not
     try:
         return _module_of_file(place) if is_file else importlib.import_module(place)
     except Exception as error:  # whatever the user's module raises
@@ -52,7 +52,7 @@ def _module(field: str, path: str, place: str, valid: str) -> ModuleType:
 
 def _module_of_file(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"trustkl_file_{Path(path).stem}", path)
-    assert spec is not None and spec.loader is not None  # a name in .py always has one
+    assert spec is not None and spec.loader is not None  # as for any name that ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # so that what it defines can be pickled
     spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""The options of a configuration: what is known of a field beside its type and default, and the checks made from that."""
+"""The options of a configuration: what is declared of a field beside its type and default, and the checks made from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .errors import ConfigError, is_finite, out_of_range, shown, unknown_name
 
 
 class Range(NamedTuple):
-    """What a number, or each of a list, may be: in words, and as a test of one that is finite. Its type says the rest."""
+    """The range of a number, or of each in a list: in words, and as a test of a finite number. The type says the rest."""
 
     valid: str
     holds: Callable[[Any], bool] = lambda x: x > 0
@@ -26,7 +26,7 @@ NOT_NEGATIVE, WHOLE = (Range(f"a {kind} number >= 0", lambda x: x >= 0) for kind
 
 
 class Option(NamedTuple):
-    """What is known of a field beside its type, default and help text."""
+    """What is declared of a field beside its type, default and help text."""
 
     unit: str = ""
     off: str = ""  # the value that turns the mechanism off
@@ -37,7 +37,7 @@ class Option(NamedTuple):
 
 
 class _Help(str):
-    """A help text that carries its option: HfArgumentParser takes no other key than `help` in a field's metadata."""
+    """A help text with its option as an attribute: HfArgumentParser accepts only `help` in a field's metadata."""
 
     option: Option
 
@@ -51,40 +51,38 @@ def option(default: Any, help: str, **about: Any) -> Any:
 
 _NATS = Range("a positive number of nats per token")
 PER_TOKEN: dict[str, Any] = {"unit": "nats/token", "off": "None", "range": _NATS, "fix": "None turns it off."}
-"""What `option` takes for a KL per token that may be None."""
+"""The arguments of `option` for a KL per token that may be None."""
 
 
 def inherited(base: type, name: str) -> tuple[Any, str]:
-    """Default and help text of a base's field, for `option` where a subclass declares it again."""
+    """Default and help text of a base's field, for `option` where a subclass redeclares the field."""
     each = base.__dataclass_fields__[name]  # type: ignore[attr-defined]
     return each.default, each.metadata["help"]
 
 
 def about(each: Field[Any]) -> Option:
-    """The option that a field was declared with; an empty one for other fields."""
+    """The option that a field was declared with; an empty one for any other field."""
     return getattr(each.metadata.get("help"), "option", Option())
 
 
-_LOOSELY_TYPED = ("accelerator_config", "debug", "fsdp")
-"""transformers takes more for these than it says."""
-
-
-@cache
+@cache  # it takes a while
 def typed_fields(config: type) -> list[tuple[Field[Any], Any]]:
-    """The fields with what they are annotated with; once, since that takes a while."""
+    """The fields with their annotations, without those of which transformers accepts more than it declares."""
     hints = typing.get_type_hints(config)
-    return [(each, hints[each.name]) for each in fields(config) if each.name not in _LOOSELY_TYPED]
+    skipped = ("accelerator_config", "debug", "fsdp")
+    return [(each, hints[each.name]) for each in fields(config) if each.name not in skipped]
 
 
 def dict_fields(config: type) -> list[str]:
-    """The options that take a dict, or JSON."""
+    """The names of the options that take a dict, or JSON."""
     return [each.name for each, hint in typed_fields(config) if about(each).group and dict in typing.get_args(hint)]
 
 
 def check_options(args: Any) -> None:
     """ConfigError for the first field whose value is not of its type, or not in its range. JSON becomes a dict."""
     for name in dict_fields(args.__class__):
-        setattr(args, name, _as_dict(name, getattr(args, name)))
+        if getattr(args, name) is not None:
+            setattr(args, name, _as_dict(name, getattr(args, name)))
     for each, hint in typed_fields(args.__class__):
         value, own = getattr(args, each.name), about(each)
         default = each.default_factory() if each.default_factory is not MISSING else each.default
@@ -98,10 +96,8 @@ def check_options(args: Any) -> None:
         raise out_of_range(each.name, value, valid, unquoted(value) or own.fix)
 
 
-def _as_dict(name: str, value: Any) -> dict[str, Any] | None:
-    """A dict, or None, from a dict or a JSON object, as the command line gives it."""
-    if value is None:
-        return None
+def _as_dict(name: str, value: Any) -> dict[str, Any]:
+    """A dict from a dict or a JSON object, as the command line passes it."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -121,7 +117,7 @@ def _within(value: Any, range: Range) -> bool:
     return all(is_finite(number) and range.holds(number) for number in numbers)
 
 
-# Types: dataclasses do not look at them, and YAML and JSON may say anything.
+# Types: dataclasses do not check them, and YAML and JSON may hold any.
 
 _WORDS = {
     bool: "true or false", int: "an integer", float: "a finite number", str: "text", dict: "a dict", list: "a list",
@@ -130,7 +126,7 @@ _WORDS = {
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether `value` may stand where `hint` is: truth values are no numbers, and a float is finite."""
+    """Whether `value` is of the type `hint`: bools are not numbers, and a float must be finite."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, part) for part in parts)
@@ -150,7 +146,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def unquoted(value: Any) -> str:
-    """The fix for a number that arrived as text; "" for anything else."""
+    """The fix for a number that was given as text; "" for anything else."""
     try:
         number = isinstance(value, str) and is_finite(float(value))
     except ValueError:
@@ -159,7 +155,7 @@ def unquoted(value: Any) -> str:
 
 
 def in_words(hint: Any) -> str:
-    """What `fits` asks for, for an error's reader."""
+    """The type that `fits` requires, for an error message."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return ", or ".join(dict.fromkeys(in_words(part) for part in parts))
@@ -171,7 +167,7 @@ def in_words(hint: Any) -> str:
 
 
 def names(hint: Any) -> list[str] | None:
-    """The names a field of names allows, None left out; None for any other field."""
+    """The names that a Literal, or an optional one, allows; None for any other type."""
     parts = [part for part in typing.get_args(hint) if part is not type(None)]
     if typing.get_origin(hint) in (typing.Union, types.UnionType) and len(parts) == 1:
         return names(parts[0])

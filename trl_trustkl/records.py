@@ -1,4 +1,4 @@
-"""The record of an update: what it holds, and its JSON line, written as it comes and read back."""
+"""The record of an update: its fields, and its JSON line, written after each update and read back."""
 
 from __future__ import annotations
 
@@ -25,104 +25,71 @@ class Meaning(NamedTuple):
     unit: str = ""
 
 
+# fmt: off
+# The meanings are a table, and stay beside their fields.
+
 class AnchorRecord(NamedTuple):
     estimator: Annotated[str, Meaning("`kl_estimator`: the formula of the anchor.")]
     placement: Annotated[str, Meaning("`kl_placement`: where the anchor acts.")]
-    gradient: Annotated[
-        str,
-        Meaning(
-            "What the anchor's gradient is: `exact`, `partial`, `biased` or `zero` ([table](mathematics.md#gradients))."
-        ),
-    ]
+    gradient: Annotated[str, Meaning(
+        "What the anchor's gradient is: `exact`, `partial`, `biased` or `zero` ([table](mathematics.md#gradients)).")]
     coef: Annotated[float, Meaning("The coefficient β that this update used.")]
     target: Annotated[float | None, Meaning("`kl_target`, or `null`.", "nats/response")]
-    kl: Annotated[
-        float, Meaning("KL(π_old‖π_ref) at rollout by the estimator; from samples it may be negative.", "nats/response")
-    ]
-    kl_exact: Annotated[
-        float,
-        Meaning("The same over the whole vocabulary, summed over a response: what controllers see.", "nats/response"),
-    ]
-    kl_stderr: Annotated[
-        float, Meaning("Standard error of `anchor/kl_exact` over the responses of the batch.", "nats/response")
-    ]
-    share: Annotated[
-        float | None,
-        Meaning(
-            'The anchor\'s part of the absolute advantage, before whitening; `null` with `kl_placement="loss"`.',
-            "share",
-        ),
-    ]
+    kl: Annotated[float, Meaning(
+        "KL(π_old‖π_ref) at rollout by the estimator; from samples it may be negative.", "nats/response")]
+    kl_exact: Annotated[float, Meaning(
+        "The same over the full vocabulary, summed over a response: the input of the controllers.", "nats/response")]
+    kl_stderr: Annotated[float, Meaning(
+        "Standard error of `anchor/kl_exact` over the responses of the batch.", "nats/response")]
+    share: Annotated[float | None, Meaning(
+        "The anchor's share of the absolute advantage, before whitening; `null` with `kl_placement=\"loss\"`.", "share")]
 
 
 class TrustRecord(NamedTuple):
     rule: Annotated[str, Meaning("`clip_rule`.")]
-    low: Annotated[
-        float,
-        Meaning("The clip range of a ratio (gspo: a response's) begins at 1 − `low`; `null` for a rule without one."),
-    ]
+    low: Annotated[float, Meaning(
+        "The clip range of a ratio (gspo: a response's) begins at 1 − `low`; `null` for a rule without one.")]
     high: Annotated[float, Meaning("It ends at 1 + `high`; `null` for a rule without one.")]
-    gated: Annotated[
-        float, Meaning("**Gated**: what the clip rule removed of Σ|w·A| over all steps of the update.", "share")
-    ]
+    gated: Annotated[float, Meaning("**Gated**: what the clip rule removed of Σ|w·A| over all steps of the update.", "share")]
     gated_low: Annotated[float, Meaning("The part of `trust/gated` removed where π/π_old is below 1.", "share")]
     gated_high: Annotated[float, Meaning("The part of `trust/gated` removed where π/π_old is above 1.", "share")]
     coef: Annotated[float, Meaning("The coefficient λ of the penalty on KL(π_old‖π) that this update used.")]
     epochs: Annotated[float, Meaning("Passes made over the batch: the optimizer's steps, as epochs.", "epochs")]
     stopped: Annotated[bool, Meaning("Whether `trust_stop` ended the update.")]
-    kl: Annotated[
-        float,
-        Meaning(
-            "**Measured** after the update and its enforcement: mean exact KL(π_old‖π) over the batch's contexts.",
-            "nats/token",
-        ),
-    ]
+    kl: Annotated[float, Meaning(
+        "**Measured** after the update and its enforcement: mean exact KL(π_old‖π) over the batch's contexts.", "nats/token")]
     kl_max: Annotated[float, Meaning("The largest KL(π_old‖π) of any context of the batch.", "nats/token")]
-    kl_proposed: Annotated[float, Meaning("`trust/kl` as the optimizer left it, before enforcement.", "nats/token")]
+    kl_proposed: Annotated[float, Meaning("`trust/kl` after the last optimizer step, before enforcement.", "nats/token")]
     tv: Annotated[float, Meaning("Mean total variation between π_old and π, from 0 to 1.")]
     max_ratio: Annotated[float, Meaning("Largest π/π_old of a sampled token, after the update.")]
     ratio_quantiles: Annotated[dict[str, float], Meaning("Quantiles of that ratio, by their level.")]
-    scale: Annotated[
-        float | None,
-        Meaning(
-            "What was kept of the step: 1 where the limit held anyway, 0 of a refused update, `null` without `trust_max_kl`.",
-            "share",
-        ),
-    ]
+    scale: Annotated[float | None, Meaning(
+        "What was kept of the step: 1 where the limit already held, 0 for a rejected update, `null` without `trust_max_kl`.",
+        "share")]
     tries: Annotated[int, Meaning("Scales that backtracking tried.")]
     limit: Annotated[float | None, Meaning("`trust_max_kl`, or `null`.", "nats/token")]
-    guaranteed: Annotated[
-        float | None,
-        Meaning(
-            "**Guaranteed**: a number only where `trust_max_kl` was enforced on the whole batch; then `trust/kl` is within it.",
-            "nats/token",
-        ),
-    ]
+    guaranteed: Annotated[float | None, Meaning(
+        "**Guaranteed**: a number only where `trust_max_kl` was enforced on the complete batch; then `trust/kl` is within it.",
+        "nats/token")]
 
 
 class ValueRecord(NamedTuple):
     clip: Annotated[float | None, Meaning("`cliprange_value`, or `null` with `clip_value=False`.", "the return's")]
-    gated: Annotated[float, Meaning("Positions at which the clip took the value's gradient away.", "share")]
-    explained_variance: Annotated[
-        float, Meaning("Of the returns' variance, by the value: 1 is all, 0 what a constant does.", "share")
-    ]
+    gated: Annotated[float, Meaning("Positions at which the clip removed the value's gradient.", "share")]
+    explained_variance: Annotated[float, Meaning(
+        "The share of the returns' variance that the value explains: 1 is all, 0 no more than a constant.", "share")]
 
 
 class GradientRecord(NamedTuple):
-    norm: Annotated[float, Meaning("Mean norm of the policy's gradient before it is limited.")]
+    norm: Annotated[float, Meaning("Mean norm of the policy's gradient before clipping.")]
     max_norm: Annotated[float | None, Meaning("`max_grad_norm`, or `null`.")]
-    scale: Annotated[float, Meaning("Mean factor that the limit put on the gradient.", "share")]
+    scale: Annotated[float, Meaning("Mean factor by which clipping multiplied the gradient.", "share")]
 
 
 class SamplerRecord(NamedTuple):
-    kl: Annotated[
-        float | None,
-        Meaning(
-            "How far the sampler was from the training pass before any step (k3); near 0 unless sampling is filtered or "
-            "the two disagree. `null` where the sampler does not tell.",
-            "nats/token",
-        ),
-    ]
+    kl: Annotated[float | None, Meaning(
+        "KL(sampler‖training forward pass) before any step (k3); near 0 unless sampling is filtered or the two disagree. "
+        "`null` where the sampler gives no log-probabilities.", "nats/token")]
 
 
 class BoundRecord(NamedTuple):
@@ -130,42 +97,31 @@ class BoundRecord(NamedTuple):
 
     update: Annotated[int, Meaning("The update's number, from 1.")]
     episode: Annotated[int, Meaning("Responses sampled so far, over all processes.", "responses")]
-    score: Annotated[
-        float | None, Meaning("Mean score of the responses that have one; `null` where none has.", "the reward's")
-    ]
+    score: Annotated[float | None, Meaning("Mean score of the responses that have one; `null` where none has.", "the reward's")]
     length: Annotated[float, Meaning("Mean length of a response, its stop token included.", "tokens")]
-    eos_rate: Annotated[float, Meaning("Responses that ended by themselves, and not at `response_length`.", "share")]
+    eos_rate: Annotated[float, Meaning("Responses that ended with a stop token, not at `response_length`.", "share")]
     entropy: Annotated[float, Meaning("Mean entropy of π_old at the contexts of the batch.", "nats/token")]
     lr: Annotated[float, Meaning("Learning rate of this update, `trust_lr_target`'s factor included.")]
-    refused: Annotated[str | None, Meaning("Why the update was undone, as text; `null` for an update that stands.")]
-    seconds: Annotated[
-        dict[str, float], Meaning("Time in `generate`, `score`, `optimise` and `measure`, and in all: `total`.", "s")
-    ]
+    refused: Annotated[str | None, Meaning(
+        "Why the update was rejected and rolled back, as text; `null` for an update that was kept.")]
+    seconds: Annotated[dict[str, float], Meaning(
+        "Time in `generate`, `score`, `optimise` and `measure`, and in all: `total`.", "s")]
     anchor: AnchorRecord
     trust: TrustRecord
     value: ValueRecord
     gradient: GradientRecord
     sampler: SamplerRecord
-    binding: Annotated[
-        str,
-        Meaning(
-            "The mechanism that took the largest share of the update: `anchor`, `clip`, `penalty`, `stop`, `backtrack`, "
-            "`grad_norm`, `lr`, or `none` where all are below 1 %, or the update was refused: what moved nothing was bound by "
-            "none of them."
-        ),
-    ]
-    shares: Annotated[
-        dict[str, float] | None,
-        Meaning(
-            "The share of the update each of these mechanisms took, of which `binding` names the largest; `null` for an "
-            "update that was refused. (Of the penalty it is its part of the pull on the sampled tokens.)",
-            "share",
-        ),
-    ] = None
+    binding: Annotated[str, Meaning(
+        "The mechanism with the largest share of the update: `anchor`, `clip`, `penalty`, `stop`, `backtrack`, `grad_norm` "
+        "or `lr`; `none` where all are below 1 %, or the update was rejected.")]
+    shares: Annotated[dict[str, float] | None, Meaning(
+        "The share of the update that each of these mechanisms took; `null` for an update that was rejected. (That of the "
+        "penalty is its part of the pull on the sampled tokens.)", "share")] = None
+# fmt: on
 
 
 def as_dict(record: Any) -> Any:
-    """A record as plain dicts; a number that is not finite becomes None, since JSON has none of them."""
+    """A record as plain dicts; a number that is not finite becomes None, as JSON has no such numbers."""
     if hasattr(record, "_asdict"):
         return {key: as_dict(value) for key, value in record._asdict().items()}
     if isinstance(record, dict):
@@ -177,9 +133,8 @@ def as_dict(record: Any) -> Any:
 
 def flatten(record: BoundRecord | dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """One level, with keys such as `trust/kl`."""
-    plain = as_dict(record)
     flat: dict[str, Any] = {}
-    for key, value in plain.items():
+    for key, value in as_dict(record).items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}/")
         else:
@@ -188,10 +143,7 @@ def flatten(record: BoundRecord | dict[str, Any], prefix: str = "") -> dict[str,
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Append one line and hand it to the operating system before returning: a killed run keeps every finished update.
-
-    Raises SaveError where that fails, on a full disk for example.
-    """
+    """Append a line and flush it, so that a killed run keeps every finished update; SaveError where that fails."""
     text = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
     failure = f"the record of update {row.get('update')} could not be appended to {path}"
     with written(failure), open(path, "a", encoding="utf-8") as file:
@@ -200,22 +152,19 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
 
 @contextmanager
 def written(failure: str) -> Iterator[None]:
-    """SaveError in place of an OSError inside; `failure` says what could not be done."""
+    """Turn an OSError inside into a SaveError; `failure` says what could not be done."""
     try:
         yield
     except SaveError:
         raise
     except OSError as error:
         raise SaveError(
-            f"`output_dir`: {failure} ({error}). Make room or mend the folder, then train(resume_from_checkpoint=True)."
+            f"`output_dir`: {failure} ({error}). Make room or fix the folder, then train(resume_from_checkpoint=True)."
         ) from error
 
 
 def cut(path: Path, *, after: int) -> None:
-    """Drop the lines of later updates, and a last line cut short, for a run that goes on `after` an update.
-
-    The file is replaced in one step: a kill leaves the old one or the new one.
-    """
+    """Drop the lines of later updates, and a truncated last line, for a run that resumes `after` an update. Atomic."""
     if not path.exists():
         return
     with open(path, "rb") as old, replacing(path, durable=True) as new:
@@ -223,7 +172,7 @@ def cut(path: Path, *, after: int) -> None:
 
 
 def take_over(source: Path, folder: Path) -> None:
-    """Copy the records of the run in `source`, for one that goes on in another `folder`; older files there move aside."""
+    """Copy the records of the run in `source`, for one that resumes in another `folder`; older files there are renamed."""
     if source.resolve() == folder.resolve():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -234,28 +183,27 @@ def take_over(source: Path, folder: Path) -> None:
 
 
 def _update_of(line: bytes) -> float:
-    """Which update a line is of; infinity for one that is no record."""
+    """The number of a line's update; infinity for a line that is not a record."""
     try:
         return float(json.loads(line)["update"]) if line.endswith(b"\n") else math.inf
     except (ValueError, TypeError, LookupError, RecursionError):
         return math.inf
 
 
-def move_aside(path: Path) -> Path | None:
-    """Rename a file left by an earlier run to the first free `name.1`, `name.2`, …; returns where it went."""
+def move_aside(path: Path) -> None:
+    """Rename a file left by an earlier run to the first free `name.1`, `name.2`, …"""
     if not path.exists():
-        return None
+        return
     number = 1
     while (target := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
     os.replace(path, target)
-    return target
 
 
 def load_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a run, one dict an update, from its folder or its `bounds.jsonl`.
+    """The records of a run, one dict per update, from its folder or its `bounds.jsonl`.
 
-    Raises DataError for a missing file or a line that is not a JSON object; a last line cut short by a kill is left out.
+    Raises DataError for a missing file or a line that is not a JSON object; a last line truncated by a kill is left out.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as run:
@@ -269,10 +217,7 @@ def load_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def numbered_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """The rows of a file with their line numbers, one at a time; None for a last line that a kill cut short.
-
-    Raises DataError as `load_records` does.
-    """
+    """The rows of a file with their line numbers; None for a last line truncated by a kill. DataError as `load_records`."""
     if not file.exists():
         raise DataError(f"no records at {file}; give a run's output_dir, or its {BOUNDS_FILE}.")
     try:

@@ -1,8 +1,8 @@
-"""What the phases of an update hand to each other.
+"""The data that the phases of an update pass to each other.
 
-Shape words, used in every docstring of the package: B sequences (of this process), T response positions, P prompt
-positions, V vocabulary entries, H hidden units; b, t and p are their sizes within one micro-batch. Masks are True where a
-token counts. Divergences are in nats.
+Shapes, in every docstring of the package: B sequences (of this process), T response positions, P prompt positions, V
+vocabulary entries, H hidden units; b, t and p are their sizes within one micro-batch. Masks are True where a token counts.
+Divergences are in nats.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 Head = Callable[[Tensor], Tensor]
-"""Hidden states [..., H] to logits [..., V], every scaling or soft-capping of the model included.
+"""Hidden states [..., H] to logits [..., V], including any scaling or soft-capping of the model.
 
-One whose parameters are trained has them in `parameters()`, as a module does: gradients flow to those alone.
+A head with trained parameters has a method `parameters()`, as a module has: gradients flow only to these.
 """
 
 
@@ -29,8 +29,8 @@ class PolicySnapshot(NamedTuple):
 
 
 class Path(Protocol):
-    """The segment from θ_old to θ: `set_end()` takes the trained parameters as they are now for θ, and `set_scale(a)` puts
-    them at θ_old + a(θ − θ_old)."""
+    """The segment from θ_old to θ: `set_end()` makes the current trained parameters θ, and `set_scale(a)` sets them to
+    θ_old + a(θ − θ_old)."""
 
     def set_end(self) -> None: ...
 
@@ -38,7 +38,7 @@ class Path(Protocol):
 
 
 class Snapshot(Protocol):
-    """Where an update began. `restore` puts everything that the update changed back, bit for bit."""
+    """The state before an update. `restore` restores everything that the update changed, bit for bit."""
 
     @property
     def path(self) -> Path: ...
@@ -48,13 +48,12 @@ class Snapshot(Protocol):
 
 @dataclass
 class UpdateContext:
-    """What one update carries from phase to phase; each phase adds what it found out.
+    """What is passed from phase to phase of one update; each phase adds its results.
 
-    update: the number of updates finished before this one. training: False for a batch of an evaluation, which updates
-    nothing. sampling_seed: of this process's stream of random numbers for the rollout. random_states: of the process,
-    before the update. episode: responses sampled before the update. seconds: time of each phase. rejected: why the update
-    was rolled back, or None. snapshot: where the update began; None before its first step. enforcement: of the trust
-    region; None before it was enforced.
+    update: updates finished before this one. training: False for a batch of an evaluation, which updates nothing.
+    sampling_seed: seed of this process's random numbers for the rollout. random_states: of the process, before the update.
+    episode: responses sampled before the update. seconds: time of each phase. rejected: why the update was rolled back, or
+    None. snapshot: None before the first step. enforcement: of the trust region; None before it was enforced.
     """
 
     update: int
@@ -69,14 +68,14 @@ class UpdateContext:
     enforcement: Enforcement | None = None
 
     def taken_snapshot(self) -> Snapshot:
-        """The snapshot, once there is one."""
+        """The snapshot; ValueError where `optimise` took none."""
         if self.snapshot is None:
             raise ValueError("`optimise` took no snapshot of the update; an override must call super().optimise")
         return self.snapshot
 
 
 class Prompts(NamedTuple):
-    """One batch of prompts: `ids` and `mask` [B, P], left-padded, and the dataset row behind each of them."""
+    """One batch of prompts: `ids` and `mask` [B, P], left-padded, and the dataset row of each."""
 
     ids: Tensor
     mask: Tensor
@@ -88,9 +87,9 @@ class Rollout(NamedTuple):
     """Sampled responses.
 
     prompt_ids, prompt_mask: [B, P], left-padded. response_ids, response_mask: [B, T]; the mask is True up to and
-    including the stop token, wherever it is the same token as the padding. sampler_logp: [B, T] log-probability of each
-    sampled token under the distribution it was drawn from, or None when the sampler did not tell. rows: the dataset rows.
-    context: the update's; the trainer adds it where a `rollout` of the user's leaves it out.
+    including the stop token, also where that is the padding token. sampler_logp: [B, T] log-probability of each sampled
+    token under the distribution it was drawn from, or None where the sampler gives none. rows: the dataset rows. context:
+    the update's; the trainer adds it where an overridden `rollout` leaves it out.
     """
 
     prompt_ids: Tensor
@@ -103,7 +102,7 @@ class Rollout(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """Some rows of a rollout, trimmed to their longest prompt and response; fixed for the whole update.
+    """Some rows of a rollout, trimmed to their longest prompt and response; fixed for the entire update.
 
     rows: [b] indices into the rollout. input_ids, attention_mask, position_ids: [b, p + t]. response_ids,
     response_mask: [b, t].
@@ -118,11 +117,11 @@ class MicroBatch(NamedTuple):
 
 
 class TokenOutputs(NamedTuple):
-    """What one forward pass says of a micro-batch's response tokens, [b, t] each unless stated.
+    """The results of one forward pass at a micro-batch's response tokens, [b, t] each unless stated.
 
     logp: log π(token). values: [b, t + 1], the value before each token and after the last. hidden: [N, H], the states
     that predict the N tokens that count. entropy: of π. ref_logp: log π_ref(token); ref_kl: exact KL(π‖π_ref). old_kl,
-    old_tv: exact KL(π_old‖π) and total variation. The last five are None unless asked for.
+    old_tv: exact KL(π_old‖π) and total variation. The last five are None unless requested.
     """
 
     logp: Tensor
@@ -138,11 +137,11 @@ class TokenOutputs(NamedTuple):
 class Scored(NamedTuple):
     """A rollout with everything that is fixed before the first optimizer step; [B, T] unless stated.
 
-    micro_batches, old_snapshots: the fixed micro-batches and π_old at the tokens of each; ref_snapshots: π_ref there, kept only
-    where the loss needs it.
-    logp, ref_logp: log-probabilities of the sampled tokens. ref_kl: exact KL(π_old‖π_ref) per context. entropy: of
-    π_old. values: V(state before the token). loss_mask: tokens that get a gradient (the response mask less the rows
-    without a reward). value_mask: positions whose value is trained. scores: [B], NaN where no function gave a reward.
+    micro_batches, old_snapshots: the fixed micro-batches, and π_old at their tokens. ref_snapshots: π_ref there, None
+    where the loss does not need it. logp, ref_logp: log-probabilities of the sampled tokens. ref_kl: exact KL(π_old‖π_ref)
+    per context. entropy: of π_old. values: V(state before the token). loss_mask: tokens that get a gradient (the response
+    mask without the rows that have no reward). value_mask: positions whose value is trained. scores: [B], NaN where no
+    function gave a reward.
     """
 
     rollout: Rollout
@@ -161,19 +160,18 @@ class Scored(NamedTuple):
 
     @property
     def context(self) -> UpdateContext:
-        """The update's; `score` sees to it that the rollout has one."""
+        """The update's context, which `score` has added to the rollout."""
         if self.rollout.context is None:
             raise ValueError("the rollout has no context; the trainer's `score` gives it one")
         return self.rollout.context
 
 
 class Batch(NamedTuple):
-    """What the optimizer sees: a scored rollout, its advantages (whitened if asked) and returns, both [B, T].
+    """The input of `optimise`: a scored rollout, its advantages (whitened if configured) and returns, both [B, T].
 
-    advantage_scale: what whitening multiplied the advantages by; the anchor's term in the loss is multiplied by the same.
-    trust_coef: the coefficient λ of the penalty on KL(π_old‖π) in this update,
-    beside the advantages as they are here. anchor: the anchor before the first step.
-    finite: whether all advantages and returns are, over all processes.
+    anchor: measured before the first step. advantage_scale: the factor of whitening, by which the anchor's term in the
+    loss is multiplied too. trust_coef: the coefficient λ of the penalty on KL(π_old‖π), relative to these advantages.
+    finite: whether all advantages and returns of all processes are finite.
     """
 
     scored: Scored
@@ -223,9 +221,9 @@ class EpochStats(NamedTuple):
 class UpdateStats(NamedTuple):
     """What happened between the first and the last optimizer step of one update.
 
-    total: over all epochs; epochs: one entry for each epoch begun. steps, planned_steps: optimizer steps taken and
-    planned. grad_norm: mean norm of the policy's gradient before clipping; grad_scale: mean factor that clipping applied.
-    stopped: the KL limit between mini-batches ended the update. refused: why the update was refused, or None.
+    total: over all epochs; epochs: one entry per epoch begun. steps, planned_steps: optimizer steps taken and planned.
+    grad_norm: mean norm of the policy's gradient before clipping; grad_scale: mean factor of clipping. stopped: whether
+    the KL limit between mini-batches ended the update. refused: why the update was rejected, or None.
     """
 
     total: EpochStats
@@ -242,8 +240,8 @@ class RolloutSummary(NamedTuple):
     """The rollout in numbers, gathered from all processes.
 
     score: mean over the rows that have one, None where none has. length: mean response tokens. eos_rate: share of
-    responses that ended by themselves. entropy: of π_old, nats per token. sampler_kl: k3 of the sampler against the
-    training forward, nats per token, None where the sampler did not tell. explained_variance: of the returns, by the value.
+    responses that ended with a stop token. entropy: of π_old, nats per token. sampler_kl: k3 of the sampler against the
+    training forward pass, nats per token, None without `sampler_logp`. explained_variance: of the returns, by the value.
     """
 
     score: float | None
@@ -258,7 +256,7 @@ class Measurement(NamedTuple):
     """The batch under the new policy against π_old, gathered from all processes; nats per token.
 
     kl: mean exact KL(π_old‖π) over the measured contexts; kl_max: the largest. tv: mean total variation. max_ratio and
-    ratio_quantiles: of π/π_old at the sampled tokens. tokens: contexts measured; complete: whether that was all of them.
+    ratio_quantiles: of π/π_old at the sampled tokens. tokens: contexts measured; complete: whether these were all.
     """
 
     kl: float
@@ -271,10 +269,10 @@ class Measurement(NamedTuple):
 
 
 class Enforcement(NamedTuple):
-    """What enforcement did: the KL before it, the scale kept of the step, the tries it took, the limit it holds.
+    """The result of enforcement: the KL before it, the scale kept of the step, the number of tries, and the limit.
 
-    The scale is None without a limit, and 0 of an update that was rejected. measured: the batch after enforcement, None
-    where nothing was enforced. rejected: why the update was rolled back, or None.
+    scale: None without a limit, 0 for an update that was rejected. measured: the batch after enforcement, None where
+    nothing was enforced. rejected: why the update was rolled back, or None.
     """
 
     kl_proposed: float

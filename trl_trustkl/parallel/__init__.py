@@ -1,4 +1,1 @@
-"""What the processes of a run do together: gather, reduce, agree, fail.
-
-Imports accelerate, `types` and `errors`; everything that needs several processes asks it.
-"""
+"""Communication between the processes of a run. Imports accelerate and `masking`."""

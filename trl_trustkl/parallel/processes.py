@@ -1,8 +1,8 @@
-"""What the processes of a run do together: gather, reduce, agree, fail."""
+"""Communication between the processes of a run: gather, reduce, agree, fail."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -17,8 +17,7 @@ Value = TypeVar("Value")
 class Processes:
     """The processes of a run. With one process nothing is communicated.
 
-    Every method but `raise_on_all` with an error gives the same result on each process, and each must be called by all of
-    them.
+    Each method must be called by all processes, and returns the same on all of them.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -29,7 +28,7 @@ class Processes:
         self.is_main: bool = accelerator.is_main_process
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, in their order. Each process has as many, of the same shape."""
+        """The rows of all processes, in their order. Their number and shape must be the same on each process."""
         return self._accelerator.gather(rows)
 
     def sum(self, values: Tensor) -> Tensor:
@@ -54,15 +53,14 @@ class Processes:
 
     def from_main(self, value: Value) -> Value:
         """The main process's value."""
-        values: list[Any] = broadcast_object_list([value])
-        return values[0]
+        return broadcast_object_list([value])[0]
 
     def raise_on_all(self, error: BaseException | None) -> None:
-        """Raise the first error of any process on all of them: a process that went on alone would wait for the others."""
+        """Raise the first error of any process on all of them; a process that continued would wait for the others."""
         first = next((each for each in self.gather_objects([error]) if each is not None), None)
         if first is not None:
             raise first
 
     def wait(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has reached this call."""
         self._accelerator.wait_for_everyone()

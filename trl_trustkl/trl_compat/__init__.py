@@ -1,4 +1,4 @@
-"""The only folder that knows which TRL and transformers are installed.
+"""The only folder that depends on the installed versions of TRL and transformers.
 
 Imports the mathematics, `bounds`, `types` and `errors`.
 """

@@ -9,10 +9,10 @@ from torch import nn
 
 
 class Module(nn.Module):
-    """nn.Module, except for a type checker: it knows what a class assigns or declares, and reports any other attribute.
+    """nn.Module, of which a type checker reports attributes that a class neither assigns nor declares.
 
-    `nn.Module.__getattr__` makes any name a tensor or a module, misspelt ones included. The annotations below hide it from
-    the checker, and do nothing else.
+    To a checker, `nn.Module.__getattr__` makes any name a tensor or a module, misspelt ones included. The annotations below
+    hide that method from it, and have no other effect.
     """
 
     __getattr__: Callable[..., Any]

@@ -1,7 +1,7 @@
-"""PPOConfig and PPOTrainer for the versions of TRL that have none (1.13 and newer), on TRL's own bases.
+"""PPOConfig and PPOTrainer for the versions of TRL that have none (1.13 and newer), on TRL's base classes.
 
 The fields are those of `trl.experimental.ppo.PPOConfig` in TRL 1.12, with its defaults; a test compares the two. The
-trainer carries what TRL's hub and model card plumbing reads; its subclass owns the constructor and the loop.
+trainer has the attributes that TRL's hub and model card code reads; its subclass has the constructor and the loop.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""TRL's own trainers: which of them a configuration belongs to, and what their logs say in the words of a record.
+"""TRL's trainers: which of them a configuration belongs to, and their logs as records.
 
-They log a KL, clip ratios and the like, as averages over what has happened since the last log; they measure no update and
-keep no share of the anchor. What they do not expose is NaN or None here, null in `bounds.jsonl`.
+They log a KL, clip ratios and the like, averaged since the last log. They do not measure an update, nor the anchor's share
+of it. What they do not log is NaN or None here, and null in `bounds.jsonl`.
 """
 
 from __future__ import annotations
@@ -20,28 +20,25 @@ from .trl_trainers import TRLConfig
 Kind = Literal["grpo", "rloo", "ppo"]
 
 KL_METRIC: dict[Kind, str] = {"grpo": "kl", "rloo": "kl", "ppo": "objective/kl"}
-"""Under which name each trainer logs its KL(π‖π_ref). In nats, gathered from all processes:
+"""The name under which each trainer logs its KL(π‖π_ref). In nats, gathered from all processes:
 
-grpo: per token. The k3 estimate at the policy of this very step, on tokens that π_old sampled, averaged over the tokens of
-a micro-batch, then over the micro-batches. With `use_bias_correction_kl` each token's k3 is multiplied by its ratio π/π_old.
+grpo: per token. The k3 estimate at the current policy, on tokens that π_old sampled, averaged over the tokens of a
+micro-batch, then over the micro-batches. With `use_bias_correction_kl` each token's k3 is multiplied by its ratio π/π_old.
 rloo: per token. k1 = log π_old − log π_ref, averaged over the tokens of a generation batch; it can be negative. (The
 penalty in the reward is β times its sum over a response.)
 ppo: per response. By `kl_estimator` (k1 or k3) at rollout, summed over a response, averaged over the last batch.
 """
 
 KL, TARGET, COEF = "kl/measured", "kl/target", "kl/coef"
-"""What `AdaptiveKLCallback` adds to a trainer's logs; unit of `KL_METRIC`, `kl/coef` being the coefficient it was had with."""
+"""What `AdaptiveKLCallback` adds to a trainer's logs: the KL and its target in the unit of `KL_METRIC`, and the coefficient
+at which that KL was measured."""
 
-_TRAINING: dict[Kind, str] = {
-    "grpo": "loss",
-    "rloo": "loss",
-    "ppo": "objective/kl",
-}  # in every log of training, in no other
+_TRAINING: dict[Kind, str] = {"grpo": "loss", "rloo": "loss", "ppo": "objective/kl"}  # only in the logs of training
 _CLIPS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # the loss types of GRPO that clip as PPO does
 
 
 def writes_records(args: Any) -> bool:
-    """Whether a configuration is that of TrustKLPPOTrainer, which has records and controllers of its own."""
+    """Whether a configuration belongs to TrustKLPPOTrainer, which has its own records and controllers."""
     return getattr(args, "writes_records", False)
 
 
@@ -58,18 +55,18 @@ def kind_of(args: Any) -> Kind | None:
 
 
 def episodes_seen(args: TRLConfig, step: int) -> int:
-    """Responses sampled up to optimizer step `step` (of PPO: update), a response counted once however often it is used."""
+    """Responses sampled up to optimizer step `step` (of PPO: update); one that is used repeatedly counts once."""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return step * batch // getattr(args, "num_iterations", 1)
 
 
 def record_of(args: Any, state: TrainerState, logs: Mapping[str, Any]) -> BoundRecord | None:
-    """The record of what a stock trainer has logged, or None where `logs` is not of training or not of such a trainer.
+    """The record of what a trainer of TRL has logged, or None where `logs` is not of training or not of such a trainer.
 
-    One record is what one log covers: an update with `logging_steps=1`. GRPO and RLOO log nats per token; KL and target
-    are multiplied by the mean length, to be nats per response as in every record. `trust.gated` is the share of tokens
-    (RLOO: of responses) that the clip left without a gradient, not weighted by the advantage. `binding` is drawn from
-    the shares that are known, and "unknown" where these are all below 1 % and another mechanism was on.
+    A record covers what one log covers: an update with `logging_steps=1`. GRPO and RLOO log nats per token; KL and target
+    are multiplied by the mean length, so that they are nats per response as in every record. `trust.gated` is the share of
+    tokens (RLOO: of responses) that the clip left without a gradient, not weighted by the advantage. `binding` is the
+    largest of the known shares, and "unknown" where these are all below 1 % and another one is not known.
     """
     kind = kind_of(args)
     if kind is None or _TRAINING[kind] not in logs:
@@ -82,9 +79,13 @@ def record_of(args: Any, state: TrainerState, logs: Mapping[str, Any]) -> BoundR
         coef = args.kl_coef if ppo else args.beta
     anchor = _anchor(kind, args, logs, coef, 1.0 if ppo else length)
     trust, gradient = _trust(kind, args, logs), _gradient(kind, args, logs)
+    value = ValueRecord(args.cliprange_value if ppo else None, _known(logs, "val/clipfrac_avg"), math.nan)
+    shares = {"anchor": 0.0 if coef == 0 else math.nan, "clip": trust.gated, "grad_norm": 1.0 - gradient.scale}
+    binding = bounds.binding(shares)
+    if binding == "none" and any(map(math.isnan, shares.values())):
+        binding = "unknown"
     return BoundRecord(
-        update=state.global_step,
-        episode=episodes_seen(args, state.global_step),
+        update=state.global_step, episode=episodes_seen(args, state.global_step),
         score=None if math.isnan(score) else score,
         length=length,
         eos_rate=1.0 - _known(logs, "completions/clipped_ratio"),
@@ -92,20 +93,7 @@ def record_of(args: Any, state: TrainerState, logs: Mapping[str, Any]) -> BoundR
         lr=_known(logs, "lr" if ppo else "learning_rate"),
         refused=None,
         seconds={} if math.isnan(step_time) else {"total": step_time},
-        anchor=anchor,
-        trust=trust,
-        value=ValueRecord(
-            clip=args.cliprange_value if ppo else None,
-            gated=_known(logs, "val/clipfrac_avg"),
-            explained_variance=math.nan,
-        ),
-        gradient=gradient,
-        sampler=SamplerRecord(kl=None),
-        binding=_binding({
-            "anchor": 0.0 if anchor.coef == 0 else math.nan,
-            "clip": trust.gated,
-            "grad_norm": 1.0 - gradient.scale,
-        }),
+        anchor=anchor, trust=trust, value=value, gradient=gradient, sampler=SamplerRecord(kl=None), binding=binding,
     )  # fmt: skip
 
 
@@ -116,54 +104,40 @@ def _known(logs: Mapping[str, Any], key: str) -> float:
 
 
 def _latest(state: TrainerState, logs: Mapping[str, Any], key: str) -> float:
-    """A number of these logs, or of the last ones that had it: a step that reuses a generation logs nothing of that."""
+    """A number of these logs, or of the last that had it: a step that reuses a generation does not log it again."""
     return _known(next((each for each in (logs, *reversed(state.log_history)) if key in each), {}), key)
 
 
 def _anchor(kind: Kind, args: TRLConfig, logs: Mapping[str, Any], coef: float, per_response: float) -> AnchorRecord:
-    """per_response: what turns the logged KL into nats per response."""
+    """per_response: the factor that makes the logged KL nats per response."""
     target = _known(logs, TARGET) * per_response
     estimator, placement = {"grpo": ("k3", "loss"), "rloo": ("k1", "reward")}.get(kind) or (args.kl_estimator, "reward")
-    # The ratio before k3 makes its gradient that of the KL on the contexts of the batch, as with an exact KL in the loss.
+    # Multiplied by the ratio, k3 has the gradient of the KL on the contexts of the batch, as an exact KL in the loss has.
     corrected = getattr(args, "use_bias_correction_kl", False)
     return AnchorRecord(
-        estimator=estimator,
-        placement=placement,
-        gradient=gradient_kind("exact" if corrected else estimator, placement),
+        estimator, placement, gradient=gradient_kind("exact" if corrected else estimator, placement),
         coef=coef,
         target=None if math.isnan(target) else target,
         kl=_known(logs, KL_METRIC[kind]) * per_response,
-        kl_exact=math.nan,
-        kl_stderr=math.nan,
-        share=None,
-    )
+        kl_exact=math.nan, kl_stderr=math.nan, share=None,
+    )  # fmt: skip
 
 
 def _trust(kind: Kind, args: TRLConfig, logs: Mapping[str, Any]) -> TrustRecord:
     rule, low, high = _clip(kind, args)
-    # "clip_ratio" alone is the name of GRPO's Liger loss.
+    # With GRPO's Liger loss the name is "clip_ratio".
     names = ("policy/clipfrac_avg",) if kind == "ppo" else ("clip_ratio/region_mean", "clip_ratio")
     return TrustRecord(
-        rule=rule,
-        low=low,
-        high=high,
+        rule=rule, low=low, high=high,
         gated=next((_known(logs, name) for name in names if name in logs), math.nan),
         gated_low=_known(logs, "clip_ratio/low_mean"),
         gated_high=_known(logs, "clip_ratio/high_mean"),
         coef=0.0,
         epochs=float(args.num_ppo_epochs if kind == "ppo" else args.num_iterations),
         stopped=False,
-        kl=math.nan,
-        kl_max=math.nan,
-        kl_proposed=math.nan,
-        tv=math.nan,
-        max_ratio=math.nan,
-        ratio_quantiles={},
-        scale=None,
-        tries=0,
-        limit=None,
-        guaranteed=None,
-    )
+        kl=math.nan, kl_max=math.nan, kl_proposed=math.nan, tv=math.nan, max_ratio=math.nan, ratio_quantiles={},
+        scale=None, tries=0, limit=None, guaranteed=None,
+    )  # fmt: skip
 
 
 def _clip(kind: Kind, args: TRLConfig) -> tuple[str, float, float]:
@@ -180,14 +154,9 @@ def _clip(kind: Kind, args: TRLConfig) -> tuple[str, float, float]:
 
 
 def _gradient(kind: Kind, args: TRLConfig, logs: Mapping[str, Any]) -> GradientRecord:
-    if kind == "ppo":  # it has max_grad_norm, and does not apply it
+    if kind == "ppo":  # it has max_grad_norm, but does not apply it
         return GradientRecord(norm=math.nan, max_norm=None, scale=1.0)
     norm, max_norm = _known(logs, "grad_norm"), args.max_grad_norm or None
-    if max_norm is None:
-        return GradientRecord(norm, None, 1.0)
-    return GradientRecord(norm, max_norm, math.nan if math.isnan(norm) else min(1.0, max_norm / (norm + 1e-6)))
-
-
-def _binding(shares: dict[str, float]) -> str:
-    found = bounds.binding(shares)
-    return "unknown" if found == "none" and any(math.isnan(share) for share in shares.values()) else found
+    if max_norm is None or math.isnan(norm):
+        return GradientRecord(norm, max_norm, 1.0 if max_norm is None else math.nan)
+    return GradientRecord(norm, max_norm, min(1.0, max_norm / (norm + 1e-6)))

@@ -1,4 +1,4 @@
-"""What callbacks and records read of TRL's own trainers and their configurations, typed."""
+"""Types of the attributes of TRL's trainers and their configurations that callbacks and records read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers.trainer_callback import CallbackHandler
 
 
 class TRLConfig(Protocol):
-    """The fields of `GRPOConfig`, `RLOOConfig` and TRL's `PPOConfig` taken together; which of them there are says the kind."""
+    """The fields of `GRPOConfig`, `RLOOConfig` and TRL's `PPOConfig`; each of these has some of them."""
 
     per_device_train_batch_size: int
     gradient_accumulation_steps: int

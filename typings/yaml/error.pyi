@@ -1,10 +1,4 @@
 class YAMLError(Exception): ...
 
 class MarkedYAMLError(YAMLError):
-    def __init__(
-        self,
-        context: str | None = ...,
-        context_mark: object = ...,
-        problem: str | None = ...,
-        problem_mark: object = ...,
-    ) -> None: ...
+    def __init__(self, context: object, context_mark: object, problem: object, problem_mark: object) -> None: ...

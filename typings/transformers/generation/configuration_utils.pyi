@@ -1,7 +1,6 @@
 from typing import Any
 
 class GenerationConfig:
-    max_new_tokens: int
     do_sample: bool
     pad_token_id: int
     eos_token_id: int | list[int] | None

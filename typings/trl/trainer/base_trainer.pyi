@@ -8,8 +8,5 @@ class _BaseTrainer(Trainer):
     _paper: dict[str, Any]
 
     def create_model_card(
-        self,
-        model_name: str | None = ...,
-        dataset_name: str | None = ...,
-        tags: str | list[str] | None = ...,
+        self, model_name: str | None = ..., dataset_name: str | None = ..., tags: str | list[str] | None = ...
     ) -> None: ...
