@@ -1,4 +1,4 @@
-"""Quantised models: what bitsandbytes' 4-bit weights need on a CPU before they are trained."""
+"""Quantised models: how to recognise them, and what bitsandbytes' 4-bit weights need on a CPU before training."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def unpack_4bit_weights(model: nn.Module) -> None:
-    """Undo bitsandbytes' packing of 4-bit weights for CPU inference.
+    """Undo bitsandbytes' packing of 4-bit weights for CPU inference; other weights are left as they are.
 
-    A forward pass in eval mode packs them on CPUs with AVX512-BF16, and the packed kernel has no gradient: training such
-    a model would silently leave most of its adapter where it was.
+    A forward pass in eval mode packs them on CPUs with AVX512-BF16, and the packed kernel has no gradient: most of the
+    adapter of such a model would silently not be trained.
     """
     for module in model.modules():
         weight: Any = getattr(module, "weight", None)
