@@ -81,8 +81,8 @@ class SplitLM:
         states = self._states_after_padding()
         if _differ(states, self._states_after_padding()):
             raise ModelError(
-                f"`{name}` is a {kind} that gives different results for the same tokens in training mode, so that its ratios "
-                "and divergences would be meaningless. Set every source of randomness to 0 in its configuration, such as "
+                f"`{name}` is a {kind} for which two passes over the same tokens differ in training mode, so that no ratio or "
+                "divergence is meaningful. Set every source of randomness to 0 in its configuration, such as "
                 "model.config.hidden_dropout; if its experts are drawn at random, use another model."
             )
         if not self.chunked:
