@@ -1,4 +1,4 @@
-"""Conveniences for CPUs: whether bf16 is fast, 4-bit weights dequantised before sampling, the kernel of attention."""
+"""Conveniences for CPUs: whether bf16 is fast, the kernel of attention, bitsandbytes' 4-bit weights."""
 
 from __future__ import annotations
 
@@ -37,6 +37,21 @@ def attention_kernel(input_ids: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def unpack_4bit_weights(model: nn.Module) -> None:
+    """Undo bitsandbytes' packing of 4-bit weights for CPU inference; other weights are left as they are.
+
+    A forward pass in eval mode packs them on CPUs with AVX512-BF16, and the packed kernel has no gradient: most of the
+    adapter of such a model would silently not be trained.
+    """
+    for module in model.modules():
+        weight: Any = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+
+
 @contextmanager
 def dequantised_on_cpu(model: nn.Module) -> Iterator[None]:
     """Dequantise 4-bit weights on a CPU once for all passes inside the context, rather than in every pass.
@@ -44,19 +59,16 @@ def dequantised_on_cpu(model: nn.Module) -> Iterator[None]:
     This is for sampling, which keeps no activations. It takes two bytes per weight in bf16. Weights on a GPU are left
     to its kernels.
     """
-    for layer in (layers := _linear_4bit_on_cpu(model)):
+    # PEFT's wrappers around these layers have the same class name, but no `compute_dtype`.
+    named = [m for m in model.modules() if type(m).__name__ == "Linear4bit" and "compute_dtype" in vars(m)]
+    layers = [m for m in named if m.weight.device.type == "cpu"]
+    for layer in layers:
         layer.forward = _dequantised_forward(layer)
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward
-
-
-def _linear_4bit_on_cpu(model: nn.Module) -> list[Any]:
-    # PEFT's wrappers around these layers have the same class name, but no `compute_dtype`.
-    named = [m for m in model.modules() if type(m).__name__ == "Linear4bit" and "compute_dtype" in vars(m)]
-    return [m for m in named if m.weight.device.type == "cpu"]
 
 
 def _dequantised_forward(layer: Any) -> Callable[[Tensor], Tensor]:

@@ -7,8 +7,7 @@ elementwise operations on one block of it at a time. The extra memory is a few b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -102,7 +101,11 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, plan: _Plan, *trained: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.plan, ctx.trained, ctx.autocast = plan, trained, _current_autocast(hidden)
+        device = hidden.device.type
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        # For the backward pass; without a cache, which would reuse the freed graph of another chunk.
+        ctx.autocast = torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+        ctx.plan, ctx.trained = plan, trained
         ctx.save_for_backward(hidden, targets)
         ctx.set_materialize_grads(False)
         columns: dict[str, Tensor] = {}
@@ -128,7 +131,7 @@ class _Chunked(torch.autograd.Function):
         of_trained = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(ctx.trained, dtypes, strict=True)]
         for chunk in ctx.plan.chunks(hidden):
             part = hidden[chunk].detach().requires_grad_()
-            with ctx.autocast():
+            with ctx.autocast:
                 logits, gradient = _chunk_gradient(part, targets[chunk], chunk, weights, ctx.plan)
             of_hidden[chunk], *others = torch.autograd.grad(
                 logits, [part, *ctx.trained], gradient, allow_unused=True, materialize_grads=True
@@ -179,10 +182,3 @@ def _block(
         out["old_kl"] = divergences.exact_from_logps("kl", old_logps, logps)
         out["old_tv"] = divergences.exact_from_logps("tv", old_logps, logps.detach())
     return out
-
-
-def _current_autocast(tensor: Tensor) -> Callable[[], AbstractContextManager[Any]]:
-    """The current autocast, for the backward pass; without its cache, which would reuse the freed graph of another chunk."""
-    device = tensor.device.type
-    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return lambda: torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)

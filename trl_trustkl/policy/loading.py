@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from ..errors import ConfigError, ModelError, shown
-from .quantization import is_quantized, unpack_4bit_weights
+from .cpu import unpack_4bit_weights
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _NOISE = ("layerdrop", "jitter_noise", "input_jitter_noise", "moe_jitter_eps")
@@ -74,20 +74,15 @@ def load_policy(
             f"`model` got {type(causal).__name__}, which does not continue a prompt; it must be a causal language model, such "
             "as AutoModelForCausalLM.from_pretrained(name)."
         )
-    model.config.get_text_config().pad_token_id = pad_token_id(processing_class)
-    return prepare_policy(model, peft_config, args), processing_class
-
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The padding token; a tokenizer without one gets its eos token, which is safe because padding is always masked."""
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
+    if processing_class.pad_token_id is None:
+        if processing_class.eos_token is None:
             raise ModelError(
                 "`processing_class` has neither a pad token nor an eos token; set one, for example "
                 "tokenizer.add_special_tokens({'pad_token': '<pad>'})."
             )
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer.pad_token_id
+        processing_class.pad_token = processing_class.eos_token  # safe, because padding is always masked
+    model.config.get_text_config().pad_token_id = processing_class.pad_token_id
+    return prepare_policy(model, peft_config, args), processing_class
 
 
 def prepare_policy(
@@ -118,23 +113,19 @@ def prepare_policy(
                 f"`peft_config` is {type(model.active_peft_config).__name__}: prompt-learning adapters change the input "
                 "instead of the weights and are not supported; use LoRA or another adapter of the weights."
             )
-        _activate(model, args.model_adapter_name)
+        # The only active and trainable adapter: the given one, else "default" as in TRL, else the active one.
+        name = args.model_adapter_name or ("default" if "default" in model.peft_config else model.active_adapter)
+        if name not in model.peft_config:
+            raise ModelError(
+                f"`model_adapter_name` got {shown(name)}; the model's adapters are {sorted(model.peft_config)}."
+            )
+        model.set_adapter(name)
     _prepare_for_training(model, args)
     if not trainable(model):
         raise ModelError(
             "`model` has no trainable parameter; load its adapter with is_trainable=True, or pass `peft_config`."
         )
     return model
-
-
-def _activate(model: PeftModel, name: str | None) -> None:
-    """Make one adapter the only active and trainable one: `name`, else "default" as in TRL, else the active one."""
-    name = name or ("default" if "default" in model.peft_config else model.active_adapter)
-    if name not in model.peft_config:
-        raise ModelError(
-            f"`model_adapter_name` got {shown(name)}; the model's adapters are {sorted(model.peft_config)}."
-        )
-    model.set_adapter(name)
 
 
 def _prepare_for_training(model: PreTrainedModel | PeftModel, args: Any) -> None:
@@ -162,6 +153,10 @@ def prepare_value_model(model: Any, args: Any) -> PreTrainedModel | PeftModel | 
     if not trainable(model):
         raise ModelError("`value_model` has no trainable parameter; load its adapter with is_trainable=True.")
     return model
+
+
+def is_quantized(model: nn.Module) -> bool:
+    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -77,9 +77,10 @@ class SplitLM:
         self.hidden_size = int(config.hidden_size)
         self.backbone: Any = getattr(self.causal, self.causal.base_model_prefix, None)
         self.head: Head = OutputHead(projection, config)
-        self.chunked = self.backbone is not None and self._reproduces_logits()
-        states = self._states_after_padding()
-        if _differ(states, self._states_after_padding()):
+        with torch.no_grad(), as_in_training(self.causal):
+            self.chunked = self.backbone is not None and self._reproduces_logits()
+            states, again, flipped = (self._states_after_padding(flip) for flip in (False, False, True))
+        if _differ(states, again):
             raise ModelError(
                 f"`{name}` is a {kind} for which two passes over the same tokens differ in training mode, so that no ratio or "
                 "divergence is meaningful. Set every source of randomness to 0 in its configuration, such as "
@@ -91,37 +92,34 @@ class SplitLM:
                 f"{name}: the logits of {kind} are not its output head applied to its hidden states; exact divergences are "
                 "computed from the complete forward pass, with the logits [b, t, V] of one micro-batch at a time."
             )
-        if _differ(states, self._states_after_padding(flipped=True)):
+        if _differ(states, flipped):
             logger.warning(
                 f"{name}: {kind} does not ignore padding: its results for a prompt depend on the lengths of the other prompts "
                 "of the batch, in generation, training and measurement. Use prompts of one length, or avoid padding with "
                 "per_device_train_batch_size=1 and local_rollout_forward_batch_size=1."
             )
 
-    @torch.no_grad()
-    def _states_after_padding(self, *, flipped: bool = False) -> Tensor:
-        """The states of 4 tokens after 4 masked ones; with `flipped` the masked tokens are in reverse order."""
+    def _token_ids(self, count: int) -> Tensor:
         device = next(self.causal.parameters()).device
-        ids = torch.arange(1, 9, device=device).unsqueeze(0) % self.vocab_size
-        if flipped:
-            ids = torch.cat([ids[:, :4].flip(1), ids[:, 4:]], dim=1)
-        mask = torch.arange(8, device=device).unsqueeze(0) >= 4
-        inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions(mask)}
-        with as_in_training(self.causal):
-            return self.hidden(inputs, 4)[0]
+        return torch.arange(1, count + 1, device=device).unsqueeze(0) % self.vocab_size
 
-    @torch.no_grad()
+    def _states_after_padding(self, flip: bool) -> Tensor:
+        """The states of 4 tokens after 4 masked ones, in reverse order with `flip`."""
+        ids = self._token_ids(8)
+        if flip:
+            ids = torch.cat([ids[:, :4].flip(1), ids[:, 4:]], dim=1)
+        mask = torch.arange(8, device=ids.device).unsqueeze(0) >= 4
+        return self.hidden({"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions(mask)}, 4)[0]
+
     def _reproduces_logits(self) -> bool:
-        device = next(self.causal.parameters()).device
-        ids = torch.arange(1, 5, device=device).unsqueeze(0) % self.vocab_size
+        ids = self._token_ids(4)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        with as_in_training(self.causal):
-            try:
-                states = self.backbone(**inputs).last_hidden_state
-                logits = self.head(states)
-            except (TypeError, AttributeError, RuntimeError):
-                return False
-            expected = self.causal(**inputs).logits
+        try:
+            states = self.backbone(**inputs).last_hidden_state
+            logits = self.head(states)
+        except (TypeError, AttributeError, RuntimeError):
+            return False
+        expected = self.causal(**inputs).logits
         self.hidden_size = int(
             states.shape[-1]
         )  # the input of the value head; OPT-350m, for example, projects its states
@@ -188,7 +186,7 @@ def faster_kernels(model: nn.Module, input_ids: Tensor, lora_layers: Sequence[An
 
 @contextmanager
 def as_in_training(model: nn.Module) -> Iterator[None]:
-    """`model` in train mode, since the kernels of a forward pass depend on it (`quantization.unpack_4bit_weights`)."""
+    """`model` in train mode, since the kernels of a forward pass depend on it (`cpu.unpack_4bit_weights`)."""
     was_training = model.training
     model.train()
     try:

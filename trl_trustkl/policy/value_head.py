@@ -102,12 +102,6 @@ class PolicyAndValue(Module):
         fully_trained = isinstance(self.value, ValueModel) and not isinstance(self.value.model, PeftModel)
         return [] if fully_trained else trainable(self.value)
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        self.policy.gradient_checkpointing_enable(**kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.policy.gradient_checkpointing_disable()
-
     def forward(
         self,
         micro: MicroBatch,

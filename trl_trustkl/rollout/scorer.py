@@ -38,12 +38,8 @@ class Scores(NamedTuple):
 class Scorer:
     """Calls the reward functions, and adds up their rewards.
 
-    Args:
-        funcs: callables and reward models, as `build_rewards` returns them.
-        weights: one for each.
-        batch_size: rows that a reward model reads at a time.
-        retries: how often a function that failed is called again.
-        wait: waits for some seconds before each retry; returns whether to give up.
+    batch_size: rows that a reward model reads at a time. retries: how often a function that failed is called again. wait:
+    waits for some seconds before a retry; returns whether to give up.
     """
 
     funcs: Sequence[Callable[..., Any] | RewardModel]

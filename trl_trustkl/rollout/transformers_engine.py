@@ -58,17 +58,11 @@ class Sampler(LogitsProcessor):
 
 
 class TransformersEngine:
-    """Samples from the policy itself, so that there is nothing to sync.
+    """Samples from the policy itself, for `batch_size` prompts at a time, so that there is nothing to sync.
 
-    Args:
-        policy: the model that is trained, with or without adapters.
-        response_length: the largest number of new tokens.
-        temperature: the sampling temperature.
-        stop_ids: the tokens that end a response.
-        pad_token_id: the tokenizer's, which may be outside of the model's vocabulary.
-        batch_size: the number of prompts sampled from at a time.
-        autocast: the context of the policy's forward passes.
-        generation_kwargs: further arguments of `generate`; without any, tokens are sampled from the entire vocabulary.
+    pad_token_id: the tokenizer's, which may be outside of the model's vocabulary. autocast: the context of the policy's
+    forward passes. generation_kwargs: further arguments of `generate`; without any, tokens are sampled from the entire
+    vocabulary.
     """
 
     def __init__(
@@ -147,7 +141,7 @@ def ready_to_generate(causal: PreTrainedModel) -> Iterator[None]:
 
     A blank generation config replaces the model's, which would set every option that is not given, such as an end of
     sequence or a repetition penalty. Gradient checkpointing is disabled, since it disables the KV cache. The model stays in
-    train mode: dropout is off, and eval mode would pack 4-bit weights for inference (`quantization.unpack_4bit_weights`).
+    train mode: dropout is off, and eval mode would pack 4-bit weights for inference (`cpu.unpack_4bit_weights`).
     """
     own_config, causal.generation_config = causal.generation_config, GenerationConfig()
     # `generate` passes a slice of the states to the head, and PyTorch would copy the head's weight for each sequence.
