@@ -81,18 +81,14 @@ class _Plan(NamedTuple):
     def snapshot_logits(self, rows: slice) -> dict[str, Tensor]:
         return {name: self.logits(each.head, each.hidden[rows]) for name, each in self.snapshots.items()}
 
-    def chunks(self, hidden: Tensor) -> Iterator[slice]:
-        return _slices(len(hidden), max(1, CHUNK_ELEMENTS // self.vocab_size))
+    def chunks(self, rows: Tensor, elements: int) -> Iterator[slice]:
+        """Slices of `rows` with at most `elements` logits; one empty slice for no rows."""
+        size = max(1, elements // self.vocab_size)
+        return (slice(start, start + size) for start in range(0, max(1, len(rows)), size))
 
-    def blocks(self, logits: Tensor) -> Iterator[slice]:
-        """On a CPU, blocks small enough for its cache to hold the result of one operation for the next."""
-        on_cpu = logits.device.type == "cpu"
-        return _slices(len(logits), max(1, CACHE_ELEMENTS // self.vocab_size) if on_cpu else max(1, len(logits)))
-
-
-def _slices(rows: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` rows; one empty slice for no rows."""
-    return (slice(start, start + size) for start in range(0, max(1, rows), size))
+    def blocks(self, chunk: Tensor) -> Iterator[slice]:
+        """On a CPU, blocks small enough for its cache to hold the result of one operation for the next; else the chunk."""
+        return self.chunks(chunk, CACHE_ELEMENTS if chunk.device.type == "cpu" else CHUNK_ELEMENTS)
 
 
 class _Chunked(torch.autograd.Function):
@@ -109,7 +105,7 @@ class _Chunked(torch.autograd.Function):
         ctx.save_for_backward(hidden, targets)
         ctx.set_materialize_grads(False)
         columns: dict[str, Tensor] = {}
-        for chunk in plan.chunks(hidden):
+        for chunk in plan.chunks(hidden, CHUNK_ELEMENTS):
             found = _chunk_columns(hidden[chunk], targets[chunk], chunk, plan)
             columns = columns or {name: each.new_empty(len(hidden)) for name, each in found.items()}
             for name, each in found.items():
@@ -129,7 +125,7 @@ class _Chunked(torch.autograd.Function):
         dtypes = [torch.promote_types(p.dtype, torch.float32) for p in ctx.trained]
         of_hidden = torch.empty_like(hidden)
         of_trained = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(ctx.trained, dtypes, strict=True)]
-        for chunk in ctx.plan.chunks(hidden):
+        for chunk in ctx.plan.chunks(hidden, CHUNK_ELEMENTS):
             part = hidden[chunk].detach().requires_grad_()
             with ctx.autocast:
                 logits, gradient = _chunk_gradient(part, targets[chunk], chunk, weights, ctx.plan)

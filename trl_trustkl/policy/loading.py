@@ -99,14 +99,13 @@ def prepare_policy(
                 "`peft_config` was given with a model that already has an adapter; leave `peft_config` out to continue "
                 "training that adapter, or merge it first with model.merge_and_unload()."
             )
-        unpack_4bit_weights(model)
-        model = get_peft_model(model, peft_config)
-    elif isinstance(model, PeftModel):
-        unpack_4bit_weights(model)
-    elif is_quantized(model):
+    elif is_quantized(model) and not isinstance(model, PeftModel):
         raise ModelError(
             "`model` is quantised and has no adapter: its weights cannot be trained; pass `peft_config=LoraConfig(...)`."
         )
+    unpack_4bit_weights(model)
+    if peft_config is not None:
+        model = get_peft_model(model, peft_config)
     if isinstance(model, PeftModel):
         if model.active_peft_config.is_prompt_learning:
             raise ModelError(

@@ -120,9 +120,7 @@ class SplitLM:
         except (TypeError, AttributeError, RuntimeError):
             return False
         expected = self.causal(**inputs).logits
-        self.hidden_size = int(
-            states.shape[-1]
-        )  # the input of the value head; OPT-350m, for example, projects its states
+        self.hidden_size = int(states.shape[-1])  # of the value's input; OPT-350m, for example, projects its states
         # Relative to the largest logit: while logits are small, a missing soft cap changes them little.
         tolerance = 1e-3 if logits.dtype in (torch.float16, torch.bfloat16) else 1e-5
         return logits.shape == expected.shape and bool(

@@ -40,10 +40,8 @@ def measure(
 
     Args:
         compare: compares the current policy with π_old on a micro-batch.
-        micro_batches: the micro-batches that π_old was evaluated on.
-        old: π_old at the tokens of each micro-batch.
-        old_logp: log π_old of the sampled tokens, [B, T].
-        response_mask: [B, T].
+        micro_batches, old: the micro-batches that π_old was evaluated on, and π_old at the tokens of each.
+        old_logp, response_mask: log π_old of the sampled tokens, and their mask, [B, T].
         gather: gathers rows from all processes, such as `Processes.gather`; by default there is one process.
         indices: of the micro-batches to measure; None for all, which a guarantee requires.
     """
