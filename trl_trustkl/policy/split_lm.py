@@ -63,7 +63,6 @@ class SplitLM:
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, name: str = "model") -> None:
-        self.model = model
         self.causal = model.get_base_model() if isinstance(model, PeftModel) else model
         self._lora_layers = lora.linear_layers(self.causal)
         kind, config = type(self.causal).__name__, self.causal.config.get_text_config()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, overload
-
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -126,7 +124,7 @@ class PolicyAndValue(Module):
             ref=ref,
             old=old,
         )
-        columns: dict[str, Any] = {name: spread(column, mask) for name, column in token._asdict().items()}
+        columns = {name: spread(column, mask) for name, column in token._asdict().items() if column is not None}
         value = self._values(inputs, first, features) if values else features.new_zeros(features.shape[:2])
         return TokenOutputs(values=value, hidden=hidden.detach(), **columns)
 
@@ -136,12 +134,6 @@ class PolicyAndValue(Module):
         return self.value(inputs, first)
 
 
-@overload
-def spread(values: Tensor, mask: Tensor) -> Tensor: ...
-@overload
-def spread(values: Tensor | None, mask: Tensor) -> Tensor | None: ...
-def spread(values: Tensor | None, mask: Tensor) -> Tensor | None:
+def spread(values: Tensor, mask: Tensor) -> Tensor:
     """Values [N] of the tokens under the mask as [b, t], 0 elsewhere."""
-    if values is None:
-        return None
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

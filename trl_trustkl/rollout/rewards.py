@@ -1,4 +1,4 @@
-"""Reward functions: callables with GRPO's signature, also async ones, and reward models."""
+"""Reward functions: callables with GRPO's signature, which may be async, and reward models."""
 
 from __future__ import annotations
 
