@@ -1,4 +1,4 @@
-"""The trust region KL(π_old‖π): what an update moved, and the path back to where it began. Needs torch alone."""
+"""The trust region KL(π_old‖π): its measurement, and backtracking along the path to θ_old. Needs only torch."""
 
 from __future__ import annotations
 

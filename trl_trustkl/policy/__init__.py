@@ -1,4 +1,4 @@
-"""What is asked of a language model: hidden states, exact divergences, values, the reference, loading.
+"""Language models: loading, hidden states, exact divergences, values and the reference.
 
-Imports `parallel` and what is below it; knows nothing of rollouts, of PPO and of TRL's trainers.
+Imports `parallel` and the layers below it, neither rollouts, PPO nor TRL's trainers.
 """

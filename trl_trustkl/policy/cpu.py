@@ -1,40 +1,69 @@
-"""What a CPU computes well: float32 where it has no instructions for bf16, 4-bit weights written out before sampling."""
+"""Conveniences for CPUs: whether bf16 is fast, the kernel of attention, bitsandbytes' 4-bit weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+SHORT = 128
+"""Up to this many tokens, attention from plain matrix products is faster in bf16 on a CPU than the fused kernel, whose
+backward pass is slow."""
 
 
 def computes_bf16() -> bool:
-    """Whether the GPU, or without one the CPU, multiplies bf16 itself."""
+    """Whether the GPU, or the CPU where there is none, has bf16 instructions."""
     return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else has_bf16_instructions()
 
 
 def has_bf16_instructions() -> bool:
-    """Whether this CPU multiplies bf16 itself; on one that does not, bf16 is slower than float32."""
+    """Whether this CPU has bf16 instructions; on a CPU without them, bf16 is slower than float32."""
     try:
         return " avx512_bf16 " in Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
 
 
+def attention_kernel(input_ids: Tensor) -> AbstractContextManager[Any]:
+    """A context with the faster attention kernel for a forward pass over these tokens, and its backward pass."""
+    bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    if input_ids.device.type == "cpu" and bf16 and input_ids.shape[1] <= SHORT:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
+
+
+def unpack_4bit_weights(model: nn.Module) -> None:
+    """Undo bitsandbytes' packing of 4-bit weights for CPU inference; other weights are left as they are.
+
+    A forward pass in eval mode packs them on CPUs with AVX512-BF16, and the packed kernel has no gradient: most of the
+    adapter of such a model would silently not be trained.
+    """
+    for module in model.modules():
+        weight: Any = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+
+
 @contextmanager
 def dequantised_on_cpu(model: nn.Module) -> Iterator[None]:
-    """Multiply by the same weights, written out once in the compute type, where a CPU would do so again for every token.
+    """Dequantise 4-bit weights on a CPU once for all passes inside the context, rather than in every pass.
 
-    For sampling, when there are no activations to keep; it takes two bytes a weight in bf16. Leaves a GPU to its kernels.
+    This is for sampling, which keeps no activations. It takes two bytes per weight in bf16. Weights on a GPU are left
+    to its kernels.
     """
-    # PEFT's layers around them have the same name, and no compute type.
+    # PEFT's wrappers around these layers have the same class name, but no `compute_dtype`.
     named = [m for m in model.modules() if type(m).__name__ == "Linear4bit" and "compute_dtype" in vars(m)]
     layers = [m for m in named if m.weight.device.type == "cpu"]
     for layer in layers:
-        layer.forward = _plain_product(layer)
+        layer.forward = _dequantised_forward(layer)
     try:
         yield
     finally:
@@ -42,14 +71,14 @@ def dequantised_on_cpu(model: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-def _plain_product(layer: Any) -> Callable[[Tensor], Tensor]:
+def _dequantised_forward(layer: Any) -> Callable[[Tensor], Tensor]:
     from bitsandbytes.functional import dequantize_4bit
 
     weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     bias = layer.bias
 
-    def product(x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         dtype = x.dtype if layer.compute_dtype is None else layer.compute_dtype
         return nn.functional.linear(x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)).to(x.dtype)
 
-    return product
+    return forward

@@ -1,9 +1,10 @@
-"""Forward passes of policy and value without a backward."""
+"""Forward passes of policy and value without a backward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,19 +13,21 @@ from ..types import MicroBatch, PolicySnapshot, TokenOutputs
 from .value_head import PolicyAndValue
 
 
+@dataclass(frozen=True)
 class ForwardPass:
-    """Forward passes under the autocast of training, whose numbers they have bit for bit, without gradients."""
+    """Forward passes without gradients, under the autocast of training, so that the results equal training's bit for bit."""
 
-    def __init__(self, model: PolicyAndValue, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
-        self.model = model
-        self.autocast = autocast
+    model: PolicyAndValue
+    autocast: Callable[[], AbstractContextManager[Any]]
 
+    @torch.no_grad()
     def score(self, micro: MicroBatch, reference: PolicySnapshot) -> TokenOutputs:
-        """Log-probabilities, values, entropy, and the exact KL(π‖π_ref) to the reference at these tokens."""
-        with torch.no_grad(), self.autocast():
+        """Log-probabilities, values, entropy, and the exact KL(π‖π_ref) at these tokens."""
+        with self.autocast():
             return self.model(micro, entropy=True, ref=reference)
 
+    @torch.no_grad()
     def compare(self, micro: MicroBatch, old: PolicySnapshot) -> TokenOutputs:
-        """Log-probabilities, and the exact KL(π_old‖π) and total variation from π_old at these tokens; no values."""
-        with torch.no_grad(), self.autocast():
+        """Log-probabilities, and the exact KL(π_old‖π) and total variation at these tokens; values are 0."""
+        with self.autocast():
             return self.model(micro, values=False, old=old)

@@ -1,4 +1,4 @@
-"""Models by name, and every model made ready to train: adapter, quantised weights, dropout, gradient checkpointing."""
+"""Loading of models, and preparation for training: adapter, quantised weights, dropout, gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from transformers import (
 )
 
 from ..errors import ConfigError, ModelError, shown
-from .quantization import is_quantized, unpack_4bit_weights
+from .cpu import unpack_4bit_weights
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+_NOISE = ("layerdrop", "jitter_noise", "input_jitter_noise", "moe_jitter_eps")
 
 
 def load_causal_lm(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedModel:
-    """A causal language model by name; `init_kwargs` go to `from_pretrained`."""
     return AutoModelForCausalLM.from_pretrained(name, **(init_kwargs or {}))
 
 
 def load_scalar_model(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedModel:
-    """A reward or value model (a sequence classifier with one label) by name."""
+    """A reward or value model: a sequence classifier with one label."""
     return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **(init_kwargs or {}))
 
 
@@ -38,7 +40,7 @@ def save_policy(
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
     """Save the policy, its tokenizer and the configuration, ready for `from_pretrained`."""
-    # PEFT saves every adapter; the frozen clone that serves as reference is no part of the result.
+    # PEFT saves every adapter by default, including the frozen clone that serves as the reference.
     chosen = {"selected_adapters": [policy.active_adapter]} if isinstance(policy, PeftModel) else {}
     policy.save_pretrained(str(folder), state_dict=state_dict, **chosen)
     tokenizer.save_pretrained(str(folder))
@@ -51,7 +53,7 @@ def load_policy(
     args: Any,
     peft_config: PeftConfig | None,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """The policy, ready to train, and its tokenizer, with a padding token; both loaded where `model` is a name."""
+    """The policy, ready to train, and its tokenizer with a padding token; both are loaded if `model` is a name."""
     if processing_class is None:
         if not isinstance(model, str):
             raise ModelError("`processing_class` got None; it is optional only when `model` is a name.")
@@ -62,36 +64,31 @@ def load_policy(
         model = load_causal_lm(model, args.model_init_kwargs)
     elif args.model_init_kwargs:
         raise ConfigError(
-            "`model_init_kwargs` was given with a model that is loaded already; it is for models given by name."
+            "`model_init_kwargs` was given with a model that is already loaded; it applies to models given by name."
         )
     if not isinstance(model, (PreTrainedModel, PeftModel)):
         raise ModelError(f"`model` got {type(model).__name__}; it must be a causal language model or the name of one.")
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     if not causal.can_generate() or getattr(causal.config, "is_encoder_decoder", False):
         raise ModelError(
-            f"`model` got {type(causal).__name__}, which does not go on from a prompt; it must be a causal language model, "
-            "such as AutoModelForCausalLM.from_pretrained(name)."
+            f"`model` got {type(causal).__name__}, which does not continue a prompt; it must be a causal language model, such "
+            "as AutoModelForCausalLM.from_pretrained(name)."
         )
-    model.config.get_text_config().pad_token_id = pad_token_id(processing_class)
-    return prepare_policy(model, peft_config, args), processing_class
-
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's padding token; the stop token stands in where it has none, which the masks make safe."""
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
+    if processing_class.pad_token_id is None:
+        if processing_class.eos_token is None:
             raise ModelError(
                 "`processing_class` has neither a pad token nor an eos token; set one, for example "
                 "tokenizer.add_special_tokens({'pad_token': '<pad>'})."
             )
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer.pad_token_id
+        processing_class.pad_token = processing_class.eos_token  # safe, because padding is always masked
+    model.config.get_text_config().pad_token_id = processing_class.pad_token_id
+    return prepare_policy(model, peft_config, args), processing_class
 
 
 def prepare_policy(
     model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: Any
 ) -> PreTrainedModel | PeftModel:
-    """The policy ready to train: quantised weights prepared, adapter added, dropout off, gradient checkpointing on."""
+    """The policy ready to train: quantised weights unpacked, adapter added, dropout off, gradient checkpointing on."""
     if peft_config is not None:
         if not isinstance(peft_config, PeftConfig):
             raise ModelError(
@@ -99,49 +96,48 @@ def prepare_policy(
             )
         if isinstance(model, PeftModel):
             raise ModelError(
-                "`peft_config` was given with a model that already has an adapter; leave `peft_config` out to go on "
+                "`peft_config` was given with a model that already has an adapter; leave `peft_config` out to continue "
                 "training that adapter, or merge it first with model.merge_and_unload()."
             )
-        if is_quantized(model):
-            unpack_4bit_weights(model)
+    elif is_quantized(model) and not isinstance(model, PeftModel):
+        raise ModelError(
+            "`model` is quantised and has no adapter: its weights cannot be trained; pass `peft_config=LoraConfig(...)`."
+        )
+    unpack_4bit_weights(model)
+    if peft_config is not None:
         model = get_peft_model(model, peft_config)
-    elif is_quantized(model):
-        if not isinstance(model, PeftModel):
-            raise ModelError(
-                "`model` is quantised and has no adapter: its weights cannot be trained; pass `peft_config=LoraConfig(...)`."
-            )
-        unpack_4bit_weights(model)
     if isinstance(model, PeftModel):
         if model.active_peft_config.is_prompt_learning:
             raise ModelError(
                 f"`peft_config` is {type(model.active_peft_config).__name__}: prompt-learning adapters change the input "
                 "instead of the weights and are not supported; use LoRA or another adapter of the weights."
             )
-        _activate(model, args.model_adapter_name)
-    disable_dropout(model)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=_checkpointing_kwargs(args))
-        if isinstance(model, PeftModel):
-            model.enable_input_require_grads()
-    if not any(p.requires_grad for p in model.parameters()):
+        # The only active and trainable adapter: the given one, else "default" as in TRL, else the active one.
+        name = args.model_adapter_name or ("default" if "default" in model.peft_config else model.active_adapter)
+        if name not in model.peft_config:
+            raise ModelError(
+                f"`model_adapter_name` got {shown(name)}; the model's adapters are {sorted(model.peft_config)}."
+            )
+        model.set_adapter(name)
+    _prepare_for_training(model, args)
+    if not trainable(model):
         raise ModelError(
             "`model` has no trainable parameter; load its adapter with is_trainable=True, or pass `peft_config`."
         )
     return model
 
 
-def _activate(model: PeftModel, name: str | None) -> None:
-    """Make one adapter the only active one, to be trained: that of `name`, or "default" as in TRL, or what is active."""
-    name = name or ("default" if "default" in model.peft_config else model.active_adapter)
-    if name not in model.peft_config:
-        raise ModelError(
-            f"`model_adapter_name` got {shown(name)}; the model's adapters are {sorted(model.peft_config)}."
-        )
-    model.set_adapter(name)
+def _prepare_for_training(model: PreTrainedModel | PeftModel, args: Any) -> None:
+    disable_dropout(model)
+    if args.gradient_checkpointing:
+        kwargs = {"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {})}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        if isinstance(model, PeftModel):
+            model.enable_input_require_grads()
 
 
 def prepare_value_model(model: Any, args: Any) -> PreTrainedModel | PeftModel | None:
-    """A value model of its own, ready to train; None stays None, for a head on the policy."""
+    """A separate value model, ready to train; None, for a value head on the policy, stays None."""
     if model is None:
         return None
     if isinstance(model, str):
@@ -151,31 +147,22 @@ def prepare_value_model(model: Any, args: Any) -> PreTrainedModel | PeftModel | 
             f"`value_model` got {type(model).__name__}; it must be a sequence classifier with one label, its name, or None for "
             "a value head."
         )
-    if is_quantized(model):
-        unpack_4bit_weights(model)
-    disable_dropout(model)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=_checkpointing_kwargs(args))
-        if isinstance(model, PeftModel):
-            model.enable_input_require_grads()
+    unpack_4bit_weights(model)
+    _prepare_for_training(model, args)
     if not trainable(model):
         raise ModelError("`value_model` has no trainable parameter; load its adapter with is_trainable=True.")
     return model
 
 
-def _checkpointing_kwargs(args: Any) -> dict[str, Any]:
-    return {"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {})}
-
-
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-_NOISE = ("layerdrop", "jitter_noise", "input_jitter_noise", "moe_jitter_eps")
+def is_quantized(model: nn.Module) -> bool:
+    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout and noise of training to 0: with them the ratio is not 1 before the first step.
+    """Set every dropout and noise of training to 0: otherwise the ratio would not be 1 before the first step.
 
-    Modules keep rates of their own besides: of attention's dropout, of skipping whole layers, of the noise on an expert's
-    input.
+    Besides dropout modules these are rates that other modules keep: of attention dropout, of skipped layers, and of the
+    noise on an expert's input.
     """
     for module in model.modules():
         if isinstance(module, _DROPOUTS):

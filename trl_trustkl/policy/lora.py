@@ -1,9 +1,9 @@
 """LoRA's forward pass in fewer operations.
 
-PEFT copies the base layer's result, multiplies the adapter's product by the scaling, adds the two, and checks many options
-on the way. Here the scaling is applied to the narrow intermediate result, and the second product adds into the base
-layer's. The numbers are the same up to rounding. Sampling token by token gains most, since a call costs more than its
-arithmetic there.
+PEFT copies the result of the base layer, scales the product of the adapter, adds the two, and checks many options in
+between. Here the scaling is applied to the narrow intermediate result, and the second product is added to the base
+layer's result. The numbers are the same up to rounding. Sampling token by token gains most, because a call costs more than
+its arithmetic there.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 _LINEAR = ("Linear", "Linear4bit", "Linear8bitLt")
-"""PEFT's layers around a linear map; one around a parameter of a module, as of a mixture's router, is another thing."""
+"""PEFT's layers around a linear map. A LoRA layer around a parameter, as of a mixture's router, is not one of them."""
 
 
 def linear_layers(model: nn.Module) -> list[LoraLayer]:
-    """The LoRA layers of `model` that `short_forward` fits."""
+    """The LoRA layers of `model` that `short_forward` supports."""
     found = [m for m in model.modules() if isinstance(m, LoraLayer) and type(m).__name__ in _LINEAR]
     return [layer for layer in found if all(type(a) is nn.Linear for a in layer.lora_A.values())]
 
 
 @contextmanager
 def short_forward(layers: Sequence[LoraLayer]) -> Iterator[None]:
-    """Run the layers with the shorter pass inside the context. The layers themselves are as PEFT made them outside of it.
+    """Replace the layers' forward pass by the shorter one inside the context.
 
-    The context must not be used where activations are checkpointed: the backward pass, which is outside of it, would
-    recompute with PEFT's own operations.
+    Do not use it with gradient checkpointing: the backward pass, outside of the context, would recompute with PEFT's
+    operations.
     """
     changed = [layer for layer in layers if "forward" not in vars(layer)]
     for layer in changed:
@@ -61,7 +61,7 @@ def _forward(layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _plain_adapter(layer: LoraLayer) -> str | None:
-    """The one active adapter, where it is LoRA without variants, biases or dropout; None leaves the pass to PEFT."""
+    """The active adapter, if it is the only one and has no variant, bias or dropout; otherwise None, for PEFT's pass."""
     names = layer.active_adapters
     if layer.disable_adapters or layer.merged or len(names) != 1 or names[0] not in layer.lora_A:
         return None

@@ -8,23 +8,17 @@ from torch import Tensor
 from ..types import MicroBatch, Rollout
 
 
-def trim_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Drop the columns that are padding in every row; one column stays."""
-    start = min(int(mask.any(0).long().argmax()), mask.shape[1] - 1)
-    return ids[:, start:], mask[:, start:]
-
-
 def micro_batch(rollout: Rollout, rows: Tensor) -> MicroBatch:
     """Some rows of a rollout, trimmed to their longest prompt and their longest response (at least one token)."""
-    prompt_ids, prompt_mask = trim_left(rollout.prompt_ids[rows], rollout.prompt_mask[rows])
+    prompt_mask = rollout.prompt_mask[rows]
+    start = min(int(prompt_mask.any(0).long().argmax()), prompt_mask.shape[1] - 1)
     length = max(int(rollout.response_mask[rows].sum(-1).max()), 1)
-    response_ids = rollout.response_ids[rows, :length]
-    response_mask = rollout.response_mask[rows, :length]
-    mask = torch.cat([prompt_mask, response_mask], dim=1)
+    response_ids, response_mask = rollout.response_ids[rows, :length], rollout.response_mask[rows, :length]
+    mask = torch.cat([prompt_mask[:, start:], response_mask], dim=1)
     return MicroBatch(
         rows=rows,
-        # What is masked is never attended to; token 0 exists in every vocabulary, the padding token may not.
-        input_ids=torch.cat([prompt_ids, response_ids], dim=1) * mask,
+        # Masked tokens are never attended to. They become token 0, since the padding token may not be in the vocabulary.
+        input_ids=torch.cat([rollout.prompt_ids[rows, start:], response_ids], dim=1) * mask,
         attention_mask=mask.long(),
         position_ids=positions(mask),
         response_ids=response_ids,
@@ -33,7 +27,7 @@ def micro_batch(rollout: Rollout, rows: Tensor) -> MicroBatch:
 
 
 def longest_first(rollout: Rollout) -> Tensor:
-    """The rows of a rollout by length, prompt and response together: what does not fit into memory fails at once."""
+    """The rows of a rollout by decreasing length of prompt and response, so that lack of memory shows in the first pass."""
     length = rollout.prompt_mask.sum(-1) + rollout.response_mask.sum(-1)
     return length.argsort(descending=True, stable=True)
 

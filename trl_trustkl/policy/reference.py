@@ -1,4 +1,4 @@
-"""π_ref, the policy that the anchor holds on to: a model of its own, an adapter of the policy, or its adapters off."""
+"""The reference policy π_ref, to which the anchor limits the KL divergence."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ REFERENCE_ADAPTER = "trustkl_ref"
 
 
 class Reference:
-    """π_ref, frozen for the whole run: a model of its own, an adapter of the policy, or the policy's adapters off."""
+    """π_ref, frozen for the entire run: `model`, else the policy with `adapter`, else the policy with its adapters disabled."""
 
     def __init__(
         self,
         policy: PreTrainedModel | PeftModel,
         split_lm: SplitLM,
-        model: PreTrainedModel | PeftModel | None,
-        adapter: str | None,
+        model: PreTrainedModel | PeftModel | None = None,
+        adapter: str | None = None,
     ) -> None:
         self.policy = policy
         self.model = model
@@ -39,9 +39,10 @@ class Reference:
                 f"`ref_model` has {self.split_lm.vocab_size} vocabulary entries and the policy {split_lm.vocab_size}; "
                 "a KL divergence needs the same vocabulary."
             )
+        # PEFT's layers contain the layer that they adapt; a plain projection contains no module.
         head = self.split_lm.head
-        parts = head.projection.children() if isinstance(head, OutputHead) else iter(())
-        self._head_has_adapter = model is None and any(True for _ in parts)
+        adapted = isinstance(head, OutputHead) and next(head.projection.children(), None) is not None
+        self._head_has_adapter = model is None and adapted
 
     @torch.no_grad()
     def snapshot(self, micro: MicroBatch) -> PolicySnapshot:
@@ -56,11 +57,11 @@ class Reference:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """The reference in the policy's place, put back whatever happens."""
+        """Make the policy compute as the reference; the previous adapter is restored in any case."""
         if self.model is not None:
             yield
             return
-        assert isinstance(self.policy, PeftModel)  # the reference of any other is a model of its own
+        assert isinstance(self.policy, PeftModel)  # the reference of any other policy is a separate model
         if self.adapter is None:
             with self.policy.disable_adapter():
                 yield
@@ -82,11 +83,13 @@ def build_reference(
     ref_adapter_name: str | None,
     new_adapter: bool,
 ) -> Reference:
-    """The reference by the first rule that fits.
+    """The reference by the first rule that applies.
 
-    A `ref_model` is used as it is. A named reference adapter is used frozen. A policy whose adapter the trainer made has
-    its adapters switched off. A policy that came with an adapter gets a frozen clone of it, so that the KL starts at 0.
-    Full fine-tuning gets a frozen copy of the model.
+    1. A `ref_model` is used as it is.
+    2. Full fine-tuning uses a frozen copy of the model.
+    3. The adapter `ref_adapter_name` is frozen and used.
+    4. If the trainer added the policy's adapter (`new_adapter`), the adapter is disabled.
+    5. An adapter that the policy came with gets a frozen clone, so that the KL starts at 0.
     """
     if ref_model is not None:
         if ref_adapter_name is not None:
@@ -100,24 +103,23 @@ def build_reference(
             )
         disable_dropout(ref_model)
         ref_model.requires_grad_(False)
-        return Reference(policy, split_lm, ref_model.train(), None)
+        return Reference(policy, split_lm, ref_model.train())
     if not isinstance(policy, PeftModel):
         if ref_adapter_name is not None:
             raise ConfigError(f"`ref_adapter_name` got {ref_adapter_name!r}, but the model has no adapters.")
         clone = copy.deepcopy(policy).requires_grad_(False)
         clone.gradient_checkpointing_disable()
-        return Reference(policy, split_lm, clone, None)
+        return Reference(policy, split_lm, clone)
     if ref_adapter_name is not None:
         if ref_adapter_name not in policy.peft_config:
             raise ConfigError(
                 f"`ref_adapter_name` got {ref_adapter_name!r}; the model's adapters are {sorted(policy.peft_config)}."
             )
         freeze_adapter(policy, ref_adapter_name)
-        return Reference(policy, split_lm, None, ref_adapter_name)
-    if new_adapter:
-        return Reference(policy, split_lm, None, None)
-    clone_adapter(policy, policy.active_adapter, REFERENCE_ADAPTER)
-    return Reference(policy, split_lm, None, REFERENCE_ADAPTER)
+    elif not new_adapter:
+        ref_adapter_name = REFERENCE_ADAPTER
+        clone_adapter(policy, policy.active_adapter, ref_adapter_name)
+    return Reference(policy, split_lm, adapter=ref_adapter_name)
 
 
 def clone_adapter(policy: PeftModel, source: str, target: str) -> None:
@@ -125,16 +127,16 @@ def clone_adapter(policy: PeftModel, source: str, target: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         policy.add_adapter(target, policy.peft_config[source])
-        # PEFT knows which parameters and buffers of which method are the adapter's; the names of some have no ".{source}.".
+        # PEFT finds the parameters and buffers of every adapter method; not all of their names contain ".{source}.".
         weights = get_peft_model_state_dict(policy, adapter_name=source, save_embedding_layers=False)
         set_peft_model_state_dict(policy, weights, adapter_name=target)
-    disable_dropout(policy)  # the clone came with one of its own
+    disable_dropout(policy)  # `add_adapter` gave the clone dropout
     policy.set_adapter(source)
     freeze_adapter(policy, target)
 
 
 def freeze_adapter(policy: PeftModel, adapter: str) -> None:
-    """`set_adapter` makes an adapter trainable as it activates it; the reference must never be."""
+    """Freeze an adapter, which `set_adapter` made trainable when it activated it."""
     for name, weight in policy.named_parameters():
         if f".{adapter}." in name or name.endswith(f".{adapter}"):
             weight.requires_grad_(False)

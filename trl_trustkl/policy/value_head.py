@@ -1,12 +1,6 @@
-"""What is trained: one backbone with a policy adapter and a value head, or a separate model for each.
-
-`PolicyAndValue` is the module that is trained, saved and wrapped for several processes; one call gives log-probabilities,
-values and exact divergences of a micro-batch. The reference is in `reference.py`.
-"""
+"""Policy and value in one module: one backbone with a policy adapter and a value head, or a separate model for each."""
 
 from __future__ import annotations
-
-from typing import Any, overload
 
 import torch
 from peft import PeftModel
@@ -22,7 +16,7 @@ from .split_lm import SplitLM, accepted, faster_kernels, model_inputs
 
 
 class ValueHead(Module):
-    """A linear value on the policy's hidden states, in float32, 0 at the start."""
+    """A linear value on the policy's hidden states, in float32, initially 0."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -36,16 +30,17 @@ class ValueHead(Module):
 
 
 class ValueModel(Module):
-    """A value model of its own: a sequence classifier with one label, read at every position.
+    """A separate value model: a sequence classifier with one label, evaluated at every position.
 
-    `vocab_size` is the policy's: the value reads whatever that may sample.
+    `vocab_size` is the policy's: the model must accept every token that the policy may sample.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, vocab_size: int) -> None:
         super().__init__()
         self.model = model
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        backbone, score = getattr(base, getattr(base, "base_model_prefix", ""), None), getattr(base, "score", None)
+        backbone = getattr(base, getattr(base, "base_model_prefix", ""), None)
+        score = getattr(base, "score", None)
         if backbone is None or score is None:
             raise ModelError(
                 f"`value_model` is a {type(base).__name__}; it must be a sequence classifier with one label, such as "
@@ -55,7 +50,7 @@ class ValueModel(Module):
         if known < vocab_size:
             raise ModelError(
                 f"`value_model` has {known} embeddings, fewer than the {vocab_size} tokens of the policy, whose token ids it "
-                "reads; take one with the policy's tokenizer, and where that is so, "
+                "reads; use a model with the policy's tokenizer, and if it has that already, call "
                 f"value_model.resize_token_embeddings({vocab_size})."
             )
         self._parts = (backbone, score)  # a tuple, so that nothing is registered twice
@@ -66,13 +61,13 @@ class ValueModel(Module):
             values = score(backbone(**accepted(backbone, inputs), use_cache=False).last_hidden_state[:, first:])
         if values.shape[-1] != 1:
             raise ModelError(
-                f"`value_model` gives {values.shape[-1]} numbers per position; it must give 1 (num_labels=1)."
+                f"`value_model` returns {values.shape[-1]} numbers per position; it must return 1 (num_labels=1)."
             )
         return values.squeeze(-1).float()
 
 
 class PolicyAndValue(Module):
-    """The policy and its value; the module behind `trainer.model`."""
+    """Policy and value: the module that is trained, saved and wrapped for several processes (`trainer.model`)."""
 
     def __init__(
         self,
@@ -85,10 +80,11 @@ class PolicyAndValue(Module):
         super().__init__()
         self.policy = policy
         self.split_lm = SplitLM(policy)
-        if value_model is None:
-            self.value: ValueHead | ValueModel = ValueHead(self.split_lm.hidden_size)
-        else:
-            self.value = ValueModel(value_model, self.split_lm.vocab_size)
+        self.value: ValueHead | ValueModel = (
+            ValueHead(self.split_lm.hidden_size)
+            if value_model is None
+            else ValueModel(value_model, self.split_lm.vocab_size)
+        )
         self.value.to(next(policy.parameters()).device)
         self.temperature = temperature
         self.detach_value = detach_value
@@ -96,19 +92,13 @@ class PolicyAndValue(Module):
 
     @property
     def restorable_value(self) -> list[nn.Parameter]:
-        """What of the value an update that is undone takes back: a head, or an adapter.
+        """The value's parameters that a rollback restores: those of a head or an adapter.
 
-        A model of its own that is trained in full keeps its steps, each of them finite: to take them back would cost a copy
-        of its weights and of their optimizer's state, three times its size, in every update.
+        A fully trained value model keeps its steps, which are finite: restoring them would take a copy of its weights and
+        optimizer state, three times its size, in every update.
         """
-        in_full = isinstance(self.value, ValueModel) and not isinstance(self.value.model, PeftModel)
-        return [] if in_full else trainable(self.value)
-
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        self.policy.gradient_checkpointing_enable(**kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.policy.gradient_checkpointing_disable()
+        fully_trained = isinstance(self.value, ValueModel) and not isinstance(self.value.model, PeftModel)
+        return [] if fully_trained else trainable(self.value)
 
     def forward(
         self,
@@ -119,13 +109,13 @@ class PolicyAndValue(Module):
         ref: PolicySnapshot | None = None,
         old: PolicySnapshot | None = None,
     ) -> TokenOutputs:
-        """The micro-batch's tokens under the policy; see `TokenOutputs`."""
+        """The micro-batch's tokens under the policy; see `TokenOutputs`. Without `values` these are 0."""
         inputs, first = model_inputs(micro)
         states, features = self.split_lm.hidden(inputs, first)
         mask = micro.response_mask
-        counted = states[:, :-1][mask]
+        hidden = states[:, :-1][mask]
         token = token_statistics(
-            counted,
+            hidden,
             micro.response_ids[mask],
             self.split_lm.head,
             vocab_size=self.split_lm.vocab_size,
@@ -134,16 +124,9 @@ class PolicyAndValue(Module):
             ref=ref,
             old=old,
         )
-        return TokenOutputs(
-            logp=spread(token.logp, mask),
-            values=self._values(inputs, first, features) if values else features.new_zeros(features.shape[:2]),
-            hidden=counted.detach(),
-            entropy=spread(token.entropy, mask),
-            ref_logp=spread(token.ref_logp, mask),
-            ref_kl=spread(token.ref_kl, mask),
-            old_kl=spread(token.old_kl, mask),
-            old_tv=spread(token.old_tv, mask),
-        )
+        columns = {name: spread(column, mask) for name, column in token._asdict().items() if column is not None}
+        value = self._values(inputs, first, features) if values else features.new_zeros(features.shape[:2])
+        return TokenOutputs(values=value, hidden=hidden.detach(), **columns)
 
     def _values(self, inputs: dict[str, Tensor], first: int, features: Tensor) -> Tensor:
         if isinstance(self.value, ValueHead):
@@ -151,12 +134,6 @@ class PolicyAndValue(Module):
         return self.value(inputs, first)
 
 
-@overload
-def spread(values: Tensor, mask: Tensor) -> Tensor: ...
-@overload
-def spread(values: Tensor | None, mask: Tensor) -> Tensor | None: ...
-def spread(values: Tensor | None, mask: Tensor) -> Tensor | None:
-    """[N] values back to [b, t], 0 where nothing counts."""
-    if values is None:
-        return None
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """Values [N] of the tokens under the mask as [b, t], 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

@@ -1,4 +1,4 @@
 """From prompts to scored responses: prompts, rollout engines, reward functions.
 
-Imports `policy`, `run.rng` and what is below them; knows nothing of PPO.
+Imports `policy`, `run.rng` and the layers below them, not PPO.
 """

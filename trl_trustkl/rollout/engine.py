@@ -1,4 +1,4 @@
-"""What every rollout engine does."""
+"""The interface of rollout engines."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ FinishReason = Literal["stop", "length"]
 class Samples(NamedTuple):
     """One response for each prompt, in the order of the prompts, without padding.
 
-    ids: token ids [t], the stop token included. logps: log-probability of each token under the distribution that it was
-    drawn from, [t]; None where the engine does not tell. finish_reasons: "stop" after a stop token, else "length".
+    ids: token ids [t], including the stop token. logps: log-probability of each token under the distribution that it was
+    sampled from, [t]; None if the engine does not return it. finish_reasons: "stop" after a stop token, else "length".
     """
 
     ids: list[Tensor]
@@ -23,21 +23,22 @@ class Samples(NamedTuple):
 
 
 class RolloutEngine(Protocol):
-    """Samples responses from the policy. Its sampling settings are fixed when it is built.
+    """Samples responses from the policy, with sampling settings that are fixed when it is built.
 
-    The trainer calls `check` when a run begins, `sync` before every rollout, and `close` when the run ends, also where it
-    fails. A further run begins with `check` again. An evaluation outside of a run calls `sync` and `generate` alone.
+    The trainer calls `check` at the beginning of a run, `sync` before every rollout, and `close` at the end of the run,
+    also if it fails. Another run begins with `check` again. An evaluation outside of a run only calls `sync` and
+    `generate`.
     """
 
     def check(self) -> None:
-        """Raise ConfigError or ModelError for an engine that cannot serve the policy."""
+        """Raise ConfigError or ModelError if the engine does not support the policy."""
 
     def sync(self, version: int, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Take over the policy's weights. A `version` that the engine has already needs nothing."""
+        """Load the policy's weights, unless the engine already has this `version`."""
 
     def generate(self, prompt_ids: Sequence[Tensor], seed: int) -> Samples:
         """Sample one response for each prompt (token ids [p]). All randomness comes from `seed`."""
         ...
 
     def close(self) -> Any:
-        """Let go of processes and memory."""
+        """Release processes and memory."""

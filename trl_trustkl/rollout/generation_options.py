@@ -1,4 +1,4 @@
-"""Which of transformers' generation options a run may set, and within which ranges."""
+"""Validation of `generation_kwargs`, the generation options of transformers that a run may set."""
 
 from __future__ import annotations
 
@@ -15,15 +15,12 @@ _SET_ELSEWHERE = {
     "temperature": "temperature",
     "eos_token_id": "stop_token_id",
     "pad_token_id": "the tokenizer's pad token",
-    "do_sample": None,
-    "num_beams": None,
-    "num_return_sequences": None,
-    "return_dict_in_generate": None,
-    "output_scores": None,
-    "use_cache": None,
+    **dict.fromkeys(
+        ("do_sample", "num_beams", "num_return_sequences", "return_dict_in_generate", "output_scores", "use_cache")
+    ),
 }
+"""Options that the trainer sets, and the field or token that determines their value; None if the value is fixed."""
 
-# What checks the value of a generation option, and the value that leaves it off.
 _PROCESSORS: dict[str, tuple[str, Any]] = {
     "top_p": ("TopPLogitsWarper", 1.0),
     "top_k": ("TopKLogitsWarper", 0),
@@ -34,10 +31,11 @@ _PROCESSORS: dict[str, tuple[str, Any]] = {
     "repetition_penalty": ("RepetitionPenaltyLogitsProcessor", 1.0),
     "no_repeat_ngram_size": ("NoRepeatNGramLogitsProcessor", 0),
 }
+"""For each option the logits processor that checks its range, and the value that disables it."""
 
 
 def check_generation_kwargs(extra: dict[str, Any]) -> None:
-    """ConfigError for an option that is unknown, out of its range, or set by a field of the configuration."""
+    """Raise ConfigError for an option that is unknown, out of range, or set by a field of the configuration."""
     for key, instead in _SET_ELSEWHERE.items():
         if key in extra:
             fix = f"set {instead} instead." if instead else "the trainer depends on its value; leave it out."
@@ -51,7 +49,7 @@ def check_generation_kwargs(extra: dict[str, Any]) -> None:
             raise out_of_range(f"generation_kwargs['{key}']", value, "a finite number")
     try:
         GenerationConfig(**{"do_sample": True, **extra}).validate()
-        for key, (processor, off) in _PROCESSORS.items():  # validate() does not look at their ranges
+        for key, (processor, off) in _PROCESSORS.items():  # `validate` does not check these ranges
             if extra.get(key, off) not in (None, off):
                 getattr(logits_process, processor)(extra[key])
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -26,14 +27,14 @@ def is_chat(prompt: Any) -> bool:
 def tokenize_prompts(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, name: str, num_proc: int | None = None
 ) -> Dataset:
-    """The dataset with a column `input_ids`, made from `prompt` (text or messages) where it has none.
+    """The dataset with a column `input_ids`, made from its column `prompt` (text or messages) if it has one.
 
     Raises DataError: empty dataset, no usable column, a prompt that is neither text nor messages, or an empty one.
     """
     if not isinstance(dataset, Dataset):
         raise DataError(
             f"`{name}` got {type(dataset).__name__}; it must be a datasets.Dataset: one split of a DatasetDict, such as "
-            "dataset['train'], and no streaming one, which has no length."
+            "dataset['train'], and not a streaming dataset, which has no length."
         )
     if len(dataset) == 0:
         raise DataError(f"`{name}` is empty; it must have at least one row with a prompt.")
@@ -46,32 +47,27 @@ def tokenize_prompts(
     def encode(row: dict[str, Any], index: int) -> dict[str, list[int]]:
         return {IDS: encode_prompt(row["prompt"], tokenizer, where=f"`{name}` row {index}")}
 
-    if "attention_mask" in columns:  # that of other token ids
+    if "attention_mask" in columns:  # it belongs to other token ids
         dataset = dataset.remove_columns("attention_mask")
     return dataset.map(encode, with_indices=True, num_proc=num_proc, desc=f"Tokenizing {name}")
 
 
 def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, *, where: str = "prompt") -> list[int]:
     """Token ids of one prompt; messages go through the chat template, with the generation prompt added."""
-    try:
-        if isinstance(prompt, str):
-            ids = tokenizer(prompt)["input_ids"]
-        elif is_chat(prompt) and prompt and all(_is_message(message) for message in prompt):
-            if tokenizer.chat_template is None:
-                raise DataError(
-                    f"{where} is a list of messages, but the tokenizer has no chat template; give prompts as text."
-                )
-            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            raise DataError(
-                f"{where} got the prompt {shown(prompt)}; it must be text or a list of {{'role': …, 'content': …}}."
-            )
-    except DataError:
-        raise
-    except Exception as error:  # a template refuses some conversations, a tokenizer text that is not Unicode
+    chat = is_chat(prompt)
+    if not isinstance(prompt, str) and not (chat and prompt and all(_is_message(message) for message in prompt)):
         raise DataError(
-            f"{where} got the prompt {shown(prompt)}, which the tokenizer or its chat template refuses: {error}"
+            f"{where} got the prompt {shown(prompt)}; it must be text or a list of {{'role': …, 'content': …}}."
+        )
+    if chat and tokenizer.chat_template is None:
+        raise DataError(f"{where} is a list of messages, but the tokenizer has no chat template; give prompts as text.")
+    try:
+        # A chat template writes the special tokens itself.
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) if chat else prompt
+        ids = tokenizer(text, add_special_tokens=not chat)[IDS]
+    except Exception as error:  # a template rejects some conversations, a tokenizer text that is not Unicode
+        raise DataError(
+            f"{where} got the prompt {shown(prompt)}, which the tokenizer or its chat template rejects: {error}"
         ) from error
     if not ids:
         raise DataError(
@@ -81,11 +77,39 @@ def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, *, where: str
 
 
 def _is_message(message: Any) -> bool:
-    """A dict with a role and a content: text or a list of parts, and nothing only beside tool calls."""
+    """Whether it is a dict with a role and a content: text, a list of parts, or nothing next to tool calls."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return False
     content = message.get("content")
     return isinstance(content, str) or (isinstance(content, list) and bool(content)) or bool(message.get("tool_calls"))
+
+
+class TokenLimits(NamedTuple):
+    """The limits of prompts and responses.
+
+    vocabulary: embeddings of the policy; other models that read its tokens are checked against it where they are built.
+    context: of the model with the shortest context, in tokens; infinite if no model has a limit. model: its name.
+    """
+
+    vocabulary: int
+    context: float
+    model: str
+
+
+def token_limits(
+    policy: PreTrainedModel | PeftModel, others: Mapping[str, PreTrainedModel | PeftModel | None]
+) -> TokenLimits:
+    """The limits of the policy and of the other models that read token ids, by name; None for an absent one."""
+    models = {"model": policy, **{name: model for name, model in others.items() if model is not None}}
+    context, name = min((context_length(model), name) for name, model in models.items())
+    return TokenLimits(policy.get_input_embeddings().weight.shape[0], context, name)
+
+
+def context_length(model: PreTrainedModel | PeftModel) -> float:
+    """The number of tokens that a model can read at once; infinite if its configuration names none."""
+    config = getattr(model, "config", None)
+    length = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    return math.inf if length is None else length
 
 
 def prepare_datasets(
@@ -95,7 +119,7 @@ def prepare_datasets(
     limits: TokenLimits,
     args: Any,
 ) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
-    """Both datasets with token ids, checked against the vocabulary and the context of the models that read them."""
+    """Both datasets with token ids, checked against `limits`."""
 
     def prepare(dataset: Dataset, name: str) -> Dataset:
         dataset = tokenize_prompts(dataset, tokenizer, name=name, num_proc=args.dataset_num_proc)
@@ -109,53 +133,24 @@ def prepare_datasets(
     return prepare(train, "train_dataset"), evaluation
 
 
-class TokenLimits(NamedTuple):
-    """What a prompt and its response have to fit into."""
-
-    vocabulary: int
-    """Embeddings of the policy; other models that read its tokens are checked against it where they are built."""
-    context: float
-    """Of the model with the shortest, in tokens; infinite where no model has a limit."""
-    model: str
-    """That model's name."""
-
-
-def token_limits(
-    policy: PreTrainedModel | PeftModel, others: Mapping[str, PreTrainedModel | PeftModel | None]
-) -> TokenLimits:
-    """The limits of the policy and of the other models that read token ids, by name; None for one that is not there."""
-    models = {"model": policy, **{name: model for name, model in others.items() if model is not None}}
-    context, name = min((context_length(model), name) for name, model in models.items())
-    return TokenLimits(policy.get_input_embeddings().weight.shape[0], context, name)
-
-
-def context_length(model: PreTrainedModel | PeftModel) -> float:
-    """How many tokens a model can read at once; infinite where it says nothing."""
-    config = getattr(model, "config", None)
-    length = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
-    return math.inf if length is None else length
-
-
 def check_prompts(dataset: Dataset, limits: TokenLimits, response_length: int, *, name: str) -> None:
     """Raise DataError for a prompt that is empty, has unknown tokens, or leaves no room for the response in a context."""
     masked = "attention_mask" in dataset.column_names
     masks = dataset["attention_mask"] if masked else [None] * len(dataset)
-    for index, (row, mask) in enumerate(zip(dataset[IDS], masks, strict=True)):
+    for index, (row, row_mask) in enumerate(zip(dataset[IDS], masks, strict=True)):
         where = f"`{name}` row {index}"
         ids = _integers(row, f"{where}, 'input_ids'")
-        if masked and (
-            len(_integers(mask, f"{where}, 'attention_mask'")) != len(ids) or not {0, 1} >= set(map(int, mask))
-        ):
+        mask = _integers(row_mask, f"{where}, 'attention_mask'") if masked else [1] * len(ids)
+        if len(mask) != len(ids) or not {0, 1}.issuperset(mask):
             raise DataError(
                 f"{where} has the attention_mask {shown(mask)} for {len(ids)} tokens; it must be 0 or 1 for each."
             )
-        if len(ids) == 0 or (masked and not any(mask)):
+        if not any(mask):
             raise DataError(f"{where} has no token in 'input_ids'; every prompt needs at least one.")
-        if min(ids) < 0 or max(ids) >= limits.vocabulary:
-            bad = next(token for token in ids if not 0 <= token < limits.vocabulary)
+        if (unknown := next((token for token in ids if not 0 <= token < limits.vocabulary), None)) is not None:
             raise DataError(
-                f"{where} has the token id {bad}; the model's vocabulary is 0 to {limits.vocabulary - 1}: tokenize the "
-                "dataset with the model's own tokenizer."
+                f"{where} has the token id {unknown}; the model's vocabulary is 0 to {limits.vocabulary - 1}: tokenize the "
+                "dataset with the model's tokenizer."
             )
         if len(ids) + response_length > limits.context:
             raise DataError(
@@ -165,7 +160,7 @@ def check_prompts(dataset: Dataset, limits: TokenLimits, response_length: int, *
 
 
 def _integers(values: Any, where: str) -> list[int]:
-    """A flat list of integers; arrays and tensors of them too."""
+    """A flat list of integers, from a list, an array or a tensor."""
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, (list, tuple)) or not all(isinstance(each, int) for each in values):
         raise DataError(f"{where} got {shown(values)}; it must be a list of integers.")
@@ -173,10 +168,7 @@ def _integers(values: Any, where: str) -> list[int]:
 
 
 def collate(rows: list[dict[str, Any]], pad_token_id: int, device: torch.device) -> Prompts:
-    """Left-padded prompts [B, P] with a mask that knows padding from tokens, also where both have the same id.
-
-    The rows keep their own columns; one that had only `input_ids` keeps them.
-    """
+    """Left-padded prompts [B, P] and their mask, which tells padding from tokens even if both have the same id."""
     longest = max(len(row[IDS]) for row in rows)
     ids = torch.full((len(rows), longest), pad_token_id, dtype=torch.long)
     mask = torch.zeros((len(rows), longest), dtype=torch.bool)
@@ -189,35 +181,35 @@ def collate(rows: list[dict[str, Any]], pad_token_id: int, device: torch.device)
     return Prompts(ids.to(device), mask.to(device), rows)
 
 
+@dataclass(frozen=True)
 class Collator:
-    """Makes a batch of prompts of dataset rows, with the user's data collator where there is one."""
+    """Makes a batch of prompts from dataset rows, with the user's data collator if there is one."""
 
-    def __init__(
-        self, user: Callable[[list[dict[str, Any]]], dict[str, Any]] | None, pad_token_id: int, device: torch.device
-    ) -> None:
-        self._user = user
-        self._pad_token_id = pad_token_id
-        self._device = device
+    user: Callable[[list[dict[str, Any]]], dict[str, Any]] | None
+    pad_token_id: int
+    device: torch.device
 
     def __call__(self, rows: list[dict[str, Any]]) -> Prompts:
-        if self._user is None:
-            return collate(rows, self._pad_token_id, self._device)
-        batch = self._user([{k: row[k] for k in (IDS, "attention_mask") if k in row} for row in rows])
-        if "attention_mask" not in batch and len({len(row[IDS]) for row in rows}) > 1:
+        if self.user is None:
+            return collate(rows, self.pad_token_id, self.device)
+        batch = self.user([{k: row[k] for k in (IDS, "attention_mask") if k in row} for row in rows])
+        ids = batch[IDS].to(self.device)
+        if "attention_mask" in batch:
+            mask = batch["attention_mask"].to(ids.device).bool()
+        elif len({len(row[IDS]) for row in rows}) <= 1:
+            mask = torch.ones_like(ids).bool()
+        else:
             raise DataError(
-                "`data_collator` made `input_ids` of prompts of different lengths and no `attention_mask`; it must return "
-                "one, since a pad token may be a prompt's own too. DataCollatorWithPadding does."
+                "`data_collator` returned `input_ids` of prompts of different lengths and no `attention_mask`; it must return "
+                "one, since the pad token may also occur in a prompt. DataCollatorWithPadding does."
             )
-        ids = batch[IDS].to(self._device)
-        masked = "attention_mask" in batch
-        mask = batch["attention_mask"].to(ids.device).bool() if masked else torch.ones_like(ids).bool()
-        # A tokenizer may pad on the right, which a model cannot go on from.
+        # Padded again on the left: a model cannot continue a prompt that is padded on the right.
         prompts = [{IDS: row[counts]} for row, counts in zip(ids, mask, strict=True)]
-        return collate(prompts, self._pad_token_id, ids.device)._replace(rows=rows)
+        return collate(prompts, self.pad_token_id, ids.device)._replace(rows=rows)
 
 
 def prompt_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """The prompts as the dataset has them; decoded where it has token ids only."""
+    """The prompts as they are in the dataset, or decoded if it has only token ids."""
     if rollout.rows and "prompt" in rollout.rows[0]:
         return [row["prompt"] for row in rollout.rows]
     ids = [row[mask] for row, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
@@ -225,15 +217,14 @@ def prompt_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[A
 
 
 def collate_nothing(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows as they are: prompts are padded by `collate`, which knows the mask."""
+    """The data collator of TRL's dataloader: `Collator` pads the rows."""
     return rows
 
 
 class PromptOrder:
-    """The order of prompts as a pure function of the seed and the update: nothing to save, nothing to restore.
+    """The order of prompts as a pure function of the seed and the update, so that there is no state to save.
 
-    The dataset is passed over again and again, in a new permutation each pass; what does not fill a batch is left out of
-    that pass.
+    Every pass over the dataset has a new permutation; the rows that do not fill a batch are left out of the pass.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Reward functions: callables with GRPO's signature, async ones, and reward models."""
+"""Reward functions: callables with GRPO's signature, which may be async, and reward models."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import asyncio
 import copy
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
@@ -25,7 +25,6 @@ from .prompts import context_length, is_chat
 LARGEST_REWARD = torch.finfo(torch.float32).max
 """Scores are kept in float32."""
 
-
 RewardFunc: TypeAlias = str | PreTrainedModel | Callable[..., Sequence[float | None]]
 Tokenizers: TypeAlias = list[PreTrainedTokenizerBase | None] | tuple[PreTrainedTokenizerBase | None, ...]
 
@@ -33,7 +32,7 @@ Tokenizers: TypeAlias = list[PreTrainedTokenizerBase | None] | tuple[PreTrainedT
 class RewardModel:
     """A sequence classifier with one label as a reward: its score at the last token of prompt and response.
 
-    With a tokenizer of its own the text is encoded again; without one it reads the policy's token ids.
+    With a tokenizer, the model reads the text; without one, it reads the policy's token ids.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -46,12 +45,20 @@ class RewardModel:
         self.__name__ = type(model).__name__
 
     @torch.no_grad()
+    def score(self, rollout: Rollout, prompts: list[Any], completions: list[Any], batch_size: int) -> list[float]:
+        """The scores of a rollout; `batch_size` rows are read at a time."""
+        parts = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
+        if self.tokenizer is None:
+            scores = [self._score_ids(rollout, rows) for rows in parts]
+        else:
+            scores = [self.score_text(prompts[rows], completions[rows]) for rows in parts]
+        return torch.cat(scores).tolist()
+
+    @torch.no_grad()
     def score_text(self, prompts: list[Any], completions: list[Any]) -> Tensor:
         tokenizer, device = self.tokenizer, next(self.model.parameters()).device
-        assert tokenizer is not None  # a model without one is asked by `score_ids`
-        texts = [
-            as_text(prompt, completion, tokenizer) for prompt, completion in zip(prompts, completions, strict=True)
-        ]
+        assert tokenizer is not None
+        texts = [as_text(*pair, tokenizer) for pair in zip(prompts, completions, strict=True)]
         # A chat template writes the special tokens itself.
         special = not is_chat(prompts[0]) or tokenizer.chat_template is None
         inputs = tokenizer(
@@ -64,15 +71,14 @@ class RewardModel:
             )
         return self.model(**inputs).logits[:, 0].float()
 
-    @torch.no_grad()
-    def score_ids(self, rollout: Rollout, rows: slice) -> Tensor:
+    def _score_ids(self, rollout: Rollout, rows: slice) -> Tensor:
         ids = torch.cat([rollout.prompt_ids[rows], rollout.response_ids[rows]], dim=1)
         mask = torch.cat([rollout.prompt_mask[rows], rollout.response_mask[rows]], dim=1)
         known = self.model.get_input_embeddings().weight.shape[0]
-        if (largest := int((ids * mask).max())) >= known:  # in the rows that pad a policy's vocabulary, for example
+        if (largest := int((ids * mask).max())) >= known:  # for example if the policy's vocabulary is padded
             raise RewardError(
-                f"the policy sampled the token {largest}, and the reward model `{self.__name__}` knows 0 to {known - 1}; give "
-                "it a tokenizer of its own in `reward_processing_classes`, so that it reads the text."
+                f"the policy sampled the token {largest}, and the vocabulary of the reward model `{self.__name__}` is 0 to "
+                f"{known - 1}; give its tokenizer in `reward_processing_classes`, so that it reads the text."
             )
         classifier: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         backbone = getattr(classifier, classifier.base_model_prefix)
@@ -83,7 +89,7 @@ class RewardModel:
 
 
 def as_text(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a reward model reads with a tokenizer of its own."""
+    """The text of a prompt with its completion for a reward model with a tokenizer."""
     if not is_chat(prompt):
         return prompt + completion
     if tokenizer.chat_template is None:
@@ -99,16 +105,11 @@ def build_rewards(
     init_kwargs: dict[str, Any] | None,
     vocab_size: int,
 ) -> tuple[list[Callable | RewardModel], list[float]]:
-    """Callables and reward models ready to use, and the weight of each. `vocab_size` is the policy's tokenizer's."""
-    funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-    funcs = [f for f in funcs if f is not None]
+    """Callables and reward models ready to use, and the weight of each. `vocab_size` is that of the policy's tokenizer."""
+    funcs = [func for func in _as_list(reward_funcs) if func is not None]
     if not funcs:
         raise ConfigError("`reward_funcs` got nothing; give a function, a reward model, or a list of them.")
-    tokenizers = (
-        list(reward_processing_classes)
-        if isinstance(reward_processing_classes, (list, tuple))
-        else [reward_processing_classes] * (len(funcs) if reward_processing_classes is None else 1)
-    )
+    tokenizers = [None] * len(funcs) if reward_processing_classes is None else _as_list(reward_processing_classes)
     if len(tokenizers) != len(funcs):
         raise ConfigError(
             f"`reward_processing_classes` got {len(tokenizers)} for {len(funcs)} reward functions; give one for each "
@@ -120,35 +121,35 @@ def build_rewards(
     return [_as_reward(f, t, init_kwargs, vocab_size) for f, t in zip(funcs, tokenizers, strict=True)], weights
 
 
+def _as_list(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, (list, tuple)) else [given]
+
+
 def _as_reward(
     func: Any, tokenizer: PreTrainedTokenizerBase | None, init_kwargs: dict[str, Any] | None, vocab_size: int
 ) -> Callable | RewardModel:
     if isinstance(func, str):
         return RewardModel(load_scalar_model(func, init_kwargs), tokenizer or AutoTokenizer.from_pretrained(func))
-    if _is_model(func):
-        if (labels := getattr(getattr(func, "config", None), "num_labels", 1)) != 1:
-            raise ConfigError(
-                f"`reward_funcs` got a {type(func).__name__} with {labels} labels; a reward model has 1 (num_labels=1). Of a "
-                "classifier with several give a function that returns the logit or probability that is to be the reward."
-            )
-        if tokenizer is None and func.get_input_embeddings().weight.shape[0] < vocab_size:
-            raise ConfigError(
-                f"`reward_processing_classes` got None for a reward model with {func.get_input_embeddings().weight.shape[0]} "
-                f"embeddings, fewer than the policy's {vocab_size} tokens; give the reward model's own tokenizer."
-            )
-        return RewardModel(func, tokenizer)
     if not callable(func):
         raise ConfigError(f"`reward_funcs` got {func!r}; each must be a callable, a reward model or the name of one.")
-    return func
-
-
-def _is_model(func: Any) -> TypeGuard[PreTrainedModel | PeftModel]:
-    """Any module counts, one that only behaves like a model of transformers too."""
-    return isinstance(func, nn.Module)
+    if not isinstance(func, nn.Module):
+        return func
+    model: Any = func  # of transformers, or any module that behaves like one
+    if (labels := getattr(getattr(model, "config", None), "num_labels", 1)) != 1:
+        raise ConfigError(
+            f"`reward_funcs` got a {type(model).__name__} with {labels} labels; a reward model has 1 (num_labels=1). For a "
+            "classifier with several, give a function that returns the logit or probability to use as the reward."
+        )
+    if tokenizer is None and (known := model.get_input_embeddings().weight.shape[0]) < vocab_size:
+        raise ConfigError(
+            f"`reward_processing_classes` got None for a reward model with {known} embeddings, fewer than the policy's "
+            f"{vocab_size} tokens; give the reward model's own tokenizer."
+        )
+    return RewardModel(model, tokenizer)
 
 
 def token_readers(funcs: list[Callable | RewardModel]) -> dict[str, PreTrainedModel | PeftModel]:
-    """The reward models that read the policy's token ids, by where they stand."""
+    """The reward models that read the policy's token ids, by their position in `reward_funcs`."""
     return {
         f"reward_funcs[{index}]": func.model
         for index, func in enumerate(funcs)
@@ -161,56 +162,47 @@ def reward_name(func: Any) -> str:
 
 
 def rewards_of(
-    func: Any,
+    func: Callable | RewardModel,
     rollout: Rollout,
     prompts: list[Any],
     completions: list[Any],
     keywords: dict[str, Any],
     batch_size: int,
 ) -> list[float | None]:
-    """What one function or model says of the completions, checked."""
+    """The rewards that one function or model gives to the completions, validated."""
     if isinstance(func, RewardModel):
-        rewards = _score_by_model(func, rollout, prompts, completions, batch_size).cpu().tolist()
+        rewards: Any = func.score(rollout, prompts, completions, batch_size)
     else:
         rewards = _call(func, prompts, completions, keywords)
-    return _checked(rewards, len(completions), reward_name(func))
-
-
-def _score_by_model(
-    model: RewardModel, rollout: Rollout, prompts: list[Any], completions: list[Any], batch_size: int
-) -> Tensor:
-    rows = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
-    if model.tokenizer is None:
-        return torch.cat([model.score_ids(rollout, part) for part in rows])
-    return torch.cat([model.score_text(prompts[part], completions[part]) for part in rows])
+    return _validated(rewards, len(completions), reward_name(func))
 
 
 def _call(func: Callable, prompts: list[Any], completions: list[Any], keywords: dict[str, Any]) -> Any:
-    """Call a reward function with the keywords it takes, and wait for it where it is async.
+    """Call a reward function with the keywords that it takes; await the result of an async one.
 
-    It gets copies, and leaves autograd as it was: what it changes reaches neither the next function nor the trainer.
+    It gets copies, and autograd's mode is restored, so that its changes reach neither other functions nor the trainer.
     """
     try:
-        parameters = list(inspect.signature(func).parameters.values())
-    except (TypeError, ValueError):  # written in C, it does not tell
-        parameters = []
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        names = {p.name for p in parameters}
-        keywords = {name: value for name, value in keywords.items() if name in names}
-    given = {name: copy.copy(value) for name, value in keywords.items()}  # a column may hold what has no deep copy
-    given |= {"prompts": copy.deepcopy(prompts), "completions": copy.deepcopy(completions)}
-    if "completion_ids" in given:
-        given["completion_ids"] = copy.deepcopy(keywords["completion_ids"])
+        parameters: Mapping[str, inspect.Parameter] = inspect.signature(func).parameters
+    except (TypeError, ValueError):  # a function written in C may have no signature
+        parameters = {}
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        keywords = {name: value for name, value in keywords.items() if name in parameters}
+    deep = ("prompts", "completions", "completion_ids")  # a column of the dataset may hold what has no deep copy
+    given = {
+        name: copy.deepcopy(value) if name in deep else copy.copy(value)
+        for name, value in {**keywords, "prompts": prompts, "completions": completions}.items()
+    }
     try:
         with torch.set_grad_enabled(torch.is_grad_enabled()):
             result = func(**given)
-            return _wait_for(result) if inspect.isawaitable(result) else result
+            return _awaited(result) if inspect.isawaitable(result) else result
     except (Exception, asyncio.CancelledError) as error:
         raise RewardError(f"reward function `{reward_name(func)}` raised {type(error).__name__}: {error}") from error
 
 
-def _wait_for(awaitable: Any) -> Any:
-    """Its result, from a thread of its own: a notebook has an event loop running already, and a loop cannot be nested."""
+def _awaited(awaitable: Any) -> Any:
+    """The result, awaited in another thread: event loops cannot be nested, and a notebook already runs one."""
 
     async def wait() -> Any:
         return await awaitable
@@ -219,27 +211,23 @@ def _wait_for(awaitable: Any) -> Any:
         return pool.submit(asyncio.run, wait()).result()
 
 
-def _checked(rewards: Any, expected: int, name: str) -> list[float | None]:
-    """The rewards as floats and None, or a RewardError that says what was wrong with them."""
+def _validated(rewards: Any, expected: int, name: str) -> list[float | None]:
+    """The rewards as floats and None; RewardError for anything else."""
     if isinstance(rewards, Tensor):
         rewards = rewards.detach().cpu()
-    if (
-        (shape := getattr(rewards, "shape", None)) is not None
-        and tuple(shape) == (expected, 1)
-        and hasattr(rewards, "reshape")
-    ):
+    if hasattr(rewards, "reshape") and tuple(getattr(rewards, "shape", ())) == (expected, 1):
         rewards = rewards.reshape(expected)
     if isinstance(rewards, (str, bytes, dict, set, frozenset)) or not hasattr(rewards, "__iter__"):
         raise RewardError(
             f"reward function `{name}` returned {type(rewards).__name__}; it must return a list of {expected} numbers or None."
         )
     try:
-        given = list(islice(rewards, expected + 1))  # a generator may have no end
+        given = list(islice(rewards, expected + 1))  # a generator may be infinite
     except Exception as error:
         raise RewardError(f"reward function `{name}` raised {type(error).__name__}: {error}") from error
     if len(given) != expected:
-        sized = hasattr(rewards, "__len__")
-        count = len(rewards) if sized else f"{'at least ' if len(given) > expected else ''}{len(given)}"
+        at_least = "at least " if len(given) > expected else ""
+        count = len(rewards) if hasattr(rewards, "__len__") else f"{at_least}{len(given)}"
         raise RewardError(f"reward function `{name}` returned {count} rewards for {expected} completions.")
     return [_as_float(reward, index, name) for index, reward in enumerate(given)]
 

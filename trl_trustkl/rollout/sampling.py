@@ -1,4 +1,4 @@
-"""Where a response ends, and sampled responses as the padded tensors of a rollout."""
+"""The end of a response, and sampled responses as the padded tensors of a rollout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ModelError, out_of_range
 from ..types import Prompts, Rollout
-from .engine import RolloutEngine, Samples
+from .engine import RolloutEngine
 
 
 def stop_ids(
@@ -19,9 +19,9 @@ def stop_ids(
 ) -> list[int]:
     """The tokens that end a response.
 
-    `stop_token_id` alone where it is set. With `stop_token="eos"`, the default for text and chat prompts, every end of
-    sequence that the tokenizer or the model's generation config declares (a chat model's end of turn among them). None
-    with "none", the default for a dataset of token ids, as in TRL.
+    If `stop_token_id` is set, only that. With `stop_token="eos"`, the default for text and chat prompts, every end of
+    sequence that the tokenizer or the model's generation config declares, such as a chat model's end of turn. None with
+    `stop_token="none"`, the default for a dataset of token ids, as in TRL.
     """
     if args.stop_token_id is not None:
         vocabulary = policy.get_input_embeddings().weight.shape[0]
@@ -35,45 +35,45 @@ def stop_ids(
     return sorted({token for token in (tokenizer.eos_token_id, *declared) if token is not None})
 
 
+def _is_stop(response: Tensor, stop_ids: list[int]) -> Tensor:
+    return torch.isin(response, torch.tensor(stop_ids, dtype=response.dtype, device=response.device))
+
+
 def response_mask(response: Tensor, stop_ids: list[int]) -> Tensor:
-    """True up to and including the first stop token, [b, t]; everywhere in a row that has none."""
-    stops = torch.isin(response, torch.tensor(stop_ids, dtype=response.dtype, device=response.device))
-    return stops.long().cumsum(-1) - stops.long() == 0
+    """True up to and including the first stop token, [b, t]; True everywhere in a row without one."""
+    stops = _is_stop(response, stop_ids).long()
+    return stops.cumsum(-1) - stops == 0
 
 
 def ends_with_stop(response: Tensor, mask: Tensor, stop_ids: list[int]) -> Tensor:
-    """Whether each response ended by itself, [b]."""
-    stops = torch.isin(response, torch.tensor(stop_ids, dtype=response.dtype, device=response.device))
-    return (stops & mask).any(-1)
+    """Whether each response ended with a stop token, [b]."""
+    return (_is_stop(response, stop_ids) & mask).any(-1)
 
 
 def sample(engine: RolloutEngine, prompts: Prompts, *, seed: int, length: int, pad_token_id: int) -> Rollout:
-    """Sample a response to each prompt, of at most `length` tokens. ModelError for an engine that returns something else."""
+    """Sample a response to each prompt, of at most `length` tokens; responses are padded on the right to `length`.
+
+    Raises ModelError for an engine that returns anything else.
+    """
     ids = [row[mask] for row, mask in zip(prompts.ids, prompts.mask, strict=True)]
     samples = engine.generate(ids, seed)
+    lengths = torch.tensor([len(each) for each in samples.ids], device=prompts.ids.device)
     longest = max(map(len, samples.ids), default=0)
     if len(samples.ids) != len(ids) or longest > length:
         raise ModelError(
             f"the rollout engine {type(engine).__name__} returned {len(samples.ids)} responses of up to {longest} tokens; it "
             f"must return {len(ids)}, one for each prompt, of at most response_length={length} tokens."
         )
-    return padded(prompts, samples, length=length, pad_token_id=pad_token_id)
 
+    def padded(rows: list[Tensor], fill: float) -> Tensor:
+        return torch.stack([nn.functional.pad(row, (0, length - len(row)), value=fill) for row in rows])
 
-def padded(prompts: Prompts, samples: Samples, *, length: int, pad_token_id: int) -> Rollout:
-    """The rollout of samples: responses padded on the right to `length`, with a mask of their tokens."""
-    lengths = torch.tensor([len(ids) for ids in samples.ids], device=prompts.ids.device)
-    mask = torch.arange(length, device=lengths.device) < lengths.unsqueeze(-1)
     return Rollout(
-        prompts.ids,
-        prompts.mask,
-        _stacked(samples.ids, length, pad_token_id),
-        mask,
-        None if samples.logps is None else _stacked(samples.logps, length, 0.0),
-        prompts.rows,
-        prompts.context,
+        prompt_ids=prompts.ids,
+        prompt_mask=prompts.mask,
+        response_ids=padded(samples.ids, pad_token_id),
+        response_mask=torch.arange(length, device=lengths.device) < lengths.unsqueeze(-1),
+        sampler_logp=None if samples.logps is None else padded(samples.logps, 0.0),
+        rows=prompts.rows,
+        context=prompts.context,
     )
-
-
-def _stacked(rows: list[Tensor], length: int, fill: float) -> Tensor:
-    return torch.stack([nn.functional.pad(row, (0, length - len(row)), value=fill) for row in rows])

@@ -1,4 +1,4 @@
-"""Backtracking: shorten a step until what it measures is within a limit."""
+"""Backtracking: shorten a step until its measure is within a limit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Backtrack(NamedTuple):
-    """The scale kept, what was measured there, and how many scales were tried."""
+    """The scale kept, the measure there, and the number of scales tried."""
 
     scale: float
     measured: float
@@ -23,15 +23,16 @@ def backtrack(
     proposed: float | None = None,
     max_tries: int = 10,
 ) -> Backtrack:
-    """Shorten a step until what it measures is within `limit`.
+    """Shorten a step until its measure is within `limit`.
 
-    `set_scale(a)` puts the parameters at θ_old + a(θ − θ_old); `measure()` measures there, 0 at scale 0 and non-finite
-    counting as too much; `proposed` is the measure at scale 1, measured here when it is not given. KL grows with the
-    square of a small step, hence the first guess a·√(limit/KL); then a secant step in √KL between the largest scale known
-    to be within the limit and the smallest known to be outside, kept off both ends. A step that did not halve what lies
-    between them is followed by one to the middle: where KL is flat over most of the line, secants alone would crawl. Ends
-    with `measured <= limit`, at the largest scale tried that has it, in the worst case at scale 0, where θ_old is restored
-    exactly.
+    `set_scale(a)` puts the parameters at θ_old + a(θ − θ_old). `measure()` measures them there: 0 at scale 0; a non-finite
+    value counts as above the limit. `proposed` is the measure at scale 1, computed here if it is not given.
+
+    The KL of a small step grows with its square, hence the first guess a·√(limit/KL). Then a secant step in √KL is made
+    between the largest scale known to be within the limit and the smallest known to be outside, kept away from both. If a
+    step did not halve this interval, the next one goes to its middle: secants alone converge slowly where the KL is flat
+    over most of the line. The result is the largest tried scale with `measured <= limit`; in the worst case it is 0, where
+    θ_old is restored exactly.
 
     >>> at = {}
     >>> kept = backtrack(lambda scale: at.update(scale=scale), lambda: 0.08 * at["scale"] ** 2, limit=0.02)
@@ -45,22 +46,20 @@ def backtrack(
         return Backtrack(1.0, proposed, 0)
     inside, inside_value = 0.0, 0.0
     outside, outside_value = 1.0, proposed
-    scale = math.nan
-    tries = 0
-    halved = True
+    scale, tries, halved = 1.0, 0, True
     while tries < max_tries:
         width = outside - inside
         secant = _next_scale(inside, inside_value, outside, outside_value, limit)
-        guess = secant if halved else 0.5 * (inside + outside)
-        set_scale(guess)
+        scale = secant if halved else 0.5 * (inside + outside)
+        set_scale(scale)
         value = measure()
-        scale, tries = guess, tries + 1
+        tries += 1
         if value <= limit:
-            inside, inside_value = guess, value
+            inside, inside_value = scale, value
             if value >= 0.8 * limit:
                 break
         else:
-            outside, outside_value = guess, value
+            outside, outside_value = scale, value
         halved = outside - inside <= 0.5 * width
     if scale != inside:
         set_scale(inside)
@@ -68,7 +67,7 @@ def backtrack(
 
 
 def _next_scale(inside: float, inside_value: float, outside: float, outside_value: float, limit: float) -> float:
-    """Where √KL is expected to be √limit, aiming a little low; the middle where the outside value is no number."""
+    """The scale where √KL is expected to be slightly below √limit; the middle if the outside value is not finite."""
     if not math.isfinite(outside_value):
         return 0.5 * (inside + outside)
     low, high, goal = math.sqrt(max(inside_value, 0.0)), math.sqrt(outside_value), math.sqrt(0.95 * limit)

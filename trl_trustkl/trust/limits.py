@@ -1,4 +1,4 @@
-"""The hard limits of one update, and how they are enforced."""
+"""The hard limits of one update, and their enforcement."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .backtracking import backtrack
 
 
 class Limits(NamedTuple):
-    """Limits of the mean KL(π_old‖π) of a batch, in nats per token; None turns one off.
+    """Limits of the mean KL(π_old‖π) of a batch, in nats per token; None disables one.
 
     max_kl: enforced by backtracking. panic_kl: an update that exceeds it before any backtracking is rolled back.
     """
@@ -21,7 +21,7 @@ class Limits(NamedTuple):
 
 
 class TrustRegion:
-    """Enforces `limits` on an update that has been made, whatever made it."""
+    """Enforces `limits` on an update after its last step, for any trainer."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -34,18 +34,17 @@ class TrustRegion:
         *,
         rejected: str | None = None,
     ) -> Enforcement:
-        """Roll the update back, shorten it, or leave it as it is; the result says which, and what was measured then.
+        """Roll the update back, shorten it, or keep it; the result says which, with the measurement afterwards.
 
         Args:
-            snapshot: where the update began. Several updates may be enforced one after the other from the same.
-            measure: measures the batch under the parameters as they are. With several processes it must return the same
-                on each, since each decides by itself.
-            proposed: what `measure` returns before enforcement.
-            rejected: why the update was rolled back already, or None.
+            snapshot: the state before the update. Several updates may be enforced in turn with the same snapshot.
+            measure: measures the batch under the current parameters. It must return the same on every process, because
+                each process decides by itself.
+            proposed: the result of `measure` before enforcement.
+            rejected: why the update was already rolled back, or None.
         """
         limit = self.limits.max_kl
-        reason = self._reason_to_reject(proposed)
-        if reason is not None:
+        if (reason := self._reason_to_reject(proposed)) is not None:
             snapshot.restore()
         if reason is not None or rejected is not None:
             measured = proposed if reason is None else measure()

@@ -1,4 +1,4 @@
-"""What an update moved: exact KL(π_old‖π), total variation and ratios of a batch."""
+"""The measurement of an update: exact KL(π_old‖π), total variation and ratios of a batch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,9 @@ from ..types import Measurement, MicroBatch, PolicySnapshot
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
-_COLUMNS = ("logp", "old_kl", "old_tv")
-
 
 class Comparison(Protocol):
-    """The tokens of a micro-batch under a policy and under π_old: log π(token), the exact KL(π_old‖π) and the total
-    variation of each, [b, t]."""
+    """The tokens of a micro-batch under a policy and π_old, [b, t] each: log π(token), exact KL(π_old‖π), total variation."""
 
     @property
     def logp(self) -> Tensor: ...
@@ -39,34 +36,28 @@ def measure(
     gather: Callable[[Tensor], Tensor] = lambda rows: rows,
     indices: Iterable[int] | None = None,
 ) -> Measurement:
-    """Measure a batch under the policy as it is now against π_old.
+    """Measure a batch under the current policy against π_old.
 
     Args:
-        compare: the micro-batch under the policy as it is, and under π_old.
-        micro_batches: the batch, as it was when π_old scored it.
-        old: π_old at the tokens of each micro-batch.
-        old_logp: log π_old of the sampled tokens, [B, T].
-        response_mask: [B, T].
-        gather: the rows of all processes, such as `Processes.gather`; by default those of this one.
-        indices: of the micro-batches to measure; None: all, which is what a guarantee needs.
+        compare: compares the current policy with π_old on a micro-batch.
+        micro_batches, old: the micro-batches that π_old was evaluated on, and π_old at the tokens of each.
+        old_logp, response_mask: log π_old of the sampled tokens, and their mask, [B, T].
+        gather: gathers rows from all processes, such as `Processes.gather`; by default there is one process.
+        indices: of the micro-batches to measure; None for all, which a guarantee requires.
     """
     mask = torch.zeros_like(response_mask)
-    columns = {name: torch.zeros_like(old_logp) for name in _COLUMNS}
+    logp, kl, tv = (torch.zeros_like(old_logp) for _ in range(3))
     for index in range(len(micro_batches)) if indices is None else indices:
         micro = micro_batches[index]
         out = compare(micro, old[index])
         length = micro.response_ids.shape[1]
         mask[micro.rows, :length] = micro.response_mask
-        for name, column in columns.items():
-            column[micro.rows, :length] = getattr(out, name).float()
+        for column, values in ((logp, out.logp), (kl, out.old_kl), (tv, out.old_tv)):
+            assert values is not None
+            column[micro.rows, :length] = values.float()
     mask = gather(mask)
-    return measurement(
-        gather(columns["old_kl"]),
-        gather(columns["old_tv"]),
-        gather(columns["logp"] - old_logp),
-        mask,
-        complete=bool((mask == gather(response_mask)).all()),
-    )
+    complete = bool((mask == gather(response_mask)).all())
+    return measurement(gather(kl), gather(tv), gather(logp - old_logp), mask, complete=complete)
 
 
 def measurement(kl: Tensor, tv: Tensor, log_ratio: Tensor, mask: Tensor, *, complete: bool) -> Measurement:
@@ -80,7 +71,7 @@ def measurement(kl: Tensor, tv: Tensor, log_ratio: Tensor, mask: Tensor, *, comp
         return Measurement(0.0, 0.0, 0.0, 1.0, {str(q): 1.0 for q in QUANTILES}, 0, complete)
     kls, ratios = kl[mask].double(), log_ratio[mask].double()
     levels = torch.tensor(QUANTILES, dtype=torch.float64, device=ratios.device)
-    # The exponential is monotonic, so quantiles are taken in log space and only then exponentiated.
+    # The exponential is monotonic, so the quantiles are computed in log space.
     quantiles = _exp(torch.quantile(ratios, levels))
     return Measurement(
         kl=float(kls.mean()),
