@@ -1,7 +1,6 @@
-"""comparison.html, .csv, .md and figures: what a comparison leaves in its folder.
+"""The files of a comparison: comparison.html, .csv, .md and figures.
 
-Completions and settings are untrusted text: they enter through the report's own template environment, which escapes every
-expression.
+Completions and settings are untrusted text; the report's template environment escapes every expression.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from ..files import write_atomically
 from ..report import FIGURES_FOLDER, read_run
 from ..report.figures import Drawn, write
 from ..report.html import environment
-from ..report.tables import Sample, sample
 from ..report.text import count
 from . import figures, tables
 from .conclusions import conclude
@@ -29,7 +27,7 @@ SHOWN = 3  # completions of a setting
 
 
 class Report(NamedTuple):
-    """A comparison in words and numbers. `last`: the updates that "the last" are; `notes`: what is missing."""
+    """The results of a comparison. `last`: how many updates are "the last"; `notes`: what is missing."""
 
     results: list[Result]
     paragraph: str
@@ -38,13 +36,6 @@ class Report(NamedTuple):
     last: int
     limit: float
     notes: list[str]
-
-
-class Side(NamedTuple):
-    """A setting's completions."""
-
-    name: str
-    samples: list[Sample]
 
 
 def collect(
@@ -56,7 +47,7 @@ def collect(
     last: int | None,
     limit: float,
 ) -> Report | None:
-    """The report of every finished run; None where none is finished. `last`: a quarter of the updates by default."""
+    """The report of the finished runs; None if there are none. `last`: by default a quarter of the updates."""
     missing = {outcome.job.folder for outcome in failed}
     last = last or last_updates(comparison.updates)
     results, notes = [], []
@@ -74,7 +65,7 @@ def collect(
 
 @np.errstate(all="ignore")
 def save(report: Report, folder: Path) -> None:
-    """Write everything; each file is whole or as it was."""
+    """Write all files, each atomically."""
     drawn = figures.draw(report.results)
     write(drawn, folder / FIGURES_FOLDER)
     contents = {
@@ -87,18 +78,19 @@ def save(report: Report, folder: Path) -> None:
 
 
 def page(report: Report, drawn: Sequence[Drawn], title: str) -> str:
-    template = environment("trl_trustkl.compare").get_template("comparison.html")
-    return template.render(
-        title=title,
-        subtitle=subtitle(report),
-        notes=report.notes,
-        paragraph=report.paragraph,
-        table=tables.table(report.results, "\n± "),
-        figures=drawn,
-        sides=[Side(each.name, list(map(sample, tables.samples(each, SHOWN)))) for each in report.results],
-        task=report.task,
-        settings=tables.configurations(report.results),
-        explained=tables.explained(latest(report.last), report.limit),
+    return (
+        environment("trl_trustkl.compare")
+        .get_template("comparison.html")
+        .render(
+            report=report,
+            title=title,
+            subtitle=subtitle(report),
+            table=tables.table(report.results, "\n± "),
+            figures=drawn,
+            samples=[(each.name, tables.samples(each, SHOWN)) for each in report.results],
+            settings=tables.configurations(report.results),
+            explained=tables.explained(latest(report.last), report.limit),
+        )
     )
 
 

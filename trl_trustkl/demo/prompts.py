@@ -1,7 +1,7 @@
-"""The demo's prompts: everyday subjects that a reply can paint bright or bleak.
+"""The demo's prompts: everyday subjects that a reply can describe positively or negatively.
 
-Each asks for one sentence, because the demo's replies are a few dozen tokens long, and names a plain thing without
-praising or blaming it, so that the untuned model's replies are about neutral and the reward has somewhere to go.
+Each asks for one sentence, because the demo's replies are a few dozen tokens long. Each names its subject neutrally, so that
+the replies of the model before training are about neutral and the reward can rise.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ BY_DOMAIN: dict[str, tuple[str, ...]] = {
 
 TRAIN_PROMPTS: tuple[str, ...] = tuple(prompt for prompts in BY_DOMAIN.values() for prompt in prompts)
 
-# Never trained on: the same kinds of subject, and a few that the training prompts do not have.
+# Held out: subjects of the same kinds, and a few of other kinds.
 EVAL_PROMPTS: tuple[str, ...] = (
     "Write one sentence about a taxi on the way to the station.",
     "Describe a picnic under a grey sky in one sentence.",

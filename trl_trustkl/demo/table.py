@@ -1,4 +1,4 @@
-"""The demo's table of updates, with a progress bar and the time left below."""
+"""The demo's table of updates, with a progress bar and the time left below it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..records import BoundRecord
 
 
 class LiveReport(BoundReportCallback):
-    """Records and report as by its parent, and a live table; a context manager, so that the bar goes whatever happens."""
+    """Also shows a live table. A context manager, so that the progress bar is removed however the run ends."""
 
     def __init__(self, console: Console, total: int) -> None:
         super().__init__(report=True)
@@ -30,7 +30,7 @@ class LiveReport(BoundReportCallback):
         self.progress.stop()
 
     def _begin_table(self, args: TrainingArguments) -> None:
-        """Nothing: the context manager began it."""
+        """Does nothing: the context manager printed the header."""
 
     def show(self, record: BoundRecord) -> None:
         self.records.append(record)
