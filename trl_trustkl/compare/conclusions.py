@@ -47,7 +47,6 @@ class Gap(NamedTuple):
 
 @np.errstate(all="ignore")  # numbers near the largest float overflow
 def conclude(results: Sequence[Result], *, last: int) -> str:
-    """The paragraph."""
     found = corners(results)
     sentences = [basis(results, last)]
     if len(results) > 1:

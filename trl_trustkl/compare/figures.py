@@ -65,7 +65,6 @@ PANELS: dict[str, Panel] = {
 
 
 def draw(results: Sequence[Result]) -> list[shared.Drawn]:
-    """All panels."""
     with np.errstate(all="ignore"):
         return [
             shared.render(

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..files import write_atomically
 from ..report import FIGURES_FOLDER, read_run
-from ..report.figures import Drawn, write
+from ..report.figures import write
 from ..report.html import environment
 from ..report.text import count
 from . import figures, tables
@@ -66,38 +66,22 @@ def collect(
 @np.errstate(all="ignore")
 def save(report: Report, folder: Path) -> None:
     """Write all files, each atomically."""
-    drawn = figures.draw(report.results)
+    results, last = report.results, latest(report.last)
+    drawn = figures.draw(results)
     write(drawn, folder / FIGURES_FOLDER)
-    contents = {
-        PAGE_FILE: page(report, drawn, folder.resolve().name),
-        CSV_FILE: tables.as_csv(report.results),
-        MARKDOWN_FILE: tables.as_markdown(report.results, report.paragraph, latest(report.last), report.limit),
-    }
-    for name, content in contents.items():
-        write_atomically(folder / name, content)
-
-
-def page(report: Report, drawn: Sequence[Drawn], title: str) -> str:
-    return (
-        environment("trl_trustkl.compare")
-        .get_template("comparison.html")
-        .render(
-            report=report,
-            title=title,
-            subtitle=subtitle(report),
-            table=tables.table(report.results, "\n± "),
-            figures=drawn,
-            samples=[(each.name, tables.samples(each, SHOWN)) for each in report.results],
-            settings=tables.configurations(report.results),
-            explained=tables.explained(latest(report.last), report.limit),
-        )
+    seeds = sorted({seed for each in results for seed in each.rows})
+    page = environment("trl_trustkl.compare").get_template("comparison.html")
+    content = page.render(
+        report=report,
+        title=folder.resolve().name,
+        subtitle=f"{count(len(results), 'setting')}, {count(report.updates, 'update')} each, "
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}.",
+        table=tables.table(results, "\n± "),
+        figures=drawn,
+        samples=[(each.name, tables.samples(each, SHOWN)) for each in results],
+        settings=tables.configurations(results),
+        explained=tables.explained(last, report.limit),
     )
-
-
-def subtitle(report: Report) -> str:
-    """ "4 settings × 2 seeds, 20 updates each"."""
-    seeds = sorted({seed for each in report.results for seed in each.rows})
-    return (
-        f"{count(len(report.results), 'setting')}, {count(report.updates, 'update')} each, "
-        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}."
-    )
+    write_atomically(folder / PAGE_FILE, content)
+    write_atomically(folder / CSV_FILE, tables.as_csv(results))
+    write_atomically(folder / MARKDOWN_FILE, tables.as_markdown(results, report.paragraph, last, report.limit))

@@ -90,7 +90,6 @@ def show(console: Console, report: page.Report, folder: Path) -> None:
 
 
 def summary_table(report: page.Report) -> Table:
-    """A row for each setting."""
     spread = any(len(result.rows) > 1 for result in report.results)
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", width=None)
     shown.add_column("\nsetting", max_width=16, overflow="fold")

@@ -23,6 +23,7 @@ def run(options: Options) -> int:
     """Train, evaluate before and after, and print the results; returns 0, or 128 + the signal that ended the run."""
     from rich.console import Console
 
+    from ..errors import Interrupted
     from .task import quieten
 
     quieten()
@@ -31,26 +32,19 @@ def run(options: Options) -> int:
     trainer, table = build(options, console)
     before = evaluate(trainer)
     console.print(_evaluation_line("before", before))
+    status = 0
     with table:
-        status = train(trainer, console)
+        try:
+            trainer.train()
+        except Interrupted as end:
+            status = end.code
+        except KeyboardInterrupt:
+            console.print("Stopped.", style="yellow")
+            status = 130
     trainer.save_model(str(Path(options.output_dir) / "adapter"))
     after = evaluate(trainer) if status == 0 else None
     conclude(console, options, before, after, table.records, table.rendered)
     return status
-
-
-def train(trainer: Any, console: Any) -> int:
-    """Run the updates; the exit status: 0, or 128 + the signal that ended them."""
-    from ..errors import Interrupted
-
-    try:
-        trainer.train()
-    except Interrupted as end:
-        return end.code
-    except KeyboardInterrupt:
-        console.print("Stopped.", style="yellow")
-        return 130
-    return 0
 
 
 def build(options: Options, console: Any) -> tuple[Any, Any]:
@@ -127,7 +121,6 @@ def conclude(
 
 
 def closing(options: Options, done: list[Any]) -> str:
-    """The closing paragraph, from the records."""
     last = done[-max(1, len(done) // 3) :]
     kl = sum(record.anchor.kl_exact for record in last) / len(last)
     clipped = sum(record.trust.gated for record in done) / len(done)

@@ -154,8 +154,7 @@ def frontier(figure: Figure, records: Records) -> None:
     kl = np.sqrt(np.clip(drawable(distance(records)), 0.0, None))
     score, update = drawable(column(records, "score")), column(records, "update")
     axes = add_axes(figure, "mean score", "√KL to the reference  (√nats per response)")
-    stride = max(1, len(kl) // 1500)
-    size = 14 if len(kl) > 60 else 26
+    stride, size = max(1, len(kl) // 1500), 14 if len(kl) > 60 else 26
     points = axes.scatter(
         kl[::stride], score[::stride], c=update[::stride], cmap=EARLY_TO_LATE, s=size, alpha=0.8, linewidths=0,
     )  # fmt: skip
@@ -189,9 +188,8 @@ def anchor(figure: Figure, records: Records) -> None:
 
 
 def trust_region(figure: Figure, records: Records) -> None:
-    x = column(records, "update")
-    proposed, kl = (positive(column(records, f"trust.{key}")) for key in ("kl_proposed", "kl"))
-    limit, worst = (positive(column(records, f"trust.{key}")) for key in ("limit", "kl_max"))
+    x, keys = column(records, "update"), ("kl_proposed", "kl", "limit", "kl_max")
+    proposed, kl, limit, worst = (positive(column(records, f"trust.{key}")) for key in keys)
     axes = add_axes(figure, r"KL($\pi_{\mathrm{old}}\,\|\,\pi$) after the update" "\n(nats per token)")
     plot_line(axes, x, worst, SKY, "worst token", linewidth=0.9, alpha=0.8)
     if (column(records, "trust.scale") < 1).any():
@@ -295,7 +293,6 @@ FIGURES: dict[str, Kind] = {
 
 
 def draw(records: Records) -> list[Drawn]:
-    """All figures of a run."""
     return [render(name, kind, records) for name, kind in FIGURES.items()]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .schema import Run
 from .series import (
@@ -68,6 +69,11 @@ def _set_lr(run: Run, factor: float, in_words: str, field: str = "learning_rate"
     return f"Set {field}={number(factor * present, 2)}, {in_words}, which is {at_most}{number(present)}"
 
 
+def _share(where: NDArray[np.bool_]) -> str:
+    """ "3 of 12 updates"."""
+    return f"{int(where.sum()):,} of {count(len(where), 'update')}"
+
+
 def clip_never_binds(run: Run) -> Finding | None:
     clipped = [record for record in run.records if record.trust.rule != "none" and record.refused is None]
     if len(clipped) < FEW or not (column(clipped, "trust.gated") <= IDLE).all():  # NaN is not 0
@@ -106,23 +112,23 @@ def coefficient_pinned(run: Run) -> Finding | None:
     coef, kl, target = column(late, "anchor.coef"), distance(late), column(late, "anchor.target")
     if len(late) < FEW or not np.isfinite(target).all() or np.ptp(coef) != 0:
         return None
-    below, above = bool((kl < target / BAND).all()), bool((kl > target * BAND).all())
+    below, above = (kl < target / BAND).all(), (kl > target * BAND).all()
     if not (below or above):
         return None
-    side, bound, value = ("below", "min_coef", coef[0] / 10) if below else ("above", "max_coef", 10 * coef[0])
+    side, bound, end = ("below", "min_coef", "floor") if below else ("above", "max_coef", "ceiling")
     if below and (coef[0] == 0 or _still_rising(distance(run.records))):
         return None
-    start = 10 * coef[0] if coef[0] > 0 else 0.05
+    value = number(coef[0] / 10 if below else 10 * coef[0] or 0.05, 2)
     fixed = np.ptp(column(run.records, "anchor.coef")) == 0
     return Finding(
         "coefficient_pinned",
         f"The anchor's coefficient is constant while the KL is {side} its target",
         f"β was {number(coef[0])} in each of the last {count(len(late), 'update')}, although the KL to the reference was "
         f"{number(mean(kl))} nats per response and its target {number(target[-1])}. A controller changes β unless it is "
-        f"held at its {'floor' if below else 'ceiling'}" + (", or fixed." if fixed else "."),
-        f"Give the controller {bound}={number(value if coef[0] > 0 else start, 2)}."
+        f"held at its {end}" + (", or fixed." if fixed else "."),
+        f"Give the controller {bound}={value}."
         if is_from_trl_logs(run.records)
-        else f'Set kl_controller_kwargs={{"{bound}": {number(value if coef[0] > 0 else start, 2)}}}'
+        else f'Set kl_controller_kwargs={{"{bound}": {value}}}'
         + (', with kl_controller="adaptive" if it is "fixed".' if fixed else "."),
     )
 
@@ -163,8 +169,8 @@ def negative_estimate(run: Run) -> Finding | None:
     sampler = column(run.records, "sampler.kl")
     mismatch = largest(sampler) > MISMATCH
     evidence = (
-        f"The estimate of the KL to the reference was negative in {int(negative.sum()):,} of "
-        f"{count(len(kl), 'update')}, with a minimum of {number(float(np.nanmin(kl)))} nats per response"
+        f"The estimate of the KL to the reference was negative in {_share(negative)}, with a minimum of "
+        f"{number(float(np.nanmin(kl)))} nats per response"
     )
     stock = is_from_trl_logs(run.records)
     evidence += ". " if stock else f"; the exact KL averaged {number(mean(exact[negative]))} in these updates. "
@@ -202,10 +208,10 @@ def ratio_far_outside(run: Run) -> Finding | None:
     return Finding(
         "ratio_far_outside",
         "Ratios far outside the clip range, although clipping is on",
-        f"In {int(far.sum()):,} of {count(len(clipped), 'update')}, ratios ended outside the range "
-        f"[{number(low[-1], 2)}, {number(high[-1], 2)}] by more than a factor of {FAR:g}: the largest ratio was "
-        f"{number(largest(top))}, and the lowest 1 % quantile was {number(-largest(-bottom))}. Clipping removes the gradient "
-        "of a token, but the gradients of other tokens still change its ratio.",
+        f"In {_share(far)}, ratios ended outside the range [{number(low[-1], 2)}, {number(high[-1], 2)}] by more than a factor "
+        f"of {FAR:g}: the largest ratio was {number(largest(top))}, and the lowest 1 % quantile was "
+        f"{number(-largest(-bottom))}. Clipping removes the gradient of a token, but the gradients of other tokens still "
+        "change its ratio.",
         f"Set trust_max_kl={number(float(np.nanmedian(kl)) / 2, 2)} (nats per token), half of the median KL of an update"
         + (": the limit in force leaves room for such ratios." if limited else ": this limit is enforced."),
     )
@@ -220,8 +226,8 @@ def anchor_outweighs(run: Run) -> Finding | None:
     return Finding(
         "anchor_outweighs",
         "The penalty outweighs the reward",
-        f"The anchor made up more than half of the advantage in {int(over.sum()):,} of {count(len(share), 'update')}, "
-        f"{percent(mean(share))} on average: staying near the reference outweighs learning the task.",
+        f"The anchor made up more than half of the advantage in {_share(over)}, {percent(mean(share))} on average: "
+        "staying near the reference outweighs learning the task.",
         f"Set kl_coef={number(coef / 2, 2)}, half of the median β."
         if target is None
         else f"Set kl_target={number(1.5 * target, 2)}, 1.5 times the last one, so that the controller settles at a lower β.",
@@ -236,8 +242,8 @@ def early_stop(run: Run) -> Finding | None:
     return Finding(
         "early_stop",
         "Most updates are stopped early",
-        f"{int(stopped.sum()):,} of {count(len(stopped), 'update')} ended at trust_stop, after {number(mean(made))} epochs on "
-        f"average; at least {percent(mean(left_out))} of their steps were skipped.",
+        f"{_share(stopped)} ended at trust_stop, after {number(mean(made))} epochs on average; at least "
+        f"{percent(mean(left_out))} of their steps were skipped.",
         _set_lr(run, 1 / 2, "half of the present one") + ", so that the planned epochs fit within the limit.",
     )
 
@@ -252,7 +258,7 @@ def learning_rate_floor(run: Run) -> Finding | None:
     return Finding(
         "learning_rate_floor",
         "The learning rate is at its floor",
-        f"In {int(floor.sum()):,} of {count(len(lr), 'update')} the learning rate was at most 1/32 of the largest one, "
+        f"In {_share(floor)} the learning rate was at most 1/32 of the largest one, "
         f"{number(top)}, which is the lowest that trust_lr_target allows. Those updates still moved the policy by "
         f"{number(mean(column(run.records, 'trust.kl')[floor]))} nats per token.",
         f"Set learning_rate={number(top / 8, 2)}, an eighth of the present one, so that the adaptation has room.",
@@ -360,5 +366,4 @@ FINDINGS: dict[str, Callable[[Run], Finding | None]] = {
 
 
 def find(run: Run) -> list[Finding]:
-    """The findings that the run's records show."""
     return [finding for of_run in FINDINGS.values() if (finding := of_run(run)) is not None]

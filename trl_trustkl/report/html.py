@@ -39,8 +39,6 @@ GLOSSARY = {
 
 
 class Section(NamedTuple):
-    """The part of the page about one run."""
-
     run: Run
     statements: list[Statement]
     findings: list[Finding]

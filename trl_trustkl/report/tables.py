@@ -168,5 +168,4 @@ def _over_limit(run: Run) -> str:
 
 
 def comparison(runs: Sequence[Run]) -> Table:
-    """A column for each run."""
     return Table(["", *[run.name for run in runs]], [[title, *map(of_run, runs)] for title, of_run in COMPARED.items()])
