@@ -68,9 +68,6 @@ def jobs(comparison: Comparison, output_dir: Path, task: str) -> list[Job]:
     return [job(seed, *setting) for seed in comparison.seeds for setting in comparison.settings.items()]
 
 
-# -- finished runs -----------------------------------------------------------------------------------------------------
-
-
 def unfinished(planned: Sequence[Job], *, overwrite: bool = False) -> list[Job]:
     """The jobs that are not finished. DataError for one that was made with other settings, unless it may be overwritten."""
     left, reasons = [], []
@@ -121,9 +118,6 @@ def _prepare(job: Job) -> None:
         shutil.rmtree(job.folder)
     job.folder.mkdir(parents=True, exist_ok=True)
     write(job.folder / SETTINGS_FILE, job.made_with)
-
-
-# -- running -----------------------------------------------------------------------------------------------------------
 
 
 def start_process(job: Job, threads: int) -> subprocess.Popen[bytes]:

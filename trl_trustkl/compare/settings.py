@@ -60,11 +60,11 @@ def read(
     document = {} if path is None else _document(Path(path))
     updates = document.get("updates", UPDATES) if updates is None else updates
     seeds = document.get("seeds", SEEDS) if seeds is None else seeds
-    _integer("updates", updates, 1)
+    _check_integer("updates", updates, 1)
     if not isinstance(seeds, (list, tuple)) or not seeds:
         raise out_of_range("seeds", seeds, "a list of integers", "One seed is seeds: [42].")
     for number, seed in enumerate(seeds):
-        _integer("seeds", seed, 0)
+        _check_integer("seeds", seed, 0)
         if seed in seeds[:number]:
             raise ConfigError(f"`seeds` got {seed} twice; leave one out.")
     common = _fields("common", document.get("common", {}))
@@ -130,14 +130,13 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, (str, int, float)):
                 if key in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key!r} occurs twice", key_node.start_mark
-                    )
+                    problem = f"the key {key!r} occurs twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
                 seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-def _integer(field: str, value: object, least: int) -> None:
+def _check_integer(field: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**32:
         raise out_of_range(field, value, f"an integer from {least} to 2**32 − 1")
 
@@ -146,10 +145,8 @@ def _check_names(settings: Mapping[Any, Any]) -> None:
     folders: dict[str, str] = {}
     for name in settings:
         if not isinstance(name, str) or not slug(name) or len(name) > NAME_LENGTH:
-            raise out_of_range(
-                "settings", name, f"a name with a letter or a digit, at most {NAME_LENGTH} characters of text",
-                "Put a number in quotes." if not isinstance(name, str) else "",
-            )  # fmt: skip
+            valid = f"a name with a letter or a digit, at most {NAME_LENGTH} characters of text"
+            raise out_of_range("settings", name, valid, "" if isinstance(name, str) else "Put a number in quotes.")
         if (other := folders.setdefault(slug(name), name)) != name:
             raise ConfigError(
                 f"`settings` got {other!r} and {name!r}, which would share the folder {slug(name)!r}; rename one of them."

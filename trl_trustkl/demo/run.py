@@ -33,7 +33,7 @@ def run(options: Options) -> int:
     before = evaluate(trainer)
     console.print(_evaluation_line("before", before))
     status = 0
-    with table:
+    with table.progress:
         try:
             trainer.train()
         except Interrupted as end:

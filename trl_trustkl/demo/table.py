@@ -12,7 +12,7 @@ from ..records import BoundRecord
 
 
 class LiveReport(BoundReportCallback):
-    """Also shows a live table. A context manager, so that the progress bar is removed however the run ends."""
+    """Also shows a table of the updates, and below it a progress bar while `progress` is entered as a context."""
 
     def __init__(self, console: Console, total: int) -> None:
         super().__init__(report=True)
@@ -21,16 +21,8 @@ class LiveReport(BoundReportCallback):
         self.progress = updates_bar(console)
         self.task = self.progress.add_task("updates", total=total)
 
-    def __enter__(self) -> LiveReport:
-        self.console.print(HEADER, style="bold")
-        self.progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
-
     def _begin_table(self, args: TrainingArguments) -> None:
-        """Does nothing: the context manager printed the header."""
+        self.console.print(HEADER, style="bold")
 
     def show(self, record: BoundRecord) -> None:
         self.records.append(record)

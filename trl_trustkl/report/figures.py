@@ -267,8 +267,8 @@ FIGURES: dict[str, Kind] = {
     ),
     "trust_region": Kind(
         "The trust region: how far each update moved the policy",
-        "How far each update moved the policy from the one that sampled its batch: only an enforced limit holds the blue "
-        "line down, and the orange line shows the updates without enforcement.",
+        "The KL from the policy that sampled the batch to the updated policy: only an enforced limit holds the blue line "
+        "down, and the orange line shows the updates without enforcement.",
         trust_region,
     ),
     "gated": Kind(

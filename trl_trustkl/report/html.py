@@ -54,15 +54,12 @@ def section(run: Run, figures: list[Drawn]) -> Section:
 
 def page(sections: Sequence[Section]) -> str:
     runs = [each.run for each in sections]
-    return (
-        environment()
-        .get_template("report.html")
-        .render(
-            sections=sections,
-            comparison=comparison(runs) if len(runs) > 1 else None,
-            glossary=GLOSSARY,
-            title=" · ".join(run.name for run in runs),
-        )
+    template = environment().get_template("report.html")
+    return template.render(
+        sections=sections,
+        comparison=comparison(runs) if len(runs) > 1 else None,
+        glossary=GLOSSARY,
+        title=" · ".join(run.name for run in runs),
     )
 
 

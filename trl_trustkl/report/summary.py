@@ -33,7 +33,7 @@ class Statement(NamedTuple):
 def summarise(run: Run) -> list[Statement]:
     return [
         Statement("Outcome", outcome(run)),
-        Statement("What bound the updates", binding(run)),
+        Statement("What limited the updates", binding(run)),
         Statement("The anchor", anchor(run)),
         Statement("The largest update", largest_update(run)),
         Statement("Guaranteed", guaranteed(run)),

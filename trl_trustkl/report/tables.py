@@ -31,9 +31,6 @@ class Moment(NamedTuple):
     samples: list[Completion]
 
 
-# -- settings ----------------------------------------------------------------------------------------------------------
-
-
 def settings(run: Run) -> Table:
     """The run's settings that are on record; of one that changed during the run, the first and last value."""
     r = run.records
@@ -93,8 +90,6 @@ def _episodes(records: Sequence[BoundRecord]) -> str:
     return f"{round(float(np.median(np.diff(column(records, 'episode'))))):,}"
 
 
-# -- updates -----------------------------------------------------------------------------------------------------------
-
 UPDATE_COLUMNS: dict[str, Callable[[BoundRecord], str]] = {
     "update": lambda r: f"{r.update:,}",
     "score": lambda r: number(r.score),
@@ -124,9 +119,6 @@ def updates(run: Run) -> Table:
     return Table(list(UPDATE_COLUMNS), rows)
 
 
-# -- completions -------------------------------------------------------------------------------------------------------
-
-
 def moments(run: Run) -> list[Moment]:
     """The first completions recorded at the start, in the middle and at the end of the run."""
     kept = sorted({row.update for row in run.completions})
@@ -140,8 +132,6 @@ def moments(run: Run) -> list[Moment]:
             found[row.update].append(row)
     return [Moment(chosen[update], update, samples) for update, samples in sorted(found.items())]
 
-
-# -- runs side by side -------------------------------------------------------------------------------------------------
 
 COMPARED: dict[str, Callable[[Run], str]] = {
     "updates": lambda run: f"{len(run.records):,}",
