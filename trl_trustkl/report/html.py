@@ -24,7 +24,7 @@ GLOSSARY = {
     "gradient's weight that it set to zero; for the anchor, its share of the absolute advantage; for backtracking, the share "
     "of the step that was taken back.",
     "measured": "What an update did. After the update, the batch passes through the new policy, and the divergence from the "
-    "old policy is computed over the whole vocabulary.",
+    "old policy is computed over the full vocabulary.",
     "guaranteed": "A bound that was enforced. Only backtracking enforces one: on the mean KL(π_old‖π) over the contexts of the "
     "batch. Clipping, penalties and early stopping guarantee nothing.",
     "anchor": "The penalty β · KL(π‖π_ref) for moving away from π_ref, the model the run started from, in nats per response. "

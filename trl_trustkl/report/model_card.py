@@ -91,15 +91,11 @@ def _recorded(output: Path, update: int) -> list[BoundRecord]:
 
 def mechanisms(args: Any) -> list[tuple[str, str]]:
     """Each mechanism with its settings, or "off"."""
-    anchor = ("kl_estimator", "kl_placement", "kl_coef")
     penalised = args.trust_coef != 0 or args.trust_controller != "fixed"
     return [
-        ("anchor: KL(π‖π_ref)", _penalty(args, anchor, "kl", "response") if args.anchored else "off"),
+        ("anchor: KL(π‖π_ref)", _penalty(args, args.anchored, "kl", ("estimator", "placement", "coef"), "response")),
         ("clip", _clip(args)),
-        (
-            "penalty on KL(π_old‖π)",
-            _penalty(args, ("trust_estimator", "trust_coef"), "trust", "token") if penalised else "off",
-        ),
+        ("penalty on KL(π_old‖π)", _penalty(args, penalised, "trust", ("estimator", "coef"), "token")),
         ("early stop", _limit(args, "trust_stop")),
         ("hard limit, by backtracking", _limit(args, "trust_max_kl")),
         ("KL-adaptive learning rate", _limit(args, "trust_lr_target")),
@@ -115,16 +111,18 @@ def outcome(records: Sequence[BoundRecord]) -> list[str]:
     run = Run("", Path(), list(records), [], [])
     return [
         f"**KL to the reference** in the last of {len(records):,} update{'s' if len(records) > 1 else ''}: "
-        f"{number(last.kl_exact)} ± {number(last.kl_stderr, 2)} nats per response (exact, over the whole vocabulary, before "
+        f"{number(last.kl_exact)} ± {number(last.kl_stderr, 2)} nats per response (exact, over the full vocabulary, before "
         "that update's step; mean and standard error over its responses).",
         f"**Largest update.** {markdown(largest_update(run))}",
         f"**Guaranteed.** {markdown(guaranteed(run))}",
     ]
 
 
-def _penalty(args: Any, settings: Sequence[str], prefix: str, per: str) -> str:
-    """The settings of a KL penalty, whose other fields begin with `prefix`."""
-    parts = [_setting(args, name) for name in settings]
+def _penalty(args: Any, on: bool, prefix: str, settings: Sequence[str], per: str) -> str:
+    """The settings of a KL penalty, whose fields begin with `prefix`, and its controller."""
+    if not on:
+        return "off"
+    parts = [_setting(args, f"{prefix}_{name}") for name in settings]
     if getattr(args, f"{prefix}_controller") != "fixed":
         kwargs = getattr(args, f"{prefix}_controller_kwargs") or {}
         options = shortened(", ".join(f"{name}={value}" for name, value in kwargs.items()), 200)
