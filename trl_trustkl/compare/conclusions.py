@@ -67,7 +67,7 @@ def basis(results: Sequence[Result], last: int) -> str:
     if min(seeds) < 2:
         few = "one seed" if max(seeds) == 1 else "one seed for some settings"
         return (
-            f"{over}, of {few}: without a spread over seeds, other runs may show something else, and differences below a tenth "
+            f"{over}, of {few}: without a spread over seeds, other runs may give other results, and differences below a tenth "
             "are not reported."
         )
     number_of = f"{min(seeds)} seeds" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)} seeds"
@@ -167,7 +167,7 @@ def without(
         first, second = _change(metric, *on, with_other), _change(metric, *off, without_other)
         word, other_word = WORDS[with_other.sign], WORDS[without_other.sign]
         if word == other_word:
-            how = f"{word}, with {other} ({first}) and without it ({second})"
+            how = f"{word} both with {other} ({first}) and without it ({second})"
         else:
             how = f"{word} with {other} ({first}), and {other_word} without it ({second})"
         sentences.append(f"Without {mechanism} the {title} was {how}.")

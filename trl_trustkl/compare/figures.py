@@ -38,7 +38,7 @@ def _of(key: str, run: Run) -> tuple[Column, Column]:
 PANELS: dict[str, Panel] = {
     "score": Panel(
         "Score", "mean score",
-        "A higher score is better by the reward, which may differ from what its author intended: read it with the next panels.",
+        "A higher score is more reward, which may not be what its author intended: read this panel together with the others.",
         partial(_of, "score"),
     ),
     "kl": Panel(

@@ -25,7 +25,7 @@ class Metric(NamedTuple):
 
 
 METRICS: dict[str, Metric] = {
-    "score_first": Metric("score at first", "", "mean over equally many updates at the start of the run", ".2f"),
+    "score_first": Metric("score at the start", "", "mean over the first updates, as many as for the score", ".2f"),
     "score": Metric("score", "", "mean over the {last}", ".2f"),
     "kl": Metric(
         "KL to the reference", "nats/response", "exact KL(π‖π_ref) at rollout, mean over the {last}"
