@@ -1,6 +1,6 @@
 """The command line: `trustkl demo`, `trustkl train`, `trustkl report` and `trustkl compare`.
 
-Arguments, their checks and exit statuses; the work is done in the other folders, all of which it may import.
+It has the arguments, their checks and the exit statuses; the other folders, all of which it may import, do the work.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from .. import __version__
 from ..errors import TrustKLError
 
 EPILOG = (
-    "Exit status: 0; 1 for an error of the run; 2 for one of usage: the command line or a configuration; 130 after Ctrl-C; "
-    "143 after SIGTERM."
+    "Exit status: 0 for success; 1 for an error of the run; 2 for a usage error (command line or configuration); 130 after "
+    "Ctrl-C; 143 after SIGTERM."
 )
 
 

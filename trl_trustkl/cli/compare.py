@@ -1,10 +1,9 @@
-"""`trustkl compare`: the same task under several settings and seeds, and what the numbers say."""
+"""`trustkl compare`: the same task under several settings and seeds, and conclusions from the numbers."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +13,12 @@ if TYPE_CHECKING:
     from ..compare.runner import Start
 
 PARSER: dict[str, Any] = {
-    "help": "run a task under several settings and seeds, and say what each of them changed",
+    "help": "run a task under several settings and seeds, and report what each changed",
     "description": (
-        "Runs the same task under every setting with every seed, and writes comparison.html, .csv, .md and figures: score, "
-        "distance to the reference, size of the updates, and what the numbers say. Finished runs are not made again: the same "
-        "command goes on where it was stopped."
+        "Runs the same task under every setting with every seed, and writes\n"
+        "comparison.html, .csv, .md and figures: score, distance to the reference, size\n"
+        "of the updates, and conclusions. Finished runs are not repeated: the same\n"
+        "command resumes a comparison that was stopped."
     ),
     "epilog": f"SETTINGS.yaml: {settings.__doc__}\n--task: module:function or file.py:function, called as\n    "
     f"function{task.SIGNATURE}\nwith the fields of the setting, "
@@ -29,26 +29,25 @@ PARSER: dict[str, Any] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
-    parser.description = textwrap.fill(str(parser.description), 80)
     parser.add_argument(
         "settings", nargs="?", metavar="SETTINGS.yaml", help="what to compare (default: anchor × clip, each on and off)"
     )
-    parser.add_argument("--output-dir", default="runs/compare", help="where everything goes (default: %(default)s)")
+    parser.add_argument("--output-dir", default="runs/compare", help="folder of all output (default: %(default)s)")
     parser.add_argument("--updates", type=int, help=f"updates of a run (default: the file's, or {settings.UPDATES})")
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds of each setting (default: the file's, or 42)")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time (default: %(default)s)")
-    parser.add_argument("--last", type=int, help="updates that final figures are means over (default: a quarter)")
+    parser.add_argument("--last", type=int, help="updates at the end to average over (default: a quarter)")
     parser.add_argument(
         "--limit", type=float, default=settings.LIMIT,
-        help="count updates whose KL to the policy before them exceeds this, in nats per token (default: %(default)s, what "
-        "a clip range of 0.2 would mean if ratios stayed in it)",
+        help="count updates with a KL to the previous policy above this, in nats per token (default: %(default)s, the bound "
+        "that a clip range of 0.2 would give if ratios stayed in it)",
     )  # fmt: skip
     parser.add_argument("--task", default=task.SENTIMENT, help="what to train (default: the demo's task)")
-    parser.add_argument("--overwrite", action="store_true", help="replace runs that were made under other settings")
+    parser.add_argument("--overwrite", action="store_true", help="replace runs that were made with other settings")
 
 
 def run(options: argparse.Namespace, start: Start | None = None) -> int:
-    """`start` begins the process of a run; by default a fresh interpreter."""
+    """Run the comparison. `start` starts the process of a run; by default a new interpreter."""
     from ..report import MissingPackageError
 
     try:
@@ -70,7 +69,7 @@ def run(options: argparse.Namespace, start: Start | None = None) -> int:
     try:
         outcomes = terminal.make(console, comparison, planned, left, options.processes, start or start_process)
     except KeyboardInterrupt:
-        terminal.say(console, "Stopped. Finished runs are kept; the same command goes on from here.")
+        terminal.say(console, "Stopped. Finished runs are kept; the same command resumes from here.")
         return 130
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     if report := page.collect(comparison, name, planned, failed, last=options.last, limit=options.limit):
@@ -81,7 +80,7 @@ def run(options: argparse.Namespace, start: Start | None = None) -> int:
 
 
 def prepare(options: argparse.Namespace) -> tuple[settings.Comparison, str]:
-    """What is compared and the task's name, everything checked before anything runs."""
+    """The comparison and the task's name; everything is checked before anything runs."""
     from ..demo.task import quieten, sentiment_config
     from ..errors import out_of_range
 

@@ -1,4 +1,4 @@
-"""`trustkl demo`: fine-tune a small language model towards positive sentiment, and say what bounded it."""
+"""`trustkl demo`: fine-tune a small language model towards positive sentiment, and report what bounded it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import argparse
 
 from ..demo import run as demo
 
-HELP = "fine-tune SmolLM2-135M with QLoRA PPO and say what bounded every update"
+HELP = "fine-tune SmolLM2-135M with QLoRA PPO and report what bounded every update"
 DESCRIPTION = (
-    "Fine-tunes SmolLM2-135M-Instruct with QLoRA and PPO towards replies of positive sentiment (VADER). Its KL to the "
-    "reference is held at a target by an adaptive controller, its updates are clipped, and a record of every update is kept."
+    "Fine-tunes SmolLM2-135M-Instruct with QLoRA and PPO towards replies of positive sentiment (VADER). An adaptive controller "
+    "keeps the KL to the reference near a target, the updates are clipped, and every update is recorded."
 )
 OPTIONS = {
-    "output_dir": "where records and adapter go",
+    "output_dir": "folder for the records and the adapter",
     "updates": "number of updates",
-    "kl_target": "KL to hold, nats per response",
-    "kl_coef": "coefficient at the start",
+    "kl_target": "target of the KL to the reference, in nats per response",
+    "kl_coef": "initial KL coefficient",
     "cliprange": "clip range of the ratio",
     "learning_rate": "learning rate",
     "seed": "seed",

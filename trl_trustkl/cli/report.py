@@ -1,4 +1,4 @@
-"""`trustkl report`: one page that says what bounded the updates of a run, from its records alone."""
+"""`trustkl report`: one page about what bounded the updates of a run, from its records."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import sys
 
 HELP = "write report.html and figures from the records of one or several runs"
 DESCRIPTION = (
-    "Reads the records of one or several runs and writes one self-contained report.html: what bounded the updates, in words, "
-    "findings with a change of configuration each, figures, and completions. The figures also go to RUN/figures."
+    "Reads the records of one or several runs and writes one self-contained report.html: a summary of what bounded the "
+    "updates, findings, each with a change of configuration, figures, and completions. The figures are also written to "
+    "RUN/figures."
 )
 
 
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's output_dir, or its bounds.jsonl")
     parser.add_argument(
-        "-o", "--output", help="the page (default: RUN/report.html; for several runs report.html in the current folder)"
+        "-o", "--output", help="path of the page (default: RUN/report.html, or ./report.html for several runs)"
     )
 
 

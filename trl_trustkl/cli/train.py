@@ -1,4 +1,4 @@
-"""`trustkl train`: a run from a YAML file and flags, with TRL's options and this project's."""
+"""`trustkl train`: a run from a YAML file and flags, with the options of TRL and of this package."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ HELP = "train with PPO from a YAML file and flags, as `trl sft` does"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None here: TRL's parser, which takes seconds to import, reads them in `run`."""
+    """Adds none: `run` reads them with TRL's parser, which takes seconds to import."""
     parser.set_defaults(run=run, parses_rest=True)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train, save, say where things are. Exit status: see `main`."""
-    # First of all: it speaks up while it is imported, of kernels that it does not need.
+    """Train, save, and print where the results are. Exit status: see `main`."""
+    # Before any other import: bitsandbytes logs errors about optional kernels while it is imported.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from . import train_inputs, train_options
 
@@ -43,7 +43,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def train(asked: Any, **arguments: Any) -> None:
-    """Run the trainer, save the model or adapter, push it where that was asked for."""
+    """Run the trainer, save the model or adapter, and push it if `push_to_hub` is set."""
+    from ..callbacks.bound_report import report_of
     from ..ppo.trainer import TrustKLPPOTrainer
 
     args = asked.training
@@ -51,29 +52,22 @@ def train(asked: Any, **arguments: Any) -> None:
     trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
     trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():
-        _conclude(args.output_dir, "adapter" if asked.model.use_peft else "model", _rendered(trainer))
+        report = report_of(trainer.callback_handler.callbacks)
+        _conclude(args.output_dir, "adapter" if asked.model.use_peft else "model", report.rendered if report else None)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=asked.script.dataset_name)
         trainer.accelerator.print(f"Pushed:       https://huggingface.co/{trainer.hub_model_id}")
     accelerator = trainer.accelerator
-    # The wrapped model goes before its process group: where it is the last to hold that, PyTorch waits for a thread that
-    # waits for Python, for ever.
+    # Free the wrapped model before its process group. If the model holds the last reference to the group, PyTorch waits
+    # indefinitely for a thread that needs Python's lock.
     del trainer
     accelerator.free_memory()
     accelerator.end_training()
 
 
 def _checkpoint(value: str | None) -> str | bool | None:
-    """`--resume_from_checkpoint True` asks for the newest checkpoint, as in TRL's scripts; transformers reads it as text."""
+    """`--resume_from_checkpoint True` means the newest checkpoint, as in TRL's scripts; transformers parses it as text."""
     return {"true": True, "false": None, "none": None}.get(str(value).lower(), value)
-
-
-def _rendered(trainer: Any) -> Path | None:
-    """The page that the trainer's own callback wrote at the end, or None where it could not."""
-    from ..callbacks.bound_report import report_of
-
-    report = report_of(trainer.callback_handler.callbacks)
-    return None if report is None else report.rendered
 
 
 def _conclude(folder: str, kind: str, report: Path | None) -> None:
@@ -81,11 +75,11 @@ def _conclude(folder: str, kind: str, report: Path | None) -> None:
 
     print(f"Records:      {Path(folder) / BOUNDS_FILE}")
     print(f"Completions:  {Path(folder) / COMPLETIONS_FILE}")
-    print(f"Report:       {report or f'none was rendered; trustkl report {folder} makes it, or says what it needs'}")
+    print(f"Report:       {report or f'none was rendered; trustkl report {folder} renders it, or names the cause'}")
     print(f"{kind.capitalize() + ':':13} {folder}")
 
 
 def _terminate(number: int, frame: Any) -> None:
-    """SIGTERM ends the run as Ctrl-C does, through every `finally`; 143 is what a shell shows for it."""
+    """SIGTERM ends the run as Ctrl-C does, through every `finally`, with the exit status that a shell reports: 143."""
     print("trustkl train: terminated; the records of finished updates are kept.", file=sys.stderr)
     sys.exit(128 + number)

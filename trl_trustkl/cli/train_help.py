@@ -1,4 +1,4 @@
-"""The help text of `trustkl train`: some 250 options in sections, what is this project's first."""
+"""The help text of `trustkl train`: about 250 options in sections."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ usage: trustkl train --config FILE.yaml [--option VALUE ...]
                      --reward_funcs FUNCTION ... --output_dir DIR [...]
 
 PPO on TRL with an anchor and a trust region. Options come from a YAML file,
-from flags, or from both, and then the flag wins. DATA is a hub name, a folder,
-or a .json, .jsonl, .csv or .parquet file; its column "prompt" has text or lists
-of messages. A mixture of datasets goes into the YAML file, as in TRL's scripts.
+from flags, or from both; a flag overrides the file. DATA is a hub name, a
+folder, or a .json, .jsonl, .csv or .parquet file; its column "prompt" has text
+or lists of messages. A mixture of datasets is given in the YAML file, as in
+TRL's scripts.
 """
 
 _EPILOG = """
 Several processes:
   accelerate launch --multi_gpu --num_processes 2 -m trl_trustkl train ...
 
-Exit status: 0; 1 for an error of the run; 2 for one of the options; 130 after
-Ctrl-C; 143 after SIGTERM.
+Exit status: 0 for success; 1 for an error of the run; 2 for an error in the
+options; 130 after Ctrl-C; 143 after SIGTERM.
 """
 
 _SCRIPT, _MODEL, _ANCHOR, _TRUST = "data, rewards, models", "policy: precision and LoRA", "anchor", "trust region"
 _PPO, _COMMON, _REST = "PPO", "training", "further options of transformers' TrainingArguments"
 _SECTIONS = (_SCRIPT, _MODEL, _ANCHOR, _TRUST, _PPO, _COMMON, _REST)
 
-_LISTED = 12  # of an option with more choices, its own text says where they are listed
-# What most runs set, of the many fields that every trainer of transformers has.
+_LISTED = 12  # choices at most; for more of them, the option's text says where they are listed
+# Those of transformers' many fields that most runs set.
 _COMMON_FIELDS = {
     "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "optim", "bf16", "fp16", "use_cpu",
@@ -49,35 +50,30 @@ _SCRIPT_FIELDS = {each.name for each in (*fields(ScriptArguments), *fields(Datas
 }  # fmt: skip
 _TRAINING_FIELDS = {each.name for each in fields(TrainingArguments)}
 _GROUPS = {each.name: about(each).group for each in fields(TrustKLPPOConfig)}
-# Fields that TRL's PPO trainer computes, that only TRL's own scripts read, or whose one value here is the default.
+# Fields that TRL's PPO trainer computes, that only TRL's scripts read, or that only accept their default here.
 _HIDDEN = {"ignore_bias_buffers", "exp_name", "dataset_streaming", "streaming"} | {
     name for name, group in _GROUPS.items() if not group and name not in _TRAINING_FIELDS
 }
 
 
 def add_help(parser: argparse.ArgumentParser) -> None:
-    """--help with the main options, --help-all with every one."""
+    """Add --help for the main options and --help-all for every option."""
     parser.add_argument("-h", "--help", action=_Help, help="print the main options")
     parser.add_argument("--help-all", action=_Help, help="print every option")
 
 
 def help_text(parser: argparse.ArgumentParser, *, everything: bool) -> str:
     formatter = _Formatter(parser.prog)
-    for title, actions in _sections(parser).items():
-        if everything or title != _REST:
-            formatter.start_section(title)
-            formatter.add_arguments(actions)
-            formatter.end_section()
+    # Without those that take no value: --no_x is the same as --x False.
+    shown = [
+        action for action in parser._actions if action.dest not in {*_HIDDEN, argparse.SUPPRESS} and action.nargs != 0
+    ]
+    for title in _SECTIONS if everything else _SECTIONS[:-1]:
+        formatter.start_section(title)
+        formatter.add_arguments([action for action in shown if _section(action.dest) == title])
+        formatter.end_section()
     more = "" if everything else f"\n{_REST}:\n  trustkl train --help-all\n"
     return f"{_USAGE}\n{formatter.format_help()}{more}{_EPILOG}"
-
-
-def _sections(parser: argparse.ArgumentParser) -> dict[str, list[argparse.Action]]:
-    sections: dict[str, list[argparse.Action]] = {title: [] for title in _SECTIONS}
-    for action in parser._actions:
-        if action.dest not in {*_HIDDEN, argparse.SUPPRESS} and action.nargs != 0:  # --x False says what --no_x says
-            sections[_section(action.dest)].append(action)
-    return sections
 
 
 def _section(name: str) -> str:
@@ -102,7 +98,7 @@ class _Help(argparse.Action):
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Each option once, in the spelling of the dataclasses, with its choices, and its default where that is not None."""
+    """Each option once, spelled as in the dataclasses, with its choices, and its default unless that is None."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=6, width=80)

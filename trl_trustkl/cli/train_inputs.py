@@ -1,4 +1,4 @@
-"""What a run of `trustkl train` needs, from its options: datasets, models, reward functions."""
+"""The datasets, models and reward functions of `trustkl train`, loaded from its options."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet
 
 
 def load_datasets(options: Options) -> tuple[Dataset, Dataset | None]:
-    """The training split, and the test split where the run evaluates. DataError for data or a split that is not there."""
+    """The training split, and the test split if the run evaluates. DataError for missing data or a missing split."""
     script = options.script
     with _as_error(DataError, "dataset_name", script.dataset_name or "datasets"):
         splits = get_dataset(options.mixture) if options.mixture.datasets else _splits(script)
@@ -39,7 +39,7 @@ def load_datasets(options: Options) -> tuple[Dataset, Dataset | None]:
 
 
 def _splits(script: Any) -> Any:
-    """A DatasetDict of a file, of a folder that datasets wrote, or of whatever `load_dataset` finds under the name."""
+    """The splits in a file, in a folder that datasets saved, or in what `load_dataset` finds under the name."""
     path = Path(script.dataset_name)
     if path.suffix in _FILES:
         if not path.is_file():
@@ -53,10 +53,10 @@ def _splits(script: Any) -> Any:
 
 
 def load_models(options: Options) -> dict[str, Any]:
-    """Policy, tokenizer, adapter, reference and value, as arguments of the trainer."""
+    """Policy, tokenizer, adapter, reference model and value model, as arguments of the trainer."""
     model, training, script = options.model, options.training, options.script
     name = model.model_name_or_path
-    assert name is not None  # `parse` refuses options without it
+    assert name is not None  # `parse` rejects options without it
     init_kwargs: Any = training.model_init_kwargs or {}
     settings = {
         "revision": model.model_revision,
@@ -64,7 +64,7 @@ def load_models(options: Options) -> dict[str, Any]:
         "dtype": model.dtype,
         **init_kwargs,
     }
-    training.model_init_kwargs = None  # the policy's; a reward model is loaded as its own configuration says
+    training.model_init_kwargs = None  # only for the policy; a reward model is loaded with its own configuration
     tokenizer_settings = {key: settings[key] for key in ("revision", "trust_remote_code") if key in settings}
     beside = {key: value for key, value in settings.items() if key != "revision"}
     quantized = {"quantization_config": config} if (config := get_quantization_config(model)) is not None else {}
@@ -96,7 +96,7 @@ def load_rewards(options: Options) -> dict[str, list[Any]]:
 
 
 def _reward(name: str) -> tuple[Any, Any]:
-    """A function by its import path, or else a model; a folder is a model whatever it is called."""
+    """A function if the name is an import path, else a model; a folder is a model whatever its name."""
     dotted = "." in name and all(part.isidentifier() for part in name.split("."))
     if not Path(name).is_dir() and (name.find(":") > 0 or dotted):
         return load_function("reward_funcs", name, VALID), None
@@ -111,11 +111,10 @@ def _reward_model(field: str, name: str) -> tuple[Any, Any]:
 
 @contextmanager
 def _as_error(kind: type[TrustKLError], field: str, value: str) -> Iterator[None]:
-    """What a library says of something it cannot find or read, with the field that asked for it."""
+    """Raise a library's error about something it cannot load as a `kind`, with the field that asked for it."""
     try:
         yield
     except TrustKLError:
         raise
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        first = " ".join(str(error).split())
-        raise kind(f"`{field}` got {value!r}, which cannot be loaded: {first}") from error
+        raise kind(f"`{field}` got {value!r}, which cannot be loaded: {' '.join(str(error).split())}") from error

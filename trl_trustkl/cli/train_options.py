@@ -1,4 +1,4 @@
-"""The options of `trustkl train`: TRL's dataclasses and ours, read from flags and a YAML file."""
+"""The options of `trustkl train`: dataclasses of TRL and of this package, read from flags and a YAML file."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def _option(help: str) -> Any:
 
 @dataclass
 class TrainArguments(ScriptArguments):
-    """TRL's script arguments, the rewards, and the models beside the policy."""
+    """TRL's script arguments, the rewards, and the models other than the policy."""
 
     reward_funcs: list[str] | None = _option(
         "Reward functions, each as package.module.function, as path/to/file.py:function, or as the name or folder of a "
         "reward model."
     )
     reward_model_name_or_path: str | None = _option(
-        "A reward model; comes before those of reward_funcs, in reward_weights too."
+        "A reward model. It precedes those of reward_funcs, also in reward_weights."
     )
     ref_model: str | None = _option(
-        "The reference, loaded as the policy is; without it the policy as it was before the run."
+        "The reference model, loaded like the policy. By default, the policy before training."
     )
-    value_model: str | None = _option("The value model, trained in full; without it a head on the policy.")
+    value_model: str | None = _option("The value model, trained in full. By default, a value head on the policy.")
 
     def __post_init__(self) -> None:
         funcs: Any = self.reward_funcs
@@ -43,7 +43,7 @@ class TrainArguments(ScriptArguments):
 
 
 class Options(NamedTuple):
-    """What a command line says."""
+    """The options of a command line."""
 
     script: TrainArguments
     training: TrustKLPPOConfig
@@ -53,12 +53,12 @@ class Options(NamedTuple):
 
 _DATACLASSES = (TrainArguments, TrustKLPPOConfig, ModelConfig, DatasetMixtureConfig)
 
-# Fields that only TRL's own script reads, and what stands for them here.
+# Fields that only TRL's script reads, and those that replace them here.
 _ELSEWHERE = {"sft_model_path": "model_name_or_path", "reward_model_path": "reward_model_name_or_path"}
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """The options of a command line and of the YAML file it names; flags win. ConfigError for what cannot be understood."""
+    """The options of a command line and of its YAML file, which flags override. ConfigError if they are invalid."""
     parser = TrlParser(_DATACLASSES, prog="trustkl train", allow_abbrev=False, add_help=False)
     train_help.add_help(parser)
     given = _split_config(arguments)
@@ -76,7 +76,7 @@ def parse(arguments: Sequence[str]) -> Options:
 
 
 def _split_config(arguments: Sequence[str]) -> list[str]:
-    """`--config=file` as two words, the one form that TRL's parser knows; its file read once, to say what is wrong with it."""
+    """`--config=file` as two words, the only form that TRL's parser accepts. ConfigError if the file does not exist."""
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" in words:
         rest = words[words.index("--config") + 1 :]
@@ -92,7 +92,7 @@ def _unknown_option(unknown: list[str], parser: argparse.ArgumentParser) -> Conf
 
 
 def _check(options: Options) -> None:
-    """What no dataclass checks by itself."""
+    """The checks that the dataclasses do not make."""
     script, training, model, mixture = options
     defaults = {each.name: each.default for each in fields(TrustKLPPOConfig)}
     for name, instead in _ELSEWHERE.items():

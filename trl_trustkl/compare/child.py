@@ -1,7 +1,7 @@
-"""One run in a process of its own: `python -m trl_trustkl.compare.child FOLDER`.
+"""One run in a separate process: `python -m trl_trustkl.compare.child FOLDER`.
 
-The folder's settings.json says what to train. When the run is over, done.json says with what it was made: a folder without it
-holds half a run.
+settings.json in the folder says what to train. When the run is finished, the same settings are written to done.json; without
+it, the run in the folder is incomplete.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ DONE_FILE = "done.json"
 
 
 def run(folder: Path) -> None:
-    """Train what the folder's settings.json describes, and mark it as done."""
+    """Train what the folder's settings.json describes, and mark the run as finished."""
     from transformers import set_seed
 
     from .task import load
 
     made_with = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))
-    set_seed(made_with["seed"])  # a task that makes its model at random makes the same one each time
+    set_seed(made_with["seed"])  # so that a task that initialises its model at random makes the same one each time
     function = load(made_with["task"])
     changes = {**made_with["config"], "seed": made_with["seed"], "max_steps": made_with["updates"]}
     trainer = function(str(folder), callbacks=(), **changes)
     trainer.train()
     made = len(load_records(folder))
     if made != made_with["updates"]:
-        raise DataError(f"the run left records of {made} updates instead of {made_with['updates']}: it ended early.")
+        raise DataError(f"the run ended early: it has records of {made} updates instead of {made_with['updates']}.")
     write(folder / DONE_FILE, made_with)
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Write settings.json or done.json in one step."""
+    """Write settings.json or done.json atomically."""
     write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1))
 
 
 def end_with_parent() -> None:
-    """End when standard input does: the parent holds its other side, and lets go however it ends."""
+    """Exit when standard input ends: the parent holds its other end, which closes however the parent exits."""
 
     def watch() -> None:
-        # From the descriptor: a thread that waits in sys.stdin holds its lock, which the interpreter wants when it ends.
+        # Not sys.stdin: a thread that waits in it holds its lock, which the interpreter needs when it exits.
         while os.read(0, 1):
             pass
         os._exit(143)

@@ -9,33 +9,14 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-# The report's own look: its palette, its ink, its axes.
-from ..report.figures import (
-    BLUE,
-    GREEN,
-    INK,
-    ORANGE,
-    PURPLE,
-    RED,
-    SKY,
-    Drawn,
-    Kind,
-    add_axes,
-    add_legend,
-    drawable,
-    log_scale,
-    plot_line,
-    positive,
-    render,
-    update_axis,
-)
+from ..report import figures as shared
 from ..report.schema import Run
 from ..report.series import Column, column, reference_per_token
 from ..report.text import visible
 from .metrics import Result
 
-COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
-STYLES = ("-", "--", ":")  # past the sixth setting the colours come again
+COLOURS = (shared.BLUE, shared.ORANGE, shared.GREEN, shared.RED, shared.PURPLE, shared.SKY)
+STYLES = ("-", "--", ":")  # after the sixth setting the colours repeat
 
 Series = Callable[[Run], tuple[Column, Column]]
 
@@ -57,46 +38,46 @@ def _of(key: str, run: Run) -> tuple[Column, Column]:
 PANELS: dict[str, Panel] = {
     "score": Panel(
         "Score", "mean score",
-        "Higher is what the reward asked for, which need not be what its author meant: read it beside the next panels.",
+        "A higher score is more reward, which may not be what its author intended: read this panel together with the others.",
         partial(_of, "score"),
     ),
     "kl": Panel(
         "Distance to the reference", "KL to the reference\n(nats per response)",
-        "The exact KL(π‖π_ref) at rollout: a line that keeps rising leaves the reference for good.",
+        "The exact KL(π‖π_ref) at rollout: if a line keeps rising, the policy drifts ever further from the reference model.",
         partial(_of, "anchor.kl_exact"),
     ),
     "update_kl": Panel(
         "Size of each update", r"KL($\pi_{\mathrm{old}}\,\|\,\pi$) after the update" "\n(nats per token, logarithmic)",
-        "How far one update moved the policy away from the one that sampled its batch, measured after the step.",
+        "How far an update moved the policy away from the one that sampled its batch, measured after the update.",
         partial(_of, "trust.kl"), log=True,
     ),
     "ratio": Panel(
         "Largest ratio of each update", r"largest $\pi/\pi_{\mathrm{old}}$" "\n(logarithmic)",
-        "The token that an update made likelier by the largest factor; a clip range of 0.2 ends at 1.2, and is no bound.",
+        "The largest factor by which an update made a sampled token likelier; a clip range of 0.2 ends at 1.2 but is no bound.",
         partial(_of, "trust.max_ratio"), log=True,
     ),
     "ref_logp": Panel(
-        "What the reference thinks of the completions", "log-likelihood by the reference\n(nats per token)",
-        "The lower, the less likely the original model would have written them; a score that rises while this falls was "
-        "bought with strange text.",
+        "Likelihood of the completions under the reference", "log-likelihood under the reference\n(nats per token)",
+        "Lower is less likely under the reference model; a score that rises while this falls was gained by unusual text.",
         reference_per_token,
     ),
 }  # fmt: skip
 
 
-def draw(results: Sequence[Result]) -> list[Drawn]:
-    """Every panel that any run has numbers for."""
+def draw(results: Sequence[Result]) -> list[shared.Drawn]:
     with np.errstate(all="ignore"):
         return [
-            render(f"compare_{name}", Kind(panel.title, panel.caption, partial(_draw, panel, results)), [])
+            shared.render(
+                f"compare_{name}", shared.Kind(panel.title, panel.caption, partial(_draw, panel, results)), []
+            )
             for name, panel in PANELS.items()
         ]
 
 
 def _draw(panel: Panel, results: Sequence[Result], figure: Figure, _: object) -> None:
     """Thin lines for the seeds, a thick one for their mean."""
-    axes = add_axes(figure, panel.label)
-    scale = positive if panel.log else drawable
+    axes = shared.add_axes(figure, panel.label)
+    scale = shared.positive if panel.log else shared.drawable
     everything, last = [], 1.0
     for number, result in enumerate(results):
         lines = [panel.series(run) for run in result.runs.values()]
@@ -106,23 +87,22 @@ def _draw(panel: Panel, results: Sequence[Result], figure: Figure, _: object) ->
         style = STYLES[number // len(COLOURS) % len(STYLES)]
         look = {} if style == "-" else {"linestyle": style}
         colour = COLOURS[number % len(COLOURS)]
-        if len(lines) > 1:
-            for x, y in lines:
-                plot_line(axes, x, y, colour, alpha=0.35, linewidth=0.7, marker="", **look)
+        for x, y in lines if len(lines) > 1 else ():
+            shared.plot_line(axes, x, y, colour, alpha=0.35, linewidth=0.7, marker="", **look)
         x, y = _mean(lines)
-        plot_line(axes, x, y, colour, _label(result.name), linewidth=1.9, **look)
+        shared.plot_line(axes, x, y, colour, _label(result.name), linewidth=1.9, **look)
         everything += [y for _, y in lines]
         last = max(last, float(x[-1]))
     if not everything:
-        axes.text(0.5, 0.5, "no numbers", color=INK, ha="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "no numbers", color=shared.INK, ha="center", transform=axes.transAxes)
     elif panel.log:
-        log_scale(axes, *everything)
-    update_axis(axes, np.array([1.0, last]))
-    add_legend(axes)
+        shared.log_scale(axes, *everything)
+    shared.update_axis(axes, np.array([1.0, last]))
+    shared.add_legend(axes)
 
 
 def _mean(lines: Sequence[tuple[Column, Column]]) -> tuple[Column, Column]:
-    """The mean over the runs at every update that any of them has."""
+    """The mean over the runs, at every update that any of them has."""
     x = np.unique(np.concatenate([at for at, _ in lines]))
     rows = np.full((len(lines), len(x)), np.nan)
     for row, (at, y) in zip(rows, lines, strict=True):
@@ -132,6 +112,6 @@ def _mean(lines: Sequence[tuple[Column, Column]]) -> tuple[Column, Column]:
 
 
 def _label(name: str) -> str:
-    """The name as matplotlib shows it: no formula in it, and no underscore that would keep it out of a legend."""
+    """The name for a legend: without a formula, and without the leading underscore that would hide it."""
     text = visible(name).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text

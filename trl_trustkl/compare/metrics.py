@@ -1,4 +1,4 @@
-"""A run in numbers, from its records and completions alone; a setting as the mean and spread over its seeds."""
+"""The metrics of a run, from its records and completions; those of a setting are the mean and spread over its seeds."""
 
 from __future__ import annotations
 
@@ -15,39 +15,42 @@ from .settings import LIMIT
 
 
 class Metric(NamedTuple):
-    """title: as a table's head; unit: "" for a pure number; how: how it is computed, with {last} for "last 5 updates"
-    and {limit} for the limit."""
+    """title: the head of its column; unit: "" for a pure number; how: how it is computed, with {last} for "last 5 updates"
+    and {limit} for the limit; style: the format of its numbers, by default three significant digits."""
 
     title: str
     unit: str
     how: str
+    style: str = ""
 
 
 METRICS: dict[str, Metric] = {
-    "score_first": Metric("score at first", "", "mean over as many updates at the start as the score is over at the end"),
-    "score": Metric("score", "", "mean over the {last}"),
+    "score_first": Metric("score at the start", "", "mean over the first updates, as many as for the score", ".2f"),
+    "score": Metric("score", "", "mean over the {last}", ".2f"),
     "kl": Metric(
         "KL to the reference", "nats/response", "exact KL(π‖π_ref) at rollout, mean over the {last}"
     ),
     "update_kl": Metric("largest update KL", "nats/token", "largest KL(π_old‖π) of one update in the run"),
-    "over_limit": Metric("updates over the limit", "", "share of the updates whose KL(π_old‖π) exceeded {limit} nats/token"),
+    "over_limit": Metric(
+        "updates over the limit", "", "share of the updates whose KL(π_old‖π) exceeded {limit} nats/token", ".0%"
+    ),
     "ratio": Metric("largest ratio", "", "largest π/π_old at a sampled token in the run"),
     "ref_logp": Metric(
-        "reference log-likelihood", "nats/token", "log π_ref of the completions, mean over the {last}"
+        "reference log-likelihood", "nats/token", "log π_ref of the completions, mean over the {last}", ".2f"
     ),
-    "distinct_1": Metric("distinct-1", "", "share of distinct words in the completions of the {last}"),
+    "distinct_1": Metric("distinct-1", "", "share of distinct words in the completions of the {last}", ".2f"),
     "distinct_2": Metric(
         "distinct-2", "",
-        "share of distinct pairs of successive words in the completions of the {last} (Li et al., arXiv 1510.03055)",
+        "share of distinct pairs of successive words in the completions of the {last} (Li et al., arXiv 1510.03055)", ".2f",
     ),
 }  # fmt: skip
 
 
 class Result(NamedTuple):
-    """A setting in numbers.
+    """The metrics of a setting.
 
-    config: the fields it was made with. anchored, clipped: whether the anchor pulled and a clip rule was on, as the records
-    say. clip_end: the upper end of the clip range, None without PPO's clip. rows: its metrics by seed; runs: their source.
+    config: the fields it was made with. anchored, clipped: whether an anchor and a clip rule were on, according to the
+    records. clip_end: the upper end of the clip range, None without PPO's clip. rows: its metrics by seed; runs: their source.
     """
 
     name: str
@@ -79,7 +82,7 @@ def result(name: str, config: Mapping[str, Any], runs: dict[int, Run], *, last: 
 
 
 def last_updates(updates: int) -> int:
-    """How many updates "the last" are by default: a quarter of them."""
+    """How many updates are "the last" by default: a quarter."""
     return max(1, updates // 4)
 
 
@@ -88,9 +91,9 @@ def latest(last: int) -> str:
     return "last update" if last == 1 else f"last {last} updates"
 
 
-@np.errstate(all="ignore")  # of numbers near the largest float, what comes out is not finite, and shown as missing
+@np.errstate(all="ignore")  # numbers near the largest float overflow, and are shown as missing
 def of_run(run: Run, *, last: int, limit: float = LIMIT) -> dict[str, float]:
-    """Every metric of METRICS; NaN for one that the records do not give."""
+    """Every metric of METRICS; NaN for one that does not follow from the records."""
     records = run.records
     kl = column(records, "trust.kl")
     known = kl[np.isfinite(kl)]
@@ -111,30 +114,18 @@ def of_run(run: Run, *, last: int, limit: float = LIMIT) -> dict[str, float]:
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Share of distinct word n-grams among all of the texts' (Li et al., arXiv 1510.03055); NaN where there is none."""
+    """Share of distinct word n-grams among those of all texts (Li et al., arXiv 1510.03055); NaN if there are none."""
     grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else math.nan
 
 
 def spread(values: Column) -> float:
-    """Sample standard deviation (n − 1) of what there is; NaN for fewer than two numbers."""
+    """Sample standard deviation (n − 1) of the finite values; NaN for fewer than two."""
     known = values[np.isfinite(values)]
     return float(known.std(ddof=1)) if known.size > 1 else math.nan
 
 
 def shown(metric: str, value: float) -> str:
-    """A value as a table has it: as many digits as say something."""
-    if not math.isfinite(value):
-        return "–"
-    style = _STYLES.get(metric)
-    return format(value, style) if style else number(value)
-
-
-_STYLES = {
-    "score_first": ".2f",
-    "score": ".2f",
-    "ref_logp": ".2f",
-    "distinct_1": ".2f",
-    "distinct_2": ".2f",
-    "over_limit": ".0%",
-}
+    """A value as text; "–" for one that is missing."""
+    style = METRICS[metric].style
+    return format(value, style) if style and math.isfinite(value) else number(value)

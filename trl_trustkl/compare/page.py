@@ -1,7 +1,6 @@
-"""comparison.html, .csv, .md and figures: what a comparison leaves in its folder.
+"""The files of a comparison: comparison.html, .csv, .md and figures.
 
-Completions and settings are untrusted text: they enter through the report's own template environment, which escapes every
-expression.
+Completions and settings are untrusted text; the report's template environment escapes every expression.
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ import numpy as np
 
 from ..files import write_atomically
 from ..report import FIGURES_FOLDER, read_run
-from ..report.figures import Drawn, write
+from ..report.figures import write
 from ..report.html import environment
-from ..report.tables import Sample, sample
 from ..report.text import count
 from . import figures, tables
 from .conclusions import conclude
@@ -29,7 +27,7 @@ SHOWN = 3  # completions of a setting
 
 
 class Report(NamedTuple):
-    """A comparison in words and numbers. `last`: the updates that "the last" are; `notes`: what is missing."""
+    """The results of a comparison. `last`: how many updates are "the last"; `notes`: what is missing."""
 
     results: list[Result]
     paragraph: str
@@ -38,13 +36,6 @@ class Report(NamedTuple):
     last: int
     limit: float
     notes: list[str]
-
-
-class Side(NamedTuple):
-    """A setting's completions."""
-
-    name: str
-    samples: list[Sample]
 
 
 def collect(
@@ -56,7 +47,7 @@ def collect(
     last: int | None,
     limit: float,
 ) -> Report | None:
-    """The report of every finished run; None where none is finished. `last`: a quarter of the updates by default."""
+    """The report of the finished runs; None if there are none. `last`: by default a quarter of the updates."""
     missing = {outcome.job.folder for outcome in failed}
     last = last or last_updates(comparison.updates)
     results, notes = [], []
@@ -74,38 +65,23 @@ def collect(
 
 @np.errstate(all="ignore")
 def save(report: Report, folder: Path) -> None:
-    """Write everything; each file is whole or as it was."""
-    drawn = figures.draw(report.results)
+    """Write all files, each atomically."""
+    results, last = report.results, latest(report.last)
+    drawn = figures.draw(results)
     write(drawn, folder / FIGURES_FOLDER)
-    contents = {
-        PAGE_FILE: page(report, drawn, folder.resolve().name),
-        CSV_FILE: tables.as_csv(report.results),
-        MARKDOWN_FILE: tables.as_markdown(report.results, report.paragraph, latest(report.last), report.limit),
-    }
-    for name, content in contents.items():
-        write_atomically(folder / name, content)
-
-
-def page(report: Report, drawn: Sequence[Drawn], title: str) -> str:
-    template = environment("trl_trustkl.compare").get_template("comparison.html")
-    return template.render(
-        title=title,
-        subtitle=subtitle(report),
-        notes=report.notes,
-        paragraph=report.paragraph,
-        table=tables.table(report.results, "\n± "),
+    seeds = sorted({seed for each in results for seed in each.rows})
+    page = environment("trl_trustkl.compare").get_template("comparison.html")
+    content = page.render(
+        report=report,
+        title=folder.resolve().name,
+        subtitle=f"{count(len(results), 'setting')}, {count(report.updates, 'update')} each, "
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}.",
+        table=tables.table(results, "\n± "),
         figures=drawn,
-        sides=[Side(each.name, list(map(sample, tables.samples(each, SHOWN)))) for each in report.results],
-        task=report.task,
-        settings=tables.configurations(report.results),
-        explained=tables.explained(latest(report.last), report.limit),
+        samples=[(each.name, tables.samples(each, SHOWN)) for each in results],
+        settings=tables.configurations(results),
+        explained=tables.explained(last, report.limit),
     )
-
-
-def subtitle(report: Report) -> str:
-    """ "4 settings × 2 seeds, 20 updates each"."""
-    seeds = sorted({seed for each in report.results for seed in each.rows})
-    return (
-        f"{count(len(report.results), 'setting')}, {count(report.updates, 'update')} each, "
-        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}."
-    )
+    write_atomically(folder / PAGE_FILE, content)
+    write_atomically(folder / CSV_FILE, tables.as_csv(results))
+    write_atomically(folder / MARKDOWN_FILE, tables.as_markdown(results, report.paragraph, last, report.limit))

@@ -1,7 +1,8 @@
-"""Every setting with every seed, each run in a folder and a process of its own; finished runs are not made again."""
+"""Runs every setting with every seed, each in a separate folder and process; finished runs are not repeated."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,10 +11,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..errors import DataError
 from ..records import BOUNDS_FILE
@@ -25,7 +26,7 @@ GRACE = 10.0  # seconds that a run has to end after it was told to
 
 
 class Job(NamedTuple):
-    """A run that is to be made."""
+    """A planned run; `made_with` is what done.json holds once it is finished."""
 
     setting: str
     seed: int
@@ -37,6 +38,10 @@ class Job(NamedTuple):
         return f"{self.setting}, seed {self.seed}"
 
 
+Start = Callable[[Job, int], subprocess.Popen[bytes]]
+"""Starts the process of a job, which may use a number of threads."""
+
+
 class Outcome(NamedTuple):
     """How a job ended; `error` is None for one that is finished."""
 
@@ -45,19 +50,8 @@ class Outcome(NamedTuple):
     error: str | None
 
 
-class Process(Protocol):
-    """As much of `subprocess.Popen` as running a job needs."""
-
-    def wait(self, timeout: float | None = None) -> int: ...
-    def terminate(self) -> None: ...
-    def kill(self) -> None: ...
-
-
-Start = Callable[[Job, int], Process]
-
-
 class Reporter(Protocol):
-    """What is told while runs are made; called from several threads."""
+    """Shows the progress of the runs; called from several threads."""
 
     def started(self, job: Job) -> None: ...
     def ended(self, outcome: Outcome) -> None: ...
@@ -65,24 +59,17 @@ class Reporter(Protocol):
 
 
 def jobs(comparison: Comparison, output_dir: Path, task: str) -> list[Job]:
-    """Seed by seed, so that every setting has a run before any has two."""
-    return [
-        Job(
-            name,
-            seed,
-            output_dir / slug(name) / f"seed-{seed}",
-            {"task": task, "updates": comparison.updates, "seed": seed, "config": fields},
-        )
-        for seed in comparison.seeds
-        for name, fields in comparison.settings.items()
-    ]
+    """Every setting with the first seed, then every setting with the second, and so on."""
 
+    def job(seed: int, name: str, config: dict[str, Any]) -> Job:
+        made_with = {"task": task, "updates": comparison.updates, "seed": seed, "config": config}
+        return Job(name, seed, output_dir / slug(name) / f"seed-{seed}", made_with)
 
-# -- what is there already ----------------------------------------------------------------------------------------------
+    return [job(seed, *setting) for seed in comparison.seeds for setting in comparison.settings.items()]
 
 
 def unfinished(planned: Sequence[Job], *, overwrite: bool = False) -> list[Job]:
-    """The jobs that are still to be run. DataError if one was made under other settings, unless it may be overwritten."""
+    """The jobs that are not finished. DataError for one that was made with other settings, unless it may be overwritten."""
     left, reasons = [], []
     for job in planned:
         made_with = _made_with(job.folder)
@@ -92,30 +79,26 @@ def unfinished(planned: Sequence[Job], *, overwrite: bool = False) -> list[Job]:
             reasons.append(f"{job.folder} was made with {'; '.join(differences(made_with, job.made_with))}")
         left.append(job)
     if reasons:
-        raise DataError(
-            "\n".join(reasons) + ".\nFix: another --output-dir keeps both, --overwrite replaces those that differ."
-        )
+        fix = "Fix: another --output-dir keeps both, --overwrite replaces those that differ."
+        raise DataError("\n".join(reasons) + f".\n{fix}")
     return left
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """ "kl_coef 0.05, now 0.1" for each value that is not the same."""
+    """ "kl_coef 0.05, now 0.1" for each value that differs."""
     found = []
     for key in sorted({*old, *new}):
         before, now = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
             found += differences(before, now)
         elif before != now or (key in old) != (key in new):
-            found.append(f"{key} {_value(old, key)}, now {_value(new, key)}")
+            was, is_now = (repr(each[key]) if key in each else "left open" for each in (old, new))
+            found.append(f"{key} {was}, now {is_now}")
     return found
 
 
-def _value(of: dict[str, Any], key: str) -> str:
-    return repr(of[key]) if key in of else "left open"
-
-
 def _made_with(folder: Path) -> dict[str, Any] | None:
-    """The settings of a finished run; None where there is none."""
+    """The settings that a finished run was made with; None if there is none."""
     try:
         made_with = json.loads((folder / DONE_FILE).read_text("utf-8"))
     except FileNotFoundError:
@@ -126,46 +109,45 @@ def _made_with(folder: Path) -> dict[str, Any] | None:
 
 
 def _prepare(job: Job) -> None:
-    """An empty folder with the job's settings in it; a half run goes, what is not ours stays."""
+    """Make an empty folder with the job's settings, in place of an incomplete run; DataError for a folder with other files."""
     if job.folder.exists() and any(job.folder.iterdir()):
         if not (job.folder / SETTINGS_FILE).exists():
-            raise DataError(f"{job.folder} is in the way: it holds no run of a comparison. Fix: another --output-dir.")
+            raise DataError(
+                f"{job.folder} is in the way: it holds no run of a comparison. Fix: use another --output-dir."
+            )
         shutil.rmtree(job.folder)
     job.folder.mkdir(parents=True, exist_ok=True)
     write(job.folder / SETTINGS_FILE, job.made_with)
 
 
-# -- running -----------------------------------------------------------------------------------------------------------
-
-
 def start_process(job: Job, threads: int) -> subprocess.Popen[bytes]:
-    """The job in a fresh interpreter, its output in the folder's log."""
+    """Start the job in a new interpreter, with its output in the folder's log."""
     environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **os.environ}
     with open(job.folder / LOG_FILE, "wb") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "trl_trustkl.compare.child", str(job.folder)],
-            stdin=subprocess.PIPE,  # never written to: its end tells the child that we are gone
+            stdin=subprocess.PIPE,  # never written to: its end tells the child that this process has exited
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # Ctrl-C is ours to hand on
+            start_new_session=True,  # Ctrl-C only reaches this process, which ends the others
         )
 
 
 def cores() -> int:
-    """The cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Runner:
-    """Runs jobs, `processes` at a time; as a context it ends what is still running when it is left."""
+    """Runs jobs, `processes` at a time; a context manager that ends the jobs that are still running on exit."""
 
     def __init__(self, processes: int, reporter: Reporter, start: Start = start_process) -> None:
         self.pool = ThreadPoolExecutor(processes, thread_name_prefix="run")
         self.threads = max(1, cores() // processes)
         self.reporter, self.start = reporter, start
         self.lock = threading.Lock()
-        self.running: set[Process] = set()
+        self.running: set[subprocess.Popen[bytes]] = set()
         self.stopping = False
 
     def __enter__(self) -> Runner:
@@ -178,17 +160,20 @@ class Runner:
         for process in running:
             process.terminate()
         for process in running:
-            _end(process)
+            try:
+                process.wait(timeout=GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         self.pool.shutdown(cancel_futures=True)
 
     def run(self, planned: Sequence[Job], every: float = 0.5) -> list[Outcome]:
-        """The outcomes, in the order of the jobs; progress is told every so many seconds."""
+        """The outcomes, in the order of the jobs; progress is reported at least `every` so many seconds."""
         counters = [UpdateCounter(job.folder / BOUNDS_FILE) for job in planned]
         for job in planned:
             _prepare(job)
-        waiting: set[Future[Outcome]] = set()
         futures = [self.pool.submit(self._run, job) for job in planned]
-        waiting.update(futures)
+        waiting = set(futures)
         while waiting:
             _, waiting = wait_for(waiting, timeout=every)
             self.reporter.progress(sum(counter.count() for counter in counters))
@@ -212,44 +197,26 @@ class Runner:
         return outcome
 
 
-def _end(process: Process) -> None:
-    try:
-        process.wait(timeout=GRACE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
 def _why(job: Job, status: int) -> str:
     """The last line that a failed run wrote, or how it ended."""
     try:
-        with open(job.folder / LOG_FILE, "rb") as log:
-            lines = _tail(log).decode("utf-8", "replace").split("\n")
+        log = (job.folder / LOG_FILE).read_bytes()
     except OSError:
-        lines = []
-    said = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        log = b""
+    said = log.strip().rpartition(b"\n")[2].decode("utf-8", "replace").strip()
     ended = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
     return said if said and status > 0 else f"{ended}{': ' + said if said else ''}"
 
 
-def _tail(log: IO[bytes], size: int = 65_536) -> bytes:
-    log.seek(0, os.SEEK_END)
-    log.seek(max(0, log.tell() - size))
-    return log.read()
-
-
 class UpdateCounter:
-    """The finished updates of a run, counted as its file grows."""
+    """Counts the finished updates of a run while its file grows."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.place, self.found = file, 0, 0
 
     def count(self) -> int:
-        try:
-            with open(self.file, "rb") as lines:
-                lines.seek(self.place)
-                self.found += lines.read().count(b"\n")
-                self.place = lines.tell()
-        except OSError:  # not there yet
-            pass
+        with contextlib.suppress(OSError), open(self.file, "rb") as lines:  # it may not exist yet
+            lines.seek(self.place)
+            self.found += lines.read().count(b"\n")
+            self.place = lines.tell()
         return self.found

@@ -1,11 +1,10 @@
-"""The comparison as rows: for a page, for Markdown, for a terminal; and every run as a line of CSV."""
+"""The comparison as tables: for a page, for Markdown, for a terminal, and every run as a line of CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from ..report.schema import Completion
 from ..report.series import mean
@@ -14,28 +13,22 @@ from ..report.text import markdown, number, one_line, shortened, visible
 from .metrics import METRICS, Result, shown, spread
 
 MISSING = "–"
-SAMPLE = 200  # characters of a completion in a table
 
 
 def cell(result: Result, metric: str) -> tuple[str, str]:
-    """The mean over the seeds, and the spread; "–" where there is none."""
+    """The mean over the seeds and the spread; "–" for one that is missing."""
     values = result.values(metric)
     return shown(metric, mean(values)), shown(metric, spread(values))
 
 
 def table(results: Sequence[Result], between: str = " ± ") -> Table:
-    """A row for each setting; `between` the mean and the spread of a cell."""
-    head = ["setting", "seeds", *(_head(metric) for metric in METRICS)]
+    """A row for each setting; `between` separates the mean and the spread of a cell."""
+    head = [f"{title} ({unit})" if unit else title for title, unit, *_ in METRICS.values()]
     rows = [
         [result.name, str(len(result.rows)), *(between.join(cell(result, metric)) for metric in METRICS)]
         for result in results
     ]
-    return Table(head, rows)
-
-
-def _head(metric: str) -> str:
-    title, unit, _ = METRICS[metric]
-    return f"{title} ({unit})" if unit else title
+    return Table(["setting", "seeds", *head], rows)
 
 
 def explained(last: str, limit: float) -> dict[str, str]:
@@ -48,17 +41,16 @@ def explained(last: str, limit: float) -> dict[str, str]:
 
 def configurations(results: Sequence[Result]) -> Table:
     """A row for each field that any setting sets, a column for each setting."""
-    fields = list(dict.fromkeys(field for result in results for field in result.config))
-    rows = [[field, *(_value(result.config, field) for result in results)] for field in fields]
+    fields = dict.fromkeys(field for result in results for field in result.config)
+    rows = [
+        [field, *(shortened(repr(each.config[field]), 120) if field in each.config else MISSING for each in results)]
+        for field in fields
+    ]
     return Table(["field", *(result.name for result in results)], rows)
 
 
-def _value(config: Mapping[str, Any], field: str) -> str:
-    return shortened(repr(config[field]), 120) if field in config else MISSING
-
-
 def samples(result: Result, count: int) -> list[Completion]:
-    """The first completions of the last update that kept any, of the first run."""
+    """The first completions of the last update that recorded any, in the first run that did."""
     for run in result.runs.values():
         if run.completions:
             end = max(row.update for row in run.completions)
@@ -66,11 +58,8 @@ def samples(result: Result, count: int) -> list[Completion]:
     return []
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
 def as_csv(results: Sequence[Result]) -> str:
-    """A line for each run, with every metric unrounded; an empty field where there is no number."""
+    """A line for each run, with every metric unrounded; an empty field for a missing number."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["setting", "seed", *METRICS])
@@ -85,14 +74,14 @@ def as_markdown(results: Sequence[Result], paragraph: str, last: str, limit: flo
     """Paragraph, table with a completion of each setting, and what the columns mean."""
     head, rows = table(results)
     lines = [markdown(paragraph), ""]
-    lines += [_row([*map(markdown, head), "a completion at the end"]), "|" + "---|" * (len(head) + 1)]
+    lines += [_row([*head, "a completion at the end"]), "|" + "---|" * (len(head) + 1)]
     for result, row in zip(results, rows, strict=True):
-        sample = next((one_line(shortened(kept.completion, SAMPLE)) for kept in samples(result, 1)), MISSING)
-        lines.append(_row([*map(markdown, row), markdown(sample)]))
+        sample = next((one_line(shortened(kept.completion, 200)) for kept in samples(result, 1)), MISSING)
+        lines.append(_row([*row, sample]))
     lines += ["", "Mean ± sample standard deviation over the seeds (– with one seed).", ""]
     lines += [f"- {markdown(title)}: {markdown(how)}" for title, how in explained(last, limit).items()]
     return "\n".join(lines) + "\n"
 
 
 def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(map(markdown, cells))} |"

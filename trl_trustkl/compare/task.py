@@ -1,4 +1,4 @@
-"""What is trained: the demo's task, or a function of the user's own."""
+"""What is trained: the demo's task, or a function of the user."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VALID = f"module:function or path/to/file.py:function, a function {SIGNATURE}"
 
 
 def resolve(task: str) -> str:
-    """The task as another process finds it: the path of a file made absolute."""
+    """The task's name for another process: the path of a file becomes absolute."""
     place, _, name = task.rpartition(":")
     if not place or not name.isidentifier():
         raise ConfigError(f"`task` got {task!r}; it must be {VALID}.")
@@ -24,7 +24,7 @@ def resolve(task: str) -> str:
 
 
 def load(task: str) -> Callable[..., Any]:
-    """The function that `task` names, as `resolve` returns it; ConfigError where there is none that could be called."""
+    """The function that `task` names, as `resolve` returns it; ConfigError if it does not exist or cannot be called."""
     function = load_function("task", resolve(task), VALID)
     try:
         inspect.signature(function).bind("folder", callbacks=(), seed=1, max_steps=1)

@@ -1,4 +1,4 @@
-"""A comparison in the terminal: its runs as they are made, then the summary, within 80 columns."""
+"""A comparison in the terminal: the progress of its runs, then the summary, within 80 columns."""
 
 from __future__ import annotations
 
@@ -36,30 +36,21 @@ COLUMNS = {
 def make(
     console: Console, comparison: Comparison, planned: Sequence[Job], left: Sequence[Job], processes: int, start: Start
 ) -> list[Outcome]:
-    """Run what is left of the planned jobs, with progress."""
+    """Run the jobs that are `left` of the planned ones, and show the progress."""
     if not left:
         return []
-    with (
-        Live(console, len(planned), len(planned) - len(left), comparison.updates) as live,
-        Runner(processes, live, start) as runner,
-    ):
+    live = Live(console, len(planned), len(planned) - len(left), comparison.updates)
+    with live.bar, Runner(processes, live, start) as runner:
         return runner.run(left)
 
 
 class Live:
-    """A line for each run that begins or ends; on a terminal also a bar over the updates of all runs, with the time left."""
+    """Prints a line when a run begins or ends; in a terminal, `bar` shows the updates of all runs and the time left."""
 
     def __init__(self, console: Console, total: int, finished: int, updates: int) -> None:
         self.console, self.total, self.number, self.before = console, total, finished, finished * updates
         self.bar = updates_bar(console)
         self.all = self.bar.add_task("updates", total=total * updates, completed=self.before)
-
-    def __enter__(self) -> Live:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.stop()
 
     def started(self, job: Job) -> None:
         say(self.console, f"begins    {job.title}")
@@ -75,17 +66,14 @@ class Live:
 
 
 def show_plan(console: Console, comparison: Comparison, folder: Path, planned: int, finished: int) -> None:
-    """What is about to be run, and how many of the planned runs are there already."""
-    say(
-        console,
-        f"{count(len(comparison.settings), 'setting')} × {count(len(comparison.seeds), 'seed')}, "
-        f"{count(comparison.updates, 'update')} each, in "
-        f"{folder}{f'; {finished} of {planned} runs are finished' if finished else ''}",
-    )
+    """What will be run, and how many of the planned runs are already finished."""
+    sizes = f"{count(len(comparison.settings), 'setting')} × {count(len(comparison.seeds), 'seed')}"
+    already = f"; {finished} of {planned} runs are finished" if finished else ""
+    say(console, f"{sizes}, {count(comparison.updates, 'update')} each, in {folder}{already}")
 
 
 def show(console: Console, report: page.Report, folder: Path) -> None:
-    """Table, a completion of each setting, paragraph and files."""
+    """Print the table, a completion of each setting, the paragraph and the files."""
     console.print()
     console.print(summary_table(report))
     say(console, _filled(UNITS.format(limit=number(report.limit))))
@@ -96,15 +84,12 @@ def show(console: Console, report: page.Report, folder: Path) -> None:
     console.print()
     say(console, _filled(report.paragraph))
     console.print()
-    files = {
-        "Page:": page.PAGE_FILE, "Runs:": page.CSV_FILE, "Table:": page.MARKDOWN_FILE, "Figures:": FIGURES_FOLDER,
-    }  # fmt: skip
-    for title, name in files.items():
+    names = (page.PAGE_FILE, page.CSV_FILE, page.MARKDOWN_FILE, FIGURES_FOLDER)
+    for title, name in zip(("Page:", "Runs:", "Table:", "Figures:"), names, strict=True):
         say(console, f"{title:9}{folder / name}")
 
 
 def summary_table(report: page.Report) -> Table:
-    """A row for each setting."""
     spread = any(len(result.rows) > 1 for result in report.results)
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", width=None)
     shown.add_column("\nsetting", max_width=16, overflow="fold")
@@ -117,14 +102,14 @@ def summary_table(report: page.Report) -> Table:
 
 
 def show_failed(console: Console, failed: Sequence[Outcome]) -> None:
-    """Why each failed run ended, and where its output is."""
+    """Print why each failed run ended, and where its output is."""
     for outcome in failed:
         say(console, f"Failed: {outcome.job.title}: {outcome.error}")
         say(console, f"        log: {outcome.job.folder / LOG_FILE}")
 
 
 def say(console: Console, text: str) -> None:
-    """A line of our own, in which nothing acts and nothing is wrapped: a path is to be copied."""
+    """Print a line without active characters, and without wrapping it, so that a path can be copied."""
     console.print(visible(text), soft_wrap=True)
     sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""The demo's task: SmolLM2, prompts, a sentiment reward, and the run that shows them.
+"""The demo: SmolLM2, prompts, a sentiment reward, and the run.
 
 Imports everything but `cli`, which starts it.
 """

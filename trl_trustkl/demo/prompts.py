@@ -1,152 +1,61 @@
-"""The demo's prompts: everyday subjects that a reply can paint bright or bleak.
+"""The demo's prompts: everyday subjects that a reply can describe positively or negatively.
 
-Each asks for one sentence, because the demo's replies are a few dozen tokens long, and names a plain thing without
-praising or blaming it, so that the untuned model's replies are about neutral and the reward has somewhere to go.
+Each asks for one sentence, because the demo's replies are a few dozen tokens long. Each names its subject neutrally, so that
+the replies of the model before training are about neutral and the reward can rise.
 """
 
 from __future__ import annotations
 
-BY_DOMAIN: dict[str, tuple[str, ...]] = {
-    "travel": (
-        "Write one sentence about a train that leaves early in the morning.",
-        "Describe a hotel room by the motorway in one sentence.",
-        "Write one sentence about waiting at an airport gate.",
-        "Describe a long drive through flat country in one sentence.",
-        "Write one sentence about a suitcase that is too heavy.",
-        "Describe the ferry to the island in one sentence.",
-        "Write one sentence about asking a stranger for the way.",
-        "Describe a passport queue in one sentence.",
-    ),
-    "food": (
-        "Write one sentence about a sandwich from a vending machine.",
-        "Describe a bowl of soup that has gone cold in one sentence.",
-        "Write one sentence about the kitchen after dinner.",
-        "Describe the taste of black coffee in one sentence.",
-        "Write one sentence about a restaurant that closes at nine.",
-        "Describe a loaf of bread from yesterday in one sentence.",
-        "Write one sentence about a recipe with too many steps.",
-        "Describe the fish counter of a supermarket in one sentence.",
-    ),
-    "work": (
-        "Write one sentence about a meeting on a Monday morning.",
-        "Describe the office printer in one sentence.",
-        "Write one sentence about an email from the manager.",
-        "Describe the night shift in a warehouse in one sentence.",
-        "Write one sentence about a desk by the window.",
-        "Describe a deadline on Friday in one sentence.",
-        "Write one sentence about a colleague who talks on the phone.",
-        "Describe the first day at a job in one sentence.",
-    ),
-    "weather": (
-        "Describe the weather in a small town on a Tuesday in one sentence.",
-        "Write one sentence about rain on a tin roof.",
-        "Describe the wind at a bus stop in one sentence.",
-        "Write one sentence about fog in the valley.",
-        "Describe the first snow of the year in one sentence.",
-        "Write one sentence about a cloud in front of the sun.",
-        "Describe a hot afternoon in the city in one sentence.",
-        "Write one sentence about the forecast for tomorrow.",
-    ),
-    "books": (
-        "Write one sentence about a novel with no ending.",
-        "Describe an old dictionary in one sentence.",
-        "Write one sentence about a library on a weekday.",
-        "Describe the main character of a detective story in one sentence.",
-        "Write one sentence about a book on the top shelf.",
-        "Describe a poem about the sea in one sentence.",
-        "Write one sentence about a page with a coffee stain.",
-        "Describe a biography of a king in one sentence.",
-    ),
-    "sport": (
-        "Write one sentence about the last match of the season.",
-        "Describe the stadium after the game in one sentence.",
-        "Write one sentence about a runner in the last kilometre.",
-        "Describe a swimming pool at seven in the morning in one sentence.",
-        "Write one sentence about the referee of the final.",
-        "Describe a tennis lesson in one sentence.",
-        "Write one sentence about a goalkeeper's gloves.",
-        "Describe the team that came third in one sentence.",
-    ),
-    "city": (
-        "Write one sentence about a bus that arrives late.",
-        "Describe a street at two in the morning in one sentence.",
-        "Write one sentence about the traffic lights at the crossing.",
-        "Describe the house on the corner in one sentence.",
-        "Write one sentence about a lift that stops between floors.",
-        "Describe a building site next door in one sentence.",
-        "Write one sentence about the people on the underground.",
-        "Describe the market square at noon in one sentence.",
-    ),
-    "school": (
-        "Write one sentence about a mathematics lesson.",
-        "Describe the school corridor between lessons in one sentence.",
-        "Write one sentence about homework on a Sunday evening.",
-        "Describe a teacher who speaks quietly in one sentence.",
-        "Write one sentence about a pupil in the last row.",
-        "Describe the school canteen in one sentence.",
-        "Write one sentence about a report card.",
-        "Describe the day before the exam in one sentence.",
-    ),
-    "technology": (
-        "Write one sentence about a computer that restarts by itself.",
-        "Describe an old telephone in one sentence.",
-        "Write one sentence about a password.",
-        "Describe a software update in one sentence.",
-        "Write one sentence about a robot that cleans the floor.",
-        "Describe the battery of a phone in one sentence.",
-        "Write one sentence about a video call with the team.",
-        "Describe a drawer full of cables in one sentence.",
-    ),
-    "family": (
-        "Write one sentence about a letter from an uncle.",
-        "Describe a dinner with the whole family in one sentence.",
-        "Write one sentence about two brothers who share a room.",
-        "Describe grandmother's living room in one sentence.",
-        "Write one sentence about a child who does not want to sleep.",
-        "Describe a photograph of a wedding in one sentence.",
-        "Write one sentence about a cousin who lives abroad.",
-        "Describe the silence after an argument in one sentence.",
-    ),
-    "health": (
-        "Write one sentence about a visit to the dentist.",
-        "Describe a waiting room in one sentence.",
-        "Write one sentence about a cold in November.",
-        "Describe the stairs to the fifth floor in one sentence.",
-        "Write one sentence about a night without sleep.",
-        "Describe a pair of new glasses in one sentence.",
-        "Write one sentence about a walk to the chemist's.",
-        "Describe the nurse at the front desk in one sentence.",
-    ),
-    "nature": (
-        "Write one sentence about a crow on a fence.",
-        "Describe a field in November in one sentence.",
-        "Write one sentence about a river after heavy rain.",
-        "Describe a tree by the path in one sentence.",
-        "Write one sentence about a fox behind the bins.",
-        "Describe the sea in winter in one sentence.",
-        "Write one sentence about a garden that nobody waters.",
-        "Describe a stone on the beach in one sentence.",
-    ),
-}
+WRITE, DESCRIBE = "Write one sentence about {}.", "Describe {} in one sentence."
 
-TRAIN_PROMPTS: tuple[str, ...] = tuple(prompt for prompts in BY_DOMAIN.values() for prompt in prompts)
 
-# Never trained on: the same kinds of subject, and a few that the training prompts do not have.
-EVAL_PROMPTS: tuple[str, ...] = (
-    "Write one sentence about a taxi on the way to the station.",
-    "Describe a picnic under a grey sky in one sentence.",
-    "Write one sentence about a phone that rings in the office.",
-    "Describe the morning after a storm in one sentence.",
-    "Write one sentence about the last chapter of a book.",
-    "Describe a football field in winter in one sentence.",
-    "Write one sentence about a shop that sells clocks.",
-    "Describe a classroom in summer in one sentence.",
-    "Write one sentence about a printer without paper.",
-    "Describe an aunt who visits every summer in one sentence.",
-    "Write one sentence about a dog at the gate.",
-    "Describe the pharmacy around the corner in one sentence.",
-    "Write one sentence about a bank account.",
-    "Describe a painting of a bridge in one sentence.",
-    "Write one sentence about a song on the radio.",
-    "Describe a neighbour's new car in one sentence.",
-)
+def _prompts(subjects: str, first: str = WRITE, second: str = DESCRIBE) -> tuple[str, ...]:
+    """A prompt for each subject, made from the two templates in turn."""
+    parts = " ".join(subjects.split()).split("; ")
+    return tuple((second if number % 2 else first).format(part) for number, part in enumerate(parts))
+
+
+TRAVEL_FOOD_WORK = """
+    a train that leaves early in the morning; a hotel room by the motorway; waiting at an airport gate; a long
+    drive through flat country; a suitcase that is too heavy; the ferry to the island; asking a stranger for the
+    way; a passport queue;
+    a sandwich from a vending machine; a bowl of soup that has gone cold; the kitchen after dinner; the taste of
+    black coffee; a restaurant that closes at nine; a loaf of bread from yesterday; a recipe with too many steps;
+    the fish counter of a supermarket;
+    a meeting on a Monday morning; the office printer; an email from the manager; the night shift in a warehouse;
+    a desk by the window; a deadline on Friday; a colleague who talks on the phone; the first day at a job
+"""
+WEATHER = """
+    the weather in a small town on a Tuesday; rain on a tin roof; the wind at a bus stop; fog in the valley; the
+    first snow of the year; a cloud in front of the sun; a hot afternoon in the city; the forecast for tomorrow
+"""
+BOOKS_TO_NATURE = """
+    a novel with no ending; an old dictionary; a library on a weekday; the main character of a detective story; a
+    book on the top shelf; a poem about the sea; a page with a coffee stain; a biography of a king;
+    the last match of the season; the stadium after the game; a runner in the last kilometre; a swimming pool at
+    seven in the morning; the referee of the final; a tennis lesson; a goalkeeper's gloves; the team that came
+    third;
+    a bus that arrives late; a street at two in the morning; the traffic lights at the crossing; the house on the
+    corner; a lift that stops between floors; a building site next door; the people on the underground; the market
+    square at noon;
+    a mathematics lesson; the school corridor between lessons; homework on a Sunday evening; a teacher who speaks
+    quietly; a pupil in the last row; the school canteen; a report card; the day before the exam;
+    a computer that restarts by itself; an old telephone; a password; a software update; a robot that cleans the
+    floor; the battery of a phone; a video call with the team; a drawer full of cables;
+    a letter from an uncle; a dinner with the whole family; two brothers who share a room; grandmother's living
+    room; a child who does not want to sleep; a photograph of a wedding; a cousin who lives abroad; the silence
+    after an argument;
+    a visit to the dentist; a waiting room; a cold in November; the stairs to the fifth floor; a night without
+    sleep; a pair of new glasses; a walk to the chemist's; the nurse at the front desk;
+    a crow on a fence; a field in November; a river after heavy rain; a tree by the path; a fox behind the bins;
+    the sea in winter; a garden that nobody waters; a stone on the beach
+"""
+TRAIN_PROMPTS = _prompts(TRAVEL_FOOD_WORK) + _prompts(WEATHER, DESCRIBE, WRITE) + _prompts(BOOKS_TO_NATURE)
+
+# Held out: subjects of the same kinds, and a few of other kinds.
+EVAL_PROMPTS = _prompts("""
+    a taxi on the way to the station; a picnic under a grey sky; a phone that rings in the office; the morning
+    after a storm; the last chapter of a book; a football field in winter; a shop that sells clocks; a classroom
+    in summer; a printer without paper; an aunt who visits every summer; a dog at the gate; the pharmacy around
+    the corner; a bank account; a painting of a bridge; a song on the radio; a neighbour's new car
+""")

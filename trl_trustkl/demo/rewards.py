@@ -1,4 +1,4 @@
-"""The demo's reward: how positive a completion sounds, by VADER's word list."""
+"""The demo's reward: how positive a completion is according to VADER's word list."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Messages = Sequence[dict[str, Any]]
 def sentiment(prompts: Sequence[Any], completions: Sequence[str | Messages], **columns: Any) -> list[float | None]:
     """VADER's compound score of each completion, from -1 (negative) to 1 (positive); 0 for an empty one.
 
-    A word list is easily fooled, and that is why the demo uses one: a policy that no anchor holds finds out within a
-    few updates that a heap of nice words scores better than a sentence.
+    The demo uses a word list because it is easily exploited: without an anchor, the policy learns within a few updates that
+    a list of positive words scores higher than a sentence.
     """
     return [float(_analyzer().polarity_scores(_text(completion))["compound"]) for completion in completions]
 
@@ -29,7 +29,7 @@ def _text(completion: str | Messages) -> str:
 
 @cache
 def _analyzer() -> Any:
-    # Loaded at the first call: the word list is the demo's, and a trainer without it must import.
+    # Imported at the first call, since only the demo needs the package.
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError as error:

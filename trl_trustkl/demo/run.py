@@ -1,4 +1,4 @@
-"""The demo: fine-tune a small language model towards positive sentiment, and say what bounded it."""
+"""The demo: fine-tune a small language model towards positive sentiment, and report what bounded it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Options(NamedTuple):
-    """What can be set of a run of the demo; `kl_target` in nats per response."""
+    """The settings of the demo; `kl_target` in nats per response."""
 
     output_dir: str = "runs/demo"
     updates: int = 32
@@ -20,9 +20,10 @@ class Options(NamedTuple):
 
 
 def run(options: Options) -> int:
-    """Train, evaluate before and after, say what happened; returns 0, or 128 + the signal that ended it."""
+    """Train, evaluate before and after, and print the results; returns 0, or 128 + the signal that ended the run."""
     from rich.console import Console
 
+    from ..errors import Interrupted
     from .task import quieten
 
     quieten()
@@ -31,26 +32,19 @@ def run(options: Options) -> int:
     trainer, table = build(options, console)
     before = evaluate(trainer)
     console.print(_evaluation_line("before", before))
-    with table:
-        status = train(trainer, console)
+    status = 0
+    with table.progress:
+        try:
+            trainer.train()
+        except Interrupted as end:
+            status = end.code
+        except KeyboardInterrupt:
+            console.print("Stopped.", style="yellow")
+            status = 130
     trainer.save_model(str(Path(options.output_dir) / "adapter"))
     after = evaluate(trainer) if status == 0 else None
     conclude(console, options, before, after, table.records, table.rendered)
     return status
-
-
-def train(trainer: Any, console: Any) -> int:
-    """Run the updates; the exit status: 0, or 128 + the signal that ended them."""
-    from ..errors import Interrupted
-
-    try:
-        trainer.train()
-    except Interrupted as end:
-        return end.code
-    except KeyboardInterrupt:
-        console.print("Stopped.", style="yellow")
-        return 130
-    return 0
 
 
 def build(options: Options, console: Any) -> tuple[Any, Any]:
@@ -69,7 +63,7 @@ def build(options: Options, console: Any) -> tuple[Any, Any]:
         kl_coef=options.kl_coef,
         kl_target=options.kl_target,
         kl_horizon=40,
-        # Below the target β would fall all the while, and be far too small when the target is reached.
+        # Below the target, β would keep falling and be far too small when the target is reached.
         kl_controller_kwargs={"min_coef": options.kl_coef},
         cliprange=options.cliprange,
     )
@@ -77,10 +71,10 @@ def build(options: Options, console: Any) -> tuple[Any, Any]:
 
 
 def evaluate(trainer: Any) -> dict[str, Any]:
-    """The held-out prompts: mean score, KL to the reference, and one reply to show."""
+    """On the held-out prompts: mean score, mean KL to the reference, and one reply to show."""
     rows = trainer.evaluate_completions()
-    mean = {key: sum(row[key] for row in rows) / len(rows) for key in ("score", "kl", "length")}
-    return {**mean, "count": len(rows), "prompt": rows[0]["prompt"][-1]["content"], "completion": rows[0]["completion"]}
+    mean = {key: sum(row[key] for row in rows) / len(rows) for key in ("score", "kl")}
+    return {**mean, "prompt": rows[0]["prompt"][-1]["content"], "completion": rows[0]["completion"]}
 
 
 def _evaluation_line(when: str, result: dict[str, Any]) -> str:
@@ -97,7 +91,7 @@ def conclude(
     done: list[Any],
     report: Path | None,
 ) -> None:
-    """What changed, and what each mechanism did, in plain words."""
+    """Print what changed, what each mechanism did, and where the files are."""
     from rich.padding import Padding
     from rich.text import Text
 
@@ -111,19 +105,22 @@ def conclude(
         for when, result in (("Before", before), ("After", after)):
             console.print(Padding(Text(f"{when + ':':8} {one_line(result['completion'])}"), (0, 0, 0, 2)))
         console.print()
-    folder = Path(options.output_dir)
     if done:
         console.print(Text(closing(options, done)))
     console.print()
-    console.print(Text(f"Records:      {folder / 'bounds.jsonl'} (a line for each of {len(done)} updates)"))
-    if report is not None:
-        console.print(Text(f"Report:       {report}"))
-    console.print(Text(f"Completions:  {folder / 'completions.jsonl'}"))
-    console.print(Text(f"Adapter:      {folder / 'adapter'} (AutoPeftModelForCausalLM.from_pretrained)"))
+    folder = Path(options.output_dir)
+    files = {
+        "Records:": f"{folder / 'bounds.jsonl'} (a line for each of {len(done)} updates)",
+        "Report:": report,
+        "Completions:": folder / "completions.jsonl",
+        "Adapter:": f"{folder / 'adapter'} (AutoPeftModelForCausalLM.from_pretrained)",
+    }
+    for title, place in files.items():
+        if place is not None:
+            console.print(Text(f"{title:13} {place}"))
 
 
 def closing(options: Options, done: list[Any]) -> str:
-    """The closing paragraph, from the records alone."""
     last = done[-max(1, len(done) // 3) :]
     kl = sum(record.anchor.kl_exact for record in last) / len(last)
     clipped = sum(record.trust.gated for record in done) / len(done)
@@ -135,14 +132,14 @@ def closing(options: Options, done: list[Any]) -> str:
     low, high = 1 - options.cliprange, 1 + options.cliprange
     where = "outside" if ratio > high else "within"
     return textwrap.fill(
-        f"The anchor compared the policy with the model it started from, and pulled it back: over the last {len(last)} "
-        f"updates the KL to the reference averaged {kl:.1f} nats per response (target {options.kl_target:g}), with a "
-        f"coefficient that went from {done[0].anchor.coef:.3f} to {done[-1].anchor.coef:.3f}. The trust region compared "
-        f"each policy with the one that had sampled the batch: the clip removed {clipped:.0%} of the gradient's weight on "
-        f"average, and one update moved the policy by {sum(steps) / len(steps):.3f} nats per token on average, "
-        f"{max(steps):.3f} at most. That was measured after each step; nothing guaranteed it: with clipping on, the largest "
-        f"probability ratio was {ratio:.1f}, {where} [{low:g}, {high:g}]. What took the largest share of an update was most "
-        f"often {mechanism} ({binding.count(most)} of {len(done)} updates). The anchor decides where the run ends, the "
-        "trust region how fast it gets there.",
+        f"The anchor penalised the KL to the model that the run started from: over the last {len(last)} updates, this KL "
+        f"averaged {kl:.1f} nats per response (target {options.kl_target:g}), and its coefficient went from "
+        f"{done[0].anchor.coef:.3f} to {done[-1].anchor.coef:.3f}. The trust region compared each policy with the one that "
+        f"had sampled the batch: the clip removed {clipped:.0%} of the gradient's weight on average, and an update moved the "
+        f"policy by {sum(steps) / len(steps):.3f} nats per token on average and {max(steps):.3f} at most. This was measured "
+        f"after each update, and nothing guaranteed it: with clipping on, the largest probability ratio was {ratio:.1f}, "
+        f"{where} [{low:g}, {high:g}]. The largest share of an update was most often taken by {mechanism} "
+        f"({binding.count(most)} of {len(done)} updates). The anchor determines where the run ends, and the trust region how "
+        "fast it gets there.",
         width=80,
     )

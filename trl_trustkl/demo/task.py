@@ -9,7 +9,7 @@ from typing import Any
 
 
 def sentiment_trainer(output_dir: str, *, callbacks: Sequence[Any] = (), **changes: Any) -> Any:
-    """A trainer on a 4-bit SmolLM2 with LoRA, VADER's compound score as reward; `changes` go to the configuration."""
+    """A trainer of a 4-bit SmolLM2 with LoRA and VADER's compound score as reward; `changes` are configuration fields."""
     quieten()
     import torch
     from datasets import Dataset
@@ -40,9 +40,9 @@ def sentiment_trainer(output_dir: str, *, callbacks: Sequence[Any] = (), **chang
 
 
 def sentiment_config(output_dir: str, **changes: Any) -> Any:
-    """The task's configuration: 16 responses of 24 tokens make an update of 2 epochs × 2 mini-batches.
+    """The task's configuration: an update has 16 responses of 24 tokens and 2 epochs × 2 mini-batches.
 
-    It computes in bf16 where the hardware multiplies bf16, in float32 elsewhere.
+    It computes in bf16 if the hardware supports it, and in float32 otherwise.
     """
     import torch
 
@@ -73,8 +73,8 @@ def sentiment_config(output_dir: str, **changes: Any) -> Any:
 
 
 def quieten() -> None:
-    """Keep the terminal to our own lines: the libraries' progress bars and deprecation notices stay out."""
-    # First of all: it speaks up while it is imported, and transformers may import it.
+    """Turn off the libraries' progress bars and deprecation warnings."""
+    # Before any other import: bitsandbytes logs errors while it is imported, and transformers may import it.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import datasets
     import transformers

@@ -1,6 +1,6 @@
-"""Reports from records alone: the answer in words, findings, figures, one self-contained page.
+"""Reports from records: summary, findings, figures, and one self-contained page. They need no model.
 
-Imports `records`, the mathematics and what is below them; needs no model.
+Imports `records`, the mathematics and what is below them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def render_report(
 ) -> Path:
     """Write the report of one or several runs, and the figures of each into its folder `figures`; returns the page's path.
 
-    run_dirs: a run's folder (its output_dir), its `bounds.jsonl`, or several of them for one page with all. output: where
-    the page goes; by default `report.html` in the run's folder, for several runs in the current one. Raises DataError for
+    run_dirs: a run's folder (its output_dir), its `bounds.jsonl`, or several of them for a page with all. output: path of the
+    page; by default `report.html` in the run's folder, or in the current folder for several runs. Raises DataError for
     records that cannot be read.
     """
     given = [run_dirs] if isinstance(run_dirs, (str, os.PathLike)) else list(run_dirs)
@@ -35,7 +35,7 @@ def render_report(
 
 
 def write_report(runs: list[Run], output: str | os.PathLike[str] | None = None) -> Path:
-    """As `render_report`, of runs that have been read."""
+    """As `render_report`, for runs that have been read."""
     try:
         from . import figures, html
     except ModuleNotFoundError as error:
@@ -48,14 +48,14 @@ def write_report(runs: list[Run], output: str | os.PathLike[str] | None = None) 
         raise ValueError("write_report got no runs; give at least one.")
     target = Path(output) if output is not None else (runs[0].folder if len(runs) == 1 else Path()) / REPORT_FILE
     sections = []
-    with np.errstate(all="ignore"):  # numbers near the largest float are drawn and averaged as well as they can be
+    with np.errstate(all="ignore"):  # numbers near the largest float overflow when they are averaged
         for run in runs:
             drawn = figures.draw(run.records)
             figures.write(drawn, run.folder / FIGURES_FOLDER)
             sections.append(html.section(run, drawn))
         content = html.page(sections)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, content)  # someone may have the page open while the run renders it anew
+    write_atomically(target, content)  # the page may be open while the run renders it again
     return target
 
 

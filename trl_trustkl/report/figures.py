@@ -1,7 +1,7 @@
-"""The figures of a report: drawn once each, kept small for any number of updates, readable on light and dark pages.
+"""The figures of a report: small for any number of updates, readable on light and dark pages.
 
-Figure objects only, never pyplot: drawing leaves the caller's own figures and settings alone. Colours are Okabe and
-Ito's, which people with any colour vision tell apart. The ink is one neutral colour that is exchanged for the dark page.
+They use Figure objects and never pyplot, so that drawing does not affect the caller's figures and settings. The colours are
+those of Okabe and Ito, which are distinguishable with any colour vision. On a dark page, one neutral colour is replaced.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Records = Sequence[BoundRecord]
 BLUE, ORANGE, GREEN, RED, SKY, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7"
 INK, INK_ON_DARK = "#42474d", "#c3c8ce"
 EARLY_TO_LATE = LinearSegmentedColormap.from_list("early_to_late", [SKY, PURPLE, RED])
-POINTS = 300  # stretches of a long line
-LARGEST = 1e30  # beyond it a number is drawn here: axes overflow before floats do
+POINTS = 300  # bins of a long line
+LARGEST = 1e30  # a larger number is drawn here: axes overflow before floats do
 
 
 class Drawn(NamedTuple):
-    """A figure in the forms a page needs; `dark` is `svg` in the other ink."""
+    """A figure in the forms that a page needs; `dark` is `svg` in the colour for dark pages."""
 
     name: str
     title: str
@@ -47,7 +47,7 @@ class Drawn(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What a figure is called, the sentence that says how to read it, and the function that draws it."""
+    """A figure's title, the sentence that says how to read it, and the function that draws it."""
 
     title: str
     caption: str
@@ -58,7 +58,7 @@ class Kind(NamedTuple):
 
 
 class Envelope(NamedTuple):
-    """A long line in stretches: where each begins and ends, between what it runs, and its median. No spike is lost."""
+    """A long line in bins: the mean x of each, and the smallest, largest and median y. No spike is lost."""
 
     x: Column
     low: Column
@@ -71,7 +71,7 @@ def envelope(x: Column, y: Column, bins: int = POINTS) -> Envelope:
 
 
 def binned(values: Column, bins: int, reduce: Callable[..., Any] = np.nanmean) -> Column:
-    """One number for each of at most `bins` stretches."""
+    """One number for each of at most `bins` bins."""
     if len(values) <= bins:
         return values
     parts = np.array_split(values, bins)
@@ -83,7 +83,7 @@ def drawable(values: Column) -> Column:
 
 
 def positive(values: Column) -> Column:
-    """For a logarithmic axis, where 0 has no place."""
+    """The values for a logarithmic axis, NaN where they are not positive."""
     return np.where(values > 0, np.clip(values, 1 / LARGEST, LARGEST), np.nan)
 
 
@@ -105,13 +105,13 @@ def add_axes(figure: Figure, ylabel: str, xlabel: str = "update", place: Any = 1
 
 
 def update_axis(axes: Axes, x: Column) -> None:
-    """Whole numbers on the axis, also where there is a single update."""
+    """Integers on the axis, also for a single update."""
     axes.set_xlim(x[0] - 0.5, x[-1] + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
 
 
 def plot_line(axes: Axes, x: Column, y: Column, color: str, label: str | None = None, **style: Any) -> None:
-    """A line where there is anything to draw, with dots where updates are few; a long one as median and envelope."""
+    """A line, with dots for few updates, or median and envelope for many; nothing if there is no finite value."""
     if not np.isfinite(y).any():
         return
     if len(x) > 2 * POINTS:
@@ -122,7 +122,7 @@ def plot_line(axes: Axes, x: Column, y: Column, color: str, label: str | None = 
 
 
 def add_legend(axes: Axes, columns: int = 2) -> None:
-    """Above the axes, where it hides nothing."""
+    """Above the axes, where it does not hide anything."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         legend = axes.legend(
@@ -134,7 +134,7 @@ def add_legend(axes: Axes, columns: int = 2) -> None:
 
 
 def log_scale(axes: Axes, *drawn: Column) -> None:
-    """A logarithmic axis, where any of what was drawn is positive; within two decades with ticks at 1, 2 and 5."""
+    """A logarithmic axis if any value drawn is positive; within two decades it has ticks at 1, 2 and 5."""
     values = np.concatenate(drawn)
     values = values[values > 0]
     if not values.size:
@@ -154,12 +154,11 @@ def frontier(figure: Figure, records: Records) -> None:
     kl = np.sqrt(np.clip(drawable(distance(records)), 0.0, None))
     score, update = drawable(column(records, "score")), column(records, "update")
     axes = add_axes(figure, "mean score", "√KL to the reference  (√nats per response)")
-    stride = max(1, len(kl) // 1500)
-    size = 14 if len(kl) > 60 else 26
+    stride, size = max(1, len(kl) // 1500), 14 if len(kl) > 60 else 26
     points = axes.scatter(
         kl[::stride], score[::stride], c=update[::stride], cmap=EARLY_TO_LATE, s=size, alpha=0.8, linewidths=0,
     )  # fmt: skip
-    # A thin path through the means of successive stretches: where the run went, under the scatter of single updates.
+    # A thin line through the means of successive bins shows the path of the run.
     axes.plot(binned(kl, 12), binned(score, 12), color=INK, linewidth=1.0, alpha=0.7)
     bar = figure.colorbar(points, ax=axes, pad=0.02, aspect=30)
     bar.outline.set_visible(False)  # type: ignore[operator]
@@ -189,9 +188,8 @@ def anchor(figure: Figure, records: Records) -> None:
 
 
 def trust_region(figure: Figure, records: Records) -> None:
-    x = column(records, "update")
-    proposed, kl = (positive(column(records, f"trust.{key}")) for key in ("kl_proposed", "kl"))
-    limit, worst = (positive(column(records, f"trust.{key}")) for key in ("limit", "kl_max"))
+    x, keys = column(records, "update"), ("kl_proposed", "kl", "limit", "kl_max")
+    proposed, kl, limit, worst = (positive(column(records, f"trust.{key}")) for key in keys)
     axes = add_axes(figure, r"KL($\pi_{\mathrm{old}}\,\|\,\pi$) after the update" "\n(nats per token)")
     plot_line(axes, x, worst, SKY, "worst token", linewidth=0.9, alpha=0.8)
     if (column(records, "trust.scale") < 1).any():
@@ -204,28 +202,20 @@ def trust_region(figure: Figure, records: Records) -> None:
 
 
 def gated(figure: Figure, records: Records) -> None:
-    names = {
-        "anchor": BLUE, "clip": ORANGE, "penalty": SKY, "stop": GREEN, "backtrack": RED, "grad_norm": PURPLE, "lr": INK,
+    looks = {
+        "anchor": ("anchor", BLUE), "clip": ("clip", ORANGE), "penalty": ("penalty", SKY), "stop": ("early stop", GREEN),
+        "backtrack": ("backtracking", RED), "grad_norm": ("gradient norm", PURPLE), "lr": ("learning rate", INK),
     }  # fmt: skip
-    labels = {"stop": "early stop", "backtrack": "backtracking", "grad_norm": "gradient norm", "lr": "learning rate"}
-    taken = {name: values for name, values in shares(records).items() if (values > 0).any()}
     axes = add_axes(figure, "share of the update taken\n(by each mechanism, stacked)")
     x = column(records, "update")
     middle, width = binned(x, 120), max(1.0, len(x) / 120) if len(x) > 60 else 0.9
     bottom = np.zeros(len(middle))
-    for name, values in taken.items():
-        height = binned(values, 120)
-        axes.bar(
-            middle,
-            height,
-            0.9 * width,
-            bottom,
-            color=names[name],
-            label=labels.get(name, name),
-            linewidth=0,
-            alpha=0.85,
-        )
-        bottom = bottom + height
+    for name, values in shares(records).items():
+        if (values > 0).any():
+            label, color = looks[name]
+            height = binned(values, 120)
+            axes.bar(middle, height, 0.9 * width, bottom, color=color, label=label, linewidth=0, alpha=0.85)
+            bottom = bottom + height
     update_axis(axes, x)
     axes.set_ylim(0, max(0.05, 1.05 * float(bottom.max())))
     add_legend(axes, 3)
@@ -233,21 +223,16 @@ def gated(figure: Figure, records: Records) -> None:
 
 def ratios(figure: Figure, records: Records) -> None:
     x, last = column(records, "update"), records[-1].trust
-    at = {
-        level: positive(quantile(records, level)) for level in ("0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99")
-    }
+    levels = ("0.01", "0.05", "0.25", "0.5", "0.75", "0.95", "0.99")
+    at = {level: positive(quantile(records, level)) for level in levels}
     top = positive(column(records, "trust.max_ratio"))
     axes = add_axes(figure, r"ratio $\pi/\pi_{\mathrm{old}}$ at the sampled tokens")
     middle = binned(x, POINTS)
     if (clip := token_range(last)) is not None:
         low, high = np.clip(clip, 1 / LARGEST, LARGEST)
         axes.axhspan(low, high, color=INK, alpha=0.18, linewidth=0, label="clip range")
-    for low_level, high_level, alpha, label in (
-        ("0.01", "0.99", 0.2, "1 % to 99 %"),
-        ("0.05", "0.95", 0.3, "5 % to 95 %"),
-        ("0.25", "0.75", 0.45, "25 % to 75 %"),
-    ):
-        low, high = binned(at[low_level], POINTS), binned(at[high_level], POINTS)
+    for i, (alpha, label) in enumerate([(0.2, "1 % to 99 %"), (0.3, "5 % to 95 %"), (0.45, "25 % to 75 %")]):
+        low, high = binned(at[levels[i]], POINTS), binned(at[levels[-1 - i]], POINTS)
         axes.fill_between(middle, low, high, color=BLUE, alpha=alpha, linewidth=0, label=label)
     plot_line(axes, x, top, RED, "largest", linewidth=0.9)
     plot_line(axes, middle, binned(at["0.5"], POINTS), BLUE, "median")
@@ -270,38 +255,37 @@ def gradient(figure: Figure, records: Records) -> None:
 FIGURES: dict[str, Kind] = {
     "frontier": Kind(
         "Score against distance from the reference",
-        "Each dot is an update: up is a better score, right is farther from the reference, and a curve that turns down "
-        "while it goes right is over-optimisation.",
+        "Each dot is an update: higher is a better score, further right is farther from the reference, and a path that "
+        "turns down towards the right is over-optimisation.",
         frontier,
     ),
     "anchor": Kind(
         "The anchor: KL to the reference and its coefficient",
-        "Where the blue line lies above the target, a controller raises β, the price of a nat, in the panel below; where it "
-        "lies below, it lowers it.",
+        "While the blue line is above the target, a controller raises the KL coefficient β (lower panel); while it is below, "
+        "the controller lowers β.",
         anchor,
     ),
     "trust_region": Kind(
         "The trust region: how far each update moved the policy",
-        "Each update's step away from the policy that sampled its batch: only an enforced limit holds the blue line down, and "
-        "orange is where the step would have gone without it.",
+        "The KL from the policy that sampled the batch to the updated policy: only an enforced limit holds the blue line "
+        "down, and the orange line shows the updates without enforcement.",
         trust_region,
     ),
     "gated": Kind(
-        "What each mechanism took of the updates",
-        "The higher a colour, the more of the update that mechanism took away; the shares overlap, so that a stack can exceed "
-        "1, and an empty place is an update that nothing bound, or of which no share is on record.",
+        "What each mechanism took from the updates",
+        "The taller a bar, the larger the share of the update that the mechanism took; shares overlap, so a stack can exceed "
+        "1, and a gap is an update that no mechanism limited or whose shares are not on record.",
         gated,
     ),
     "ratios": Kind(
         "The ratios after each update",
-        "Clipping removes gradients outside the grey range, it does not keep ratios inside it: what of the blue fan lies "
-        "outside, left the range all the same.",
+        "Clipping removes gradients outside the grey range but does not keep ratios inside it: the parts of the blue bands "
+        "outside the range are ratios that left it nevertheless.",
         ratios,
     ),
     "gradient": Kind(
         "The gradient's norm and its limit",
-        "Above the dashed line the gradient is scaled down to it: an update whose norm lies there is shortened, whatever the "
-        "learning rate.",
+        "A gradient above the dashed line is scaled down to it, which shortens the update whatever the learning rate.",
         gradient,
     ),
 }
@@ -309,7 +293,6 @@ FIGURES: dict[str, Kind] = {
 
 
 def draw(records: Records) -> list[Drawn]:
-    """All figures of a run."""
     return [render(name, kind, records) for name, kind in FIGURES.items()]
 
 
@@ -318,18 +301,17 @@ def render(name: str, kind: Kind, records: Records) -> Drawn:
     FigureCanvasAgg(figure)
     kind.draw(figure, records)
     vector, pixels = io.StringIO(), io.BytesIO()
-    # The salt makes the file a function of the records: equal records, equal bytes.
+    # With the salt, equal records give equal bytes.
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(vector, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    figure.set_layout_engine("none")  # keep the layout found: it is half of the cost
+    figure.set_layout_engine("none")  # reuse the layout, which is half of the cost
     figure.savefig(pixels, format="png", dpi=160, facecolor="white")
     return Drawn(name, kind.title, kind.caption, vector.getvalue(), pixels.getvalue())
 
 
 def write(figures: Sequence[Drawn], folder: Path) -> None:
-    """NAME.svg, NAME-dark.svg (both without a background) and NAME.png (on white) for each figure."""
+    """Write NAME.svg, NAME-dark.svg (both without a background) and NAME.png (on white) for each figure."""
     folder.mkdir(parents=True, exist_ok=True)
     for figure in figures:
-        write_atomically(folder / f"{figure.name}.svg", figure.svg)
-        write_atomically(folder / f"{figure.name}-dark.svg", figure.dark)
-        write_atomically(folder / f"{figure.name}.png", figure.png)
+        for ending, content in ((".svg", figure.svg), ("-dark.svg", figure.dark), (".png", figure.png)):
+            write_atomically(folder / f"{figure.name}{ending}", content)

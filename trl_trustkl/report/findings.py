@@ -1,7 +1,6 @@
-"""Diagnoses: what in a run's records calls for a change of configuration, with the evidence and the change.
+"""Findings: what in a run's records calls for a change of configuration, with the evidence and the change.
 
-A finding is a function from a run to a `Finding`, or to None where the records do not show it. Each is decided by the
-records alone, and says nothing of a run that is too short to tell.
+Each is a function of a run that returns a `Finding`, or None if the records do not show it or the run is too short to tell.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .schema import Run
 from .series import (
@@ -31,22 +31,22 @@ from .series import (
 )
 from .text import count, number, percent, shortened
 
-FEW = 3  # updates without which a finding that holds for every one of them says nothing
-SOME = 6  # updates without which thirds of a run cannot be compared
-IDLE = 1e-6  # a gated share below this is none
-NEAR = 0.25  # a KL this near to its target, relative to it, is at the target
-BAND = 1.5  # inside [target / BAND, target · BAND] a controller may leave its coefficient alone
-FAR = 2.0  # a ratio this many times outside the clip range is far outside
-NEGATIVE_SHARE = 0.1  # of the updates; chance alone makes fewer estimates negative once the policy has moved
+FEW = 3  # updates at least for a finding that has to hold in every one of them
+SOME = 6  # updates at least for comparing thirds of a run
+IDLE = 1e-6  # a gated share up to this counts as none
+NEAR = 0.25  # a KL within this distance of its target, relative to it, counts as at the target
+BAND = 1.5  # within [target / BAND, target · BAND] a controller may leave its coefficient unchanged
+FAR = 2.0  # a ratio outside the clip range by this factor is far outside
+NEGATIVE_SHARE = 0.1  # of the updates; chance makes fewer estimates negative once the policy has moved
 MISMATCH = 0.005  # nats per token between sampler and training pass; rounding stays below
-LR_FLOOR = 1 / 32  # the least that the learning rate by KL leaves of the scheduled one
+LR_FLOOR = 1 / 32  # the smallest factor that trust_lr_target applies to the scheduled learning rate
 FLOOR_SHARE = 0.2  # of the updates; a schedule that decays to zero spends less than this below the floor
-COLLAPSE = 0.5  # nats per token; text less likely by this, each token of it, is another kind of text
-NOTHING = 0.05  # share of the returns' variance; less explained is as good as nothing
+COLLAPSE = 0.5  # nats per token; text whose tokens are this much less likely is a different kind of text
+NOTHING = 0.05  # share of the returns' variance; explaining less counts as nothing
 
 
 class Finding(NamedTuple):
-    """A diagnosis: what is the case, the numbers that show it, and one concrete change of the configuration."""
+    """What is wrong, the numbers that show it, and one concrete change of the configuration."""
 
     name: str
     title: str
@@ -55,16 +55,23 @@ class Finding(NamedTuple):
 
 
 def configured_lr(run: Run) -> float:
-    """The largest learning rate on record: `learning_rate` under a schedule that only decays it, whatever its warm-up.
+    """The largest learning rate on record: `learning_rate` if the schedule only decays it after its warm-up.
 
-    A run that ended within its warm-up never reached it, and `trust_lr_target` may have raised it.
+    A run that ended during its warm-up never reached it, and `trust_lr_target` may have raised it.
     """
     return largest(column(run.records, "lr"))
 
 
-def _present_lr(run: Run) -> str:
-    """What the configured one is, in words; the records do not say whether `trust_lr_target` has raised it."""
-    return ("" if is_from_trl_logs(run.records) else "at most ") + number(configured_lr(run))
+def _set_lr(run: Run, factor: float, in_words: str, field: str = "learning_rate") -> str:
+    """The advice to set a learning rate; the records do not show whether `trust_lr_target` has raised the present one."""
+    present = configured_lr(run)
+    at_most = "" if is_from_trl_logs(run.records) else "at most "
+    return f"Set {field}={number(factor * present, 2)}, {in_words}, which is {at_most}{number(present)}"
+
+
+def _share(where: NDArray[np.bool_]) -> str:
+    """ "3 of 12 updates"."""
+    return f"{int(where.sum()):,} of {count(len(where), 'update')}"
 
 
 def clip_never_binds(run: Run) -> Finding | None:
@@ -76,9 +83,9 @@ def clip_never_binds(run: Run) -> Finding | None:
     if all(record.trust.epochs <= 1 for record in clipped):
         return Finding(
             "clip_never_binds",
-            "Clipping is on, and cannot act",
-            f"The clip removed nothing in any of {made}, each of them a single pass over its batch. In one pass with one "
-            "mini-batch the policy is still the one that sampled when the clip looks at it: every ratio is 1."
+            "Clipping is on but cannot act",
+            f"The clip removed nothing in any of {made}, each of them a single pass over its batch. In a single pass with one "
+            "mini-batch, the policy is still the one that sampled when the clip is applied, so every ratio is 1."
             + (f" Measured after the step, the largest was {number(reached)}." if np.isfinite(reached) else ""),
             "Set num_iterations=2, or for PPO num_ppo_epochs=2."
             if stock
@@ -86,16 +93,16 @@ def clip_never_binds(run: Run) -> Finding | None:
         )
     return Finding(
         "clip_never_binds",
-        "Clipping is on, and never acted",
+        "Clipping is on but never acted",
         f"The clip removed nothing in any of {made}"
         + (f"; the largest ratio measured after a step was {number(reached)}" if np.isfinite(reached) else "")
         + ". The updates are too small for the clip range to matter.",
-        f"Set learning_rate={number(2 * configured_lr(run), 2)}, twice the present one, which is {_present_lr(run)}.",
+        _set_lr(run, 2, "twice the present one") + ".",
     )
 
 
 def _still_rising(kl: Column) -> bool:
-    """Whether the last third of a run is clearly above the one before: what is below its target may yet reach it."""
+    """Whether the last third of a run is clearly above the third before it, so that the KL may still reach its target."""
     third = max(1, len(kl) // 3)
     return mean(kl[-third:]) > 1.1 * mean(kl[-2 * third : -third])
 
@@ -105,23 +112,23 @@ def coefficient_pinned(run: Run) -> Finding | None:
     coef, kl, target = column(late, "anchor.coef"), distance(late), column(late, "anchor.target")
     if len(late) < FEW or not np.isfinite(target).all() or np.ptp(coef) != 0:
         return None
-    below, above = bool((kl < target / BAND).all()), bool((kl > target * BAND).all())
+    below, above = (kl < target / BAND).all(), (kl > target * BAND).all()
     if not (below or above):
         return None
-    side, bound, value = ("below", "min_coef", coef[0] / 10) if below else ("above", "max_coef", 10 * coef[0])
+    side, bound, end = ("below", "min_coef", "floor") if below else ("above", "max_coef", "ceiling")
     if below and (coef[0] == 0 or _still_rising(distance(run.records))):
         return None
-    start = 10 * coef[0] if coef[0] > 0 else 0.05
+    value = number(coef[0] / 10 if below else 10 * coef[0] or 0.05, 2)
     fixed = np.ptp(column(run.records, "anchor.coef")) == 0
     return Finding(
         "coefficient_pinned",
-        f"The anchor's coefficient stands still while the KL is {side} its target",
-        f"β was {number(coef[0])} in each of the last {count(len(late), 'update')}, with a KL to the reference of "
-        f"{number(mean(kl))} nats per response against a target of {number(target[-1])}. A controller moves it unless it "
-        f"is held at its {'floor' if below else 'ceiling'}" + (", or fixed." if fixed else "."),
-        f"Give the controller {bound}={number(value if coef[0] > 0 else start, 2)}."
+        f"The anchor's coefficient is constant while the KL is {side} its target",
+        f"β was {number(coef[0])} in each of the last {count(len(late), 'update')}, although the KL to the reference was "
+        f"{number(mean(kl))} nats per response and its target {number(target[-1])}. A controller changes β unless it is "
+        f"held at its {end}" + (", or fixed." if fixed else "."),
+        f"Give the controller {bound}={value}."
         if is_from_trl_logs(run.records)
-        else f'Set kl_controller_kwargs={{"{bound}": {number(value if coef[0] > 0 else start, 2)}}}'
+        else f'Set kl_controller_kwargs={{"{bound}": {value}}}'
         + (', with kl_controller="adaptive" if it is "fixed".' if fixed else "."),
     )
 
@@ -136,8 +143,10 @@ def target_never_reached(run: Run) -> Finding | None:
     if not (below or above):
         return None
     coef, stock = float(column(run.records, "anchor.coef")[-1]), is_from_trl_logs(run.records)
-    when = "in the whole run" if below else f"in the last {count(len(late), 'update')}"
-    came = f"came no nearer than {number(largest(kl))}" if below else f"stayed above {number(float(np.nanmin(late)))}"
+    if below:
+        came = f"reached at most {number(largest(kl))} in the entire run"
+    else:
+        came = f"was at least {number(float(np.nanmin(late)))} in the last {count(len(late), 'update')}"
     if below and _still_rising(kl):
         longer = f"max_steps={2 * run.records[-1].update}" if stock else f"total_episodes={2 * run.records[-1].episode}"
         advice = f"Set {longer}, twice as many: the KL is still rising."
@@ -147,7 +156,7 @@ def target_never_reached(run: Run) -> Finding | None:
     return Finding(
         "target_never_reached",
         "The KL to the reference never reached its target" if below else "The KL to the reference is above its target",
-        f"The target was {number(aim[-1])} nats per response; the KL {came} {when}, with β at {number(coef)} last.",
+        f"The target was {number(aim[-1])} nats per response; the KL {came}. The last β was {number(coef)}.",
         advice,
     )
 
@@ -160,26 +169,28 @@ def negative_estimate(run: Run) -> Finding | None:
     sampler = column(run.records, "sampler.kl")
     mismatch = largest(sampler) > MISMATCH
     evidence = (
-        f"The estimate of the KL to the reference was negative in {int(negative.sum()):,} of "
-        f"{count(len(kl), 'update')}, at its lowest {number(float(np.nanmin(kl)))} nats per response"
+        f"The estimate of the KL to the reference was negative in {_share(negative)}, with a minimum of "
+        f"{number(float(np.nanmin(kl)))} nats per response"
     )
     stock = is_from_trl_logs(run.records)
-    evidence += ". " if stock else f", where the exact KL averaged {number(mean(exact[negative]))}. "
+    evidence += ". " if stock else f"; the exact KL averaged {number(mean(exact[negative]))} in these updates. "
     if stock:
-        why = "A KL never is: near 0, an estimate from few responses is mostly noise."
-        advice = "Set gradient_accumulation_steps to twice what it is: more responses, less noise."
+        why = "A KL cannot be negative: near 0, an estimate from few responses is mostly noise."
+        advice = "Set gradient_accumulation_steps to twice its value: more responses reduce the noise."
     elif mismatch:
         why = (
-            f"The sampler and the training pass disagree: by {number(mean(sampler))} nats per token on average, "
+            f"The sampler and the training pass differ by {number(mean(sampler))} nats per token on average and by "
             f"{number(largest(sampler))} at most (sampler/kl)."
         )
-        advice = "Set generation_kwargs=None and bf16=False, so that tokens are drawn from the policy that is trained."
+        advice = (
+            "Set generation_kwargs=None and bf16=False, so that tokens are sampled from the policy that is trained."
+        )
     elif np.isfinite(sampler).any():
-        why = f"The sampler agrees with the training pass (sampler/kl {number(mean(sampler))}): this is few samples' noise."
-        advice = 'Set kl_estimator="exact" and kl_placement="both": the same gradient, from exact divergences.'
+        why = f"The sampler agrees with the training pass (sampler/kl {number(mean(sampler))}): this is noise from few samples."
+        advice = 'Set kl_estimator="exact" and kl_placement="both": the same gradient, computed from exact divergences.'
     else:
-        why = "How far the sampler and the training pass disagree is not on record."
-        advice = 'Set kl_estimator="exact" and kl_placement="both", which no sampler can make negative.'
+        why = "How much the sampler and the training pass differ is not on record."
+        advice = 'Set kl_estimator="exact" and kl_placement="both", which cannot be negative whatever the sampler.'
     return Finding("negative_estimate", "The estimate of the KL is negative", evidence + why, advice)
 
 
@@ -197,12 +208,12 @@ def ratio_far_outside(run: Run) -> Finding | None:
     return Finding(
         "ratio_far_outside",
         "Ratios far outside the clip range, although clipping is on",
-        f"In {int(far.sum()):,} of {count(len(clipped), 'update')} some token's probability ended more than {FAR:g} times "
-        f"outside the range [{number(low[-1], 2)}, {number(high[-1], 2)}]: the largest ratio was {number(largest(top))}, "
-        f"and the lowest of the ratios' 1 % quantiles {number(-largest(-bottom))}. Clipping stops a token's gradient; it "
-        "does not stop other tokens' gradients from moving it.",
-        f"Set trust_max_kl={number(float(np.nanmedian(kl)) / 2, 2)} (nats per token), half of what an update moved"
-        + (": the limit in force leaves room for such ratios." if limited else ": that is a limit that holds."),
+        f"In {_share(far)}, ratios ended outside the range [{number(low[-1], 2)}, {number(high[-1], 2)}] by more than a factor "
+        f"of {FAR:g}: the largest ratio was {number(largest(top))}, and the lowest 1 % quantile was "
+        f"{number(-largest(-bottom))}. Clipping removes the gradient of a token, but the gradients of other tokens still "
+        "change its ratio.",
+        f"Set trust_max_kl={number(float(np.nanmedian(kl)) / 2, 2)} (nats per token), half of the median KL of an update"
+        + (": the limit in force leaves room for such ratios." if limited else ": this limit is enforced."),
     )
 
 
@@ -215,11 +226,11 @@ def anchor_outweighs(run: Run) -> Finding | None:
     return Finding(
         "anchor_outweighs",
         "The penalty outweighs the reward",
-        f"The anchor made up more than half of the advantage in {int(over.sum()):,} of {count(len(share), 'update')}, "
-        f"{percent(mean(share))} on average: the policy learns to stay more than it learns the task.",
-        f"Set kl_coef={number(coef / 2, 2)}, half of the present β in the median."
+        f"The anchor made up more than half of the advantage in {_share(over)}, {percent(mean(share))} on average: "
+        "staying near the reference outweighs learning the task.",
+        f"Set kl_coef={number(coef / 2, 2)}, half of the median β."
         if target is None
-        else f"Set kl_target={number(1.5 * target, 2)}, half as much again, so that the controller settles at a lower β.",
+        else f"Set kl_target={number(1.5 * target, 2)}, 1.5 times the last one, so that the controller settles at a lower β.",
     )
 
 
@@ -231,15 +242,14 @@ def early_stop(run: Run) -> Finding | None:
     return Finding(
         "early_stop",
         "Most updates are stopped early",
-        f"{int(stopped.sum()):,} of {count(len(stopped), 'update')} ended at trust_stop, after {number(mean(made))} epochs on "
-        f"average; at least {percent(mean(left_out))} of their steps were left out.",
-        f"Set learning_rate={number(configured_lr(run) / 2, 2)}, half of the present one, which is {_present_lr(run)}: the "
-        "planned epochs have to fit within the limit.",
+        f"{_share(stopped)} ended at trust_stop, after {number(mean(made))} epochs on average; at least "
+        f"{percent(mean(left_out))} of their steps were skipped.",
+        _set_lr(run, 1 / 2, "half of the present one") + ", so that the planned epochs fit within the limit.",
     )
 
 
 def learning_rate_floor(run: Run) -> Finding | None:
-    if is_from_trl_logs(run.records):  # no trainer of TRL's own adapts the learning rate to the KL
+    if is_from_trl_logs(run.records):  # TRL's trainers do not adapt the learning rate to the KL
         return None
     lr, top = column(run.records, "lr"), configured_lr(run)
     floor = (lr > 0) & (lr <= 1.05 * LR_FLOOR * top)
@@ -248,9 +258,9 @@ def learning_rate_floor(run: Run) -> Finding | None:
     return Finding(
         "learning_rate_floor",
         "The learning rate is at its floor",
-        f"In {int(floor.sum()):,} of {count(len(lr), 'update')} the learning rate was at most 1/32 of the largest, "
-        f"{number(top)}: as low as the adaptation to trust_lr_target goes. Those updates moved the policy by "
-        f"{number(mean(column(run.records, 'trust.kl')[floor]))} nats per token all the same.",
+        f"In {_share(floor)} the learning rate was at most 1/32 of the largest one, "
+        f"{number(top)}, which is the lowest that trust_lr_target allows. Those updates still moved the policy by "
+        f"{number(mean(column(run.records, 'trust.kl')[floor]))} nats per token.",
         f"Set learning_rate={number(top / 8, 2)}, an eighth of the present one, so that the adaptation has room.",
     )
 
@@ -268,10 +278,10 @@ def reward_hacking(run: Run) -> Finding | None:
     kl = mean(last_third(distance(run.records)))
     return Finding(
         "reward_hacking",
-        "The score rises while the text becomes one the reference would not write",
-        f"From the first third of the run to the last the score rose by {number(gained)} (standard error "
-        f"{number(noise, 2)}), and the reference's likelihood of the completions fell from {number(before)} to "
-        f"{number(after)} nats per token: the sign of a policy that satisfies the reward and not the task. Read the "
+        "The score rises while the completions become unlikely under the reference",
+        f"From the first third of the run to the last, the score rose by {number(gained)} (standard error "
+        f"{number(noise, 2)}), and the reference's log-likelihood of the completions fell from {number(before)} to "
+        f"{number(after)} nats per token. This is a sign of a policy that satisfies the reward but not the task: read the "
         "completions.",
         f'Set kl_controller="adaptive" and kl_target={number(kl / 3, 2)}, a third of the KL at the end '
         f"({number(kl)} nats per response).",
@@ -286,16 +296,16 @@ def value_explains_nothing(run: Run) -> Finding | None:
         "value_explains_nothing",
         "The value function explains nothing",
         f"Over the last {count(len(explained), 'update')} it explained {number(float(np.nanmedian(explained)))} of the "
-        "returns' variance in the median (1 would be all, 0 is what a constant explains): advantages are as noisy as "
+        "variance of the returns (median; 1 is all of it, 0 is what a constant explains): the advantages are as noisy as "
         "without it.",
-        f"Set value_learning_rate={number(5 * configured_lr(run), 2)}, five times the policy's, which is {_present_lr(run)}.",
+        _set_lr(run, 5, "five times the policy's", "value_learning_rate") + ".",
     )
 
 
 _GRADIENTS = {
-    "biased": "is that of another quantity than the KL (or divergence) it estimates",
-    "partial": "has one of two terms that are both needed: the present cost or the future one",
-    "zero": "is 0 on average: it adds noise and no pull",
+    "biased": "is not that of the KL (or other divergence) it estimates",
+    "partial": "has only one of the two terms it needs, the present cost and the future cost",
+    "zero": "is 0 on average: it adds only noise",
 }
 
 
@@ -315,11 +325,11 @@ def biased_estimator(run: Run) -> Finding | None:
 
 
 def _better_estimator(placement: str, gradient: str) -> str:
-    """For TRL's own trainers: GRPO has its anchor in the loss, PPO in the reward."""
+    """For TRL's trainers: GRPO has its anchor in the loss, PPO in the reward."""
     if placement == "reward":
         return 'Set kl_estimator="k1".'
     if gradient == "biased":
-        return "Set use_bias_correction_kl=True, which leaves out the future cost only."
+        return "Set use_bias_correction_kl=True, which only leaves out the future cost."
     return "Use RLOOTrainer: its k1 in the reward has both terms."
 
 
@@ -328,13 +338,13 @@ def updates_refused(run: Run) -> Finding | None:
     if not reasons:
         return None
     reason, times = reasons.most_common(1)[0]
+    total = reasons.total()
     return Finding(
         "updates_refused",
-        "Updates were refused",
-        f"{count(reasons.total(), 'update')} of {len(run.records):,} left the parameters as they were; the reason given "
-        f"most often ({count(times, 'time')}): {shortened(reason, 200)}.",
-        f"Set learning_rate={number(configured_lr(run) / 2, 2)}, half of the present one, which is {_present_lr(run)}; where "
-        "it is the first update, set bf16=False.",
+        "Updates were rejected",
+        f"{total:,} of {count(len(run.records), 'update')} {'was' if total == 1 else 'were'} rejected, and the parameters "
+        f"were left unchanged. The most frequent reason ({count(times, 'time')}): {shortened(reason, 200)}.",
+        _set_lr(run, 1 / 2, "half of the present one") + "; if the first update was rejected, set bf16=False.",
     )
 
 
@@ -352,10 +362,8 @@ FINDINGS: dict[str, Callable[[Run], Finding | None]] = {
     "learning_rate_floor": learning_rate_floor,
     "value_explains_nothing": value_explains_nothing,
 }
-"""Every finding by its name, in the order of a report: what spoils a run first, what merely slows it last."""
+"""Every finding by name, in the order of a report: from those that spoil a run to those that only slow it down."""
 
 
 def find(run: Run) -> list[Finding]:
-    """The findings that the run's records show."""
-    found = (of_run(run) for of_run in FINDINGS.values())
-    return [finding for finding in found if finding is not None]
+    return [finding for of_run in FINDINGS.values() if (finding := of_run(run)) is not None]

@@ -1,15 +1,14 @@
 """One self-contained page from one or several runs.
 
-Records and completions are untrusted text. Every expression of the template passes through `visible` and Jinja's
-autoescape, without exception: figures enter as base64 data in an attribute, and the page's own policy allows no script, no
-network and no form.
+Records and completions are untrusted text. Every expression in the templates passes through `visible` and Jinja's autoescape,
+without exception. Figures are base64 data in an attribute, and the page's policy allows no script, no network and no form.
 """
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
@@ -18,29 +17,28 @@ from .findings import Finding, find
 from .schema import Run
 from .summary import Statement, summarise
 from .tables import Moment, Table, comparison, moments, settings, updates
-from .text import visible
+from .text import number, shortened, visible
 
 GLOSSARY = {
-    "gated": "What a mechanism took from an update while it ran: the clip's share is that of the gradient's weight it set to "
-    "zero, the anchor's its part of the absolute advantage, backtracking's the part of the step taken back.",
-    "measured": "What an update did: once it is over, the batch passes through the new policy, and its divergence from the "
-    "old one is computed over the whole vocabulary.",
-    "guaranteed": "A bound that something enforced. Only backtracking does, for the batch's mean KL(π_old‖π), on the contexts "
-    "that the batch visited. Clipping, penalties and early stops guarantee nothing.",
-    "anchor": "The pull towards π_ref, the model the run started from: β · KL(π‖π_ref), in nats per response. It decides where "
-    "the run ends.",
-    "trust region": "What keeps one update small: KL(π_old‖π), in nats per token, π_old being the policy that sampled it. "
-    "It decides how fast the run gets there.",
-    "nat": "The unit of KL and of log-likelihood with natural logarithms. A text that is 1 nat less likely is less "
-    "likely by a factor of 2.7.",
-    "reference's likelihood": "log π_ref of a completion: how likely the original model would have written it, in nats per "
-    "response; closer to 0 is likelier.",
+    "gated": "The share of an update that a mechanism took while the update was made: for the clip, the share of the "
+    "gradient's weight that it set to zero; for the anchor, its share of the absolute advantage; for backtracking, the share "
+    "of the step that was taken back.",
+    "measured": "What an update did. After the update, the batch passes through the new policy, and the divergence from the "
+    "old policy is computed over the full vocabulary.",
+    "guaranteed": "A bound that was enforced. Only backtracking enforces one: on the mean KL(π_old‖π) over the contexts of the "
+    "batch. Clipping, penalties and early stopping guarantee nothing.",
+    "anchor": "The penalty β · KL(π‖π_ref) for moving away from π_ref, the model the run started from, in nats per response. "
+    "It determines where the run ends.",
+    "trust region": "What keeps one update small: KL(π_old‖π), in nats per token, where π_old is the policy that sampled the "
+    "batch. It determines how fast the run gets there.",
+    "nat": "The unit of KL and log-likelihood with natural logarithms. A text that is 1 nat less likely is less likely by a "
+    "factor of 2.7.",
+    "reference's likelihood": "log π_ref of a completion: its log-likelihood under the reference model, in nats per response. "
+    "Closer to 0 is likelier.",
 }
 
 
 class Section(NamedTuple):
-    """What the page says of one run."""
-
     run: Run
     statements: list[Statement]
     findings: list[Finding]
@@ -55,9 +53,8 @@ def section(run: Run, figures: list[Drawn]) -> Section:
 
 
 def page(sections: Sequence[Section]) -> str:
-    """The whole page."""
-    template = environment().get_template("report.html")
     runs = [each.run for each in sections]
+    template = environment().get_template("report.html")
     return template.render(
         sections=sections,
         comparison=comparison(runs) if len(runs) > 1 else None,
@@ -67,22 +64,17 @@ def page(sections: Sequence[Section]) -> str:
 
 
 def environment(*packages: str) -> Environment:
-    """For the templates of the packages and of this one; nothing in them reaches a page unescaped."""
+    """For the templates of the packages and of this one; no text in them reaches a page unescaped."""
     made = Environment(
         loader=ChoiceLoader([PackageLoader(package) for package in (*packages, "trl_trustkl.report")]),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_shown,
+        finalize=lambda value: visible(value) if type(value) is str else value,  # before it is escaped
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters["data_uri"] = data_uri
+    made.filters |= {"data_uri": data_uri, "number": number, "shortened": shortened}
     return made
-
-
-def _shown(value: Any) -> Any:
-    """What an expression of the template becomes before it is escaped."""
-    return visible(value) if type(value) is str else value
 
 
 def data_uri(svg: str) -> str:

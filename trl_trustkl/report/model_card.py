@@ -1,6 +1,7 @@
 """The section of a model card that says how far a run may have moved its model, from records and configuration.
 
-Markdown by hand, so that a model can be saved without the packages of a report. Every text passes through `markdown`.
+The Markdown is made without the packages of a report, which saving a model does not need. Every text passes through
+`markdown`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _FOLLOWING = re.compile(r"^#+ Citations?$", re.MULTILINE)
 
 
 def with_section(card: str, section: str) -> str:
-    """The card with the section in place of an earlier one, otherwise before its citations or at its end."""
+    """The card with the section in place of an earlier one, or else before its citations or at its end."""
     block = f"\n\n{START}\n{section.strip()}\n{END}\n\n"
     card, replaced = _SECTION.subn(lambda _: block, card, count=1)
     if not replaced:
@@ -41,7 +42,7 @@ def with_section(card: str, section: str) -> str:
 
 
 def section(records: Sequence[BoundRecord], args: Any, report: str | None = None) -> str:
-    """Markdown. records: of the run so far; args: a TrustKLPPOConfig; report: a relative link, None where there is none."""
+    """The section as Markdown. records: of the run so far; args: a TrustKLPPOConfig; report: a relative link, or None."""
     lines = [f"## {TITLE}", "", "| mechanism | settings |", "|---|---|"]
     lines += [f"| {markdown(name)} | {markdown(said)} |" for name, said in mechanisms(args)]
     lines += ["", *(f"- {text}" for text in outcome(records))]
@@ -61,9 +62,9 @@ def written(create: Callable[[], None]) -> bool:
 
 
 def describe(folder: Path, args: Any, *, update: int, report: Path | None) -> None:
-    """Put the section into the folder's README: PEFT's, TRL's, or where the weights have none a copy of TRL's.
+    """Put the section into the folder's README, which PEFT or TRL wrote; without one, into a copy of TRL's.
 
-    update: the last whose record is in `args.output_dir`, 0 where nothing writes records. report: the page of the run.
+    update: the last one with a record in `args.output_dir`, 0 if no records are written. report: the page of the run.
     """
     output = Path(args.output_dir)
     readme = folder / README
@@ -75,57 +76,60 @@ def describe(folder: Path, args: Any, *, update: int, report: Path | None) -> No
 
 
 def has_section(readme: Path) -> bool:
-    """Whether a README is a card that `describe` has written to."""
+    """Whether `describe` has written to a README."""
     return START in readme.read_text(encoding="utf-8", errors="replace")
 
 
 def _recorded(output: Path, update: int) -> list[BoundRecord]:
-    """The records of a run up to an update, as its folder has them."""
-    if update == 0:
-        return []
+    """The records in a run's folder up to an update."""
     try:
-        found = read_run(output, completions=False).records
+        found = read_run(output, completions=False).records if update else []
     except DataError:
         return []
     return [record for record in found if record.update <= update]
 
 
 def mechanisms(args: Any) -> list[tuple[str, str]]:
-    """Each mechanism that could hold the policy, with its settings, "off" for one that was not used."""
+    """Each mechanism with its settings, or "off"."""
+    penalised = args.trust_coef != 0 or args.trust_controller != "fixed"
     return [
-        ("anchor: KL(π‖π_ref)", _anchor(args)),
+        ("anchor: KL(π‖π_ref)", _penalty(args, args.anchored, "kl", ("estimator", "placement", "coef"), "response")),
         ("clip", _clip(args)),
-        ("penalty on KL(π_old‖π)", _penalty(args)),
+        ("penalty on KL(π_old‖π)", _penalty(args, penalised, "trust", ("estimator", "coef"), "token")),
         ("early stop", _limit(args, "trust_stop")),
         ("hard limit, by backtracking", _limit(args, "trust_max_kl")),
-        ("learning rate by KL", _limit(args, "trust_lr_target")),
+        ("KL-adaptive learning rate", _limit(args, "trust_lr_target")),
         ("gradient norm", _setting(args, "max_grad_norm") if args.max_grad_norm else "off"),
     ]
 
 
 def outcome(records: Sequence[BoundRecord]) -> list[str]:
-    """Where the run ended, its largest update, and what is guaranteed; Markdown."""
+    """The KL at the end, the largest update, and what is guaranteed, as Markdown."""
     if not records:
-        return ["There are no records of the run: how far it moved was not kept."]
+        return ["There are no records of the run, so it is not known how far it moved."]
     last = records[-1].anchor
     run = Run("", Path(), list(records), [], [])
     return [
         f"**KL to the reference** in the last of {len(records):,} update{'s' if len(records) > 1 else ''}: "
-        f"{number(last.kl_exact)} ± {number(last.kl_stderr, 2)} nats per response (exact, over the whole vocabulary, before "
+        f"{number(last.kl_exact)} ± {number(last.kl_stderr, 2)} nats per response (exact, over the full vocabulary, before "
         "that update's step; mean and standard error over its responses).",
         f"**Largest update.** {markdown(largest_update(run))}",
         f"**Guaranteed.** {markdown(guaranteed(run))}",
     ]
 
 
-def _anchor(args: Any) -> str:
-    if not args.anchored:
+def _penalty(args: Any, on: bool, prefix: str, settings: Sequence[str], per: str) -> str:
+    """The settings of a KL penalty, whose fields begin with `prefix`, and its controller."""
+    if not on:
         return "off"
-    parts = [_setting(args, name) for name in ("kl_estimator", "kl_placement", "kl_coef")]
-    if args.kl_controller != "fixed":
-        parts.append(_controller(args, "kl"))
-    target = f"kl_target={number(args.kl_target)} nats per response" if args.kl_target is not None else ""
-    return ", ".join(filter(None, [*parts, target]))
+    parts = [_setting(args, f"{prefix}_{name}") for name in settings]
+    if getattr(args, f"{prefix}_controller") != "fixed":
+        kwargs = getattr(args, f"{prefix}_controller_kwargs") or {}
+        options = shortened(", ".join(f"{name}={value}" for name, value in kwargs.items()), 200)
+        parts.append(_setting(args, f"{prefix}_controller") + (f" ({options})" if options else ""))
+    if getattr(args, f"{prefix}_target") is not None:
+        parts.append(f"{_setting(args, f'{prefix}_target')} nats per {per}")
+    return ", ".join(parts)
 
 
 def _clip(args: Any) -> str:
@@ -139,22 +143,6 @@ def _clip(args: Any) -> str:
     return f"{rule}, range [{number(1 - args.low)}, {number(1 + args.high)}]"
 
 
-def _penalty(args: Any) -> str:
-    if args.trust_coef == 0 and args.trust_controller == "fixed":
-        return "off"
-    parts = [_setting(args, "trust_estimator"), _setting(args, "trust_coef")]
-    if args.trust_controller != "fixed":
-        parts.append(_controller(args, "trust"))
-    target = f"trust_target={number(args.trust_target)} nats per token" if args.trust_target is not None else ""
-    return ", ".join(filter(None, [*parts, target]))
-
-
-def _controller(args: Any, prefix: str) -> str:
-    kwargs = getattr(args, f"{prefix}_controller_kwargs") or {}
-    options = ", ".join(f"{name}={value}" for name, value in kwargs.items())
-    return _setting(args, f"{prefix}_controller") + (f" ({shortened(options, 200)})" if options else "")
-
-
 def _limit(args: Any, name: str) -> str:
     return "off" if getattr(args, name) is None else f"{_setting(args, name)} nats per token"
 
@@ -165,5 +153,5 @@ def _setting(args: Any, name: str) -> str:
 
 
 def _target(link: str) -> str:
-    """A relative link inside <>, whose own characters cannot end it."""
+    """A relative link for use inside <>, which its characters cannot end."""
     return visible(link).replace("\\", "/").replace("<", "%3C").replace(">", "%3E").replace("\n", "%0A")

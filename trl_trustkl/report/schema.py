@@ -1,7 +1,7 @@
-"""Reading a run's records when they may come from anywhere: `types.py` is the schema, and every line is held to it.
+"""Reads the records of a run, which may come from anywhere: every line is checked against the types in `records.py`.
 
-A key that is missing or of the wrong type is an error with file, line, key and what was expected. Keys the schema does
-not know are ignored: a later version may write more.
+A key that is missing or has the wrong type raises an error that names the file, the line, the key and what was expected.
+Keys that the schema does not have are ignored: a later version may write more.
 """
 
 from __future__ import annotations
@@ -9,19 +9,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple
 
-from ..errors import DataError
+from ..errors import DataError, is_finite
 from ..records import BOUNDS_FILE, COMPLETIONS_FILE, BoundRecord, Meaning, numbered_rows
-
-Row = TypeVar("Row")
-Reader = Callable[[Any], Any]
 
 
 class Completion(NamedTuple):
@@ -35,7 +31,7 @@ class Completion(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a report is made of. `notes` say what was mended or left out while reading."""
+    """What a report is made of. `notes` say what was corrected or left out while reading."""
 
     name: str
     folder: Path
@@ -44,51 +40,37 @@ class Run(NamedTuple):
     notes: list[str]
 
 
-class _Misfit(Exception):
-    """A value that does not fit the schema; the key is completed on the way up."""
-
-    def __init__(self, expected: str, got: object = None, key: str = "", missing: bool = False) -> None:
-        self.expected, self.got, self.key, self.missing = expected, got, key, missing
-
-    def inside(self, key: str) -> _Misfit:
-        return _Misfit(self.expected, self.got, f"{key}.{self.key}" if self.key else key, self.missing)
-
-    def __str__(self) -> str:
-        if self.missing:
-            return f"the key `{self.key}` is missing; expected {self.expected}"
-        return f"`{self.key}` must be {self.expected}, got {_short(self.got)}"
-
-
 def read_run(path: str | os.PathLike[str], *, completions: bool = True) -> Run:
-    """The records of a run's folder (or of its `bounds.jsonl`), and with `completions` those, where it kept some."""
+    """The records of a run's folder (or of its `bounds.jsonl`); with `completions` also the completions it recorded."""
     given = Path(path)
     folder = given if given.is_dir() else given.parent
     file = given / BOUNDS_FILE if given.is_dir() else given
     notes: list[str] = []
-    records = _rows(file, BoundRecord, notes)
+    records: list[BoundRecord] = _rows(file, BoundRecord, notes)
     if not records:
-        raise DataError(f"{file} holds no finished update; let the run make one, or give another run.")
+        raise DataError(f"{file} holds no finished update; wait until the run has made one, or give another run.")
     if any(later.update <= earlier.update for earlier, later in pairwise(records)):
-        notes.append(f"{file.name}: updates are not in order; sorted, the last one kept where a number occurs twice.")
+        notes.append(
+            f"{file.name}: the updates were not in order and have been sorted; of several with one number, the last was kept."
+        )
         records = [record for _, record in sorted({record.update: record for record in records}.items())]
     kept = folder / COMPLETIONS_FILE
-    texts = _rows(kept, Completion, notes) if completions and kept.exists() else []
+    texts: list[Completion] = _rows(kept, Completion, notes) if completions and kept.exists() else []
     return Run(folder.resolve().name, folder, records, texts, notes)
 
 
-def _rows(file: Path, schema: type[Row], notes: list[str]) -> list[Row]:
+def _rows(file: Path, schema: Any, notes: list[str]) -> list[Any]:
     """Every line of the file as a `schema`, in order."""
-    read: Reader = _reader(schema)  # type: ignore[arg-type]  # a class is hashable; mypy doubts it for a TypeVar
-    rows: list[Row] = []
+    rows = []
     not_finite: dict[str, list[int]] = {}
     for line, raw in numbered_rows(file):
         if raw is None:
             notes.append(f"{file.name}: the last line, {line}, is cut short and was left out.")
             continue
         try:
-            rows.append(read(_as_texts(raw) if schema is Completion else raw))
-        except _Misfit as misfit:
-            raise DataError(f"{file}, line {line}: {misfit}.") from None
+            rows.append(_read(schema, _with_texts(raw) if schema is Completion else raw))
+        except _Mismatch as mismatch:
+            raise DataError(f"{file}, line {line}: {mismatch}.") from None
         for key in _not_finite(raw):
             not_finite.setdefault(key, []).append(line)
     for key, lines in not_finite.items():
@@ -99,108 +81,68 @@ def _rows(file: Path, schema: type[Row], notes: list[str]) -> list[Row]:
     return rows
 
 
-# -- one reader for each type, made once -----------------------------------------------------------------------------
+# -- one row -----------------------------------------------------------------------------------------------------------
+
+EXPECTED = {
+    float: "a number", int: "an integer >= 0", bool: "true or false", str: "text", dict: "an object of numbers",
+}  # fmt: skip
+
+
+class _Mismatch(Exception):
+    """A row that does not fit the schema."""
 
 
 @cache
-def _reader(expected: Any) -> Reader:
-    """A function from JSON to `expected`: a NamedTuple, str, bool, int, float, dict[str, float], or one of them | None."""
-    if typing.get_origin(expected) in (typing.Union, types.UnionType):
-        (inner,) = [part for part in typing.get_args(expected) if part is not type(None)]
-        return _optional(_reader(inner))
-    if typing.get_origin(expected) is dict:
-        return _numbers
-    if hasattr(expected, "_fields"):
-        return _tuple_of(expected)
-    return {str: _text, bool: _boolean, int: _integer, float: _number}[expected]
+def _fields(schema: Any) -> list[tuple[str, Any, bool]]:
+    """(name, type, whether it may be None) of each field; the type is a NamedTuple or a key of EXPECTED."""
+    found = []
+    for name, hint in typing.get_type_hints(schema).items():
+        optional = type(None) in typing.get_args(hint)
+        kind = typing.get_args(hint)[0] if optional else hint
+        found.append((name, typing.get_origin(kind) or kind, optional))
+    return found
 
 
-def _tuple_of(schema: Any) -> Reader:
-    hints = typing.get_type_hints(schema)
-    fields = [(name, _reader(hints[name]), type(None) in typing.get_args(hints[name])) for name in schema._fields]
-    names = ", ".join(schema._fields)
-
-    def read(value: Any) -> Any:
-        if not isinstance(value, dict):
-            raise _Misfit(f"an object with {names}", value)
-        result = []
-        for name, of_field, optional in fields:
-            if name not in value and not optional:
-                raise _Misfit(_EXPECTED.get(of_field, "an object"), key=name, missing=True)
-            try:
-                result.append(of_field(value.get(name)))
-            except _Misfit as misfit:
-                raise misfit.inside(name) from None
-        return schema._make(result)
-
-    return read
+def _read(schema: Any, row: Any, prefix: str = "") -> Any:
+    """A JSON object as a `schema`; prefix: that of its keys in a message."""
+    if not isinstance(row, dict):
+        raise _Mismatch(f"`{prefix[:-1]}` must be an object with {', '.join(schema._fields)}, got {_short(row)}")
+    values = []
+    for name, kind, optional in _fields(schema):
+        key = prefix + name
+        if name not in row and not optional:
+            raise _Mismatch(f"the key `{key}` is missing; expected {EXPECTED.get(kind, 'an object')}")
+        if hasattr(kind, "_fields"):
+            values.append(_read(kind, row[name], f"{key}."))
+        else:
+            values.append(_value(kind, row.get(name), key, optional))
+    return schema._make(values)
 
 
-def _optional(of_value: Reader) -> Reader:
-    def read(value: Any) -> Any:
-        found = None if value is None else of_value(value)
-        return None if isinstance(found, float) and math.isnan(found) else found
-
-    return read
-
-
-def _number(value: Any) -> float:
-    """NaN where there is none: JSON has no other word for it than null."""
-    if value is None:
-        return math.nan
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _Misfit("a number", value)
-    try:
-        found = float(value)
-    except OverflowError:
-        raise _Misfit("a number below 1e308", value) from None
-    return found if math.isfinite(found) else math.nan
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
-        raise _Misfit("an integer >= 0", value)
-    return value
-
-
-def _instance_of(kind: type, expected: str) -> Reader:
-    def read(value: Any) -> Any:
-        if not isinstance(value, kind):
-            raise _Misfit(expected, value)
+def _value(kind: type, value: Any, key: str, optional: bool = False) -> Any:
+    """A JSON value as a `kind`; a number that is missing or not finite is NaN, or None where the field is `optional`."""
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        value = None
+    if value is None and (optional or kind is float):
+        return None if optional else math.nan
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if kind is float and is_finite(value):
+        return float(value)
+    if kind is int and is_integer and 0 <= value < 2**53:
         return value
-
-    return read
-
-
-_boolean, _text = _instance_of(bool, "true or false"), _instance_of(str, "text")
-
-
-def _numbers(value: Any) -> dict[str, float]:
-    if not isinstance(value, dict):
-        raise _Misfit("an object of numbers", value)
-    result = {}
-    for key, entry in value.items():
-        try:
-            result[key] = _number(entry)
-        except _Misfit as misfit:
-            raise misfit.inside(_short(key)) from None
-    return result
+    if kind in (bool, str) and isinstance(value, kind):
+        return value
+    if kind is dict and isinstance(value, dict):
+        return {name: _value(float, entry, f"{key}.{_short(name)}") for name, entry in value.items()}
+    too_large = " below 1e308" if kind is float and is_integer else ""
+    raise _Mismatch(f"`{key}` must be {EXPECTED[kind]}{too_large}, got {_short(value)}")
 
 
-_EXPECTED: dict[Reader, str] = {
-    _number: "a number",
-    _integer: "an integer",
-    _boolean: "true or false",
-    _text: "text",
-    _numbers: "an object of numbers",
-}
-
-
-# -- what JSON and conversations allow, and the schema does not ----------------------------------------------------------
+# -- what JSON and conversations allow, and the schema does not --------------------------------------------------------
 
 
 def _not_finite(row: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """The keys of the numbers that are not finite: tokens such as NaN, which are not JSON but which Python reads."""
+    """The keys of the numbers that are not finite: Python reads tokens such as NaN, which are not JSON."""
     for key, value in row.items():
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{prefix}{_short(key)[1:-1]}"
@@ -208,8 +150,8 @@ def _not_finite(row: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _not_finite(value, f"{prefix}{_short(key)[1:-1]}.")
 
 
-def _as_texts(row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, **{key: _as_text(row[key]) for key in ("prompt", "completion") if key in row}}
+def _with_texts(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {key: _as_text(row[key]) for key in ("prompt", "completion") if key in row}
 
 
 def _as_text(value: Any) -> Any:
@@ -224,7 +166,7 @@ def _as_text(value: Any) -> Any:
 
 
 def _short(value: object) -> str:
-    """The start of a value's repr; of a very long one no more than that is made."""
+    """The start of a value's repr; only as much of it as is shown is made."""
     if isinstance(value, str):
         return ascii(value if len(value) <= 60 else value[:60] + "…")
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**20:

@@ -1,4 +1,4 @@
-"""Columns of a run's records as arrays, and the stretches of it that words and figures speak of."""
+"""Columns of a run's records as arrays, and statistics of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def distance(records: Sequence[BoundRecord]) -> Column:
 
 
 def is_from_trl_logs(records: Sequence[BoundRecord]) -> bool:
-    """Whether the records look like those of a trainer of TRL's own, which measures no update and keeps no such settings."""
+    """Whether the records look like those of one of TRL's trainers, which do not measure updates."""
     keys = ("trust.kl", "anchor.kl_exact", "value.explained_variance")
     return not any(np.isfinite(column(records, key)).any() for key in keys)
 
@@ -40,8 +40,8 @@ def quantile(records: Sequence[BoundRecord], level: str) -> Column:
 
 
 def token_range(trust: TrustRecord) -> tuple[float, float] | None:
-    """The clip range of a token's ratio, None for a rule that has none, whatever its record says: earlier ones held
-    numbers for each rule. 0 begins one that is open below."""
+    """The clip range of a token's ratio; it begins at 0 for a rule without a lower end, and is None for a rule without a
+    range, even if its record holds numbers, as those of earlier versions do."""
     if trust.rule in WITHOUT_RANGE | SEQUENCE_RANGE or not np.isfinite(trust.high):
         return None
     return 1 - trust.low if np.isfinite(trust.low) else 0.0, 1 + trust.high
@@ -56,28 +56,28 @@ def last_third(values: Any) -> Any:
 
 
 def mean(values: Column) -> float:
-    """The mean of what there is; NaN where there is nothing."""
+    """The mean of the finite values; NaN if there are none."""
     known = values[np.isfinite(values)]
     return float(known.mean()) if known.size else float("nan")
 
 
 def stderr(values: Column) -> float:
-    """Standard error of the mean of what there is; 0 for fewer than two numbers."""
+    """Standard error of the mean of the finite values; 0 for fewer than two."""
     known = values[np.isfinite(values)]
     return float(known.std(ddof=1) / np.sqrt(known.size)) if known.size > 1 else 0.0
 
 
 def largest(values: Column) -> float:
-    """The largest of what there is; NaN where there is nothing."""
+    """The largest finite value; NaN if there are none."""
     known = values[np.isfinite(values)]
     return float(known.max()) if known.size else float("nan")
 
 
 def stop_share(records: Sequence[BoundRecord]) -> Column:
-    """The share of its steps that an update left out because it was stopped.
+    """The share of its steps that an update skipped because it was stopped.
 
-    Where records of earlier versions do not have it: of its epochs. The planned number is then the largest made, rounded
-    up: where every update was stopped, this is the least it can be.
+    For records of earlier versions, which lack it, the share of its epochs. The planned number of epochs is then taken to be
+    the largest number made, rounded up; if every update was stopped, the result is a lower bound.
     """
     epochs = column(records, "trust.epochs")
     planned = max(np.ceil(largest(epochs)), 1.0) if np.isfinite(epochs).any() else 1.0
@@ -86,9 +86,9 @@ def stop_share(records: Sequence[BoundRecord]) -> Column:
 
 
 def shares(records: Sequence[BoundRecord]) -> dict[str, Column]:
-    """The share each mechanism took of each update; 0 of an update that was refused.
+    """The share that each mechanism took of each update; 0 for a rejected update.
 
-    Records of earlier versions and of TRL's own trainers have no `shares`: those that follow from other keys are used.
+    Records of earlier versions and of TRL's trainers have no `shares`; they are then derived from other keys where possible.
     """
     taken = {
         "anchor": column(records, "anchor.share"),
@@ -105,7 +105,7 @@ def shares(records: Sequence[BoundRecord]) -> dict[str, Column]:
 
 
 def _recorded(records: Sequence[BoundRecord], name: str, derived: Column) -> Column:
-    """The share on record, and what was derived where a record has none."""
+    """The recorded share, and the derived one where a record has none."""
     return np.array(
         [given if r.shares is None else r.shares.get(name, 0.0) for r, given in zip(records, derived, strict=True)],
         dtype=np.float64,
@@ -113,7 +113,7 @@ def _recorded(records: Sequence[BoundRecord], name: str, derived: Column) -> Col
 
 
 def reference_per_token(run: Run) -> tuple[Column, Column]:
-    """(update, mean log π_ref of its kept completions in nats per token), for the updates that kept any."""
+    """(update, mean log π_ref of its recorded completions in nats per token), for the updates that recorded any."""
     lengths = {record.update: record.length for record in run.records}
     sums: dict[int, list[float]] = {}
     for row in run.completions:

@@ -16,7 +16,6 @@ from .text import number, percent, shortened
 
 ROWS = 200  # of the table of updates
 SHOWN = 4  # completions of an update
-LENGTH = 1200  # characters of a completion, and of a prompt
 
 
 class Table(NamedTuple):
@@ -24,44 +23,32 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
-class Sample(NamedTuple):
-    """A completion as it is shown."""
-
-    prompt: str
-    text: str
-    score: str
-    ref_logp: str
-
-
 class Moment(NamedTuple):
     """Completions of one update: `when` is start, middle or end."""
 
     when: str
     update: int
-    samples: list[Sample]
-
-
-# -- settings ----------------------------------------------------------------------------------------------------------
+    samples: list[Completion]
 
 
 def settings(run: Run) -> Table:
-    """The run's settings as far as its records hold them; what changed during the run with its first and last value."""
+    """The run's settings that are on record; of one that changed during the run, the first and last value."""
     r = run.records
-    rows: list[tuple[str, str, str]] = [
-        ("anchor", "kl_estimator, kl_placement", f"{_over(r, _estimator)}; its gradient is {_over(r, _gradient)}"),
-        ("anchor", "β (kl_coef)", _numbers(r, "anchor.coef")),
-        ("anchor", "kl_target", _numbers(r, "anchor.target", " nats per response")),
-        ("trust region", "clip_rule", _over(r, lambda record: shortened(record.trust.rule, 40))),
-        ("trust region", "cliprange", _over(r, _range)),
-        ("trust region", "epochs made", _numbers(r, "trust.epochs")),
-        ("trust region", "trust_coef", _numbers(r, "trust.coef")),
-        ("trust region", "trust_max_kl", _numbers(r, "trust.limit", " nats per token")),
-        ("optimiser", "learning rate", _numbers(r, "lr")),
-        ("optimiser", "max_grad_norm", _numbers(r, "gradient.max_norm")),
-        ("value", "cliprange_value", _numbers(r, "value.clip")),
-        ("batch", "episodes per update", _episodes(r)),
+    rows = [
+        ["anchor", "kl_estimator, kl_placement", f"{_over(r, _estimator)}; its gradient is {_over(r, _gradient)}"],
+        ["anchor", "β (kl_coef)", _numbers(r, "anchor.coef")],
+        ["anchor", "kl_target", _numbers(r, "anchor.target", " nats per response")],
+        ["trust region", "clip_rule", _over(r, lambda record: shortened(record.trust.rule, 40))],
+        ["trust region", "cliprange", _over(r, _range)],
+        ["trust region", "epochs made", _numbers(r, "trust.epochs")],
+        ["trust region", "trust_coef", _numbers(r, "trust.coef")],
+        ["trust region", "trust_max_kl", _numbers(r, "trust.limit", " nats per token")],
+        ["optimiser", "learning rate", _numbers(r, "lr")],
+        ["optimiser", "max_grad_norm", _numbers(r, "gradient.max_norm")],
+        ["value", "cliprange_value", _numbers(r, "value.clip")],
+        ["batch", "episodes per update", _episodes(r)],
     ]
-    return Table(["mechanism", "setting", "value"], [list(row) for row in rows])
+    return Table(["mechanism", "setting", "value"], rows)
 
 
 def _estimator(record: BoundRecord) -> str:
@@ -103,8 +90,6 @@ def _episodes(records: Sequence[BoundRecord]) -> str:
     return f"{round(float(np.median(np.diff(column(records, 'episode'))))):,}"
 
 
-# -- updates -----------------------------------------------------------------------------------------------------------
-
 UPDATE_COLUMNS: dict[str, Callable[[BoundRecord], str]] = {
     "update": lambda r: f"{r.update:,}",
     "score": lambda r: number(r.score),
@@ -121,60 +106,49 @@ UPDATE_COLUMNS: dict[str, Callable[[BoundRecord], str]] = {
     "grad norm": lambda r: number(r.gradient.norm),
     "lr": lambda r: number(r.lr),
     "seconds": lambda r: number(r.seconds.get("total")),
-    "bound by": lambda r: f"refused: {shortened(r.refused, 80)}" if r.refused is not None else shortened(r.binding, 40),
+    "bound by": lambda r: (
+        f"rejected: {shortened(r.refused, 80)}" if r.refused is not None else shortened(r.binding, 40)
+    ),
 }
 
 
 def updates(run: Run) -> Table:
-    """A row for each update, of a long run for every so many, the first and the last among them."""
+    """A row for each update; for a long run ROWS of them, evenly spaced, with the first and the last."""
     chosen = np.unique(np.linspace(0, len(run.records) - 1, min(ROWS, len(run.records))).round().astype(int))
     rows = [[cell(run.records[i]) for cell in UPDATE_COLUMNS.values()] for i in chosen]
     return Table(list(UPDATE_COLUMNS), rows)
 
 
-# -- completions -------------------------------------------------------------------------------------------------------
-
-
 def moments(run: Run) -> list[Moment]:
-    """The first completions kept at the start, the middle and the end of the run."""
+    """The first completions recorded at the start, in the middle and at the end of the run."""
     kept = sorted({row.update for row in run.completions})
     if not kept:
         return []
-    chosen = {kept[-1]: "end", kept[len(kept) // 2]: "middle", kept[0]: "start"}
-    if len(kept) < 3:
-        chosen = {kept[-1]: "end", kept[0]: "start"}
-    found: dict[int, list[Sample]] = {update: [] for update in chosen}
+    middle = {kept[len(kept) // 2]: "middle"} if len(kept) > 2 else {}
+    chosen = middle | {kept[-1]: "end"} | {kept[0]: "start"}
+    found: dict[int, list[Completion]] = {update: [] for update in chosen}
     for row in run.completions:
         if row.update in found and len(found[row.update]) < SHOWN:
-            found[row.update].append(sample(row))
+            found[row.update].append(row)
     return [Moment(chosen[update], update, samples) for update, samples in sorted(found.items())]
 
-
-def sample(row: Completion) -> Sample:
-    """A completion shortened, with its numbers as text."""
-    return Sample(
-        shortened(row.prompt, LENGTH), shortened(row.completion, LENGTH), number(row.score), number(row.ref_logp)
-    )
-
-
-# -- runs side by side -------------------------------------------------------------------------------------------------
 
 COMPARED: dict[str, Callable[[Run], str]] = {
     "updates": lambda run: f"{len(run.records):,}",
     "score, last third": lambda run: number(mean(last_third(column(run.records, "score")))),
     "KL to the reference, last third (nats per response)": lambda run: number(mean(last_third(distance(run.records)))),
-    "its target": lambda run: number(run.records[-1].anchor.target),
+    "KL target": lambda run: number(run.records[-1].anchor.target),
     "β, first → last": lambda run: _numbers(run.records, "anchor.coef"),
     "clip rule": lambda run: shortened(run.records[-1].trust.rule, 40),
     "largest KL(π_old‖π) of an update (nats per token)": lambda run: number(largest(column(run.records, "trust.kl"))),
-    "updates over a limit, as proposed": lambda run: _over_limit(run),
+    "updates over the limit, as proposed": lambda run: _over_limit(run),
     "largest guaranteed bound (nats per token)": lambda run: number(largest(column(run.records, "trust.guaranteed"))),
     "largest ratio": lambda run: number(largest(column(run.records, "trust.max_ratio"))),
     "reference's likelihood, last third (nats per token)": lambda run: number(
         mean(last_third(reference_per_token(run)[1]))
     ),
-    "bound most often by": lambda run: shortened(Counter(r.binding for r in run.records).most_common(1)[0][0], 40),
-    "refused": lambda run: f"{sum(r.refused is not None for r in run.records):,}",
+    "limited most often by": lambda run: shortened(Counter(r.binding for r in run.records).most_common(1)[0][0], 40),
+    "rejected updates": lambda run: f"{sum(r.refused is not None for r in run.records):,}",
 }
 
 
@@ -184,5 +158,4 @@ def _over_limit(run: Run) -> str:
 
 
 def comparison(runs: Sequence[Run]) -> Table:
-    """A column for each run."""
     return Table(["", *[run.name for run in runs]], [[title, *map(of_run, runs)] for title, of_run in COMPARED.items()])

@@ -1,4 +1,4 @@
-"""Text of unknown origin made visible, and numbers as a reader wants them."""
+"""Text of unknown origin without active characters, and numbers and lists for a reader."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import html
 import math
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
-_JOINERS = (
-    "\u200c\u200d"  # part of the spelling of Persian and of many emoji, and without effect on what surrounds them
-)
+_JOINERS = "\u200c\u200d"  # needed to spell Persian and many emoji; they do not affect the surrounding text
 
 
 def visible(text: str) -> str:
-    """The text with every character that acts instead of showing (ANSI escapes, bidi controls, …) as `\\x1b`, `\\u202e`.
+    """The text with each control character (ANSI escapes, bidi controls, …) written out, as `\\x1b` or `\\u202e`.
 
-    Line ends stay, other white space becomes a space; what remains can always be written as UTF-8.
+    Line ends stay and other white space becomes a space. The result can always be encoded as UTF-8.
     """
     text = text.replace("\r\n", "\n")
     return text if text.isprintable() else "".join(map(_visible, text))
@@ -37,19 +36,19 @@ def one_line(text: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """Text as Markdown that shows it, on one line: no markup, no HTML, no link, no column of a table."""
+    """Text escaped for Markdown, on one line: it cannot become markup, HTML, a link or a table column."""
     plain = html.escape(one_line(text), quote=False)
     active = r"([\\`*_\[\]#|~!$])|(?<!\w)(?=https?:|www\.)"
     return re.sub(active, lambda found: "\\" + found[0] if found[0] else "\u200b", plain)
 
 
 def shortened(text: str, limit: int) -> str:
-    """At most `limit` characters, and how many were left out."""
+    """At most `limit` characters of the text, then how many were left out."""
     return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit:,} more characters)"
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A number at `digits` significant digits, without zeros at its end; "–" for one that is missing."""
+    """A number with `digits` significant digits and no trailing zeros; "–" for one that is missing."""
     if value is None or not math.isfinite(value):
         return "–"
     if value == 0:
@@ -70,3 +69,8 @@ def percent(share: float | None) -> str:
 def count(number_of: int, noun: str) -> str:
     """ "1 update", "3 updates"."""
     return f"{number_of:,} {noun}{'' if number_of == 1 else 's'}"
+
+
+def listed(parts: Sequence[str], word: str = "and") -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return f" {word} ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
