@@ -1,4 +1,4 @@
-"""Conveniences for CPUs: whether bf16 is fast, the kernel of attention, bitsandbytes' 4-bit weights."""
+"""Conveniences for CPUs: whether bf16 is fast, the kernel of attention, 4-bit weights that are dequantised once."""
 
 from __future__ import annotations
 
@@ -35,21 +35,6 @@ def attention_kernel(input_ids: Tensor) -> AbstractContextManager[Any]:
     if input_ids.device.type == "cpu" and bf16 and input_ids.shape[1] <= SHORT:
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
-
-
-def unpack_4bit_weights(model: nn.Module) -> None:
-    """Undo bitsandbytes' packing of 4-bit weights for CPU inference; other weights are left as they are.
-
-    A forward pass in eval mode packs them on CPUs with AVX512-BF16, and the packed kernel has no gradient: most of the
-    adapter of such a model would silently not be trained.
-    """
-    for module in model.modules():
-        weight: Any = getattr(module, "weight", None)
-        state = getattr(weight, "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
-            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
 
 
 @contextmanager

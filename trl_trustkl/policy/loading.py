@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from ..errors import ConfigError, ModelError, shown
-from .cpu import unpack_4bit_weights
+from .quantization import is_quantized, unpack_4bit_weights
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _NOISE = ("layerdrop", "jitter_noise", "input_jitter_noise", "moe_jitter_eps")
@@ -152,10 +152,6 @@ def prepare_value_model(model: Any, args: Any) -> PreTrainedModel | PeftModel | 
     if not trainable(model):
         raise ModelError("`value_model` has no trainable parameter; load its adapter with is_trainable=True.")
     return model
-
-
-def is_quantized(model: nn.Module) -> bool:
-    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
 
 
 def disable_dropout(model: nn.Module) -> None:

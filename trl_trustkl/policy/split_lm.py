@@ -183,7 +183,7 @@ def faster_kernels(model: nn.Module, input_ids: Tensor, lora_layers: Sequence[An
 
 @contextmanager
 def as_in_training(model: nn.Module) -> Iterator[None]:
-    """`model` in train mode, since the kernels of a forward pass depend on it (`cpu.unpack_4bit_weights`)."""
+    """`model` in train mode, since the kernels of a forward pass depend on it (`quantization.unpack_4bit_weights`)."""
     was_training = model.training
     model.train()
     try:

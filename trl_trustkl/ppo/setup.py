@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..divergences import gradient_kind
 from ..errors import ConfigError, ModelError
-from ..policy.loading import is_quantized
+from ..policy.quantization import is_quantized
 from ..records import BoundRecord
 from .config import TrustKLPPOConfig
 from .unsupported import sharding_error

@@ -141,7 +141,7 @@ def ready_to_generate(causal: PreTrainedModel) -> Iterator[None]:
 
     A blank generation config replaces the model's, which would set every option that is not given, such as an end of
     sequence or a repetition penalty. Gradient checkpointing is disabled, since it disables the KV cache. The model stays in
-    train mode: dropout is off, and eval mode would pack 4-bit weights for inference (`cpu.unpack_4bit_weights`).
+    train mode: dropout is off, and eval mode would pack 4-bit weights for inference (`quantization.unpack_4bit_weights`).
     """
     own_config, causal.generation_config = causal.generation_config, GenerationConfig()
     # `generate` passes a slice of the states to the head, and PyTorch would copy the head's weight for each sequence.
