@@ -1,4 +1,4 @@
-"""The one process of a test, and several that know of each other, started as a launcher would."""
+"""A single process for tests of parts, and two communicating processes, started as by a launcher."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def alone() -> Processes:
-    """This process, for a part that is tested by itself."""
+    """A single process, for the test of a part."""
     return Processes(Accelerator(cpu=True))
 
 
 def environment() -> dict[str, str]:
-    """What both processes find in their environment; RANK and LOCAL_RANK are each one's own."""
+    """The environment variables that both processes share; RANK and LOCAL_RANK differ."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -30,7 +30,7 @@ def environment() -> dict[str, str]:
 
 
 def in_two_processes(*command: str, cwd: Path) -> None:
-    """Run Python with these arguments in two processes, in the folder `cwd`; an AssertionError shows what one said."""
+    """Run Python with these arguments in two processes, in the folder `cwd`. AssertionError with its output if one fails."""
     common = environment()
     processes = [
         subprocess.Popen(

@@ -1,8 +1,7 @@
-"""Runs that end before their time, at a chosen moment, and what is left of them.
+"""Runs that are interrupted at a chosen moment, and what they leave on the disk.
 
-A moment is a call of one of the functions in which a run spends its time or touches the disk. They are counted, so that
-every moment of a run has a number, and the run can be cut off at any of them: by an exception that nothing catches, by a
-signal, or, in a process of its own, by SIGKILL.
+A moment is a call of one of the functions in which a run spends its time or writes to the disk. Moments are counted, so that a
+run can be interrupted at any of them: by an exception that is not caught, by a signal, or, in a separate process, by SIGKILL.
 """
 
 from __future__ import annotations
@@ -29,20 +28,22 @@ from torch import Tensor
 from transformers.utils import logging
 
 from tests import tiny
+from tests.processes import ROOT, environment
 from trl_trustkl import TrustKLPPOTrainer, load_records, records
 from trl_trustkl.run import checkpointer
 
-ROOT = Path(__file__).parent.parent
 UPDATES = 6
+PATIENCE = 120.0
+"""Seconds after which a process that says nothing, or does not end, counts as hanging."""
 PHASES = ("rollout", "score", "advantages", "optimise", "measure", "enforce", "record")
 
 
 class Killed(BaseException):
-    """Stands for a kill within the process: no handler for errors sees it."""
+    """An exception that stands for a kill within the process: no error handler catches it."""
 
 
 def noisy_reward(prompts: list, completions: list, **_: Any) -> list[float]:
-    """A reward that draws from every random stream a user has."""
+    """A reward that draws from the random streams of Python, NumPy and torch."""
     noise = random.random() + float(np.random.rand()) + float(torch.rand(()))
     return [score + 0.1 * noise for score in tiny.good_words(prompts, completions)]
 
@@ -72,7 +73,7 @@ SMOLLM2 = "SmolLM2 with QLoRA"
 
 
 def build(folder: Any, kind: str = "adapter and value head", **changes: Any) -> TrustKLPPOTrainer:
-    """A trainer that saves every second update."""
+    """A trainer that saves a checkpoint every second update."""
     if kind == SMOLLM2:
         from trl_trustkl.demo.task import sentiment_trainer
 
@@ -101,7 +102,7 @@ def moments(trainer: TrustKLPPOTrainer) -> list[tuple[Any, str]]:
 
 
 Moment = int | tuple[str, int]
-"""The number of a moment in the run; or the name of its function, and the number among its calls. Both from 0."""
+"""The number of a moment in the run; or the name of its function, and the number among the calls of that. Both count from 0."""
 
 
 @contextmanager
@@ -142,7 +143,7 @@ def kill(name: str) -> None:
 
 
 def cut_off(trainer: TrustKLPPOTrainer, at: Moment, act: Callable[[str], None] = kill) -> str | None:
-    """Train until the moment `at`; the name of the moment, or None where the run was over before it."""
+    """Train until the moment `at`; returns the name of the moment, or None if the run ended before it."""
     with counted(trainer, at, act) as seen:
         try:
             trainer.train()
@@ -151,7 +152,7 @@ def cut_off(trainer: TrustKLPPOTrainer, at: Moment, act: Callable[[str], None] =
     return None
 
 
-# -- what is left ------------------------------------------------------------------------------------------------------
+# -- what a run leaves -------------------------------------------------------------------------------------------------
 
 
 def tensors(folder: Path, update: int = UPDATES) -> dict[str, Tensor]:
@@ -189,19 +190,19 @@ def without_clock(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def same(one: Path, other: Path) -> bool:
-    """Whether two runs left the same behind, bit for bit."""
+    """Whether two runs left the same, bit for bit."""
     a, b = tensors(one), tensors(other)
     return left_behind(one) == left_behind(other) and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# -- processes of their own --------------------------------------------------------------------------------------------
+# -- separate processes ------------------------------------------------------------------------------------------------
 
 
 def fork(job: Callable[[], Any], log: Path) -> int:
-    """Start a job in a forked process, its output in a file; the process's number.
+    """Start a job in a forked process, its output in a file; returns the process id.
 
-    It ends with the status that Python would end with, less the clearing up, which takes longer than these runs. For a
-    program that has used no thread of torch's yet.
+    The process ends with the exit status of Python, but without its cleanup, which takes longer than these runs. The program
+    must not have used torch's threads yet.
     """
     child = os.fork()
     if child:
@@ -228,7 +229,7 @@ def fork(job: Callable[[], Any], log: Path) -> int:
 
 
 def end_of(child: int, seconds: float = 600.0) -> int | None:
-    """How a forked process ended: an exit status, or minus the signal; None for one that had to be killed for its time."""
+    """The exit status of a forked process, or minus the signal that ended it; None if it ran too long and was killed."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         number, status = os.waitpid(child, os.WNOHANG)
@@ -241,8 +242,22 @@ def end_of(child: int, seconds: float = 600.0) -> int | None:
 
 
 def forked(job: Callable[[], Any], log: Path) -> int | None:
-    """Run a job in a forked process; how it ended."""
+    """Run a job in a forked process; returns as `end_of`."""
     return end_of(fork(job, log))
+
+
+def pair(run: Path, log: Path, job: Callable[[Path], Any]) -> list[int | None]:
+    """Do a job in two processes of one run, their output in files beside `log`; returns as `end_of` for each."""
+    common = environment()
+    children = []
+    for rank in range(2):
+
+        def one(rank: int = rank) -> None:
+            os.environ |= common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            job(run)
+
+        children.append(fork(one, log.with_name(f"{log.name}-{rank}")))
+    return [end_of(child, PATIENCE) for child in children]
 
 
 def quieten() -> None:
@@ -252,7 +267,7 @@ def quieten() -> None:
 
 
 def program(module: str, *arguments: object, before: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Run a module of these tests as a program of its own; the lines of JSON that it printed."""
+    """Run a module of these tests as a separate program; returns the lines of JSON that it printed."""
     done = subprocess.run(
         [*before, sys.executable, "-m", module, *map(str, arguments)],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=3600,
@@ -262,29 +277,29 @@ def program(module: str, *arguments: object, before: Sequence[str] = ()) -> list
 
 
 def load_all(folder: Path) -> None:
-    """Load what a trainer needs before the first fork, so that not every child has to; trains nothing."""
+    """Load what a trainer needs before the first fork, so that children need not load it."""
     quieten()
     build(folder / "not trained")
 
 
 def train(run: Path, resume: bool = False) -> None:
-    """Train in a process of its own."""
+    """Train the default kind of run."""
     build(run).train(resume_from_checkpoint=resume)
 
 
 def main(folder: Path, kind: str, count: int, seed: int) -> None:
-    """Kill a run with SIGKILL at random moments, once each, and resume it; prints a line of JSON for each."""
+    """Kill runs with SIGKILL at random moments, and resume each. Prints a line of JSON for each."""
     quieten()
 
-    def whole() -> None:
-        trainer = build(folder / "whole", kind)
+    def uninterrupted() -> None:
+        trainer = build(folder / "uninterrupted", kind)
         with counted(trainer, -1, kill) as seen:
             trainer.train()
         (folder / "moments.json").write_text(json.dumps(seen))
 
-    assert forked(whole, folder / "log") == 0, (folder / "log").read_text()
+    assert forked(uninterrupted, folder / "log") == 0, (folder / "log").read_text()
     names = json.loads((folder / "moments.json").read_text())
-    # The one kill of the large model comes after its first checkpoint: there is something to resume from.
+    # The large model is killed once, after its first checkpoint.
     choice = range(len(names) // 2 if kind == SMOLLM2 else 0, len(names))
     chosen = sorted(random.Random(seed).sample(choice, count))
     for at in chosen:

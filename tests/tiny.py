@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -23,6 +25,7 @@ from transformers import (
 
 WORDS = 40
 VOCAB = WORDS + 3
+PAD, BOS, EOS = 0, 1, 2
 CHAT_TEMPLATE = (
     "{% for message in messages %}<bos> {{ message['role'] }} {{ message['content'] }} <eos> {% endfor %}"
     "{% if add_generation_prompt %}<bos> assistant{% endif %}"
@@ -30,7 +33,7 @@ CHAT_TEMPLATE = (
 
 
 def tokenizer(*, pad: bool = True, chat: bool = True) -> PreTrainedTokenizerFast:
-    """Words w0 … w39 (with a few given names), <bos>, <eos> and, unless told otherwise, <pad>."""
+    """Words w0 … w39 (with a few given names), <bos>, <eos> and, by default, <pad>."""
     names = ["user", "assistant", "good", "bad", *(f"w{i}" for i in range(WORDS - 4))]
     vocab = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", *names])}
     inner = Tokenizer(WordLevel(vocab, unk_token="w0"))
@@ -69,8 +72,15 @@ def gpt2(seed: int = 0) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
+def short_gpt2(kind: Any) -> Any:
+    """A GPT-2 of class `kind` with 8 learned positions; a ninth token is an index error in its embedding."""
+    config = GPT2Config(vocab_size=VOCAB, n_positions=8, n_embd=32, n_layer=1, n_head=2, pad_token_id=0)
+    config.num_labels = 1
+    return kind(config)
+
+
 def gemma2(seed: int = 0) -> Gemma2ForCausalLM:
-    """A Gemma-2: its logits are soft-capped, here at a level that bites."""
+    """A Gemma-2 whose logits are soft-capped, at a level that changes them."""
     torch.manual_seed(seed)
     config = Gemma2Config(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -81,6 +91,32 @@ def gemma2(seed: int = 0) -> Gemma2ForCausalLM:
 
 
 FAMILIES = {"llama": llama, "gpt2": gpt2, "gemma2": gemma2}
+
+
+def four_bit(folder: Any, *, double: bool = False) -> LlamaForCausalLM:
+    """A Llama with NF4 weights, with double quantization if asked, that computes in float32.
+
+    Its full weights are saved under `folder`.
+    """
+    llama(hidden_size=64, intermediate_size=128).save_pretrained(folder / "full")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_use_double_quant=double,
+    )
+    return LlamaForCausalLM.from_pretrained(folder / "full", quantization_config=quantization)
+
+
+def tuned(model: nn.Module | None = None, seed: int = 5, **changes: Any) -> PeftModel:
+    """A model with a LoRA adapter that changes its outputs; with PEFT's initial weights it would not."""
+    peft = get_peft_model(llama() if model is None else model, lora(**changes))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in peft.named_parameters():
+            if "lora_" in name:
+                weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+    return peft
 
 
 def scalar_model(model: Any, seed: int = 1) -> Any:
@@ -98,6 +134,11 @@ def prompts(count: int = 16, *, chat: bool = False) -> Dataset:
     return Dataset.from_dict({"prompt": rows, "wanted": [f"w{i % 30}" for i in range(count)]})
 
 
+def id_prompts() -> Dataset:
+    """16 prompts of token ids, of 1 to 3 tokens."""
+    return Dataset.from_dict({"input_ids": [[5 + i % 20, *range(8, 8 + i % 3)] for i in range(16)]})
+
+
 def good_words(prompts: list, completions: list, **_: Any) -> list[float]:
     """A reward that can be learnt: the share of even-numbered words."""
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
@@ -109,8 +150,39 @@ def lora(**changes: Any) -> LoraConfig:
     return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | changes)
 
 
+def adapted() -> PeftModel:
+    """A tiny Llama with a LoRA adapter."""
+    return get_peft_model(llama(), lora())
+
+
+LIMIT = 0.02
+FAST = {
+    "learning_rate": 5e-2,
+    "lr_scheduler_type": "constant",
+    "kl_coef": 0.0,
+    "max_steps": 2,
+    "trust_max_kl": LIMIT,
+    "temperature": 0.8,
+}
+"""Changes for a run whose updates propose a KL far beyond the limit."""
+
+
+ANCHORED = {
+    "kl_estimator": "exact",
+    "kl_placement": "both",
+    "kl_coef": 0.3,
+    "trust_coef": 0.5,
+    "clip_rule": "none",
+    "temperature": 0.7,
+    "num_mini_batches": 1,
+    "max_grad_norm": None,
+    "learning_rate": 1e-2,
+}
+"""Changes for a loss with both exact penalties and nothing that clips."""
+
+
 def config(output_dir: Any, **changes: Any):
-    """A short run in float32 without anything that writes beside the records."""
+    """A short run in float32 that writes only its records."""
     from trl_trustkl import TrustKLPPOConfig
 
     settings = {
@@ -142,7 +214,7 @@ def trainer(
     from trl_trustkl import BoundReportCallback, TrustKLPPOTrainer
     from trl_trustkl.callbacks.bound_report import is_report
 
-    # A report takes longer than a tiny run; a test that wants one brings its own callback.
+    # Rendering a report takes longer than a tiny run; a test of reports passes its own callback.
     given = arguments.pop("callbacks", [])
     arguments["callbacks"] = given if any(map(is_report, given)) else [BoundReportCallback(report=False), *given]
     model = llama() if model is None else model
