@@ -92,6 +92,29 @@ def gemma2(seed: int = 0) -> Gemma2ForCausalLM:
 
 FAMILIES = {"llama": llama, "gpt2": gpt2, "gemma2": gemma2}
 
+LIMIT = 0.02
+FAST = {
+    "learning_rate": 5e-2,
+    "lr_scheduler_type": "constant",
+    "kl_coef": 0.0,
+    "max_steps": 2,
+    "trust_max_kl": LIMIT,
+    "temperature": 0.8,
+}
+"""Changes for a run whose updates propose a KL far beyond the limit."""
+ANCHORED = {
+    "kl_estimator": "exact",
+    "kl_placement": "both",
+    "kl_coef": 0.3,
+    "trust_coef": 0.5,
+    "clip_rule": "none",
+    "temperature": 0.7,
+    "num_mini_batches": 1,
+    "max_grad_norm": None,
+    "learning_rate": 1e-2,
+}
+"""Changes for a loss with both exact penalties and nothing that clips."""
+
 
 def four_bit(folder: Any, *, double: bool = False) -> LlamaForCausalLM:
     """A Llama with NF4 weights, with double quantization if asked, that computes in float32.
@@ -153,32 +176,6 @@ def lora(**changes: Any) -> LoraConfig:
 def adapted() -> PeftModel:
     """A tiny Llama with a LoRA adapter."""
     return get_peft_model(llama(), lora())
-
-
-LIMIT = 0.02
-FAST = {
-    "learning_rate": 5e-2,
-    "lr_scheduler_type": "constant",
-    "kl_coef": 0.0,
-    "max_steps": 2,
-    "trust_max_kl": LIMIT,
-    "temperature": 0.8,
-}
-"""Changes for a run whose updates propose a KL far beyond the limit."""
-
-
-ANCHORED = {
-    "kl_estimator": "exact",
-    "kl_placement": "both",
-    "kl_coef": 0.3,
-    "trust_coef": 0.5,
-    "clip_rule": "none",
-    "temperature": 0.7,
-    "num_mini_batches": 1,
-    "max_grad_norm": None,
-    "learning_rate": 1e-2,
-}
-"""Changes for a loss with both exact penalties and nothing that clips."""
 
 
 def config(output_dir: Any, **changes: Any):
