@@ -10,8 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -23,6 +25,7 @@ from transformers import (
 
 WORDS = 40
 VOCAB = WORDS + 3
+PAD, BOS, EOS = 0, 1, 2
 CHAT_TEMPLATE = (
     "{% for message in messages %}<bos> {{ message['role'] }} {{ message['content'] }} <eos> {% endfor %}"
     "{% if add_generation_prompt %}<bos> assistant{% endif %}"
@@ -89,6 +92,55 @@ def gemma2(seed: int = 0) -> Gemma2ForCausalLM:
 
 FAMILIES = {"llama": llama, "gpt2": gpt2, "gemma2": gemma2}
 
+LIMIT = 0.02
+FAST = {
+    "learning_rate": 5e-2,
+    "lr_scheduler_type": "constant",
+    "kl_coef": 0.0,
+    "max_steps": 2,
+    "trust_max_kl": LIMIT,
+    "temperature": 0.8,
+}
+"""Changes for a run whose updates propose a KL far beyond the limit."""
+ANCHORED = {
+    "kl_estimator": "exact",
+    "kl_placement": "both",
+    "kl_coef": 0.3,
+    "trust_coef": 0.5,
+    "clip_rule": "none",
+    "temperature": 0.7,
+    "num_mini_batches": 1,
+    "max_grad_norm": None,
+    "learning_rate": 1e-2,
+}
+"""Changes for a loss with both exact penalties and nothing that clips."""
+
+
+def four_bit(folder: Any, *, double: bool = False) -> LlamaForCausalLM:
+    """A Llama with NF4 weights, with double quantization if asked, that computes in float32.
+
+    Its full weights are saved under `folder`.
+    """
+    llama(hidden_size=64, intermediate_size=128).save_pretrained(folder / "full")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_use_double_quant=double,
+    )
+    return LlamaForCausalLM.from_pretrained(folder / "full", quantization_config=quantization)
+
+
+def tuned(model: nn.Module | None = None, seed: int = 5, **changes: Any) -> PeftModel:
+    """A model with a LoRA adapter that changes its outputs; with PEFT's initial weights it would not."""
+    peft = get_peft_model(llama() if model is None else model, lora(**changes))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in peft.named_parameters():
+            if "lora_" in name:
+                weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+    return peft
+
 
 def scalar_model(model: Any, seed: int = 1) -> Any:
     """A sequence classifier with one label, of the same configuration as `model`."""
@@ -103,6 +155,11 @@ def prompts(count: int = 16, *, chat: bool = False) -> Dataset:
     texts = [" ".join(f"w{(i * 7 + j) % 30}" for j in range(1 + i % 4)) for i in range(count)]
     rows = [[{"role": "user", "content": text}] if chat else text for text in texts]
     return Dataset.from_dict({"prompt": rows, "wanted": [f"w{i % 30}" for i in range(count)]})
+
+
+def id_prompts() -> Dataset:
+    """16 prompts of token ids, of 1 to 3 tokens."""
+    return Dataset.from_dict({"input_ids": [[5 + i % 20, *range(8, 8 + i % 3)] for i in range(16)]})
 
 
 def good_words(prompts: list, completions: list, **_: Any) -> list[float]:

@@ -1,4 +1,4 @@
-"""The coefficients of a run: against the rules of the controllers, applied by hand."""
+"""The coefficients of a run, against the controllers' rules applied by hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EPISODES = 8
 
 
 def record(anchor: float, trust: float, *, kept: float | None = None, refused: str | None = None) -> Any:
-    """What of a record the controllers look at, and the KL after enforcement, which they do not."""
+    """The fields of a record that the controllers read, and the KL after enforcement, which they ignore."""
     measured = trust if kept is None else kept
     return SimpleNamespace(
         anchor=SimpleNamespace(kl=-100.0, kl_exact=anchor),
@@ -54,7 +54,7 @@ def test_a_fixed_coefficient_follows_the_configuration(tmp_path):
     of.update(record(50.0, 50.0), EPISODES)
     assert three(of) == (0.3, 0.4, 1.0)
     args.kl_coef, args.trust_coef = 0.5, 0.0
-    assert three(of) == (0.5, 0.0, 1.0), "a callback that changes the configuration is not heard"
+    assert three(of) == (0.5, 0.0, 1.0), "a change of the configuration by a callback has no effect"
 
 
 def test_a_coefficient_that_a_controller_moves_does_not_follow_the_configuration(tmp_path):

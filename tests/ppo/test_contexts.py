@@ -1,4 +1,4 @@
-"""What an update carries from phase to phase: one object, filled in as it goes, also through a user's own `rollout`."""
+"""The context of an update: one object that every phase fills in, also where a subclass overrides `rollout`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Watched(TrustKLPPOTrainer):
-    """Keeps the context that each phase gets or gives, and what was filled in by then."""
+    """Keeps the context that each phase takes or returns, and which of its fields were set by then."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -63,7 +63,7 @@ class Watched(TrustKLPPOTrainer):
 
 
 class Own(Watched):
-    """A user's own rollout: knows nothing of contexts."""
+    """A trainer whose `rollout` ignores contexts."""
 
     def rollout(self, prompts: Prompts) -> Rollout:
         self.saw("prompts", prompts.context)
@@ -75,7 +75,7 @@ class Own(Watched):
 def trained(
     tmp_path: Any, kind: type[Watched], **changes: Any
 ) -> list[list[tuple[str, UpdateContext, dict[str, Any]]]]:
-    """What was seen, update by update."""
+    """What a run of this trainer saw, by update."""
     trainer = tiny.trainer(tmp_path, kind=kind, changes={"trust_max_kl": 1e-4, "learning_rate": 0.02} | changes)
     trainer.train()
     starts = [place for place, (phase, *_) in enumerate(trainer.seen) if phase == "prompts"]
@@ -89,7 +89,7 @@ def test_one_context_goes_through_all_phases_of_an_update(kind, tmp_path):
     for number, seen in enumerate(updates):
         first = seen[0][1]
         assert {phase for phase, *_ in seen} >= {"prompts", "scored", "batch", "optimised", "enforced", "recorded"}
-        assert all(context is first for _, context, _ in seen), "a phase has another update's context, or a copy"
+        assert all(context is first for _, context, _ in seen), "a phase has the context of another update, or a copy"
         assert first.update == number and first.training and first.episode == 8 * number and first.random_states
     assert len({id(seen[0][1]) for seen in updates}) == 3
     assert len({seen[0][1].sampling_seed for seen in updates}) == 3
@@ -174,6 +174,8 @@ def test_seeds_of_sampling_differ_by_update_process_and_use(tmp_path):
             (p, place): contexts.of_evaluation(args, state, p, place).sampling_seed for p in (0, 1) for place in (0, 3)
         }
         seeds |= set(evaluations.values())
-    assert len(seeds) == 4 * 3 + 4, "an evaluation always draws the same, and nothing else draws what another does"
+    assert len(seeds) == 4 * 3 + 4, (
+        "seeds coincide that should differ, or evaluations of the same place differ in theirs"
+    )
     other = tiny.config(tmp_path, seed=7)
     assert contexts.of_update(other, state, 0).sampling_seed not in seeds

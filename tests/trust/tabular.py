@@ -1,4 +1,4 @@
-"""A policy that is plain torch, without a trainer: features of N contexts to distributions over V tokens."""
+"""A policy in plain torch, without a trainer: from features of N contexts to distributions over V tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 class Tabular:
-    """A policy, its optimizer, and a batch of contexts with sampled tokens, of which some do not count."""
+    """A policy, its optimizer, and a batch of contexts with sampled tokens, some of which are masked."""
 
     def __init__(self, optimizer: str = "adamw", dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(3)
@@ -40,7 +40,7 @@ class Tabular:
         self.measured = 0
 
     def snapshot(self) -> UpdateSnapshot:
-        """Where an update of policy and value begins; `other` is not a part of it."""
+        """A snapshot of policy and value before an update; `other` is not covered."""
         self.old = copy.deepcopy(self.policy)
         return UpdateSnapshot(list(self.policy.parameters()), list(self.value.parameters()), self.optimizer)
 
@@ -57,7 +57,7 @@ class Tabular:
             group["lr"] /= size
 
     def measure(self) -> Measurement:
-        """As a trainer would, in the policy's own precision."""
+        """The measurement that a trainer makes, in the policy's precision."""
         self.measured += 1
         with torch.no_grad():
             old, new = (model(self.features).log_softmax(-1) for model in (self.old, self.policy))
@@ -67,7 +67,7 @@ class Tabular:
         return measurement(kl, tv, ratio, self.mask, complete=True)
 
     def dense_kl(self) -> float:
-        """Mean KL(π_old‖π) of the contexts that count, once more: in float64, by PyTorch's own formula."""
+        """Mean KL(π_old‖π) of the contexts that count, in float64, by PyTorch's formula."""
         models = (copy.deepcopy(model).double().requires_grad_(False) for model in (self.old, self.policy))
         old, new = (model(self.features.double()) for model in models)
         kl = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=x) for x in (old, new)))
@@ -75,11 +75,11 @@ class Tabular:
 
     @property
     def covered(self) -> list[nn.Parameter]:
-        """What a snapshot is of."""
+        """The parameters that a snapshot covers."""
         return [*self.policy.parameters(), *self.value.parameters()]
 
     def everything(self) -> list[Any]:
-        """A copy of what a snapshot is of: the parameters, the optimizer's state of them, and its settings."""
+        """A copy of all that a snapshot covers: the parameters, the optimizer's state of them, and its settings."""
         state = [self.optimizer.state.get(parameter, {}) for parameter in self.covered]
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         return [*copies(self.covered), *flat(state), *flat(settings)]

@@ -1,4 +1,4 @@
-"""The limits of an update, enforced on plain torch without any trainer, and confirmed in float64."""
+"""The limits of an update, enforced in plain torch without a trainer, and confirmed in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPTIMIZERS = pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw"])
 
 
 def updated(optimizer: str, size: float):
-    """A policy one update on, after an update before it; where it began, what it was then, and what is measured now."""
+    """A policy after two updates; the snapshot before the second, all that it covers, and the measurement afterwards."""
     toy = Tabular(optimizer)
     toy.step()
     snapshot, before = toy.snapshot(), toy.everything()
@@ -59,13 +59,13 @@ def test_an_update_beyond_the_limit_is_shortened_along_its_line(optimizer, limit
     assert 0 < found.scale < 1 and found.tries == toy.measured and 1 <= found.tries <= 10
     assert found.measured.kl <= limit and found.measured.complete
     assert 0.5 * limit < toy.dense_kl() <= limit + ROUNDING, (
-        "the limit does not hold, or far more was taken than it asks"
+        "the limit does not hold, or the step was shortened far more than necessary"
     )
     assert found.measured.kl == pytest.approx(toy.dense_kl(), rel=1e-3, abs=ROUNDING)
-    assert found.measured == toy.measure(), "what is said to be measured is not how the policy was left"
+    assert found.measured == toy.measure(), "the reported measurement is not that of the policy as it is now"
     for parameter, a, b in zip(toy.policy.parameters(), start, end, strict=True):
         assert torch.equal(parameter, torch.lerp(a, b, found.scale)), "not on the line from θ_old to θ"
-    assert same(toy.everything()[count:], value_and_optimizer), "more than the policy was moved"
+    assert same(toy.everything()[count:], value_and_optimizer), "not only the policy was moved"
     assert same(copies(toy.other.parameters()), other)
 
 
@@ -81,7 +81,7 @@ def test_where_no_scale_is_within_the_limit_the_policy_goes_back_to_where_it_was
     assert same(copies(toy.policy.parameters()), start)
     assert found.scale == 0 and found.tries == 10 and found.rejected is None
     assert found.measured.kl == 0 and found.measured.max_ratio == 1
-    assert toy.measured == 11, "what is measured at θ_old was made up"
+    assert toy.measured == 11, "θ_old was not measured"
 
 
 @OPTIMIZERS

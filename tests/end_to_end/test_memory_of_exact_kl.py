@@ -1,7 +1,7 @@
-"""The memory of exact divergences: no term of the size tokens × vocabulary.
+"""The memory that exact divergences need: nothing of the size tokens × vocabulary.
 
-A process of its own runs a few tokens and then three times as many; its peak, which never falls, must stay. The allocator is
-told to give freed blocks back, so that the peak is what is held at a time.
+A separate process runs a few tokens and then three times as many; its peak memory must not rise. The allocator is told to
+return freed blocks to the system, so that the peak is what is held at one time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 VOCAB, FEW, MANY = 50_000, 128, 384
 MIB = 2**20
 SCRIPT = f"""

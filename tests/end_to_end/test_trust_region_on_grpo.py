@@ -1,6 +1,6 @@
-"""The trust region on TRL's own GRPO trainer: a small callback that uses the parts as they are, and a witness in float64.
+"""The trust region on TRL's GRPO trainer: a small callback that uses the parts unchanged, and a witness in float64.
 
-The witness reads the whole forward pass of a float64 model that it made itself: a copy of the trainer's would share its
+The witness builds its own float64 model and uses its whole forward pass: a copy of the trainer's model would share its
 `forward`, which TRL wraps.
 """
 
@@ -16,8 +16,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from tests import tiny
-from tests.test_exactness import dense_kl
-from tests.test_hard_bound import whole_rollout
+from tests.dense import dense_kl, rollout_logps
 from trl_trustkl.policy.exact_kl import token_statistics
 from trl_trustkl.policy.loading import trainable
 from trl_trustkl.policy.micro_batches import micro_batch
@@ -34,14 +33,14 @@ ROUNDING = 1e-6  # of a KL in float32
 
 
 def generated(trainer: GRPOTrainer) -> Rollout:
-    """All that GRPO generated last."""
+    """The responses that GRPO generated last."""
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
     ids, mask, new, new_mask = (torch.cat([part[name] for part in trainer._buffered_inputs]) for name in names)
     return Rollout(ids, mask.bool(), new, new_mask.bool())
 
 
 class HoldsTheLimit(TrainerCallback):
-    """Keeps every step within `max_kl` of the policy that generated."""
+    """Keeps every step within `max_kl` of the policy that generated the responses."""
 
     def __init__(self, trainer: GRPOTrainer, max_kl: float) -> None:
         self.trainer = trainer
@@ -84,7 +83,7 @@ class HoldsTheLimit(TrainerCallback):
 
 
 class Witness(TrainerCallback):
-    """What each step proposed, and how far from the policy that generated it leaves the model."""
+    """What each step proposed, and how far it leaves the model from the policy that generated the responses."""
 
     def __init__(self, trainer: GRPOTrainer) -> None:
         self.trainer = trainer
@@ -104,7 +103,7 @@ class Witness(TrainerCallback):
         own = dict(self.model.named_parameters())
         for name, weight in zip(names, weights, strict=True):
             own[name].copy_(weight)
-        return whole_rollout(self.model, generated(self.trainer), self.trainer.temperature)
+        return rollout_logps(self.model, generated(self.trainer), self.trainer.temperature)
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         new = self.trainer._buffered_inputs is not self.buffer
@@ -120,7 +119,7 @@ class Witness(TrainerCallback):
 
 
 def grpo(folder: Any, *, lora: bool, **changes: Any) -> GRPOTrainer:
-    """GRPO far too fast."""
+    """A GRPO trainer with a learning rate that is far too high."""
     settings = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
@@ -147,7 +146,7 @@ def grpo(folder: Any, *, lora: bool, **changes: Any) -> GRPOTrainer:
 def trained(folder: Any, max_kl: float | None, **settings: Any) -> tuple[Witness, HoldsTheLimit | None]:
     trainer = grpo(folder, **settings)
     witness, callback = Witness(trainer), None if max_kl is None else HoldsTheLimit(trainer, max_kl)
-    trainer.add_callback(witness)  # before ours: it sees what the optimizer proposed
+    trainer.add_callback(witness)  # before the callback, so that it sees what the optimizer proposed
     if callback is not None:
         trainer.add_callback(callback)
     trainer.train()
@@ -166,13 +165,13 @@ CASES = {
 def test_every_step_of_grpo_stays_within_the_limit(case, tmp_path):
     witness, callback = trained(tmp_path, LIMIT, **CASES[case])
     assert len(callback.found) == len(witness.kls)
-    assert sum(found.scale < 1 for found in callback.found) >= 2, "the limit was hardly needed"
+    assert sum(found.scale < 1 for found in callback.found) >= 2, "fewer than two steps exceeded the limit"
     for step, (found, dense) in enumerate(zip(callback.found, witness.kls, strict=True)):
         assert found.rejected is None and found.measured.complete
         assert dense <= LIMIT + ROUNDING, f"step {step + 1} is beyond the limit"
         assert found.measured.kl == pytest.approx(dense, rel=1e-3, abs=ROUNDING)
         if found.scale < 1:
-            assert dense > 0.5 * LIMIT, "far more was taken than the limit asks"
+            assert dense > 0.5 * LIMIT, "the step was shortened far more than necessary"
         ends = zip(witness.kept[step], witness.old[step], witness.proposed[step], strict=True)
         assert all(torch.equal(kept, torch.lerp(old, new, found.scale)) for kept, old, new in ends)
 
@@ -182,7 +181,9 @@ def test_without_the_callback_grpo_exceeds_the_limit(case, tmp_path):
     free, _ = trained(tmp_path / "free", None, **CASES[case])
     assert max(free.kls) > 4 * LIMIT
     _, callback = trained(tmp_path / "held", LIMIT, **CASES[case])
-    assert callback.found[0].kl_proposed == pytest.approx(free.kls[0], rel=1e-3, abs=ROUNDING), "not the same run"
+    assert callback.found[0].kl_proposed == pytest.approx(free.kls[0], rel=1e-3, abs=ROUNDING), (
+        "the two runs differ in their first step"
+    )
 
 
 def test_before_the_first_step_nothing_has_moved_bit_for_bit(tmp_path):

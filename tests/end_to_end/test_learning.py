@@ -1,0 +1,28 @@
+"""Runs that learn: the reward rises, and the anchor keeps the policy near the reference."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.watched import run
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_the_anchor_holds_the_policy_near_the_reference(tmp_path, estimator):
+    kl = {}
+    for coef in (0.0, 1.0):
+        changes = {"kl_estimator": estimator, "kl_coef": coef, "learning_rate": 1e-2, "max_steps": 12, "seed": 3}
+        _, records = run(tmp_path / str(coef), changes=changes | {"lr_scheduler_type": "constant"})
+        kl[coef] = sum(record["anchor"]["kl_exact"] for record in records[-3:]) / 3
+        assert [record["anchor"]["share"] > 0 for record in records] == [False] + [coef > 0] * 11
+    assert kl[1.0] < 0.75 * kl[0.0]
+
+
+def test_what_can_be_learnt_is_learnt(tmp_path):
+    changes = {"learning_rate": 1e-2, "max_steps": 40, "kl_coef": 0.01, "lr_scheduler_type": "constant"}
+    _, records = run(tmp_path, changes=changes)
+    scores = [record["score"] for record in records]
+    assert sum(scores[-5:]) / 5 > sum(scores[:3]) / 3 + 0.15  # from 0.51 to 0.78
+    assert records[-1]["anchor"]["kl_exact"] > 1.0

@@ -1,0 +1,116 @@
+"""Models loaded by name, prepared for training, and saved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests import families, tiny
+from tests.tiny import EOS
+from tests.watched import before_the_first_step, run, watched, without_seconds
+from tests.weights import same, trained_weights
+from trl_trustkl.errors import ModelError
+from trl_trustkl.policy import loading, split_lm
+from trl_trustkl.policy.loading import trainable
+from trl_trustkl.policy.reference import REFERENCE_ADAPTER
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_a_model_by_name_is_loaded_with_its_tokenizer(tmp_path):
+    tiny.llama().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    tiny.scalar_model(tiny.llama()).save_pretrained(tmp_path / "reward")
+    tiny.tokenizer().save_pretrained(tmp_path / "reward")
+    trainer, records = run(
+        tmp_path / "run",
+        str(tmp_path / "model"),
+        processing_class=None,
+        ref_model=str(tmp_path / "model"),
+        reward_funcs=str(tmp_path / "reward"),
+        changes={"model_init_kwargs": {"dtype": "float32"}, "max_steps": 1},
+    )
+    assert records[0]["anchor"]["kl_exact"] == 0.0
+    assert (
+        type(trainer.processing_class).__name__.endswith("TokenizerFast") or trainer.processing_class.eos_token_id == 2
+    )
+
+
+def test_an_adapter_by_another_name_is_trained_and_an_unknown_name_is_answered_with_those_that_exist(tmp_path):
+    model = get_peft_model(tiny.llama(), tiny.lora(), adapter_name="sft")
+    trainer, records = run(tmp_path / "run", model, peft_config=None, changes={"max_steps": 1})
+    assert trainer.model.policy.active_adapter == "sft" and records[0]["anchor"]["kl_exact"] == 0.0
+    assert trainable(model) and all(".sft." in n for n, p in model.named_parameters() if p.requires_grad)
+    with pytest.raises(ModelError, match=r"`model_adapter_name` got 'stf'; the model's adapters are \['sft'"):
+        watched(tmp_path / "unknown", model, peft_config=None, changes={"model_adapter_name": "stf"})
+
+
+def test_gradient_checkpointing_is_switched_on_and_changes_no_number(tmp_path):
+    runs = {}
+    for on in (False, True):
+        trainer, records = run(tmp_path / str(on), changes={"gradient_checkpointing": on})
+        assert trainer.model.policy.get_base_model().is_gradient_checkpointing == on
+        runs[on] = without_seconds(records)
+    for one, other in zip(runs[False], runs[True], strict=True):
+        assert one["score"] == other["score"]
+        assert one["trust"]["kl"] == pytest.approx(other["trust"]["kl"], rel=1e-3)
+
+
+def test_a_quantised_model_is_prepared_for_training(tmp_path):
+    """Only the adapter is trained, in float32; norms, embeddings and head keep the dtype they were loaded in."""
+    model = tiny.llama().to(torch.bfloat16)
+    model.is_loaded_in_4bit = True
+    policy = loading.prepare_policy(model, tiny.lora(), tiny.config(tmp_path, gradient_checkpointing=True))
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
+    assert {p.dtype for name, p in policy.named_parameters() if name not in trained} == {torch.bfloat16}
+    assert split_lm.checkpointed(policy)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "OPT"])
+def test_the_noise_of_training_is_off(name, tmp_path):
+    model = families.build(name, **families.NOISE[name])
+    ids = torch.arange(1, 9)[None]
+    assert any(not torch.equal(model.train()(ids).logits, model(ids).logits) for _ in range(9)), (
+        "the settings add no noise"
+    )
+    trainer = tiny.trainer(tmp_path, model, peft_config=None, changes={"max_steps": 1})
+    before_the_first_step(trainer)
+
+
+@pytest.mark.parametrize("came_with_adapter", [False, True])
+def test_the_saved_adapter_loads_and_holds_no_reference(tmp_path, came_with_adapter):
+    base = tiny.llama()
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model, peft_config = (tiny.tuned(base), None) if came_with_adapter else (base, tiny.lora())
+    trainer, _ = run(tmp_path / "run", model, peft_config=peft_config, changes={"learning_rate": 1e-2})
+    saved = tmp_path / "saved"
+    trainer.save_model(str(saved))
+    assert not [path for path in saved.rglob("*") if REFERENCE_ADAPTER in path.name]
+    names = {path.name for path in saved.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names
+    assert not any("value" in name for name in names)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = trainer.model.policy(input_ids=ids).logits
+        one = AutoPeftModelForCausalLM.from_pretrained(str(saved))
+        other = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(saved))
+        for loaded in (one, other):
+            assert list(loaded.peft_config) == ["default"]
+            torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(str(saved)).eos_token_id == EOS
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_fully_tuned_model_is_saved_as_a_model(tmp_path, family):
+    trainer, _ = run(tmp_path, tiny.FAMILIES[family](), peft_config=None)
+    trainer.model_wrapped = nn.Sequential(trainer.model)  # as a wrapper for several processes would
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = AutoModelForCausalLM.from_pretrained(str(tmp_path / "saved"))
+    assert same(
+        trained_weights(loaded), {n: w.to(loaded.dtype) for n, w in trained_weights(trainer.model.policy).items()}
+    )

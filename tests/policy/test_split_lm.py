@@ -1,0 +1,97 @@
+"""A language model in two halves: backbone and output head."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import families, tiny
+from tests.dense import dense_logps
+from tests.watched import run, watched
+from trl_trustkl.errors import ModelError
+from trl_trustkl.policy.split_lm import SplitLM
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_a_model_whose_logits_are_not_head_times_hidden_falls_back_and_says_so(tmp_path, caplog):
+    class Shifted(type(tiny.llama())):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * 1.5 + torch.arange(out.logits.shape[-1]) * 0.01
+            return out
+
+    model = Shifted(tiny.llama().config)
+    model.load_state_dict(tiny.llama().state_dict())
+    trainer = tiny.trainer(tmp_path, model)
+    assert not trainer.model.split_lm.chunked
+    assert "falls back" in caplog.text or "whole forward pass" in caplog.text
+    trainer._loop.begin()
+    scored = trainer.score(trainer.rollout(trainer.next_prompts()))
+    p = dense_logps(trainer.model.policy, scored.micro_batches[0], 1.0)
+    expected = -(p.exp() * p).sum(-1) * scored.micro_batches[0].response_mask
+    mine = scored.entropy[scored.micro_batches[0].rows, : expected.shape[1]]
+    torch.testing.assert_close(mine.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_a_soft_cap_that_is_left_out_would_be_noticed():
+    model = tiny.gemma2()
+    from trl_trustkl.policy.split_lm import SplitLM
+
+    assert SplitLM(model).chunked
+    uncapped = copy.deepcopy(model)
+    uncapped.config.final_logit_softcapping = None
+    hidden = torch.randn(3, model.config.hidden_size)
+    capped = SplitLM(model).head(hidden)
+    assert capped.abs().max() <= 2.0
+    assert (SplitLM(uncapped).head(hidden) - capped).abs().max() > 1e-2
+
+
+def test_a_soft_cap_by_an_unknown_name_is_noticed_while_logits_are_small():
+    class Capped(type(tiny.llama())):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            out.logits = 30 * torch.tanh(out.logits / 30)
+            return out
+
+    model = Capped(tiny.llama(initializer_range=0.05).config)
+    model.load_state_dict(tiny.llama(initializer_range=0.05).state_dict())
+    ids = torch.arange(1, 5)[None]
+    plain = super(Capped, model).forward(input_ids=ids).logits
+    assert plain.abs().max() > 0.5 and (model(input_ids=ids).logits - plain).abs().max() < 1e-3
+    assert not SplitLM(model).chunked
+
+
+def test_noise_that_cannot_be_switched_off_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="two passes over the same tokens differ"):
+        tiny.trainer(tmp_path, families.build("Falcon", **families.NOISE["Falcon"]), peft_config=None)
+
+
+def test_no_forward_pass_keeps_all_hidden_states_or_logits_of_the_whole_rollout(tmp_path, monkeypatch):
+    trainer = watched(tmp_path, changes={"max_steps": 1})
+    asked = set()
+    for module in (trainer.model.split_lm.backbone, trainer.model.split_lm.causal):
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs: asked.add(bool(kwargs.get("output_hidden_states"))), with_kwargs=True
+        )
+    trainer.train()
+    assert asked == {False}
+    assert not any(tiny.VOCAB in tensor.shape for tensor in tensors(trainer.seen["advantages"][0]))
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Every tensor in the output of a phase."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [tensor for part in value for tensor in tensors(part)]
+    return []
+
+
+def test_there_are_tensors_to_find(tmp_path):
+    trainer, _ = run(tmp_path, changes={"max_steps": 1})
+    assert len(tensors(trainer.seen["advantages"][0])) > 20
