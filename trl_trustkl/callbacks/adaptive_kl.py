@@ -76,9 +76,7 @@ class AdaptiveKLCallback(TrainerCallback):
         callbacks = self.trainer.callback_handler.callbacks
         own: object = self.trainer.args
         if args is not own:
-            raise ConfigError(
-                "`trainer` is not the trainer to which this AdaptiveKLCallback was added; give the same one."
-            )
+            raise ConfigError("`trainer` is not the trainer that this AdaptiveKLCallback was added to; give that one.")
         if sum(isinstance(each, AdaptiveKLCallback) for each in callbacks) > 1:
             raise ConfigError("The trainer got two AdaptiveKLCallbacks; both would set its coefficient. Add one.")
         # A state that was loaded, or made before this callback was added, may lack the entry that saving expects.

@@ -344,7 +344,7 @@ class TrustKLPPOConfig(PPOConfig):
         if self.trust_max_kl is not None and self.measure_fraction != 1.0:
             raise ConfigError(
                 f"`measure_fraction` got {self.measure_fraction}; it must be 1 with trust_max_kl={self.trust_max_kl}: "
-                "a guarantee needs a measurement of the complete batch."
+                "a guarantee needs the complete batch, not a subset."
             )
 
     def _check_generation(self) -> None:

@@ -107,23 +107,18 @@ class TrainingLoop:
             roll_back=lambda: self._roll_back(context),
             save=self._save_finished,
         ):
-            batch, stats, record = self._phases(context)
-            self._end_update(batch, stats, record)
-
-    def _phases(self, context: UpdateContext) -> tuple[Batch, UpdateStats, BoundRecord]:
-        trainer = self._trainer
-        with self._timed(context, "generate"):
-            rollout = trainer.rollout(trainer.next_prompts()._replace(context=context))
-        with self._timed(context, "score"):
-            scored = trainer.score(rollout if rollout.context is not None else rollout._replace(context=context))
-            batch = trainer.advantages(scored)
-        with self._timed(context, "optimise"):
-            stats = trainer.optimise(batch)
-        with self._timed(context, "measure"):
-            proposed = trainer.measure(batch)
-            context.enforcement = Enforcement(proposed.kl, scale=None, tries=0, limit=None)
-            measured = trainer.enforce(batch, proposed)
-        return batch, stats, trainer.record(batch, stats, measured)
+            with self._timed(context, "generate"):
+                rollout = trainer.rollout(trainer.next_prompts()._replace(context=context))
+            with self._timed(context, "score"):
+                scored = trainer.score(rollout if rollout.context is not None else rollout._replace(context=context))
+                batch = trainer.advantages(scored)
+            with self._timed(context, "optimise"):
+                stats = trainer.optimise(batch)
+            with self._timed(context, "measure"):
+                proposed = trainer.measure(batch)
+                context.enforcement = Enforcement(proposed.kl, scale=None, tries=0, limit=None)
+                measured = trainer.enforce(batch, proposed)
+            self._end_update(batch, stats, trainer.record(batch, stats, measured))
 
     @contextmanager
     def _timed(self, context: UpdateContext, phase: str) -> Iterator[None]:

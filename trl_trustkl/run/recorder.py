@@ -24,6 +24,7 @@ class Recorder:
     ) -> None:
         """Called by all processes; raises SaveError on all of them if the record cannot be written."""
         with raised_on_all(self._processes, SaveError):
-            for callback in self._callbacks() if self._processes.is_main else ():
+            callbacks = self._callbacks() if self._processes.is_main else ()
+            for callback in callbacks:
                 if hasattr(callback, "on_record"):
                     callback.on_record(args, state, control, record=record, completions=completions)
