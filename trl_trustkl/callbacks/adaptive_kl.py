@@ -21,7 +21,7 @@ SMALLEST = 1e-12
 
 
 class AdaptiveKLState(TrainerCallback, ExportableState):
-    """The state of an `AdaptiveKLCallback` in checkpoints, which adds this callback to the trainer.
+    """Holds the state of an `AdaptiveKLCallback` in checkpoints. An `AdaptiveKLCallback` adds it to its trainer.
 
     It is a separate callback, because transformers may rebuild such callbacks from the checkpoint, and a checkpoint cannot
     hold the trainer that an `AdaptiveKLCallback` needs.

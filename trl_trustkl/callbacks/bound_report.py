@@ -148,7 +148,7 @@ class BoundReportCallback(TrainerCallback):
 
 
 def is_report(callback: Any) -> bool:
-    """Whether it is a BoundReportCallback, or such a class, which transformers accepts as well."""
+    """Whether it is an instance or a subclass of BoundReportCallback; transformers accepts both."""
     return isinstance(callback, BoundReportCallback) or (
         isinstance(callback, type) and issubclass(callback, BoundReportCallback)
     )

@@ -56,12 +56,14 @@ class Optimisation:
         context.snapshot = snapshot = UpdateSnapshot(
             self.policy_parameters, self.policy_and_value.restorable_value, self.optimizer
         )
-        if context.rejected is not None:
-            stats = self._without_steps(context.rejected)
-        else:
+        reason = not_finite(batch) if context.rejected is None else context.rejected
+        if reason is None:
             generator = rng.generator(self.args.seed, rng.RngStream.MINI_BATCHES, context.update, self.processes.index)
             with scaled_learning_rate(self.optimizer, self.policy_parameters, lr_factor):
                 stats = self.run(batch, generator, too_far)
+        else:
+            none, planned = epoch_stats(self._zero_sums()), self._planned_steps
+            stats = UpdateStats(none, [], 0, planned, math.nan, 1.0, stopped=False, refused=reason)
         if stats.refused is None and not math.isfinite(stats.total.policy_loss + stats.total.value_loss):
             stats = stats._replace(refused="the loss is not finite")
         if stats.refused is not None:
@@ -73,12 +75,9 @@ class Optimisation:
         self, batch: Batch, generator: torch.Generator, too_far: Callable[[Sequence[int]], bool] | None
     ) -> UpdateStats:
         """Run all epochs, unless `too_far` ends them or a step is rejected."""
-        args = self.args
-        if (reason := not_finite(batch)) is not None:
-            return self._without_steps(reason)
+        args, planned = self.args, self._planned_steps
         rule = args.build_surrogate()
         penalties = args.build_penalties(batch.anchor.coef * batch.advantage_scale, batch.trust_coef)
-        planned = args.num_ppo_epochs * args.num_mini_batches
         norms: list[float] = []
         epochs: list[Tensor] = []
         refused, stopped = None, False
@@ -118,10 +117,9 @@ class Optimisation:
             refused=refused,
         )
 
-    def _without_steps(self, reason: str) -> UpdateStats:
-        """The statistics of an update that was rejected before its first step."""
-        planned = self.args.num_ppo_epochs * self.args.num_mini_batches
-        return UpdateStats(epoch_stats(self._zero_sums()), [], 0, planned, math.nan, 1.0, stopped=False, refused=reason)
+    @property
+    def _planned_steps(self) -> int:
+        return self.args.num_ppo_epochs * self.args.num_mini_batches
 
     def _zero_sums(self) -> Tensor:
         return torch.zeros(len(LossSums._fields), dtype=torch.float64, device=self.processes.device)

@@ -62,5 +62,5 @@ class StopRequest:
         return time.monotonic() > self._deadline
 
     def wait(self, seconds: float) -> bool:
-        """Sleep until a signal is received, which may be already; returns whether one was."""
+        """Sleep, but only until a signal is received; returns whether one was received, now or before."""
         return self._event.wait(seconds)
