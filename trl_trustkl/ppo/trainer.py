@@ -163,7 +163,7 @@ class TrustKLPPOTrainer(PPOTrainer):
 
         def too_far(mini: Sequence[int]) -> bool:
             self.parts.failures.give_up_if_overdue()
-            return self.args.trust_stop is not None and not self._measure(batch, mini).kl <= self.args.trust_stop
+            return (limit := self.args.trust_stop) is not None and not self._measure(batch, mini).kl <= limit
 
         return self.parts.optimisation.update(batch, too_far, lr_factor=self.parts.coefficients.lr_factor)
 
