@@ -1,6 +1,6 @@
 """Callbacks for TRL's trainers: the records of a run, and controllers of the KL coefficient.
 
-Imports `report`, `run`, `trust` and what is below them; knows nothing of the PPO trainer.
+Does not depend on the PPO trainer: imports only `report`, `run`, `trust` and the layers below them.
 """
 
 from .adaptive_kl import AdaptiveKLCallback

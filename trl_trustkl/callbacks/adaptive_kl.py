@@ -1,4 +1,4 @@
-"""AdaptiveKLCallback: a controller of the KL coefficient for TRL's own trainers."""
+"""AdaptiveKLCallback: a controller of the KL coefficient for TRL's trainers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ..trl_compat.trl_trainers import TRLTrainer
 logger = logging.get_logger(__name__)
 
 SMALLEST = 1e-12
-"""Applied for a coefficient of 0: at exactly 0, GRPO and RLOO stop measuring the KL."""
+"""Used in place of a coefficient of 0, at which GRPO and RLOO stop measuring the KL."""
 
 
 class AdaptiveKLState(TrainerCallback, ExportableState):
-    """What of an `AdaptiveKLCallback` goes into checkpoints. It comes with the callback; nobody needs to add it.
+    """Holds the state of an `AdaptiveKLCallback` in checkpoints. An `AdaptiveKLCallback` adds it to its trainer.
 
-    A callback of its own, as transformers may rebuild such callbacks from what the checkpoint holds, and a checkpoint
-    cannot hold the trainer that the other one needs.
+    It is a separate callback, because transformers may rebuild such callbacks from the checkpoint, and a checkpoint cannot
+    hold the trainer that an `AdaptiveKLCallback` needs.
     """
 
     def __init__(self) -> None:
@@ -35,23 +35,23 @@ class AdaptiveKLState(TrainerCallback, ExportableState):
 
 
 class AdaptiveKLCallback(TrainerCallback):
-    """Moves the KL coefficient of a stock trainer so that its KL to the reference meets a target.
+    """Adapts the KL coefficient of one of TRL's trainers so that its KL to the reference meets a target.
 
         trainer = GRPOTrainer(..., args=GRPOConfig(..., beta=0.04))
         trainer.add_callback(AdaptiveKLCallback(DualKL(coef=0.04, target=0.05), trainer=trainer))
 
-    For `GRPOTrainer` and `RLOOTrainer` (moves `beta`; target in nats per token) and the PPO trainer of TRL ≤ 1.12 (moves
-    `kl_coef`; target in nats per response); `stock.KL_METRIC` says exactly which KL each of them measures. The run starts at
-    the controller's coefficient; of the configured one it only matters that it is not 0, as TRL then loads no reference.
+    For `GRPOTrainer` and `RLOOTrainer` (adapts `beta`; target in nats per token) and the PPO trainer of TRL ≤ 1.12 (adapts
+    `kl_coef`; target in nats per response). `trl_logs.KL_METRIC` names the KL that each of them measures. The run starts
+    with the controller's coefficient. The configured one is not used, but must not be 0, as TRL then loads no reference.
 
-    Once per optimizer step (RLOO: per generation; PPO: per update) the controller sees the KL that the trainer measured
-    since, as max(0, KL), and the coefficient it answers with holds from the next step on. A KL that is not finite changes
-    nothing. TRL gathers its metrics from all processes, so all of them take the same coefficient. Logged, for each KL:
-    `kl/measured`, `kl/target` (where the controller has one) and `kl/coef`, the coefficient that this KL was had with.
-    Checkpoints keep the controller's state, and a resumed run goes on with it.
+    Once per optimizer step (RLOO: per generation; PPO: per update), the controller gets the KL that the trainer measured
+    since, as max(0, KL), and returns the coefficient for the next steps. A KL that is not finite changes nothing. TRL
+    gathers its metrics from all processes, so all of them use the same coefficient. Logged for each KL: `kl/measured`,
+    `kl/target` (if the controller has one) and `kl/coef`, the coefficient at which this KL was measured. The controller's
+    state is saved in checkpoints and restored when a run resumes.
 
-    Raises ConfigError for something that is no controller, a trainer without such a coefficient, one whose reference is not
-    loaded (β = 0), and one whose loss has the coefficient built in (Liger's GRPO loss).
+    Raises ConfigError for an object that is not a controller, and for a trainer without such a coefficient, without a
+    reference (β = 0), or with the coefficient built into its loss (Liger's GRPO loss).
     """
 
     def __init__(self, controller: Controller, trainer: Any) -> None:
@@ -59,7 +59,7 @@ class AdaptiveKLCallback(TrainerCallback):
         self.state: Any = _first_state(controller)
         self.trainer: TRLTrainer = trainer
         self.kind = _checked_kind(trainer)
-        self.step = 0  # of the last KL, to count episodes from
+        self.step = 0  # of the last KL, from which episodes are counted
         self._values: list[float] = []
         self._read = 0
         if self._store() is None:
@@ -67,10 +67,8 @@ class AdaptiveKLCallback(TrainerCallback):
 
     @property
     def coef(self) -> float:
-        """The coefficient in force."""
+        """The current coefficient."""
         return self.trainer.args.kl_coef if self.kind == "ppo" else self.trainer.beta
-
-    # -- events --------------------------------------------------------------------------------------------------------
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -78,16 +76,14 @@ class AdaptiveKLCallback(TrainerCallback):
         callbacks = self.trainer.callback_handler.callbacks
         own: object = self.trainer.args
         if args is not own:
-            raise ConfigError(
-                "`trainer` is not the trainer that this AdaptiveKLCallback was added to; give it that one."
-            )
+            raise ConfigError("`trainer` is not the trainer that this AdaptiveKLCallback was added to; give that one.")
         if sum(isinstance(each, AdaptiveKLCallback) for each in callbacks) > 1:
-            raise ConfigError("The trainer got two AdaptiveKLCallbacks; they would both move its coefficient. Add one.")
+            raise ConfigError("The trainer got two AdaptiveKLCallbacks; both would set its coefficient. Add one.")
         # A state that was loaded, or made before this callback was added, may lack the entry that saving expects.
         self._restore(state.stateful_callbacks.setdefault(AdaptiveKLState.__name__, AdaptiveKLState().state()), state)
         self._apply()
         if self.kind == "ppo":
-            # To the front: what `on_log` adds has to be there before the trackers read the logs.
+            # To the front, because `on_log` has to add its values before the trackers read the logs.
             callbacks.remove(self)
             callbacks.insert(0, self)
 
@@ -114,18 +110,16 @@ class AdaptiveKLCallback(TrainerCallback):
         logs.update(added)
         state.log_history[-1].update(added)
 
-    # -- the coefficient -----------------------------------------------------------------------------------------------
-
     def _unread(self, values: list[float]) -> list[float]:
-        """The values of the last step. TRL appends to the list until it logs, and then begins a new one."""
-        if not values:  # a step that reuses RLOO's last generation, right after a log
+        """The values of the last step. TRL appends to the list until it logs, and then creates a new one."""
+        if not values:  # a step with RLOO's last generation, right after a log
             return values
         start = self._read if values is self._values else 0
         self._values, self._read = values, len(values)
         return values[start:]
 
     def _move(self, kl: float, step: int) -> dict[str, float]:
-        """Let the controller answer to a KL; returns what is to be logged."""
+        """Pass a KL to the controller; returns what is to be logged."""
         logged = {KL: kl, COEF: self.coef}
         target = getattr(self.controller, "target", None)
         if target is not None:
@@ -142,7 +136,7 @@ class AdaptiveKLCallback(TrainerCallback):
     def _apply(self) -> None:
         coef = self.state.coef
         if not 0 <= coef < math.inf:
-            raise ConfigError(f"`controller` answered with a coefficient of {coef!r}; it must be finite, 0 or above.")
+            raise ConfigError(f"`controller` returned a coefficient of {coef!r}; it must be finite, 0 or above.")
         if self.kind == "ppo":
             self.trainer.args.kl_coef = coef
         else:
@@ -154,14 +148,12 @@ class AdaptiveKLCallback(TrainerCallback):
                 "step": self.step,
             }
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------------
-
     def _store(self) -> AdaptiveKLState | None:
         callbacks = self.trainer.callback_handler.callbacks
         return next((each for each in callbacks if isinstance(each, AdaptiveKLState)), None)
 
     def _restore(self, entry: dict[str, Any], state: TrainerState) -> None:
-        """Go on from what a checkpoint kept; a run that does not resume has nothing there, and starts afresh."""
+        """Restore the state of a checkpoint; it is empty in a run that does not resume."""
         saved = entry["attributes"]["saved"]
         self.step = min(saved.get("step", 0), state.global_step)
         if not saved:
@@ -170,7 +162,7 @@ class AdaptiveKLCallback(TrainerCallback):
         if saved["controller"] != own:
             logger.warning(
                 f"The checkpoint was written with the controller {saved['controller']}, and this run has {own}: it starts "
-                f"at its own coefficient, {self.state.coef:g}."
+                f"at the coefficient of {own}, {self.state.coef:g}."
             )
             return
         self.state = type(self.state)(**saved["state"])
@@ -185,35 +177,35 @@ def _first_state(controller: Any) -> ControllerState:
     state = controller.init()
     if not hasattr(state, "coef") or not hasattr(state, "_asdict"):
         raise ConfigError(
-            f"`controller` starts with {state!r}; a state must be a NamedTuple with a field `coef`: {advice}."
+            f"`controller` has the first state {state!r}; it must be a NamedTuple with a field `coef`: {advice}."
         )
     return state
 
 
 def _checked_kind(trainer: Any) -> Kind:
-    """Which trainer this is, once it is clear that its coefficient can be moved."""
+    """The trainer's kind. ConfigError if its coefficient cannot be changed."""
     name, args = type(trainer).__name__, getattr(trainer, "args", None)
     if writes_records(args):
         raise ConfigError(
-            f"`trainer` got a {name}, which has controllers of its own. Set kl_controller='adaptive' (or another), "
+            f"`trainer` got a {name}, which has its own controllers. Set kl_controller='adaptive' (or another), "
             "kl_target and kl_coef in its TrustKLPPOConfig instead."
         )
     kind = kind_of(args)
     if kind is None:
         raise ConfigError(
-            f"`trainer` got a {name}, which has no KL coefficient that could be moved; it must be a GRPOTrainer, an "
+            f"`trainer` got a {name}, which has no KL coefficient that could be changed; it must be a GRPOTrainer, an "
             "RLOOTrainer or the PPOTrainer of TRL 1.12 or before."
         )
     if kind == "ppo":
         return kind
     if trainer.beta == 0:
         raise ConfigError(
-            f"`beta` got {trainer.beta!r}; it must be above 0: at 0, {name} loads no reference and measures no KL. Start "
-            "with a small positive one, such as beta=0.001; the controller's coefficient takes its place at once."
+            f"`beta` got {trainer.beta!r}; it must be above 0: at 0, {name} loads no reference and measures no KL. Give a "
+            "small positive one, such as beta=0.001; the controller's coefficient replaces it when training begins."
         )
     if hasattr(trainer, "liger_loss"):
         raise ConfigError(
-            "`use_liger_kernel` got True; it must be False: Liger's GRPO loss has `beta` built in, so that nothing can move "
-            "it during the run."
+            "`use_liger_kernel` got True; it must be False: Liger's GRPO loss has `beta` built in, so that it cannot be "
+            "changed during the run."
         )
     return kind

@@ -1,4 +1,4 @@
-"""BoundReportCallback: the records of a run, written as it goes, and what is made of them to look at."""
+"""BoundReportCallback: writes the records of a run, renders its report, and prints a table."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ logger = logging.get_logger(__name__)
 class BoundReportCallback(TrainerCallback):
     """Writes the records of a run into its folder, renders its report, and prints a line for each update.
 
-    `bounds.jsonl` gets a line for every update, `completions.jsonl` the completions. Each line reaches the operating system
-    before the next update begins: a killed run keeps every finished update. Files of an earlier run in the same folder are
-    moved aside, never appended to; a resumed run drops the lines after its checkpoint and goes on from there. The trainer
-    has one of these by itself; another one takes its place. Only the first process writes, renders and prints, and none of
-    its time is in a record's `seconds`.
+    `bounds.jsonl` gets a line for every update, `completions.jsonl` the completions. Each line is passed to the operating
+    system before the next update begins: a killed run keeps every finished update. Files of an earlier run in the same
+    folder are moved aside, never appended to; a resumed run drops the lines after its checkpoint and continues from there.
+    The trainer adds this callback by default; another instance replaces it. Only the first process writes, renders and
+    prints, and the time for it is not part of a record's `seconds`.
 
     Args:
         report: whether `report.html` and `figures` are rendered when training ends, also when it is stopped early; None:
             if the packages of the extra `report` are installed. A report that cannot be rendered never ends a run: it
-            costs one warning, or none where nobody asked for it.
-        report_every: render it after every so many updates too; None: only at the end.
-        table: whether a line for each update is printed, within 80 columns; None: only in a terminal, and only when
-            `disable_tqdm` leaves it free of TRL's progress bar.
+            is logged as a warning once, if the report was requested.
+        report_every: the number of updates after which the report is also rendered during training; None: only at the end.
+        table: whether a line for each update is printed, within 80 columns; None: only in a terminal, and only if
+            `disable_tqdm` turns TRL's progress bar off.
 
     `rendered` is the page that was last written in this run, or None.
 
@@ -89,7 +89,7 @@ class BoundReportCallback(TrainerCallback):
         record: BoundRecord,
         completions: list[dict[str, Any]],
     ) -> None:
-        """Called by the trainer on its first process, after each update and before `on_step_end`."""
+        """Called by the trainer on the first process, after each update and before `on_step_end`."""
         folder = Path(args.output_dir)
         records.append_line(folder / records.BOUNDS_FILE, records.as_dict(record))
         for row in completions:
@@ -99,7 +99,7 @@ class BoundReportCallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, logs: dict[str, Any], **_: Any
     ) -> None:
-        """On one of TRL's own trainers: a record of what it logs."""
+        """Write a record of what one of TRL's trainers logs."""
         if state.is_world_process_zero and (record := stock.record_of(args, state, logs)) is not None:
             self.on_record(args, state, control, record=record, completions=[])
 
@@ -113,30 +113,26 @@ class BoundReportCallback(TrainerCallback):
         if self.report is not False and state.is_world_process_zero:
             self.render(args)
 
-    # -- the report ----------------------------------------------------------------------------------------------------
-
     def render(self, args: TrainingArguments) -> None:
-        """Write the report of what has been recorded so far; a failure is logged, and said aloud once at most."""
+        """Write the report of what has been recorded so far. A failure is logged, as a warning only once."""
         folder = Path(args.output_dir)
         if not (folder / records.BOUNDS_FILE).exists():
             return
-        asked_for = self.report is True or self.report_every is not None
+        requested = self.report is True or self.report_every is not None
         try:
             self.rendered = render_report(folder)
         except MissingPackageError as error:
-            self._say(f"No report was rendered. {error}", aloud=asked_for)
-        except Exception as error:  # whatever it is, hours of training are worth more than their picture
-            self._say(
-                f"The report could not be rendered ({type(error).__name__}: {error}). The records are whole; fix: once the "
-                f"cause is gone, trustkl report {folder}"
+            self._log(f"No report was rendered. {error}", warn=requested)
+        except Exception as error:  # no error in the report may end the training
+            self._log(
+                f"The report could not be rendered ({type(error).__name__}: {error}). The records are complete; once the cause "
+                f"is fixed, run: trustkl report {folder}"
             )
 
-    def _say(self, message: str, aloud: bool = True) -> None:
-        log = logger.warning if aloud and not self._warned else logger.info
-        self._warned = self._warned or aloud
+    def _log(self, message: str, warn: bool = True) -> None:
+        log = logger.warning if warn and not self._warned else logger.info
+        self._warned = self._warned or warn
         log(visible(message))
-
-    # -- the table -----------------------------------------------------------------------------------------------------
 
     def _begin_table(self, args: TrainingArguments) -> None:
         free = bool(args.disable_tqdm) and sys.stdout.isatty()
@@ -152,7 +148,7 @@ class BoundReportCallback(TrainerCallback):
 
 
 def is_report(callback: Any) -> bool:
-    """Whether it is a BoundReportCallback, or the class of one, which transformers takes as well."""
+    """Whether it is an instance or a subclass of BoundReportCallback; transformers accepts both."""
     return isinstance(callback, BoundReportCallback) or (
         isinstance(callback, type) and issubclass(callback, BoundReportCallback)
     )
@@ -164,8 +160,8 @@ def report_of(callbacks: Sequence[Any]) -> BoundReportCallback | None:
 
 
 def with_report(callbacks: Sequence[Any] | None) -> list[Any]:
-    """The callbacks, with a BoundReportCallback before them where there is none; ConfigError for two, which would write
-    every record twice."""
+    """The callbacks, with a BoundReportCallback in front if there is none. ConfigError for two, which would write every
+    record twice."""
     given = list(callbacks or [])
     count = sum(map(is_report, given))
     if count > 1:

@@ -24,11 +24,9 @@ Show = Callable[[str, str | None], None]
 
 
 def line(record: BoundRecord) -> str:
-    """score · exact KL to the reference and its target (nats per response) · coefficient · anchor's share · gated share ·
-    KL(π_old‖π) after the update (nats per token) · largest ratio · what bound, or why the update was refused.
-
-    One line of printable characters, whatever the record's texts hold.
-    """
+    """One line of printable characters: score · exact KL to the reference and its target (nats per response) · coefficient ·
+    anchor's share · gated share · KL(π_old‖π) after the update (nats per token) · largest ratio · what bound, or why the
+    update was rejected."""
     anchor, trust = record.anchor, record.trust
     score = "   –  " if record.score is None else f"{record.score:+.3f}"
     target = "–" if anchor.target is None else _fit(anchor.target, 5, 1)
@@ -42,13 +40,13 @@ def line(record: BoundRecord) -> str:
 
 
 def _fit(value: float, width: int, places: int) -> str:
-    """The number in `width` columns, with fewer places where it is large."""
+    """The number in `width` columns, with fewer decimal places if it is large."""
     forms = (f"{value:{width}.{places}f}", f"{value:{width}.0f}", f"{value:{width}.0e}")
     return next((form for form in forms if len(form) <= width), forms[-1])
 
 
 def printer(progress_bar: bool) -> Show:
-    """How lines reach the output: with rich in a terminal; plain elsewhere, without rich, and above a tqdm progress bar."""
+    """How lines are printed: with rich in a terminal; as plain text elsewhere, without rich, and above a tqdm progress bar."""
     if not progress_bar and sys.stdout.isatty():
         with suppress(ImportError):
             return _rich()
@@ -60,7 +58,7 @@ def _rich() -> Show:
     from rich.text import Text
 
     console = Console(highlight=False)
-    # Text, as a str is read for markup.
+    # Text, because markup in a str would be interpreted.
     return lambda text, style: console.print(Text(text, style=style or ""), soft_wrap=True)
 
 
@@ -69,25 +67,18 @@ def _plain(text: str, style: str | None) -> None:
 
 
 def updates_bar(console: Console) -> Progress:
-    """A bar over updates with the time left, below the lines of a terminal; nothing elsewhere."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    """A progress bar over updates with the remaining time, below the lines of a terminal; nothing elsewhere."""
+    from rich import progress
 
-    return Progress(
-        TextColumn("updates"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=20),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
+    return progress.Progress(
+        progress.TextColumn("updates"),
+        progress.MofNCompleteColumn(),
+        progress.BarColumn(bar_width=20),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(elapsed_when_finished=False),
         console=console,
         transient=True,
         disable=not console.is_terminal,
-        speed_estimate_period=600.0,  # updates take seconds: the speed is that of the last ten minutes
+        speed_estimate_period=600.0,  # the mean of ten minutes, as an update takes seconds
     )

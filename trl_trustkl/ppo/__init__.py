@@ -1,4 +1,4 @@
-"""What is PPO's own: its configuration, the trainer that TRL sees, and the phases of an update.
+"""PPO: its configuration, the trainer for TRL, and the phases of an update.
 
-Imports everything but `compare`, `demo` and `cli`; the parts that it is built of know nothing of it.
+May import everything except `compare`, `demo` and `cli`.
 """

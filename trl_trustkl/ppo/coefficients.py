@@ -1,4 +1,4 @@
-"""The coefficients that controllers move: β of the anchor, λ of the trust region, the factor on the learning rate."""
+"""The coefficients that controllers adapt: β of the anchor, λ of the trust region, the factor on the learning rate."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .config import TrustKLPPOConfig
 
 
 class Coefficients:
-    """The coefficients of the next update, and the controllers that move them after each.
+    """The coefficients of the next update, and the controllers that adapt them after each update.
 
-    With the controller "fixed" a coefficient is that of the configuration, also when something changes it there.
+    With the controller "fixed", a coefficient is read from the configuration, so that changes to it take effect.
     """
 
     def __init__(self, args: TrustKLPPOConfig) -> None:
@@ -26,23 +26,23 @@ class Coefficients:
 
     @property
     def kl(self) -> float:
-        """β, of the anchor."""
+        """The anchor's coefficient β."""
         return self._args.kl_coef if self._args.kl_controller == "fixed" else self.kl_state.coef
 
     @property
     def trust(self) -> float:
-        """λ, of the penalty on KL(π_old‖π)."""
+        """The coefficient λ of the penalty on KL(π_old‖π)."""
         return self._args.trust_coef if self._args.trust_controller == "fixed" else self.trust_state.coef
 
     @property
     def lr_factor(self) -> float:
-        """On the policy's scheduled learning rate."""
+        """The factor on the policy's scheduled learning rate."""
         return 1.0 if self.lr_state is None else self.lr_state.coef
 
     def update(self, record: BoundRecord, episodes: int) -> None:
-        """Feed the controllers the exact KL, which is 0 at least up to rounding: a negative estimate never reaches them.
+        """Feed the exact KLs to the controllers, clamped at 0 because rounding may make them negative.
 
-        Those of the trust region see the KL that was proposed, before enforcement hid how far the update went.
+        The controllers of the trust region get the proposed KL, measured before enforcement.
         """
         anchor, trust = record.anchor.kl_exact, record.trust.kl_proposed
         if math.isfinite(anchor):

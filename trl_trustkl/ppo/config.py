@@ -28,7 +28,7 @@ from ..surrogates import SURROGATES, WITHOUT_RANGE, ClipRuleName, build_surrogat
 from ..trl_compat import ppo_base
 from ..trl_compat.version import PPOConfig
 from .losses import Penalties
-from .unsupported import reject_optimizers, reject_other_kernels, reject_other_loops, reject_sharding
+from .unsupported import reject_unsupported
 
 logger = logging.get_logger(__name__)
 
@@ -47,7 +47,7 @@ _failure = partial(option, group="when something goes wrong")
 
 @dataclass
 class TrustKLPPOConfig(PPOConfig):
-    """Configuration of [`TrustKLPPOTrainer`]: TRL's PPO fields, and this project's.
+    """Configuration of [`TrustKLPPOTrainer`]: the fields of TRL's PPO, and those of this project.
 
     KL divergences are in nats, of the policy at `temperature`. The anchor is KL(π‖π_ref), the trust region
     KL(π_old‖π). Raises `ConfigError`, which names the field, the value, the valid range and the likely fix.
@@ -56,7 +56,7 @@ class TrustKLPPOConfig(PPOConfig):
     0.28
     >>> TrustKLPPOConfig(output_dir="run", use_cpu=True, kl_target=6.0)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    trl_trustkl.errors.ConfigError: `kl_target` got 6.0, but kl_controller='fixed' never looks at it; ...
+    trl_trustkl.errors.ConfigError: `kl_target` got 6.0, but kl_controller='fixed' ignores it; ...
     """
 
     # fmt: off
@@ -102,7 +102,7 @@ class TrustKLPPOConfig(PPOConfig):
         range=NOT_NEGATIVE, fix="0 turns the penalty off.")
     trust_estimator: TrustEstimator = _trust(
         "exact", "The penalty's KL(π_old‖π): 'exact' over the vocabulary, or 'k3' at the sampled tokens; 'k1' is unbiased "
-        "too, but on samples that stay the same over the epochs it only makes them likelier.")
+        "too, but as the samples stay the same over the epochs, it only increases their probabilities.")
     trust_controller: ControllerName = _trust("fixed", "Controller of trust_coef.", off='"fixed"', names=CONTROLLERS)
     trust_target: float | None = _trust(None, "Target of KL(π_old‖π) after an update, in nats per token.", **PER_TOKEN)
     trust_controller_kwargs: dict | str | None = _trust(None, "Its arguments, as a dict or JSON.")
@@ -110,7 +110,7 @@ class TrustKLPPOConfig(PPOConfig):
         None, "Stop the update when the exact KL of the mini-batch just stepped exceeds this, in nats per token.",
         **PER_TOKEN)
     trust_max_kl: float | None = _trust(
-        None, "Hard limit of the batch's mean KL(π_old‖π), in nats per token, held by backtracking.", **PER_TOKEN)
+        None, "Hard limit of the batch's mean KL(π_old‖π), in nats per token, enforced by backtracking.", **PER_TOKEN)
     trust_lr_target: float | None = _trust(
         None, "Target KL that the learning rate is adapted to, in nats per token.", **PER_TOKEN)
 
@@ -120,9 +120,9 @@ class TrustKLPPOConfig(PPOConfig):
     whiten_rewards: bool = _value(*_trl("whiten_rewards"), off="False")
     whiten_advantages: bool = _value(True, "Whether advantages are whitened over the batch.", off="False")
     score_position: ScorePosition = _value(
-        "after_eos", "Where the score lands: one position after the end of a response, as in TRL, or on its last token.")
+        "after_eos", "Position of the score: one after the end of a response, as in TRL, or its last token.")
     detach_value_head: bool = _value(
-        True, "Whether the value loss is kept from moving the policy's backbone.", off="False")
+        True, "Whether the gradient of the value loss is kept out of the policy's backbone.", off="False")
     vf_coef: float = _value(*_trl("vf_coef"), unit="1", off="0", range=NOT_NEGATIVE)
     value_learning_rate: float | None = _value(
         None, "Learning rate of the value; None: the policy's.", unit="1", range=NOT_NEGATIVE)
@@ -142,7 +142,7 @@ class TrustKLPPOConfig(PPOConfig):
     num_train_epochs: float = option(*_trl("num_train_epochs"), range=Range("a positive number"))
     max_steps: int = option(
         *_trl("max_steps"), range=Range("an integer >= 1, or -1", lambda x: x >= 1 or x == -1),
-        fix="-1: total_episodes decides.")
+        fix="-1 means that total_episodes gives the length of the run.")
     seed: int = option(*_trl("seed"), range=Range("an integer from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32))
 
     # -- measuring, sampling, models ----------------------------------------------------------------------------------
@@ -172,44 +172,42 @@ class TrustKLPPOConfig(PPOConfig):
 
     # -- when something goes wrong ------------------------------------------------------------------------------------
     panic_kl: float | None = _failure(
-        None, "Undo an update whose KL(π_old‖π), before any backtracking, exceeds this, in nats per token; None: never.",
+        None, "Roll back an update whose KL(π_old‖π), before any backtracking, exceeds this, in nats per token; None: never.",
         **PER_TOKEN)
     max_refused: int = _failure(
-        5, "End the run, its state saved, when this many updates in a row had to be undone.", unit="updates", range=COUNT)
+        5, "Save and end the run when this many updates in a row were rolled back.", unit="updates", range=COUNT)
     reward_retries: int = _failure(
         0, "How often a reward function that failed is called again, after 1, 2, 4, … seconds (60 at most).",
-        unit="times", off="0", range=WHOLE, fix="0 turns retrying off.")
+        unit="times", off="0", range=WHOLE, fix="0 turns retries off.")
     grace_seconds: float = _failure(
-        20.0, "How long the update in hand may go on after SIGTERM or Ctrl-C, in seconds; then it is given up.", unit="s",
+        20.0, "Seconds that the current update may take after SIGTERM or Ctrl-C before it is abandoned.", unit="s",
         range=NOT_NEGATIVE._replace(valid="a finite number of seconds >= 0"))
     # fmt: on
 
     writes_records: ClassVar[bool] = True
-    """What tells callbacks that the trainer has records and controllers of its own; TRL's configurations lack it."""
+    """Tells callbacks that the trainer writes records and has controllers; TRL's configurations lack it."""
 
     def __post_init__(self) -> None:
-        reject_sharding(self)
-        reject_other_kernels(self)
-        reject_other_loops(self)
-        reject_optimizers(self)
+        reject_unsupported(self)
         check_options(self)
         self._check_batch()
         try:
             super().__post_init__()
         except (ArithmeticError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"transformers refuses this configuration: {shown(error)}; see its TrainingArguments."
+                f"transformers rejects this configuration: {shown(error)}; see its TrainingArguments."
             ) from error
         self._check_anchor()
+        self._check_controllers()
         self._check_trust_region()
         self._check_generation()
         self._check_saving()
 
-    # The pieces the trainer asks for, so that no option is interpreted in two places.
+    # What the trainer reads, so that each option is interpreted in one place.
 
     @property
     def low(self) -> float:
-        """The ratio's clip range is [1 − low, 1 + high]."""
+        """The clip range of the ratio is [1 − low, 1 + high]."""
         return self.cliprange
 
     @property
@@ -218,31 +216,31 @@ class TrustKLPPOConfig(PPOConfig):
 
     @property
     def value_range(self) -> float | None:
-        """Half the width of the value's clip range; None where the value loss is not clipped."""
+        """Half the width of the value's clip range; None if the value loss is not clipped."""
         return self.cliprange_value if self.clip_value else None
 
     @property
     def norm_limit(self) -> float | None:
-        """`max_grad_norm`, or None where it is off."""
+        """`max_grad_norm`, or None if it is off."""
         return self.max_grad_norm or None
 
     def build_kl_controller(self):
-        return self._controller("kl", self.kl_coef, self.kl_target)
+        return self._controller("kl")
 
     def build_trust_controller(self):
-        return self._controller("trust", self.trust_coef, self.trust_target)
+        return self._controller("trust")
 
     def build_lr_controller(self):
-        """Of the factor on the learning rate; None where it is off."""
+        """The controller of the factor on the learning rate; None if it is off."""
         return None if self.trust_lr_target is None else LearningRateByKL(self.trust_lr_target)
 
     @property
     def exact_anchor(self) -> bool:
-        """Whether the anchor is the KL over the whole vocabulary: of a context, not of the token sampled in it."""
+        """Whether the anchor is the KL over the vocabulary in each context, instead of an estimate at the sampled token."""
         return self.kl_estimator == "exact"
 
     def build_kl_estimator(self):
-        """(logp, ref_logp) -> [B, T]; None for `exact`, which has no sampled form."""
+        """(logp, ref_logp) -> [B, T]; None for `exact`, which is not estimated from samples."""
         return None if self.exact_anchor else build_estimator(self.kl_estimator, self.arguments("kl_estimator_kwargs"))
 
     def build_penalties(self, anchor_coef: float, trust_coef: float) -> Penalties:
@@ -257,7 +255,7 @@ class TrustKLPPOConfig(PPOConfig):
 
     @property
     def anchored(self) -> bool:
-        """Whether there is an anchor at all."""
+        """Whether there is an anchor."""
         return self.kl_coef > 0 or self.kl_controller != "fixed"
 
     @property
@@ -275,7 +273,7 @@ class TrustKLPPOConfig(PPOConfig):
         """A field that holds arguments, such as "clip_kwargs", as a dict; empty where it is None."""
         return getattr(self, name) or {}
 
-    def _controller(self, prefix: str, coef: float, target: float | None):
+    def _controller(self, prefix: str):
         name = getattr(self, f"{prefix}_controller")
         kwargs = dict(getattr(self, f"{prefix}_controller_kwargs") or {})
         for key in ("coef", "target"):
@@ -283,9 +281,10 @@ class TrustKLPPOConfig(PPOConfig):
                 raise ConfigError(f"`{prefix}_controller_kwargs` got {key!r}; set `{prefix}_{key}` instead.")
         if prefix == "kl" and name == "adaptive":
             kwargs.setdefault("horizon", self.kl_horizon)
+        coef, target = getattr(self, f"{prefix}_coef"), getattr(self, f"{prefix}_target")
         return build_controller(name, coef=coef, target=target, field=prefix, **kwargs)
 
-    # Checks. Each says which field, what it got, what it may be, and what to do.
+    # Checks. Each error names the field, the value, what is valid and the fix.
 
     def _check_batch(self) -> None:
         local = self.per_device_train_batch_size * self.gradient_accumulation_steps
@@ -302,31 +301,29 @@ class TrustKLPPOConfig(PPOConfig):
         if self.anchored and gradient_kind(self.kl_estimator, self.kl_placement) == "zero":
             raise ConfigError(
                 f"`kl_placement` got {self.kl_placement!r} with kl_estimator={self.kl_estimator!r}: the expected gradient of "
-                "that term is zero, so it would add noise and pull nowhere; use kl_placement='reward', or an estimator "
-                "such as 'exact' or 'k3' with kl_placement='both'."
+                "that term is zero, so it would only add noise; use kl_placement='reward', or an estimator such as 'exact' or "
+                "'k3' with kl_placement='both'."
             )
         if self.kl_offpolicy and self.kl_placement == "reward":
             raise ConfigError(
                 "`kl_offpolicy` got True with kl_placement='reward'; it weights a KL term in the loss: "
                 "choose kl_placement='loss' or 'both', or leave it False."
             )
-        self._check_controllers()
 
     def _check_controllers(self) -> None:
         for prefix in ("kl", "trust"):
             name, target = getattr(self, f"{prefix}_controller"), getattr(self, f"{prefix}_target")
-            controller = self._controller(prefix, getattr(self, f"{prefix}_coef"), target)
-            if target is not None and isinstance(controller, (FixedKL, ScheduledKL)):
+            if isinstance(self._controller(prefix), (FixedKL, ScheduledKL)) and target is not None:
                 raise ConfigError(
-                    f"`{prefix}_target` got {target}, but {prefix}_controller={name!r} never looks at it; "
+                    f"`{prefix}_target` got {target}, but {prefix}_controller={name!r} ignores it; "
                     f"choose {prefix}_controller='adaptive', or leave {prefix}_target None."
                 )
         self.check_horizons(self.per_device_train_batch_size * self.gradient_accumulation_steps)
 
     def check_horizons(self, episodes: int) -> None:
-        """ConfigError where one update of `episodes` responses could turn an adaptive coefficient's sign."""
+        """ConfigError if one update of `episodes` responses could change the sign of an adaptive coefficient."""
         for prefix in ("kl", "trust"):
-            controller = self._controller(prefix, getattr(self, f"{prefix}_coef"), getattr(self, f"{prefix}_target"))
+            controller = self._controller(prefix)
             if not isinstance(controller, AdaptiveKL) or controller.horizon > controller.clip * episodes:
                 continue
             plain = prefix == "kl" and "horizon" not in (self.kl_controller_kwargs or {})
@@ -347,7 +344,7 @@ class TrustKLPPOConfig(PPOConfig):
         if self.trust_max_kl is not None and self.measure_fraction != 1.0:
             raise ConfigError(
                 f"`measure_fraction` got {self.measure_fraction}; it must be 1 with trust_max_kl={self.trust_max_kl}: "
-                "a subset of the batch never feeds a guarantee."
+                "a guarantee needs the complete batch, not a subset."
             )
 
     def _check_generation(self) -> None:
@@ -361,14 +358,14 @@ class TrustKLPPOConfig(PPOConfig):
         folder = Path(self.output_dir)
         in_the_way = [str(place) for place in (folder, *folder.parents) if os.path.isfile(place)]
         if in_the_way or self.output_dir == "":
-            why = f"{in_the_way[0]} is a file" if in_the_way else "it has no name"
-            raise out_of_range("output_dir", self.output_dir, "a folder, or one that can be made", f"Here {why}.")
+            why = f"{in_the_way[0]} is a file." if in_the_way else "It has no name."
+            raise out_of_range("output_dir", self.output_dir, "a folder, or one that can be created", why)
         if self.load_best_model_at_end and self.metric_for_best_model in (None, "loss", "eval_loss"):
             raise ConfigError(
                 f"`metric_for_best_model` got {self.metric_for_best_model!r}; with load_best_model_at_end=True it must be one "
                 "that evaluate() gives: 'score', 'kl' (with greater_is_better=False), 'length' or 'eos_rate'."
             )
         if self.enable_jit_checkpoint:
-            # transformers' handler would take SIGTERM away from ours, and write checkpoints that may be cut short.
+            # transformers' handler would replace ours for SIGTERM, and write checkpoints that may be incomplete.
             logger.warning("`enable_jit_checkpoint` is ignored: this trainer saves on SIGTERM and Ctrl-C by itself.")
             self.enable_jit_checkpoint: bool = False

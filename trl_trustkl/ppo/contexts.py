@@ -1,4 +1,4 @@
-"""The contexts of an update and of a batch of an evaluation."""
+"""The contexts of an update and of a batch of an evaluation set."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def of_update(args: TrustKLPPOConfig, state: OnlineTrainerState, process: int) -
 
 
 def of_evaluation(args: TrustKLPPOConfig, state: OnlineTrainerState, process: int, place: int) -> UpdateContext:
-    """The context of a batch of an evaluation, at some place of its dataset."""
+    """The context of a batch of an evaluation set; `place` is the index of its first row on this process."""
     seed = rng.mixed_seed(args.seed, rng.RngStream.EVALUATE, place, process)
     return UpdateContext(state.global_step, False, seed)

@@ -1,4 +1,4 @@
-"""Evaluation: the policy's responses to held-out prompts, and some of them printed now and then."""
+"""Evaluation: sample and score responses to held-out prompts, and print some of them during training."""
 
 from __future__ import annotations
 
@@ -6,57 +6,37 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from datasets import Dataset
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, RewardError, unknown_name
 from ..masking import masked_sum
 from ..parallel.processes import Processes
 from ..policy.split_lm import as_in_training
-from ..rollout.prompts import prompt_texts
+from ..rollout.prompts import Collator, prepare_datasets, prompt_texts
 from ..rollout.sampling import ends_with_stop
+from ..run.failure_handling import raised_on_all
 from ..types import Prompts, Scored
+from .config import TrustKLPPOConfig
+from .models import Models
 
 
+@dataclass
 class Evaluator:
     """Samples a response to every prompt of a dataset, always with the same random numbers, and scores it.
 
-    Args:
-        score: samples and scores a batch of prompts. The number beside it is its place in the dataset: what is drawn
-            depends on it, and on nothing of the training run.
-        collate: makes a batch of dataset rows.
-        tokenize: adds the column `input_ids` to a dataset and checks it.
-        model: put into the mode of training, as the kernels of a forward pass may depend on it.
-        tokenizer: the policy's.
-        stop_ids: the tokens that end a response.
-        processes: share the prompts.
-        batch_size: prompts of a batch on one process.
+    `score` samples and scores a batch of prompts. Its second argument is the batch's place in the dataset, which seeds the
+    sampling, so that nothing depends on the training run.
     """
 
-    def __init__(
-        self,
-        *,
-        score: Callable[[Prompts, int], Scored],
-        collate: Callable[[list[dict[str, Any]]], Prompts],
-        tokenize: Callable[[Dataset], Dataset],
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        stop_ids: list[int],
-        processes: Processes,
-        batch_size: int,
-    ) -> None:
-        self._score = score
-        self._collate = collate
-        self._tokenize = tokenize
-        self._model = model
-        self._tokenizer = tokenizer
-        self._stop_ids = stop_ids
-        self._processes = processes
-        self._batch_size = batch_size
+    args: TrustKLPPOConfig
+    models: Models
+    processes: Processes
+    collate: Collator
+    score: Callable[[Prompts, int], Scored]
 
     def metrics(self, dataset: Dataset, prefix: str) -> dict[str, float]:
         """Means over the dataset, each behind `prefix`, and the seconds it took."""
@@ -65,59 +45,55 @@ class Evaluator:
         scores = [row["score"] for row in rows if not math.isnan(row["score"])]
         means = {key: sum(row[key] for row in rows) / len(rows) for key in ("kl", "length", "eos_rate")}
         found = {"score": sum(scores) / len(scores) if scores else math.nan, **means}
-        return {f"{prefix}_{key}": value for key, value in found.items()} | {
-            f"{prefix}_runtime": time.perf_counter() - started
-        }
+        found["runtime"] = time.perf_counter() - started
+        return {f"{prefix}_{key}": value for key, value in found.items()}
 
     def rows(self, dataset: Dataset) -> list[dict[str, Any]]:
         """One row for each prompt, from all processes."""
         if "input_ids" not in dataset.column_names:
-            dataset = self._tokenize(dataset)
-        return self._processes.gather_objects(self._evaluated(self._batches(dataset)))
+            dataset, _ = prepare_datasets(dataset, None, self.models.tokenizer, self.models.token_limits, self.args)
+        return self.processes.gather_objects(self._evaluated(self._batches(dataset)))
 
     def show(self, datasets: Dataset | dict[str, Dataset] | None, *, few: bool) -> None:
-        """Print rows of this process's share, where it is the main one; five of each dataset with `few`."""
+        """Print the main process's rows of each dataset; with `few`, only the first five."""
         for dataset in datasets.values() if isinstance(datasets, dict) else [datasets]:
             if dataset is not None:
                 rows = self._evaluated(islice(self._batches(dataset), 1 if few else None))
-                if self._processes.is_main:
+                if self.processes.is_main:
                     print_samples(rows[:5] if few else rows)
 
     def _evaluated(self, batches: Iterable[tuple[int, Prompts]]) -> list[dict[str, Any]]:
-        """This process's rows. The processes may have different numbers of batches: only after them do they fail together."""
+        """This process's rows. The processes may have different numbers of batches, so an error is raised at the end."""
         rows: list[dict[str, Any]] = []
-        failure: RewardError | None = None
-        try:
+        with raised_on_all(self.processes, RewardError):
             for place, prompts in batches:
                 rows += self._evaluate(prompts, place)
-        except RewardError as error:
-            failure = error
-        self._processes.raise_on_all(failure)
         return rows
 
     def _batches(self, dataset: Dataset) -> Iterator[tuple[int, Prompts]]:
         """This process's share of the prompts, in batches with their places."""
-        mine = range(self._processes.index, len(dataset), self._processes.count)
-        for start in range(0, len(mine), self._batch_size):
-            yield start, self._collate([dataset[row] for row in mine[start : start + self._batch_size]])
+        mine = range(self.processes.index, len(dataset), self.processes.count)
+        size = self.args.per_device_eval_batch_size
+        for start in range(0, len(mine), size):
+            yield start, self.collate([dataset[row] for row in mine[start : start + size]])
 
     def _evaluate(self, prompts: Prompts, place: int) -> list[dict[str, Any]]:
-        with as_in_training(self._model):
-            scored = self._score(prompts, place)
+        with as_in_training(self.models.trained):
+            scored = self.score(prompts, place)
         mask = scored.rollout.response_mask
-        ended = ends_with_stop(scored.rollout.response_ids, mask, self._stop_ids)
-        columns = (scored.scores, masked_sum(scored.ref_kl, mask, dim=1), mask.sum(1).float(), ended.float())
-        texts = prompt_texts(scored.rollout, self._tokenizer)
-        return [
-            {"prompt": prompt, "completion": text, "score": score, "kl": kl, "length": length, "eos_rate": end}
-            for prompt, text, score, kl, length, end in zip(
-                texts, scored.completions, *(c.tolist() for c in columns), strict=True
-            )
-        ]
+        columns: dict[str, list[Any]] = {
+            "prompt": prompt_texts(scored.rollout, self.models.tokenizer),
+            "completion": scored.completions,
+            "score": scored.scores.tolist(),
+            "kl": masked_sum(scored.ref_kl, mask, dim=1).tolist(),
+            "length": mask.sum(1).float().tolist(),
+            "eos_rate": ends_with_stop(scored.rollout.response_ids, mask, self.models.stop_ids).float().tolist(),
+        }
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def chosen_dataset(given: Any, own: Any) -> Any:
-    """What to evaluate on: a dataset or several of them, the trainer's own for None, one of those for a name."""
+    """The dataset, or dict of them, to evaluate on: the trainer's for None, one of the trainer's for a name."""
     if isinstance(given, str):
         if not isinstance(own, dict) or given not in own:
             raise unknown_name("eval_dataset", given, own if isinstance(own, dict) else ())
@@ -128,7 +104,7 @@ def chosen_dataset(given: Any, own: Any) -> Any:
 
 
 def one_dataset(given: Any, own: Any) -> Any:
-    """As `chosen_dataset`, where it has to be one."""
+    """Like `chosen_dataset`, but raises ConfigError for a dict of datasets."""
     dataset = chosen_dataset(given, own)
     if isinstance(dataset, dict):
         raise ConfigError(f"`eval_dataset` got several; name one of {', '.join(map(repr, dataset))}.")
@@ -136,7 +112,7 @@ def one_dataset(given: Any, own: Any) -> Any:
 
 
 def print_samples(rows: list[dict[str, Any]]) -> None:
-    """A table of prompts, completions and scores. Their text is data: no markup and no escape sequence in it is obeyed."""
+    """Print prompts, completions and scores. Markup and escape sequences in their text are printed as they are."""
     for row in rows:
         prompt, completion = (json.dumps(row[key], ensure_ascii=False) for key in ("prompt", "completion"))
         print(f"score {row['score']:+.3f}  prompt {prompt}\n              completion {completion}")

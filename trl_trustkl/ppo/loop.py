@@ -1,4 +1,4 @@
-"""The loop over updates: begin or resume a run, make its updates, act on what callbacks ask for, save, end."""
+"""The training loop: begin or resume a run, make its updates, do what callbacks request, save, end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
-from transformers import PreTrainedTokenizerBase, TrainerControl
+from transformers import TrainerControl
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
@@ -21,7 +22,8 @@ from ..errors import CheckpointError, Interrupted
 from ..policy.value_head import PolicyAndValue
 from ..records import BoundRecord
 from ..report import model_card
-from ..run import checkpoint_folder, checkpointer, rng
+from ..run import checkpoint_folder, rng
+from ..run.checkpointer import POLICY_FILE, RESUME_FILES, RNG_FILE, RUN_FILE, VALUE_FILE, Checkpointer, read_json
 from ..run.failure_handling import too_many_rejections
 from ..run.state import OnlineTrainerState, RunState, TransformersState
 from ..run.weights import TrainedWeights
@@ -35,12 +37,12 @@ logger = logging.get_logger(__name__)
 
 
 class Trainer(Protocol):
-    """What the loop needs of its trainer: transformers' attributes, the phases of an update, and TRL's methods."""
+    """What the loop uses of its trainer: transformers' attributes, the phases of an update, and TRL's methods."""
 
     args: TrustKLPPOConfig
+    parts: Parts
     model: PolicyAndValue
     accelerator: Accelerator
-    processing_class: PreTrainedTokenizerBase
     state: OnlineTrainerState
     control: TrainerControl
     callback_handler: CallbackHandler
@@ -72,23 +74,17 @@ class Trainer(Protocol):
 
 
 class TrainingLoop:
-    """Runs the updates of a trainer.
+    """Runs the updates of a trainer."""
 
-    Args:
-        trainer: whose phases make an update; transformers' state and control are its.
-        parts: what the trainer delegates to.
-    """
-
-    def __init__(self, trainer: Trainer, parts: Parts) -> None:
-        self._trainer = trainer
-        self._parts = parts
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self._parts = trainer, trainer.parts
         self._warned_of_sampler = False
         self._saved_step = 0
         self.interrupted: int | None = None
         """The signal that ended the run, or None."""
 
     def run(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
-        """As `TrustKLPPOTrainer.train`."""
+        """See `TrustKLPPOTrainer.train`."""
         with self._parts.stop:
             try:
                 self.begin(resume_from_checkpoint)
@@ -101,7 +97,7 @@ class TrainingLoop:
     # -- one update ----------------------------------------------------------------------------------------------------
 
     def _update(self) -> None:
-        """One update, complete or not at all."""
+        """Make one update, completely or not at all."""
         trainer, state = self._trainer, self._trainer.state
         context = contexts.of_update(trainer.args, state, self._parts.processes.index)
         trainer.event("step_begin")
@@ -111,27 +107,22 @@ class TrainingLoop:
             roll_back=lambda: self._roll_back(context),
             save=self._save_finished,
         ):
-            batch, stats, record = self._phases(context)
-            self._end_update(batch, stats, record)
-
-    def _phases(self, context: UpdateContext) -> tuple[Batch, UpdateStats, BoundRecord]:
-        trainer = self._trainer
-        with self._timed(context, "generate"):
-            rollout = trainer.rollout(trainer.next_prompts()._replace(context=context))
-        with self._timed(context, "score"):
-            scored = trainer.score(rollout if rollout.context is not None else rollout._replace(context=context))
-            batch = trainer.advantages(scored)
-        with self._timed(context, "optimise"):
-            stats = trainer.optimise(batch)
-        with self._timed(context, "measure"):
-            proposed = trainer.measure(batch)
-            context.enforcement = Enforcement(proposed.kl, scale=None, tries=0, limit=None)
-            measured = trainer.enforce(batch, proposed)
-        return batch, stats, trainer.record(batch, stats, measured)
+            with self._timed(context, "generate"):
+                rollout = trainer.rollout(trainer.next_prompts()._replace(context=context))
+            with self._timed(context, "score"):
+                scored = trainer.score(rollout if rollout.context is not None else rollout._replace(context=context))
+                batch = trainer.advantages(scored)
+            with self._timed(context, "optimise"):
+                stats = trainer.optimise(batch)
+            with self._timed(context, "measure"):
+                proposed = trainer.measure(batch)
+                context.enforcement = Enforcement(proposed.kl, scale=None, tries=0, limit=None)
+                measured = trainer.enforce(batch, proposed)
+            self._end_update(batch, stats, trainer.record(batch, stats, measured))
 
     @contextmanager
     def _timed(self, context: UpdateContext, phase: str) -> Iterator[None]:
-        """Add what runs inside to the update's seconds."""
+        """Add the duration of the block to the update's seconds."""
         self._parts.failures.give_up_if_overdue()
         started = time.perf_counter()
         yield
@@ -139,8 +130,15 @@ class TrainingLoop:
             torch.cuda.synchronize()
         context.seconds[phase] = context.seconds.get(phase, 0.0) + time.perf_counter() - started
 
+    def _roll_back(self, context: UpdateContext) -> None:
+        """Roll back an update that was not completed."""
+        if context.snapshot is not None:
+            context.snapshot.restore()
+        self._trainer.state.episode = context.episode
+        rng.restore(context.random_states)
+
     def _end_update(self, batch: Batch, stats: UpdateStats, record: BoundRecord) -> None:
-        """Hand the record to whoever wants it, move the controllers, and let the callbacks decide what comes next."""
+        """Write the record, update the controllers, and do what the callbacks request."""
         trainer, parts, args, state = self._trainer, self._parts, self._trainer.args, self._trainer.state
         state.global_step += 1
         state.epoch = state.global_step / parts.order.batches_per_pass
@@ -150,13 +148,11 @@ class TrainingLoop:
             self._warned_of_sampler = warn_of_sampler(record, args)
         if args.torch_empty_cache_steps and state.global_step % args.torch_empty_cache_steps == 0:
             clear_device_cache()
-        completions = recording.completion_rows(
-            batch, trainer.processing_class, parts.processes, update=state.global_step
-        )
+        completions = recording.completion_rows(batch, parts, update=state.global_step)
         parts.recorder.write(record, completions, args=args, state=state, control=trainer.control)
         speed = (state.episode - self._episodes_before) / (time.perf_counter() - self._started)
         parts.progress.add(
-            recording.metrics(batch, stats, record, stop_ids=parts.stop_ids, processes=parts.processes, speed=speed),
+            recording.metrics(batch, stats, record, parts, speed=speed),
             loss=stats.total.policy_loss + args.vf_coef * stats.total.value_loss,
             rejected=record.refused is not None,
         )
@@ -168,8 +164,7 @@ class TrainingLoop:
         wanted = args.num_sample_generations
         if wanted > 0 and (state.global_step - 1) % max(1, parts.sizes.updates // wanted) == 0:
             trainer.generate_completions(sampling=True)
-        # Once, with nothing of this update to come: a checkpoint saved here holds all of it.
-        self._act_on_control()
+        self._act_on_control()  # last, so that a checkpoint saved here holds the complete update
         if pass_is_over and not run_is_over:
             trainer.event("epoch_begin")
         count = parts.progress.rejections.in_a_row
@@ -177,15 +172,8 @@ class TrainingLoop:
             self._save_finished()
             raise too_many_rejections(count, args.max_refused, record.refused, self._folder())
 
-    def _roll_back(self, context: UpdateContext) -> None:
-        """Take an update back that did not come to its end."""
-        if context.snapshot is not None:
-            context.snapshot.restore()
-        self._trainer.state.episode = context.episode
-        rng.restore(context.random_states)
-
     def _act_on_control(self) -> None:
-        """Log, evaluate and save where a callback asked for it."""
+        """Log, evaluate and save where a callback requested it."""
         trainer, control = self._trainer, self._trainer.control
         if control.should_log and trainer.state.global_step > self._parts.progress.logged_step:
             self._log()
@@ -209,11 +197,11 @@ class TrainingLoop:
     # -- the run -------------------------------------------------------------------------------------------------------
 
     def begin(self, resume_from_checkpoint: str | bool | None = None) -> None:
-        """A fresh state, or that of a checkpoint; then TRL's callbacks."""
-        trainer, parts, args = self._trainer, self._parts, self._trainer.args
+        """Set up a new state, or load that of a checkpoint, and notify the callbacks."""
+        trainer, parts, args, state = self._trainer, self._parts, self._trainer.args, self._trainer.state
         self.interrupted, self._saved_step = None, 0
         parts.progress.reset()
-        vars(trainer.state).update(vars(OnlineTrainerState(stateful_callbacks=self._exportable())))
+        vars(state).update(vars(OnlineTrainerState(stateful_callbacks=self._exportable())))
         trainer.prepare_optimisation()
         handler = trainer.callback_handler
         handler.model, handler.optimizer, handler.lr_scheduler = trainer.model, trainer.optimizer, trainer.lr_scheduler
@@ -223,34 +211,29 @@ class TrainingLoop:
         if folder is not None:
             self._restore(folder)
         self._checkpointer.prepare_output(output, folder)
-        self._describe_run()
+        state.is_local_process_zero = trainer.accelerator.is_local_main_process
+        state.is_world_process_zero = parts.processes.is_main
+        state.max_steps = parts.sizes.updates
+        state.num_train_epochs = math.ceil(parts.sizes.updates / parts.order.batches_per_pass)
+        state.train_batch_size = args.per_device_train_batch_size
+        state.compute_steps(args, state.max_steps)
         parts.engine.check()
-        self._started, self._episodes_before = time.perf_counter(), trainer.state.episode
+        self._started, self._episodes_before = time.perf_counter(), state.episode
         trainer.event("train_begin")
         if args.eval_on_start and folder is None:
             trainer.evaluate()
         trainer.event("epoch_begin")
         if folder is not None:
-            self._checkpointer.load(folder, checkpointer.RNG_FILE)
-
-    def _describe_run(self) -> None:
-        """What the state says of this process and of the length of the run."""
-        state, args, updates = self._trainer.state, self._trainer.args, self._parts.sizes.updates
-        state.is_local_process_zero = self._trainer.accelerator.is_local_main_process
-        state.is_world_process_zero = self._parts.processes.is_main
-        state.max_steps = updates
-        state.num_train_epochs = math.ceil(updates / self._parts.order.batches_per_pass)
-        state.train_batch_size = args.per_device_train_batch_size
-        state.compute_steps(args, state.max_steps)
+            self._checkpointer.load(folder, RNG_FILE)
 
     def _continues(self) -> bool:
-        """Whether there is to be another update, the same on every process."""
+        """Whether another update follows, the same on every process."""
         self.interrupted = self._parts.failures.signal()
         stopped = self.interrupted is not None or self._trainer.control.should_training_stop
         return not stopped and self._trainer.state.global_step < self._trainer.state.max_steps
 
     def _end(self) -> TrainOutput:
-        """The last words of a run; one that a signal ended is saved first, and raises Interrupted last."""
+        """End the run. If a signal ended it, it is saved first, and Interrupted is raised last."""
         trainer, progress, args = self._trainer, self._parts.progress, self._trainer.args
         if self.interrupted is not None:
             self._save_finished()
@@ -264,7 +247,9 @@ class TrainingLoop:
         metrics["refused_updates"] = progress.rejections.total
         trainer.event("train_end")
         self._act_on_control()
-        self._write_final_card()
+        readme = Path(args.output_dir) / model_card.README
+        if not readme.exists() or model_card.has_section(readme):  # any other README is not ours to replace
+            self._write_card()
         if self.interrupted is not None:
             raise Interrupted(self.interrupted)
         return TrainOutput(trainer.state.global_step, progress.last_loss, metrics)
@@ -272,7 +257,7 @@ class TrainingLoop:
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self) -> None:
-        """Write `checkpoint-N` of the update that has just ended, once; SaveError on all processes where it fails on one."""
+        """Write `checkpoint-N` after N updates, unless it is written already; SaveError on all processes."""
         trainer, args, state = self._trainer, self._trainer.args, self._trainer.state
         if self._saved_step == state.global_step:
             return
@@ -280,7 +265,7 @@ class TrainingLoop:
         best = checkpoint_folder.of_update(folder.parent, state.best_global_step or 0)
         if best == folder or best.exists():
             state.best_model_checkpoint = str(best)
-        self._checkpointer.save(folder, without=checkpointer.RESUME_FILES if args.save_only_model else ())
+        self._checkpointer.save(folder, without=RESUME_FILES if args.save_only_model else ())
         self._saved_step = state.global_step
         if args.push_to_hub:
             trainer._push_from_checkpoint(str(folder))
@@ -288,57 +273,46 @@ class TrainingLoop:
             checkpoint_folder.rotate(folder.parent, args.save_total_limit, best=state.best_model_checkpoint)
 
     def _save_finished(self) -> None:
-        """A checkpoint of the last finished update, unless there is one or none was finished."""
+        """Save the last finished update, if there is one."""
         if self._trainer.state.global_step:
             self._trainer._save_checkpoint(self._trainer.model, trial=None)
 
     def _folder(self) -> Path:
         return checkpoint_folder.of_update(Path(self._trainer.args.output_dir), self._trainer.state.global_step)
 
-    def _new_checkpointer(self) -> checkpointer.Checkpointer:
+    def _new_checkpointer(self) -> Checkpointer:
         trainer, parts = self._trainer, self._parts
-        held: dict[str, Any] = {
-            checkpointer.POLICY_FILE: TrainedWeights(trainer.model.policy),
-            checkpointer.VALUE_FILE: TrainedWeights(trainer.model.value),
-            checkpointer.TRAINER_STATE_NAME: TransformersState(trainer.state, self._exportable),
-            checkpointer.OPTIMIZER_NAME: trainer.optimizer,
-            checkpointer.SCHEDULER_NAME: trainer.lr_scheduler,
-            checkpointer.RUN_FILE: RunState([parts.settings, parts.coefficients, parts.progress]),
-            checkpointer.RNG_FILE: rng.ProcessRandomStates(parts.processes),
+        held = {
+            POLICY_FILE: TrainedWeights(trainer.model.policy),
+            VALUE_FILE: TrainedWeights(trainer.model.value),
+            TRAINER_STATE_NAME: TransformersState(trainer.state, self._exportable),
+            OPTIMIZER_NAME: trainer.optimizer,
+            SCHEDULER_NAME: trainer.lr_scheduler,
+            SCALER_NAME: trainer.accelerator.scaler,
+            RUN_FILE: RunState([parts.settings, parts.coefficients, parts.progress]),
+            RNG_FILE: rng.ProcessRandomStates(parts.processes),
         }
-        if trainer.accelerator.scaler is not None:
-            held[checkpointer.SCALER_NAME] = trainer.accelerator.scaler
-        return checkpointer.Checkpointer(held, parts.processes, self._write_model, writes=trainer.args.should_save)
+        return Checkpointer(held, parts.processes, self._write_model, writes=trainer.args.should_save)
 
     def _write_model(self, folder: Path) -> None:
-        self._trainer.create_model_card(model_name=model_name(self._trainer.args))
+        self._write_card()
         self._trainer.save_model(str(folder), _internal_call=True)
 
-    def _write_final_card(self) -> None:
-        """The card at the end of a run that saved none; a README that is no card of a run of ours stays as it is."""
-        readme = Path(self._trainer.args.output_dir) / model_card.README
-        if not readme.exists() or model_card.has_section(readme):
-            self._trainer.create_model_card(model_name=model_name(self._trainer.args))
+    def _write_card(self) -> None:
+        args = self._trainer.args
+        name = args.hub_model_id or Path(args.output_dir).resolve().name
+        self._trainer.create_model_card(model_name=name.split("/")[-1])
 
     def _exportable(self) -> list[ExportableState]:
-        """The callbacks, and the control, whose state a checkpoint keeps."""
+        """The callbacks, and the control, whose state is saved in checkpoints."""
         trainer = self._trainer
         every = [*trainer.callback_handler.callbacks, trainer.control]
         return [each for each in every if isinstance(each, ExportableState)]
 
     def _restore(self, folder: Path) -> None:
-        """Everything a checkpoint holds but the random states, which are put back last."""
-        self._parts.settings.check(checkpointer.read_json(folder / checkpointer.RUN_FILE), folder)
-        self._checkpointer.load(
-            folder,
-            checkpointer.POLICY_FILE,
-            checkpointer.VALUE_FILE,
-            checkpointer.TRAINER_STATE_NAME,
-            checkpointer.OPTIMIZER_NAME,
-            checkpointer.SCHEDULER_NAME,
-            checkpointer.SCALER_NAME,
-            checkpointer.RUN_FILE,
-        )
+        """Load a checkpoint, except for the random states, which are restored last."""
+        self._parts.settings.check(read_json(folder / RUN_FILE), folder)
+        self._checkpointer.load(folder, *(name for name in self._checkpointer.parts if name != RNG_FILE))
         self._trainer._load_callback_state()
         state = self._trainer.state
         if state.best_model_checkpoint is not None:
@@ -346,17 +320,12 @@ class TrainingLoop:
         self._saved_step = state.global_step
 
     def _load_best_model(self) -> None:
-        """`load_best_model_at_end`: the weights of policy and value with the best evaluation."""
+        """`load_best_model_at_end`: load the weights of policy and value with the best evaluation."""
         best = self._trainer.state.best_model_checkpoint
         if best is None:
             logger.warning("`load_best_model_at_end`: no checkpoint was saved at an evaluation; the last weights stay.")
             return
         self._parts.processes.wait()
         if (what := checkpoint_folder.damage(Path(best))) is not None:
-            raise CheckpointError(f"`load_best_model_at_end`: {best} is not a whole checkpoint ({what}).")
-        self._checkpointer.load(Path(best), checkpointer.POLICY_FILE, checkpointer.VALUE_FILE)
-
-
-def model_name(args: TrustKLPPOConfig) -> str:
-    """What a model card calls the model."""
-    return (args.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1]
+            raise CheckpointError(f"`load_best_model_at_end`: {best} is not a complete checkpoint ({what}).")
+        self._checkpointer.load(Path(best), POLICY_FILE, VALUE_FILE)

@@ -1,8 +1,8 @@
-"""The loss of one micro-batch, and the sums its statistics are made of.
+"""The loss of one micro-batch, and the sums from which its statistics are computed.
 
-A mini-batch's loss is a mean over its tokens, over all micro-batches and processes: each micro-batch adds its sum divided
-by the mini-batch's count, so that the split changes nothing. Statistics are sums too; their means over the tokens are taken
-at the end.
+The loss of a mini-batch is a mean over its tokens in all micro-batches and processes. Each micro-batch adds its sum divided
+by the mini-batch's count, so that the result does not depend on the split. Statistics are summed likewise, and divided at
+the end.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ..types import Batch, EpochStats, MicroBatch, TokenOutputs
 Rule = Callable[..., Surrogate]
 Estimator = Callable[[Tensor, Tensor], Tensor]
 
-
 LARGEST_LOG_RATIO = 40.0
-"""Of weights and statistics: beyond it they would overflow. The largest ratio is measured after the update, unclamped."""
+"""Weights and statistics are clamped here, or they would overflow. The ratios measured after the update are not clamped."""
 
 
 class Penalties(NamedTuple):
     """The KL terms of a loss; a coefficient of 0 leaves a term out, an estimator of None means exact.
 
-    anchor_coef: of KL(π‖π_ref), whitening's factor included. anchor_estimator: (logp, ref_logp) -> [b, t].
-    anchor_offpolicy: weight it by the stopped ratio. trust_coef: of KL(π_old‖π). trust_estimator: (old_logp, logp) -> [b, t].
+    anchor_coef: of KL(π‖π_ref), the factor of whitening included. anchor_estimator: (logp, ref_logp) -> [b, t].
+    anchor_offpolicy: whether it is weighted by the ratio, without its gradient. trust_coef: of KL(π_old‖π).
+    trust_estimator: (old_logp, logp) -> [b, t].
     """
 
     anchor_coef: float = 0.0
@@ -40,11 +40,8 @@ class Penalties(NamedTuple):
     trust_estimator: Estimator | None = None
 
 
-NO_PENALTIES = Penalties()
-
-
 class LossSums(NamedTuple):
-    """Sums over tokens (the last three over value positions), scalars each; added over micro-batches and processes."""
+    """Scalar sums over tokens (the last three over value positions), added over micro-batches and processes."""
 
     policy_loss: Tensor
     weight: Tensor
@@ -63,7 +60,7 @@ class LossSums(NamedTuple):
 
 
 class LossScale(NamedTuple):
-    """What the sums of a mini-batch are divided by: its tokens and value positions, over all processes."""
+    """Tokens and value positions of a mini-batch in all processes, by which its sums are divided."""
 
     tokens: float
     positions: float
@@ -78,9 +75,9 @@ def micro_loss(
     rule: Rule,
     vf_coef: float,
     value_range: float | None,
-    penalties: Penalties = NO_PENALTIES,
+    penalties: Penalties,
 ) -> tuple[Tensor, LossSums]:
-    """This micro-batch's share of the mini-batch's loss, and its sums. `value_range` None leaves the value unclipped."""
+    """The micro-batch's share of the mini-batch's loss, and its sums. The value is not clipped where `value_range` is None."""
     length = out.logp.shape[1]
     old_logp = batch.scored.logp[micro.rows, :length]
     advantages = batch.advantages[micro.rows, :length]
@@ -98,10 +95,23 @@ def micro_loss(
     value = 0.5 * masked_sum(squared, value_mask)
 
     loss = (policy + penalty) / max(scale.tokens, 1.0) + vf_coef * value / max(scale.positions, 1.0)
+    gated = surrogate.gated
     with torch.no_grad():
-        token = _token_sums(policy, surrogate.gated, log_ratio, advantages, mask, penalties.trust_coef)
+        ratio = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
+        weight = ratio * advantages.abs()
         sums = LossSums(
-            **token,
+            policy_loss=policy.detach(),
+            weight=masked_sum(weight, mask),
+            # λ·|w − 1| is the penalty's gradient with respect to the log-ratio, where w·A is the surrogate's.
+            pull=penalties.trust_coef * masked_sum((ratio - 1).abs(), mask),
+            gated=masked_sum(gated * weight, mask),
+            gated_low=masked_sum(gated * weight, mask & (log_ratio < 0)),
+            gated_high=masked_sum(gated * weight, mask & (log_ratio > 0)),
+            clipped=masked_sum((gated > 0).float(), mask),
+            squared_log_ratio=masked_sum(log_ratio**2, mask),
+            ratio=masked_sum(ratio, mask),
+            squared_ratio=masked_sum(ratio**2, mask),
+            tokens=mask.sum(),
             value_loss=value.detach(),
             value_gated=masked_sum(clipped.float(), value_mask),
             positions=value_mask.sum(),
@@ -115,21 +125,21 @@ def kl_terms(out: TokenOutputs, old_logp: Tensor, ref_logp: Tensor, mask: Tensor
     if penalties.anchor_coef:
         estimator = penalties.anchor_estimator
         anchor = out.ref_kl if estimator is None else estimator(out.logp, ref_logp)
-        assert anchor is not None  # the pass was asked for it
+        assert anchor is not None  # the forward pass computed it
         if penalties.anchor_offpolicy:
             anchor = anchor * (out.logp - old_logp).detach().clamp(max=LARGEST_LOG_RATIO).exp()
         total = total + penalties.anchor_coef * masked_sum(anchor, mask)
     if penalties.trust_coef:
         estimator = penalties.trust_estimator
         trust = out.old_kl if estimator is None else estimator(old_logp, out.logp)
-        assert trust is not None  # the pass was asked for it
+        assert trust is not None  # the forward pass computed it
         total = total + penalties.trust_coef * masked_sum(trust, mask)
     return total
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
-    """Squared errors [b, t], at worst of the value and of the value clipped to within `clip` of the old one; and where
-    the clipped one was worse, so that the gradient is 0 (Schulman et al., arXiv 1707.06347, as in OpenAI's baselines)."""
+    """Squared errors [b, t], the larger of those of the value and of the value clipped to within `clip` of the old one; and
+    where the clipped one is larger, so that the gradient is 0 (Schulman et al., arXiv 1707.06347, as in OpenAI's baselines)."""
     squared = (values - returns) ** 2
     if clip is None:
         return squared, torch.zeros_like(squared, dtype=torch.bool)
@@ -137,35 +147,9 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None)
     return torch.max(squared, clipped), clipped > squared
 
 
-def _token_sums(
-    policy: Tensor, gated: Tensor, log_ratio: Tensor, advantages: Tensor, mask: Tensor, trust_coef: float
-) -> dict[str, Tensor]:
-    ratio = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
-    weight = ratio * advantages.abs()
-    return {
-        "policy_loss": policy.detach(),
-        "weight": masked_sum(weight, mask),
-        # λ·|w − 1| is the penalty's gradient with respect to the log-ratio, where w·A is the surrogate's.
-        "pull": trust_coef * masked_sum((ratio - 1).abs(), mask),
-        "gated": masked_sum(gated * weight, mask),
-        "gated_low": masked_sum(gated * weight, mask & (log_ratio < 0)),
-        "gated_high": masked_sum(gated * weight, mask & (log_ratio > 0)),
-        "clipped": masked_sum((gated > 0).float(), mask),
-        "squared_log_ratio": masked_sum(log_ratio**2, mask),
-        "ratio": masked_sum(ratio, mask),
-        "squared_ratio": masked_sum(ratio**2, mask),
-        "tokens": mask.sum(),
-    }
-
-
-def stacked(sums: LossSums) -> Tensor:
-    return torch.stack([s.detach().double() for s in sums])
-
-
 def epoch_stats(total: Tensor) -> EpochStats:
-    """Means from the gathered sums (a vector in the order of `LossSums`)."""
-    sums: list[float] = total.tolist()
-    s = dict(zip(LossSums._fields, sums, strict=True))
+    """Means from the gathered sums, a vector in the order of `LossSums`."""
+    s: dict[str, float] = dict(zip(LossSums._fields, total.tolist(), strict=True))
 
     def share(part: float, whole: float) -> float:
         return part / whole if whole else 0.0

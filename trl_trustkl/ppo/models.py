@@ -1,4 +1,4 @@
-"""The models and data of a run, checked and ready, before there is an accelerator."""
+"""The models and datasets of a run, loaded and checked before the trainer has an accelerator."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 from peft import PeftConfig
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 
+from ..errors import ConfigError, ModelError
 from ..policy import loading
 from ..policy.reference import Reference, build_reference
 from ..policy.value_head import PolicyAndValue
@@ -18,9 +19,8 @@ from .config import TrustKLPPOConfig
 
 
 class Models(NamedTuple):
-    """trained: policy and value. reward_funcs, reward_weights: the reward functions with their weights. token_limits: what
-    a prompt and its response have to fit into. stop_ids: the tokens that end a response. train, evaluation: the datasets
-    with token ids."""
+    """trained: policy and value. token_limits: what a prompt and its response have to fit into. stop_ids: the tokens that
+    end a response. train, evaluation: the datasets with token ids."""
 
     trained: PolicyAndValue
     reference: Reference
@@ -34,41 +34,47 @@ class Models(NamedTuple):
 
 
 def prepare(
-    args: TrustKLPPOConfig,
+    args: Any,
     *,
     model: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     ref_model: Any,
     value_model: Any,
     peft_config: PeftConfig | None,
+    reward_model: Any,
     reward_funcs: Any,
     reward_processing_classes: Any,
     train: Any,
     evaluation: Any,
     tags: list[str],
 ) -> Models:
-    """Load what is given by name, and check everything against each other. The arguments are the trainer's; `tags` are
-    those of the model on the hub."""
+    """Load the models that are given by name, and check that all of them fit together.
+
+    The arguments are the trainer's; `tags` are those of the policy on the Hub.
+    """
+    if not isinstance(args, TrustKLPPOConfig):
+        raise ConfigError(f"`args` got {type(args).__name__}; it must be a TrustKLPPOConfig.")
+    if model is None or train is None:
+        raise ConfigError(f"`{'model' if model is None else 'train_dataset'}` got None; it is required.")
+    if ref_model is model and not isinstance(model, str):
+        raise ModelError("`ref_model` is the model itself; give a copy, or None and the trainer makes the reference.")
+    if reward_model is not None and reward_funcs is not None:
+        raise ConfigError("`reward_model` and `reward_funcs` were both given; put the model into `reward_funcs`.")
+    set_seed(args.seed)  # adapters and value heads are initialised randomly
     policy, tokenizer = loading.load_policy(model, tokenizer, args, peft_config)
     if hasattr(policy, "add_model_tags"):
         policy.add_model_tags(tags)
+    init_kwargs = args.arguments("model_init_kwargs")
     funcs, weights = build_rewards(
-        reward_funcs,
-        reward_processing_classes,
-        weights=args.reward_weights,
-        init_kwargs=args.arguments("model_init_kwargs"),
-        vocab_size=len(tokenizer),
-    )
+        reward_funcs if reward_model is None else reward_model, reward_processing_classes, weights=args.reward_weights,
+        init_kwargs=init_kwargs, vocab_size=len(tokenizer),
+    )  # fmt: skip
     value = loading.prepare_value_model(value_model, args)
     trained = PolicyAndValue(policy, value, temperature=args.temperature, detach_value=args.detach_value_head)
+    if isinstance(ref_model, str):
+        ref_model = loading.load_causal_lm(ref_model, init_kwargs)
     reference = build_reference(
-        policy,
-        trained.split_lm,
-        loading.load_causal_lm(ref_model, args.arguments("model_init_kwargs"))
-        if isinstance(ref_model, str)
-        else ref_model,
-        ref_adapter_name=args.ref_adapter_name,
-        new_adapter=peft_config is not None,
+        policy, trained.split_lm, ref_model, ref_adapter_name=args.ref_adapter_name, new_adapter=peft_config is not None
     )
     limits = token_limits(policy, {"ref_model": reference.model, "value_model": value, **token_readers(funcs)})
     train, evaluation = prepare_datasets(train, evaluation, tokenizer, limits, args)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,23 +13,21 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, shown
 from ..parallel.processes import Processes
-from ..policy.forward import ForwardPass
 from ..policy.loading import trainable
 from ..policy.value_head import PolicyAndValue
 from ..run import rng
 from ..run.failure_handling import reject
-from ..trust.measurement import measure
 from ..trust.snapshot import UpdateSnapshot
-from ..types import Batch, Measurement, PolicySnapshot, TokenOutputs, UpdateStats
+from ..types import Batch, PolicySnapshot, TokenOutputs, UpdateStats
 from .config import TrustKLPPOConfig
-from .losses import LossScale, LossSums, Penalties, Rule, epoch_stats, micro_loss, stacked
+from .losses import LossScale, LossSums, Penalties, Rule, epoch_stats, micro_loss
 
 
 class Optimisation:
-    """Makes the steps of an update.
+    """Makes the optimizer steps of an update.
 
-    Policy and value are clipped to `max_grad_norm` apart from each other, so that a large value error does not shrink the
-    policy's step, and the norm on record is the policy's.
+    The gradients of policy and value are clipped to `max_grad_norm` separately, so that a large value error does not shrink
+    the policy's step. The recorded norm is the policy's.
     """
 
     def __init__(
@@ -45,24 +43,27 @@ class Optimisation:
         self.optimizer: Any = None
 
     def prepare(self, model: nn.Module, optimizer: Any) -> None:
-        """Take the model and the optimizer as accelerate wrapped them."""
+        """Use the model and the optimizer that accelerate wrapped."""
         self.model, self.optimizer = model, optimizer
 
-    def snapshot(self) -> UpdateSnapshot:
-        """Policy, value and optimizer as they are now."""
-        return UpdateSnapshot(self.policy_parameters, self.policy_and_value.restorable_value, self.optimizer)
-
     def update(self, batch: Batch, too_far: Callable[[Sequence[int]], bool], *, lr_factor: float) -> UpdateStats:
-        """The PPO epochs on a batch, at the policy's scheduled learning rate times `lr_factor`. An update with a step that
-        is not finite is rejected and rolled back; `too_far(micro-batches just stepped)` ends one early."""
+        """Run the PPO epochs at the policy's scheduled learning rate times `lr_factor`.
+
+        An update with a step or a loss that is not finite is rejected and rolled back. `too_far`, called with the
+        micro-batches just stepped, ends an update early.
+        """
         context = batch.context
-        context.snapshot = snapshot = self.snapshot()
-        if context.rejected is not None:
-            stats = self.none(context.rejected)
-        else:
+        context.snapshot = snapshot = UpdateSnapshot(
+            self.policy_parameters, self.policy_and_value.restorable_value, self.optimizer
+        )
+        reason = not_finite(batch) if context.rejected is None else context.rejected
+        if reason is None:
             generator = rng.generator(self.args.seed, rng.RngStream.MINI_BATCHES, context.update, self.processes.index)
             with scaled_learning_rate(self.optimizer, self.policy_parameters, lr_factor):
                 stats = self.run(batch, generator, too_far)
+        else:
+            none, planned = epoch_stats(self._zero_sums()), self._planned_steps
+            stats = UpdateStats(none, [], 0, planned, math.nan, 1.0, stopped=False, refused=reason)
         if stats.refused is None and not math.isfinite(stats.total.policy_loss + stats.total.value_loss):
             stats = stats._replace(refused="the loss is not finite")
         if stats.refused is not None:
@@ -73,43 +74,42 @@ class Optimisation:
     def run(
         self, batch: Batch, generator: torch.Generator, too_far: Callable[[Sequence[int]], bool] | None
     ) -> UpdateStats:
-        """All epochs, unless `too_far` ends them or a step is refused."""
-        args = self.args
-        if (reason := not_finite(batch)) is not None:
-            return self.none(reason)
+        """Run all epochs, unless `too_far` ends them or a step is rejected."""
+        args, planned = self.args, self._planned_steps
         rule = args.build_surrogate()
         penalties = args.build_penalties(batch.anchor.coef * batch.advantage_scale, batch.trust_coef)
-        planned = self._planned_steps
-        steps, norms, scales, epochs = 0, [], [], []
+        norms: list[float] = []
+        epochs: list[Tensor] = []
         refused, stopped = None, False
         for epoch in range(args.num_ppo_epochs):
-            sums = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=self.processes.device)
+            sums = self._zero_sums()
             for mini in self._mini_batches(len(batch.scored.micro_batches), generator):
                 sums += self._backward(batch, mini, rule, penalties)
                 norm = self._clip(self.policy_parameters)
                 value_norm = self._clip(self.value_parameters)
                 if self.accelerator.scaler is None and not (math.isfinite(norm) and math.isfinite(value_norm)):
-                    which = "policy's" if not math.isfinite(norm) else "value's"
-                    refused = f"the {which} gradient is not finite in epoch {epoch + 1}, step {steps + 1} of {planned}"
+                    which = "value's" if math.isfinite(norm) else "policy's"
+                    step = f"epoch {epoch + 1}, step {len(norms) + 1} of {planned}"
+                    refused = f"the {which} gradient is not finite in {step}"
                     self.optimizer.zero_grad()
                     break
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 if self.accelerator.optimizer_step_was_skipped:  # fp16, while the loss scale is still being found
                     continue
-                steps += 1
                 norms.append(norm)
-                scales.append(self._scale(norm))
-                if too_far is not None and steps < planned and too_far(mini):
+                if too_far is not None and len(norms) < planned and too_far(mini):
                     stopped = True
                     break
             epochs.append(self.processes.sum(sums))
             if stopped or refused is not None:
                 break
+        limit = args.norm_limit or math.inf
+        scales = [min(1.0, limit / (norm + 1e-6)) for norm in norms]
         return UpdateStats(
             total=epoch_stats(torch.stack(epochs).sum(0)),
             epochs=[epoch_stats(sums) for sums in epochs],
-            steps=steps,
+            steps=len(norms),
             planned_steps=planned,
             grad_norm=sum(norms) / len(norms) if norms else math.nan,
             grad_scale=sum(scales) / len(scales) if scales else 1.0,
@@ -117,17 +117,15 @@ class Optimisation:
             refused=refused,
         )
 
-    def none(self, reason: str) -> UpdateStats:
-        """The statistics of an update that was refused before its first step."""
-        none = epoch_stats(torch.zeros(len(LossSums._fields)))
-        return UpdateStats(none, [], 0, self._planned_steps, math.nan, 1.0, stopped=False, refused=reason)
-
     @property
     def _planned_steps(self) -> int:
         return self.args.num_ppo_epochs * self.args.num_mini_batches
 
+    def _zero_sums(self) -> Tensor:
+        return torch.zeros(len(LossSums._fields), dtype=torch.float64, device=self.processes.device)
+
     def _mini_batches(self, count: int, generator: torch.Generator) -> Iterator[list[int]]:
-        """Indices of micro-batches, shuffled anew each epoch, in equal mini-batches."""
+        """Equal mini-batches of micro-batch indices, shuffled again in each epoch."""
         order = torch.randperm(count, generator=generator).tolist()
         size = count // self.args.num_mini_batches
         for start in range(0, count, size):
@@ -135,29 +133,24 @@ class Optimisation:
 
     def _backward(self, batch: Batch, mini: list[int], rule: Rule, penalties: Penalties) -> Tensor:
         """Accumulate the mini-batch's gradient; returns its sums on this process."""
-        args, scored = self.args, batch.scored
-        scale = self._loss_scale(batch, mini)
-        total = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=self.processes.device)
-        for number, index in enumerate(mini, start=1):
-            micro = scored.micro_batches[index]
-            with self._synchronised(last=number == len(mini)):
+        scored, total = batch.scored, self._zero_sums()
+        rows = torch.cat([scored.micro_batches[index].rows for index in mini])
+        counts = torch.stack([scored.loss_mask[rows].sum(), scored.value_mask[rows].sum()])
+        scale = LossScale(*self.processes.sum(counts.double()).tolist())
+        for index in mini:
+            # Gradients are synchronised in the backward pass of the last micro-batch.
+            with nullcontext() if index == mini[-1] else self.accelerator.no_sync(self.model):
                 loss, sums = micro_loss(
-                    self._forward(batch, index, penalties),
-                    micro,
-                    batch,
-                    scale,
-                    rule=rule,
-                    vf_coef=args.vf_coef,
-                    value_range=args.value_range,
-                    penalties=penalties,
-                )
+                    self._forward(batch, index, penalties), scored.micro_batches[index], batch, scale, rule=rule,
+                    vf_coef=self.args.vf_coef, value_range=self.args.value_range, penalties=penalties,
+                )  # fmt: skip
                 # Gradients are averaged over processes; the loss is already divided by the count of all of them.
                 self.accelerator.backward(loss * self.processes.count)
-            total += stacked(sums)
+            total += torch.stack([each.detach().double() for each in sums])
         return total
 
     def _forward(self, batch: Batch, index: int, penalties: Penalties) -> TokenOutputs:
-        """The micro-batch under the policy, with the exact divergences that the loss needs, and no others."""
+        """The outputs of a micro-batch, with only those exact divergences that the loss needs."""
         scored = batch.scored
         snapshots: dict[str, PolicySnapshot] = {}
         if penalties.anchor_coef and penalties.anchor_estimator is None and scored.ref_snapshots is not None:
@@ -166,44 +159,18 @@ class Optimisation:
             snapshots["old"] = scored.old_snapshots[index]
         return self.model(scored.micro_batches[index], **snapshots)
 
-    def _loss_scale(self, batch: Batch, mini: list[int]) -> LossScale:
-        rows = torch.cat([batch.scored.micro_batches[index].rows for index in mini])
-        counts = torch.stack([batch.scored.loss_mask[rows].sum(), batch.scored.value_mask[rows].sum()])
-        return LossScale(*self.processes.sum(counts.double()).tolist())
-
-    def _synchronised(self, *, last: bool) -> AbstractContextManager[Any]:
-        return nullcontext() if last else self.accelerator.no_sync(self.model)
-
     def _clip(self, parameters: list[nn.Parameter]) -> float:
-        """Clip to `max_grad_norm` where it is on; returns the norm before."""
+        """Clip the gradients to `max_grad_norm` where it is on; returns the norm before clipping."""
         if not parameters:
             return 0.0
         if self.accelerator.scaler is not None and parameters is self.policy_parameters:
             self.accelerator.unscale_gradients()
         return float(nn.utils.clip_grad_norm_(parameters, self.args.norm_limit or math.inf))
 
-    def _scale(self, norm: float) -> float:
-        limit = self.args.norm_limit
-        return min(1.0, limit / (norm + 1e-6)) if limit else 1.0
-
-
-def measured(batch: Batch, indices: Iterable[int], forward: ForwardPass, processes: Processes) -> Measurement:
-    """Some micro-batches of a batch under the policy as it is now, against π_old."""
-    scored = batch.scored
-    return measure(
-        forward.compare,
-        scored.micro_batches,
-        scored.old_snapshots,
-        scored.logp,
-        scored.rollout.response_mask,
-        gather=processes.gather,
-        indices=indices,
-    )
-
 
 @contextmanager
 def scaled_learning_rate(optimizer: Any, policy: Sequence[nn.Parameter], factor: float) -> Iterator[None]:
-    """The policy's scheduled learning rate times the factor, inside only: the schedule never sees it."""
+    """Multiply the policy's scheduled learning rate by a factor inside the block; the schedule does not see it."""
     of_policy = {id(p) for p in policy}
     groups = [g for g in optimizer.param_groups if any(id(p) in of_policy for p in g["params"])]
     scheduled = [group["lr"] for group in groups]
@@ -217,19 +184,17 @@ def scaled_learning_rate(optimizer: Any, policy: Sequence[nn.Parameter], factor:
 
 
 def not_finite(batch: Batch) -> str | None:
-    """Why no step can be made from this batch, the same on every process; None where one can."""
+    """Why no step can be made from this batch, the same on every process; None if one can."""
     anchor = batch.anchor
     if anchor.coef and not (math.isfinite(anchor.kl) and math.isfinite(anchor.kl_exact)):
         return "the KL to the reference is not finite"
-    if not batch.finite:
-        return "an advantage or a return is not finite"
-    return None
+    return None if batch.finite else "an advantage or a return is not finite"
 
 
-def adopt(optimizer: Any, model: Any, *, rate: float | None, scheduled: bool) -> None:
-    """Make an optimizer that was given fit a PolicyAndValue: it must have the policy's parameters, and gets the value's.
+def adopt(optimizer: Any, model: PolicyAndValue, *, rate: float | None, scheduled: bool) -> None:
+    """Check that a given optimizer has the policy's parameters, and add the value's.
 
-    They come into a group of their own with `value_learning_rate`; into the first where a scheduler counts the groups.
+    They are added as a separate group with `value_learning_rate`, or to the first group where a scheduler counts the groups.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
@@ -251,11 +216,10 @@ def adopt(optimizer: Any, model: Any, *, rate: float | None, scheduled: bool) ->
 
 
 def separate_value(optimizer: Any, value: Sequence[nn.Parameter], *, rate: float | None) -> None:
-    """Move the value's parameters into groups for their own learning rate; with None it is the policy's."""
+    """Move the value's parameters into groups with a separate learning rate; None: the policy's."""
     ids = {id(p) for p in value}
     for group in list(optimizer.param_groups):
         mine = [p for p in group["params"] if id(p) in ids]
         if mine:
             group["params"] = [p for p in group["params"] if id(p) not in ids]
-            settings = {key: setting for key, setting in group.items() if key != "params"}
-            optimizer.add_param_group({**settings, "params": mine, "lr": group["lr"] if rate is None else rate})
+            optimizer.add_param_group(group | {"params": mine, "lr": group["lr"] if rate is None else rate})

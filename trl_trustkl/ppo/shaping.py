@@ -1,4 +1,4 @@
-"""From scores and divergences to advantages: the anchor and the score as rewards, and what the anchor is a part of."""
+"""From scores and divergences to advantages: the anchor and the score as rewards, and the anchor's share of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .config import TrustKLPPOConfig
 
 
 def shaped(scored: Scored, args: TrustKLPPOConfig, processes: Processes, *, kl_coef: float, trust_coef: float) -> Batch:
-    """The batch that the optimizer sees. kl_coef, trust_coef: β and λ of this update."""
+    """The batch for the optimizer. kl_coef, trust_coef: β and λ of this update."""
     mask = scored.loss_mask
     estimator = args.build_kl_estimator()
     divergence = scored.ref_kl if estimator is None else estimator(scored.logp, scored.ref_logp)
@@ -47,8 +47,8 @@ def shaped(scored: Scored, args: TrustKLPPOConfig, processes: Processes, *, kl_c
 def _anchor_share(
     rewards: Tensor, advantages: Tensor, mask: Tensor, args: TrustKLPPOConfig, processes: Processes
 ) -> float:
-    part = gae(rewards, gamma=args.gamma, lam=args.lam)
     mask_of_all = processes.gather(mask)
+    part = gae(rewards, gamma=args.gamma, lam=args.lam)
     part = anchor_part(part, mask, processes.gather(part), mask_of_all)
     return anchor_share(processes.gather(part), processes.gather(advantages), mask_of_all)
 

@@ -1,8 +1,7 @@
-"""TrustKLPPOTrainer: PPO on TRL with every mechanism of the anchor and the trust region as a switch. One update is
+"""TrustKLPPOTrainer: PPO on TRL with every mechanism of the anchor and the trust region as a switch.
 
-    rollout → score → advantages → optimise → measure → enforce → record
-
-each a method with a NamedTuple in and a NamedTuple out, to be overridden one at a time.
+One update is rollout → score → advantages → optimise → measure → enforce → record. Each phase is a method that takes a
+NamedTuple and returns one, so that each can be overridden separately.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..callbacks.bound_report import BoundReportCallback, is_report, report_of, with_report
@@ -30,14 +29,16 @@ from ..rollout.sampling import sample
 from ..run.failure_handling import reject
 from ..run.state import OnlineTrainerState
 from ..trl_compat.version import PPOTrainer
+from ..trust.measurement import measure
 from ..types import Batch, Measurement, Prompts, Rollout, Scored, UpdateStats
-from . import contexts, models, parts, recording, setup
+from . import contexts, models, recording
 from .config import TrustKLPPOConfig
 from .evaluation import chosen_dataset, one_dataset
 from .loop import TrainingLoop
-from .optimise import measured as measured_batch
 from .optimise import separate_value
+from .parts import Parts
 from .shaping import shaped
+from .unsupported import reject_sharding
 
 
 class TrustKLPPOTrainer(PPOTrainer):
@@ -47,21 +48,21 @@ class TrustKLPPOTrainer(PPOTrainer):
         args: the configuration; `TrustKLPPOConfig("trainer_output")` when None.
         processing_class: the policy's tokenizer; loaded with the model when `model` is a name.
         model: the policy: a causal language model, 4-bit and PEFT models included, or the name of one.
-        ref_model: the reference; None: the policy with its new adapter off, a frozen clone of the adapter the model came
-            with, or, in full fine-tuning, a frozen copy of the model.
-        reward_model: TRL's way to give one reward model; it reads the policy's token ids.
-        train_dataset: columns `prompt` (text or messages) or `input_ids`; all columns reach the reward functions.
+        ref_model: the reference; None: the policy with its new adapter off, a frozen clone of the adapter that the model
+            came with, or, in full fine-tuning, a frozen copy of the model.
+        reward_model: one reward model, as TRL's argument; it reads the policy's token ids.
+        train_dataset: columns `prompt` (text or messages) or `input_ids`; all columns are passed to the reward functions.
         value_model: a sequence classifier with one label, full or PEFT; None: a linear head on the policy's hidden states.
-        data_collator: TRL's; makes `input_ids` (and `attention_mask`) of dataset rows.
-        eval_dataset: for `evaluate()`, or a dict of them.
+        data_collator: as in TRL; makes `input_ids` (and `attention_mask`) from dataset rows.
+        eval_dataset: the dataset for `evaluate()`, or a dict of datasets.
         optimizers: optimizer and scheduler, in place of those that `args` describe.
-        callbacks: further callbacks; a `BoundReportCallback` among them takes the place of the trainer's own.
+        callbacks: further callbacks; a `BoundReportCallback` among them replaces the trainer's.
         peft_config: the policy's adapter.
         reward_funcs: a callable `f(prompts, completions, **columns) -> list[float | None]` (async too), a reward model, the
             name of one, or a list of them, weighted by `args.reward_weights`.
-        reward_processing_classes: the tokenizers of reward models that have their own, in the order of `reward_funcs`.
+        reward_processing_classes: the tokenizers of reward models, in the order of `reward_funcs`; None: the policy's.
 
-    Raises ConfigError, DataError or ModelError, naming the field, the value, what is valid and the likely fix.
+    Raises ConfigError, DataError or ModelError, which name the field, the value, what is valid and the likely fix.
     """
 
     args: TrustKLPPOConfig
@@ -89,43 +90,41 @@ class TrustKLPPOTrainer(PPOTrainer):
         reward_processing_classes: Any = None,
     ) -> None:
         args = TrustKLPPOConfig("trainer_output") if args is None else args
-        setup.check_arguments(args, model, ref_model, train_dataset, reward_model, reward_funcs)
-        set_seed(args.seed)  # adapters and value heads start from random numbers
         ready = models.prepare(
             args, model=model, tokenizer=processing_class, ref_model=ref_model, value_model=value_model,
-            peft_config=peft_config, reward_funcs=reward_funcs if reward_model is None else reward_model,
+            peft_config=peft_config, reward_model=reward_model, reward_funcs=reward_funcs,
             reward_processing_classes=reward_processing_classes, train=train_dataset, evaluation=eval_dataset,
             tags=self._tag_names,
         )  # fmt: skip
         self.reference = ready.reference
-        # TRL's own PPO constructor builds models and loop the way this one replaces; its base's is the one to call.
+        # The constructor of TRL's PPO trainer would build other models and another loop; this one calls its base's.
         super(PPOTrainer, self).__init__(
             model=ready.trained, args=args, data_collator=data_collator or collate_nothing, train_dataset=ready.train,
             eval_dataset=ready.evaluation, processing_class=ready.tokenizer, callbacks=with_report(callbacks),
             optimizers=optimizers,
         )  # fmt: skip
-        setup.reject_sharding(deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
+        reject_sharding(fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
         self.state = OnlineTrainerState()
-        self.parts = parts.build(
+        self.parts = Parts(
             args, ready, self.accelerator, optimizers=(self.optimizer, self.lr_scheduler), data_collator=data_collator,
             callbacks=lambda: self.callback_handler.callbacks, score_held_out=self._score_held_out,
         )  # fmt: skip
-        self._loop = TrainingLoop(self, self.parts)
+        self._loop = TrainingLoop(self)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> TrainOutput:
-        """Run the updates; returns TRL's TrainOutput.
+        """Run the updates; returns transformers' TrainOutput.
 
-        `resume_from_checkpoint`: a path, or True for the last whole checkpoint in `output_dir`; the run goes on as if it had
-        never stopped. SIGTERM and Ctrl-C end it after the current update (given up after `grace_seconds`), with a
-        checkpoint and `Interrupted`, a SystemExit of 128 + the signal; a second one ends it at once.
+        `resume_from_checkpoint` is a path, or True for the last complete checkpoint in `output_dir`; the run continues as if
+        it had never stopped. SIGTERM and Ctrl-C end the run after the current update (abandoned after `grace_seconds`), with
+        a checkpoint and `Interrupted`, a SystemExit of 128 + the signal; a second signal ends it immediately.
 
         Raises:
-            CheckpointError, ConfigError: a checkpoint that is not whole, or was saved under other settings.
-            RewardError: a reward function that failed; the last finished update is saved.
-            RefusedError: `max_refused` updates in a row had to be undone; the state before them is saved.
-            SaveError: a checkpoint or a record could not be written; the last whole checkpoint stays.
+            CheckpointError, ConfigError: the checkpoint is not complete, or was saved under other settings.
+            RewardError: a reward function failed; the last finished update is saved.
+            RefusedError: `max_refused` updates in a row were rolled back; the state before them is saved.
+            SaveError: a checkpoint or a record could not be written; the last complete checkpoint is kept.
         """
         self.is_in_train = True
         output = self._loop.run(resume_from_checkpoint)
@@ -135,7 +134,7 @@ class TrustKLPPOTrainer(PPOTrainer):
     # -- the phases ----------------------------------------------------------------------------------------------------
 
     def next_prompts(self) -> Prompts:
-        """This process's prompts of the update that begins."""
+        """This process's prompts for the next update."""
         rows, local = self.parts.order.rows(self.state.global_step), self.parts.sizes.local
         mine = rows[self.parts.processes.index * local :][:local]
         return self.parts.collate([self.train_dataset[row] for row in mine])
@@ -150,32 +149,31 @@ class TrustKLPPOTrainer(PPOTrainer):
         )  # fmt: skip
 
     def score(self, rollout: Rollout) -> Scored:
-        """Log-probabilities under π_old and π_ref, values and rewards: all that is fixed before the first step."""
+        """Compute log-probabilities under π_old and π_ref, values and rewards: all that is fixed before the first step."""
         context = rollout.context or contexts.of_update(self.args, self.state, self.parts.processes.index)
         return self.parts.scoring.score(rollout, context, self.state)
 
     def advantages(self, scored: Scored) -> Batch:
-        """The anchor and the score as rewards, and their advantages."""
+        """Turn the anchor and the score into rewards, and these into advantages."""
         return shaped(scored, self.args, self.parts.processes, kl_coef=self.kl_coef, trust_coef=self.trust_coef)
 
     def optimise(self, batch: Batch) -> UpdateStats:
-        """The PPO epochs on this batch. A step that is not finite is rejected, and the update rolled back with it. Takes
-        the snapshot to which an update is rolled back or scaled back, so an override calls `super().optimise`."""
-        limit, lr_factor = self.args.trust_stop, self.parts.coefficients.lr_factor
+        """Run the PPO epochs on this batch; an update with a step that is not finite is rejected and rolled back. Takes the
+        snapshot that `enforce` rolls back or scales back to, so an override must call `super().optimise`."""
 
         def too_far(mini: Sequence[int]) -> bool:
             self.parts.failures.give_up_if_overdue()
-            return limit is not None and not self._measure(batch, mini).kl <= limit
+            return (limit := self.args.trust_stop) is not None and not self._measure(batch, mini).kl <= limit
 
-        return self.parts.optimisation.update(batch, too_far, lr_factor=lr_factor)
+        return self.parts.optimisation.update(batch, too_far, lr_factor=self.parts.coefficients.lr_factor)
 
     def measure(self, batch: Batch) -> Measurement:
-        """The same batch under the new policy: exact KL(π_old‖π), total variation and ratios."""
+        """Measure the batch under the new policy: exact KL(π_old‖π), total variation and ratios."""
         count = len(batch.scored.micro_batches)
         return self._measure(batch, range(math.ceil(self.args.measure_fraction * count)))
 
     def enforce(self, batch: Batch, proposed: Measurement) -> Measurement:
-        """Enforce `trust_max_kl` by backtracking; an update that is not finite, or beyond `panic_kl`, is rolled back."""
+        """Enforce `trust_max_kl` by backtracking; roll back an update that is not finite, or exceeds `panic_kl`."""
         context = batch.context
         found = self.parts.trust_region.enforce(
             context.taken_snapshot(), lambda: self.measure(batch), proposed, rejected=context.rejected
@@ -186,31 +184,34 @@ class TrustKLPPOTrainer(PPOTrainer):
         return found.measured or proposed
 
     def record(self, batch: Batch, stats: UpdateStats, measured: Measurement) -> BoundRecord:
-        """What bounded this update, in the words gated, measured and guaranteed."""
-        return recording.record(self.args, batch, stats, measured, self.parts, self.state, self._get_learning_rate())
+        """The record of what bounded this update: gated, measured and guaranteed."""
+        rate = self._get_learning_rate()
+        return recording.record(self.args, batch, stats, measured, self.parts, self.state.episode, rate)
 
     @property
     def kl_coef(self) -> float:
-        """The anchor's coefficient now; with kl_controller="fixed" it is `args.kl_coef`, also when something changes that."""
+        """The anchor's current coefficient; with kl_controller="fixed", the current value of `args.kl_coef`."""
         return self.parts.coefficients.kl
 
     @property
     def trust_coef(self) -> float:
-        """The coefficient λ of the penalty on KL(π_old‖π) now."""
+        """The current coefficient λ of the penalty on KL(π_old‖π)."""
         return self.parts.coefficients.trust
 
     def _measure(self, batch: Batch, indices: Iterable[int]) -> Measurement:
-        """Measure some of the micro-batches (all of them, for a guarantee) under the policy as it is now."""
-        return measured_batch(batch, indices, self.parts.forward, self.parts.processes)
+        """Measure some of the micro-batches under the current policy; a guarantee needs all of them."""
+        scored = batch.scored
+        return measure(
+            self.parts.forward.compare, scored.micro_batches, scored.old_snapshots, scored.logp,
+            scored.rollout.response_mask, gather=self.parts.processes.gather, indices=indices,
+        )  # fmt: skip
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Sample a response to every prompt of the evaluation set, always with the same random numbers.
-
-        Metrics: `score`; `kl`, the exact KL(π‖π_ref) in nats per response; `length` in tokens; `eos_rate`; each behind
-        `metric_key_prefix`. The training run is not affected: nothing it draws depends on it.
-        """
+        """Sample a response to every prompt of the evaluation set, always with the same random numbers, without an effect on
+        those of training. Metrics, each behind `metric_key_prefix`: `score`; `kl`, the exact KL(π‖π_ref) in nats per
+        response; `length` in tokens; `eos_rate`."""
         dataset = chosen_dataset(eval_dataset, self.eval_dataset)
         if isinstance(dataset, dict):
             found = [self.evaluate(each, ignore_keys, f"{metric_key_prefix}_{name}") for name, each in dataset.items()]
@@ -221,12 +222,12 @@ class TrustKLPPOTrainer(PPOTrainer):
         return metrics
 
     def evaluate_completions(self, eval_dataset: Any = None) -> list[dict[str, Any]]:
-        """A sampled response to every prompt: `prompt`, `completion`, `score` (NaN where no function gave one), `kl`,
-        `length` and `eos_rate` of each, from all processes."""
+        """Sample a response to every prompt, and return rows of `prompt`, `completion`, `score` (NaN where no function gave
+        one), `kl`, `length` and `eos_rate`, gathered from all processes."""
         return self.parts.evaluator.rows(one_dataset(eval_dataset, self.eval_dataset))
 
     def generate_completions(self, sampling: bool = False) -> None:
-        """Print prompts of the evaluation set with the policy's completions and scores; five of them with `sampling`."""
+        """Print prompts of the evaluation set with completions and scores; only five of them with `sampling`."""
         self.parts.evaluator.show(self.eval_dataset, few=sampling)
 
     def _score_held_out(self, prompts: Prompts, place: int) -> Scored:
@@ -251,7 +252,7 @@ class TrustKLPPOTrainer(PPOTrainer):
         self.parts.optimisation.prepare(self.model_wrapped, self.optimizer)
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
-        """TRL's optimizer, with the value's parameters in groups for their own learning rate."""
+        """TRL's optimizer, with the value's parameters in separate groups for `value_learning_rate`."""
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(*args)
@@ -259,21 +260,20 @@ class TrustKLPPOTrainer(PPOTrainer):
         return optimizer
 
     def add_callback(self, callback: Any) -> None:
-        """As in transformers; a BoundReportCallback takes the place of the one there, or every record would come twice."""
+        """Add a callback; a BoundReportCallback replaces the present one, or every record would be written twice."""
         if is_report(callback):
             self.remove_callback(BoundReportCallback)
         super().add_callback(callback)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Everything goes into `state.log_history`; trackers, which plot, get the numbers."""
+        """Add everything to `state.log_history`, and pass the numbers to the trackers."""
         numbers = {k: v for k, v in logs.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
         super().log(numbers, start_time)
         self.state.log_history[-1].update({k: v for k, v in logs.items() if k not in numbers})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the policy alone, an adapter as an adapter, ready for `from_pretrained`."""
-        # Not TRL 1.12's PPO trainer's own, which is written for a loop that is not ours.
-        super(PPOTrainer, self).save_model(output_dir, _internal_call)
+        """Save only the policy (an adapter as an adapter), ready for `from_pretrained`."""
+        super(PPOTrainer, self).save_model(output_dir, _internal_call)  # the one of TRL 1.12's PPO is for its loop
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
@@ -287,7 +287,7 @@ class TrustKLPPOTrainer(PPOTrainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """TRL's card in output_dir, with a section on how far the run may have moved the model."""
+        """Write TRL's card into output_dir, with a section on how far the run may have moved the model."""
         create = super().create_model_card
         if model_card.written(lambda: create(model_name, dataset_name, tags)):
             self._describe(Path(self.args.output_dir))

@@ -1,4 +1,4 @@
-"""What transformers offers and this version refuses: sharded models, other kernels and loops, some optimizers and schedules."""
+"""Features of transformers that this version rejects: sharding, other kernels and loops, some optimizers and schedules."""
 
 from __future__ import annotations
 
@@ -10,26 +10,30 @@ from accelerate.utils import parse_flag_from_env
 from ..errors import NotAvailableYetError, shown
 
 
-def reject_sharding(args: Any) -> None:
-    for name, given, flag in (
-        ("FSDP", args.fsdp, "ACCELERATE_USE_FSDP"),
-        ("DeepSpeed", args.deepspeed, "ACCELERATE_USE_DEEPSPEED"),
-    ):
-        if given or parse_flag_from_env(flag):
-            raise sharding_error(name)
-
-
-def sharding_error(name: str) -> NotAvailableYetError:
-    """The error for FSDP and DeepSpeed, which says what does work."""
-    return NotAvailableYetError(
-        f"{name} is not available yet in this version; one process, or several with DDP, work: accelerate launch "
-        "--config_file examples/accelerate/multi_gpu.yaml (cpu_gloo.yaml without a GPU). LoRA or QLoRA (peft_config, a 4-bit "
-        "model) saves most of the memory that sharding would."
+def reject_unsupported(args: Any) -> None:
+    """Raise NotAvailableYetError for a configuration that asks for one of them."""
+    reject_sharding(
+        fsdp=args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"),
+        deepspeed=args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"),
     )
+    _reject_kernels(args)
+    _reject_loops(args)
+    _reject_optimizers(args)
 
 
-def reject_other_kernels(args: Any) -> None:
-    """Compiled and patched kernels would be others in one pass than in the next, and the ratio not 1 before the first step."""
+def reject_sharding(*, fsdp: Any, deepspeed: Any) -> None:
+    """Raise NotAvailableYetError where either is on."""
+    for name, used in (("FSDP", fsdp), ("DeepSpeed", deepspeed)):
+        if used:
+            raise NotAvailableYetError(
+                f"{name} is not available yet in this version; one process, or several with DDP, work: accelerate launch "
+                "--config_file examples/accelerate/multi_gpu.yaml (cpu_gloo.yaml without a GPU). LoRA or QLoRA (peft_config, "
+                "a 4-bit model) saves most of the memory that sharding would."
+            )
+
+
+def _reject_kernels(args: Any) -> None:
+    """With compiled or patched kernels, the passes would differ and the ratio would not be 1 before the first step."""
     compiled = args.torch_compile or args.torch_compile_backend or args.torch_compile_mode
     if compiled or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise NotAvailableYetError(
@@ -43,27 +47,28 @@ def reject_other_kernels(args: Any) -> None:
         )
 
 
-def reject_other_loops(args: Any) -> None:
-    """What belongs to the loop of transformers' own trainer, and would be ignored in silence here."""
-    for name, why in (
-        (
-            "neftune_noise_alpha",
-            "noise in the embeddings would make the ratio something else than 1 before the first step",
-        ),
-        ("auto_find_batch_size", "the batch is a part of the algorithm; set a smaller per_device_train_batch_size"),
-    ):
+def _reject_loops(args: Any) -> None:
+    """Options of transformers' training loop, which would be ignored silently."""
+    reasons = {
+        "neftune_noise_alpha": "with noise in the embeddings, the ratio would not be 1 before the first step",
+        "auto_find_batch_size": "the batch is a part of the algorithm; set a smaller per_device_train_batch_size",
+    }
+    for name, why in reasons.items():
         if getattr(args, name):
             raise NotAvailableYetError(
                 f"`{name}` got {shown(getattr(args, name))}, which is not available in this version; leave it out: {why}."
             )
 
 
-def reject_optimizers(args: Any) -> None:
-    """Those that step where an update cannot be looked at, and schedules that wait for a metric instead of an update."""
+def _reject_optimizers(args: Any) -> None:
+    """Optimizers whose updates cannot be limited or rolled back, and schedules that wait for a metric."""
     optimizer, schedule = (str(getattr(name, "value", name)) for name in (args.optim, args.lr_scheduler_type))
-    why = "steps within the backward pass, where no gradient norm can be limited and no update undone"
-    why = "trains other weights than those that it saves" if optimizer.startswith("schedule_free") else why
-    if optimizer.startswith(("lomo", "adalomo", "schedule_free")) or optimizer.endswith("_layerwise"):
+    why = None
+    if optimizer.startswith(("lomo", "adalomo")) or optimizer.endswith("_layerwise"):
+        why = "steps within the backward pass, where no gradient norm can be limited and no update rolled back"
+    elif optimizer.startswith("schedule_free"):
+        why = "trains other weights than those that it saves"
+    if why is not None:
         raise NotAvailableYetError(
             f"`optim` got {optimizer!r}, which is not available in this version: it {why}. Use 'adamw_torch', or "
             "'adamw_8bit' or 'adafactor' for less memory."

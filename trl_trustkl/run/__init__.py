@@ -1,4 +1,4 @@
-"""What keeps a run alive: state, checkpoints, records, signals, failures, random numbers.
+"""State, checkpoints, records, signals, failures and random numbers of a run.
 
-Imports `parallel` and what is below it; knows nothing of PPO.
+Does not depend on PPO: imports only `parallel`, `policy` and the layers below them.
 """

@@ -1,8 +1,8 @@
-"""Folders of checkpoints on a disk that may fill up and in a process that may be killed at any moment.
+"""Folders of checkpoints, on a disk that may fill up, and in a process that may be killed at any moment.
 
-A checkpoint is written under another name, brought to the disk file by file, and renamed at last: `checkpoint-N` is there
-whole or not at all. Its manifest lists every file with size and digest, so that one that was damaged later (copied in
-part, cut by a failing disk) is recognised too. Nothing here knows what the files mean.
+A checkpoint is written under another name, synced to the disk file by file, and renamed last: `checkpoint-N` is complete or
+does not exist. Its manifest lists every file with size and digest, so that later damage (a partial copy, a failing disk) is
+detected too. What the files contain is defined in `checkpointer`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ PREFIX = "checkpoint-"
 UNFINISHED = ".unfinished-"
 EARLIER = "earlier"
 
+_NAME = re.compile(rf"{PREFIX}([0-9]{{1,18}})")
+
 
 @contextmanager
 def written_atomically(folder: Path) -> Iterator[Path]:
-    """A folder to write into that takes the name `folder` when the block ends, complete and on the disk, or not at all.
+    """A folder to write into, which is synced to the disk and renamed to `folder` when the block ends.
 
-    Raises SaveError where anything in the block, or the disk, fails; what was written until then is removed.
+    Raises SaveError if anything in the block, or the disk, fails; what was written until then is removed.
     """
     unfinished = folder.with_name(UNFINISHED + folder.name)
     try:
@@ -49,13 +51,13 @@ def written_atomically(folder: Path) -> Iterator[Path]:
             discard(folder)
         os.rename(unfinished, folder)
         sync(folder.parent)
-    # safetensors and torch have errors of their own for a full disk, and torch's does not say so
+    # For a full disk, safetensors and torch raise errors of their own types, and torch's message does not mention it.
     except Exception as error:
         free = _free_space(folder.parent)
         shutil.rmtree(unfinished, ignore_errors=True)
         raise SaveError(
             f"`output_dir`: {folder} could not be written ({type(error).__name__}: {error}){free}. Nothing of it is left; "
-            f"{_what_is_left(folder.parent)} Make room or mend the folder, then train(resume_from_checkpoint=True)."
+            f"{_what_is_left(folder.parent)} Make room or fix the folder, then train(resume_from_checkpoint=True)."
         ) from error
 
 
@@ -68,7 +70,7 @@ def _free_space(folder: Path) -> str:
 
 def _what_is_left(parent: Path) -> str:
     last = next((path for path in reversed(checkpoints(parent)) if damage(path, thorough=False) is None), None)
-    return "there is no earlier checkpoint." if last is None else f"{last.name} is whole and can be resumed from."
+    return "there is no earlier checkpoint." if last is None else f"{last.name} is complete and can be resumed from."
 
 
 def _write_manifest(folder: Path) -> None:
@@ -86,16 +88,13 @@ def _digest(path: Path) -> str:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The folders `checkpoint-N`, whole or not, in the order of N."""
-    found = [(int(match[1]), path) for path in output_dir.glob(f"{PREFIX}*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if path.is_dir()]
-
-
-_NAME = re.compile(rf"{PREFIX}([0-9]{{1,18}})")
+    """The folders `checkpoint-N`, complete or not, in the order of N."""
+    found = [path for path in output_dir.glob(f"{PREFIX}*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: (number(path), path))
 
 
 def damage(folder: Path, *, thorough: bool = True) -> str | None:
-    """What a checkpoint lacks to be whole, or None; digests are compared only where `thorough`."""
+    """What is wrong with a checkpoint, or None if it is complete; digests are compared only if `thorough`."""
     try:
         files: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())["files"]
         for name, wanted in files.items():
@@ -114,30 +113,30 @@ def damage(folder: Path, *, thorough: bool = True) -> str | None:
 
 
 def newest_complete(output_dir: Path) -> Path | None:
-    """The last checkpoint that is whole; a warning names each later one that is not."""
+    """The last complete checkpoint; a warning names each later one that is not."""
     for folder in reversed(checkpoints(output_dir)):
         if (what := damage(folder)) is None:
             return folder
-        logger.warning(f"{folder} is not a whole checkpoint ({what}); it is passed over.")
+        logger.warning(f"{folder} is not a complete checkpoint ({what}); it is skipped.")
     return None
 
 
 def rotate(output_dir: Path, limit: int | None, *, best: str | None) -> None:
-    """Delete the oldest checkpoints beyond `limit`; never the last whole one, nor the best.
+    """Delete the oldest checkpoints beyond `limit`, but never the last complete one, nor the best.
 
-    Folders that are not whole are neither counted nor deleted: they are not ours, or worth a look.
+    Incomplete folders are neither counted nor deleted: they may belong to others, or be needed to find out what happened.
     """
     if limit is None or limit <= 0:
         return
-    whole = [folder for folder in checkpoints(output_dir) if damage(folder, thorough=False) is None]
-    spared = {whole[-1].name, Path(best).name if best else ""} if whole else set()
-    excess = len(whole) - max(limit, len(spared - {""}))
-    for folder in [folder for folder in whole if folder.name not in spared][: max(excess, 0)]:
+    complete = [folder for folder in checkpoints(output_dir) if damage(folder, thorough=False) is None]
+    spared = {folder.name for folder in [*complete[-1:], *([Path(best)] if best else [])]}
+    excess = len(complete) - max(limit, len(spared))
+    for folder in [folder for folder in complete if folder.name not in spared][: max(excess, 0)]:
         discard(folder)
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint; cut short, it leaves no folder that looks like one."""
+    """Delete a checkpoint. It is renamed first, so that an interrupted deletion leaves no folder that looks like one."""
     doomed = folder.with_name(f"{UNFINISHED}old-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
@@ -145,7 +144,7 @@ def discard(folder: Path) -> None:
 
 
 def remove_unfinished(output_dir: Path) -> None:
-    """Remove what a killed run left half written."""
+    """Remove unfinished folders and files of a killed run."""
     for path in output_dir.glob(f"{UNFINISHED}*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -154,7 +153,7 @@ def remove_unfinished(output_dir: Path) -> None:
 
 
 def move_aside(output_dir: Path, *, after: int = 0) -> None:
-    """Put the checkpoints of an abandoned run, or of its updates beyond `after`, into a folder `earlier.1`, `earlier.2`, …"""
+    """Move the checkpoints of an abandoned run, or those beyond update `after`, into a folder `earlier.1`, `earlier.2`, …"""
     old = [folder for folder in checkpoints(output_dir) if number(folder) > after]
     if not old:
         return
@@ -164,7 +163,7 @@ def move_aside(output_dir: Path, *, after: int = 0) -> None:
     target.mkdir()
     for folder in old:
         os.rename(folder, target / folder.name)
-    logger.warning(f"{len(old)} checkpoints in {output_dir} that this run does not go on from are now in {target}.")
+    logger.warning(f"{len(old)} checkpoints in {output_dir} from which this run does not resume are now in {target}.")
 
 
 def number(folder: Path) -> int:

@@ -1,5 +1,4 @@
-"""How an update ends that does not end well. Whatever one process meets, a signal or a failing reward function, all of them
-act on together."""
+"""Failures during an update. All processes react together to a signal or an error that any one of them gets."""
 
 from __future__ import annotations
 
@@ -20,19 +19,30 @@ logger = logging.get_logger(__name__)
 Result = TypeVar("Result")
 
 
+@contextmanager
+def raised_on_all(processes: Processes, kind: type[Exception]) -> Iterator[None]:
+    """Raise an error of this kind on all processes if any of them raises it in the block. Called by all processes."""
+    failure: Exception | None = None
+    try:
+        yield
+    except kind as error:
+        failure = error
+    processes.raise_on_all(failure)
+
+
 class FailureHandling:
-    """What the processes of a run do together about signals and failing reward functions."""
+    """How the processes of a run react together to signals and to failing reward functions."""
 
     def __init__(self, stop: StopRequest, processes: Processes) -> None:
         self._stop = stop
         self._processes = processes
 
     def signal(self) -> int | None:
-        """The signal that any process received, the same on each; None where there was none."""
+        """The signal that any process received, the same on each; None if there was none."""
         return self._processes.max(self._stop.received or 0) or None
 
     def give_up_if_overdue(self) -> None:
-        """Leave the current update where a signal's grace period is over on any process."""
+        """Raise Overdue if a signal's grace period is over on any process."""
         if self._processes.any(self._stop.overdue):
             raise Overdue
 
@@ -40,43 +50,41 @@ class FailureHandling:
     def update(
         self, finished: Callable[[], bool], roll_back: Callable[[], None], save: Callable[[], None]
     ) -> Iterator[None]:
-        """An update inside, complete or not at all: one that is given up is rolled back, and the state before it saved.
+        """Run an update in the block completely or not at all: an abandoned update is rolled back.
 
         Args:
-            finished: whether the update has ended, so that only what came after it failed.
-            roll_back: takes the update back.
-            save: saves the last finished update.
+            finished: whether the update has ended, so that an error comes from what followed it.
+            roll_back: rolls the update back.
+            save: saves the last finished update; called before the error of a reward function is raised.
         """
         try:
             yield
         except Overdue:
             roll_back()
         except RewardError:
-            if finished():  # in an evaluation after it, and on this process alone
+            if finished():  # in an evaluation after the update, which raises on one process
                 if self._processes.count == 1:
                     save()
                 raise
             roll_back()
-            if self.signal() is None:  # which would save and end the run by itself
+            if self.signal() is None:  # a signal saves and ends the run anyway
                 save()
                 raise
 
     def score(self, context: UpdateContext, scoring: Callable[[], Result]) -> Result | None:
-        """What `scoring` returns. A failure on one process raises on all; None for rewards that are not finite, whose
-        update is to be rejected, as `context.rejected` says then.
+        """Return what `scoring` returns; a failure on one process is raised on all of them.
 
-        In an evaluation the processes may have different numbers of batches; there a failure raises on its process alone.
+        For rewards that are not finite, returns None and sets `context.rejected`, so that the update is rejected. In an
+        evaluation, where the processes may have different numbers of batches, a failure is raised only on its process.
         """
+        if not context.training:
+            return scoring()
         result: Result | None = None
         failure: RewardError | None = None
         try:
             result = scoring()
         except RewardError as error:
             failure = error
-        if not context.training:
-            if failure is not None:
-                raise failure
-            return result
         failures = [each for each in self._processes.gather_objects([failure]) if each is not None]
         for each in failures:
             if not isinstance(each, NonFiniteRewardError):
@@ -88,17 +96,17 @@ class FailureHandling:
 
 
 def reject(context: UpdateContext, reason: str) -> None:
-    """Note why the update is rejected, and say so."""
+    """Store why the update is rejected, and log it."""
     context.rejected = reason
     logger.warning(
-        f"update {context.update + 1} is refused: {reason.rstrip('.')}; the parameters are as they were before it."
+        f"update {context.update + 1} is rejected: {reason.rstrip('.')}; the parameters are as they were before it."
     )
 
 
 def too_many_rejections(count: int, limit: int, reason: str, folder: Path) -> RefusedError:
-    """The error that ends a run after `count` rejected updates in a row, its state saved in `folder`."""
+    """The error that ends a run after `count` rejected updates in a row, with its state saved in `folder`."""
     return RefusedError(
-        f"{count} updates in a row were refused (`max_refused` got {limit}), the last one because {reason}. The weights "
+        f"{count} updates in a row were rejected (`max_refused` got {limit}), the last one because {reason}. The weights "
         f"are those before them, saved in {folder}. Start a new run from them with a lower learning_rate, with trust_max_kl "
-        "or with max_grad_norm; see completions.jsonl for what the rewards were given for."
+        "or with max_grad_norm; completions.jsonl has the completions and their scores."
     )

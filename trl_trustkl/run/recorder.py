@@ -1,4 +1,4 @@
-"""Where the record of an update goes."""
+"""Passing the record of an update to the callbacks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any
 from ..errors import SaveError
 from ..parallel.processes import Processes
 from ..records import BoundRecord
+from .failure_handling import raised_on_all
 
 
 class Recorder:
-    """Hands the record of an update and its completions to every callback that has a method `on_record`.
-
-    `BoundReportCallback`, which writes them to the disk, is one of those. Only the main process's callbacks get them.
-    """
+    """Passes the record of an update and its completions to every callback that has a method `on_record`, on the main
+    process. `BoundReportCallback`, which writes them to the disk, is such a callback."""
 
     def __init__(self, callbacks: Callable[[], Sequence[Any]], processes: Processes) -> None:
         self._callbacks = callbacks
@@ -23,13 +22,9 @@ class Recorder:
     def write(
         self, record: BoundRecord, completions: list[dict[str, Any]], *, args: Any, state: Any, control: Any
     ) -> None:
-        """SaveError on all processes where the record cannot be written. Called by all of them."""
-        failure: SaveError | None = None
-        if self._processes.is_main:
-            try:
-                for callback in self._callbacks():
-                    if hasattr(callback, "on_record"):
-                        callback.on_record(args, state, control, record=record, completions=completions)
-            except SaveError as error:
-                failure = error
-        self._processes.raise_on_all(failure)
+        """Called by all processes; raises SaveError on all of them if the record cannot be written."""
+        with raised_on_all(self._processes, SaveError):
+            callbacks = self._callbacks() if self._processes.is_main else ()
+            for callback in callbacks:
+                if hasattr(callback, "on_record"):
+                    callback.on_record(args, state, control, record=record, completions=completions)

@@ -1,4 +1,4 @@
-"""Which settings a run may change when it is resumed, and which would make it another run."""
+"""Which settings may change when a run is resumed, and which must be the same."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import nn
 
 from ..errors import ConfigError
+from ..policy.value_head import PolicyAndValue
 from .weights import count
 
 HARMLESS = (
@@ -25,7 +25,7 @@ HARMLESS = (
     "save_strategy", "save_steps", "save_on_each_node", "save_total_limit", "enable_jit_checkpoint", "push_to_hub",
     "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision",
     "load_best_model_at_end", "num_sample_generations", "debug", "skip_memory_metrics",
-    # memory, devices and workers: the same numbers, up to rounding
+    # memory, devices and workers, which change numbers only by rounding
     "torch_empty_cache_steps", "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
     "activation_checkpointing_kwargs", "bf16_full_eval", "fp16_full_eval", "use_cpu", "full_determinism",
     "accelerator_config", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph",
@@ -38,12 +38,12 @@ HARMLESS = (
     "do_predict", "resume_from_checkpoint", "local_rank", "sft_model_path", "reward_model_path",
     # what a run does when something goes wrong
     "grace_seconds", "max_refused", "reward_retries",
-    # the length of the run, compared as the number of updates; and what follows from other fields and the processes
+    # the length of the run, compared as the number of updates; and fields that follow from others and the processes
     "max_steps", "num_train_epochs", "total_episodes", "world_size", "local_batch_size", "micro_batch_size",
     "local_mini_batch_size", "mini_batch_size",
 )  # fmt: skip
-"""Fields that may differ between a checkpoint and the run that resumes it. All others, also ones that a later version
-adds, must be the same."""
+"""Fields that may differ between a checkpoint and the run that resumes it. All others must be the same, including those
+that later versions add."""
 
 _ADAPTER_NOTES = ("inference_mode", "peft_version", "base_model_name_or_path", "auto_mapping", "revision")
 
@@ -52,9 +52,9 @@ _ENDLESS_SCHEDULES = ("constant", "constant_with_warmup")
 
 
 def compared(args: Any) -> dict[str, Any]:
-    """The fields that must not change, as JSON has them."""
+    """The fields that must not change, as read from JSON."""
     fields = [field.name for field in dataclasses.fields(args) if field.init and field.name not in HARMLESS]
-    return json.loads(json.dumps({name: getattr(args, name) for name in fields}, default=_plain))
+    return as_json({name: getattr(args, name) for name in fields})
 
 
 def _plain(value: Any) -> Any:
@@ -68,12 +68,12 @@ def _plain(value: Any) -> Any:
 
 
 def as_json(value: Any) -> Any:
-    """A value as it comes back from a JSON file."""
+    """A value as it is read from a JSON file after being written to it."""
     return json.loads(json.dumps(value, default=_plain))
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any], args: Any) -> Iterator[str]:
-    """What to say of each field that is another one `now` than in the checkpoint, both as `compared` gave them."""
+    """A message for each field that differs between the checkpoint and `now`, both as returned by `compared`."""
     defaults = {f.name: as_json(f.default) for f in dataclasses.fields(args) if f.default is not dataclasses.MISSING}
     for name, value in now.items():
         was = saved.get(name, defaults.get(name))
@@ -86,17 +86,15 @@ def differences(saved: dict[str, Any], now: dict[str, Any], args: Any) -> Iterat
 
 
 def _depends_on_length(args: Any) -> bool:
-    """Whether the learning rate of an update depends on how many there will be."""
+    """Whether the learning rate of an update depends on the number of updates."""
     schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     return schedule not in _ENDLESS_SCHEDULES or 0 < (args.warmup_steps or 0) < 1
 
 
 class RunSettings:
-    """The settings of a run, as its checkpoints keep them: the configuration as the run was set up, and what changed since.
+    """The settings of a run in its checkpoints: the initial configuration, and what callbacks changed since.
 
-    Args:
-        args: the configuration; callbacks may change it during the run.
-        setup: what the run depends on beside it, by name.
+    `setup` is what the run depends on besides the configuration, by name.
     """
 
     def __init__(self, args: Any, setup: dict[str, Any]) -> None:
@@ -118,7 +116,7 @@ class RunSettings:
             setattr(self._args, name, value)
 
     def check(self, state: dict[str, Any], folder: Path) -> None:
-        """ConfigError that names every setting which would make this another run than that of the checkpoint."""
+        """Raise a ConfigError that names every setting which differs from the checkpoint's and must not."""
         found = list(differences(state["config"], self._config, self._args))
         for name, was in state["setup"].items():
             if was != self._setup[name]:
@@ -130,18 +128,18 @@ class RunSettings:
             )
 
 
-def setup_of(policy: nn.Module, value: nn.Module, *, rows: int, vocab_size: int, processes: int) -> dict[str, Any]:
-    """What a run depends on beside its configuration."""
-    adapter = None
+def setup_of(trained: PolicyAndValue, *, rows: int, processes: int) -> dict[str, Any]:
+    """What a run depends on besides its configuration."""
+    policy, adapter = trained.policy, None
     if isinstance(policy, PeftModel):
         everything = as_json(policy.peft_config[policy.active_adapter].to_dict())
         adapter = {key: value for key, value in everything.items() if key not in _ADAPTER_NOTES}
     return {
         "number of processes": processes,
         "rows of train_dataset": rows,
-        "vocabulary size": vocab_size,
+        "vocabulary size": trained.split_lm.vocab_size,
         "trained numbers of the policy": count(policy),
-        "trained numbers of the value": count(value),
+        "trained numbers of the value": count(trained.value),
         "adapter": adapter,
     }
 

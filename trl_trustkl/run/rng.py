@@ -1,5 +1,5 @@
-"""Random numbers: the trainer's own draws, which depend on the seed and the update alone; and a process's states as JSON,
-Python's, NumPy's, torch's and the GPU's, which are for reward functions and callbacks.
+"""Random numbers: seeds of the trainer's draws, which depend only on the configured seed and the update; and the random
+states of a process (Python, NumPy, torch, GPU) as JSON, which reward functions and callbacks use.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..parallel.processes import Processes
 
 
 class RngStream(enum.IntEnum):
-    """What a random number is for; part of its seed, so that no two uses share a stream."""
+    """The purpose of a random number; part of its seed, so that different purposes have different streams."""
 
     GENERATE = 0
     MICRO_BATCHES = 1
@@ -30,25 +30,25 @@ class RngStream(enum.IntEnum):
 
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Torch's random state seeded inside, untouched outside: sampling depends on nothing else in the program."""
+    """Seed torch's random state inside the block, and restore it afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
 
 def generator(*keys: int) -> torch.Generator:
-    """A generator of its own, seeded from `keys`."""
+    """A new generator, seeded from `keys`."""
     return torch.Generator().manual_seed(mixed_seed(*keys))
 
 
 def mixed_seed(*keys: int) -> int:
-    """One seed from several numbers; different ones give different seeds."""
+    """Hash several numbers to one seed."""
     digest = hashlib.blake2b(repr(tuple(int(key) for key in keys)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 class ProcessRandomStates:
-    """The random states of every process, as a checkpoint holds them. Both methods are called by all processes."""
+    """The random states of all processes, for checkpoints. Both methods are called by all processes."""
 
     def __init__(self, processes: Processes) -> None:
         self._processes = processes
@@ -61,7 +61,7 @@ class ProcessRandomStates:
 
 
 def capture() -> dict[str, Any]:
-    """The states now; `restore` takes it, also after a journey through JSON."""
+    """The current random states, for `restore`; they may be stored as JSON."""
     state: Any = np.random.get_state()
     name, keys, *rest = state
     return {
@@ -73,7 +73,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(states: dict[str, Any]) -> None:
-    """Put the states back; the GPU's where there is one and the states know of one."""
+    """Restore the random states; the GPU's if there is a GPU and it was captured."""
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = states["numpy"]

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the first asks the run to end well, the second ends it at once."""
+"""SIGTERM and Ctrl-C: the first signal requests that the run saves and ends, the second ends it immediately."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Overdue(Exception):
-    """The update in hand has had its grace period; it is given up. Never leaves `train`."""
+    """The grace period of a signal is over, and the current update is abandoned. Caught within `train`."""
 
 
 class StopRequest:
-    """While it is entered, the first SIGTERM or SIGINT is remembered and the second raises KeyboardInterrupt.
+    """A context in which the first SIGTERM or SIGINT is stored and the second raises KeyboardInterrupt.
 
-    Only in the main thread, where alone Python handles signals; elsewhere nothing is ever received. A signal that the
-    process was started to ignore (as `nohup` does) stays ignored.
+    Python handles signals only in the main thread; in other threads nothing is received. A signal that the process was
+    started to ignore (as with `nohup`) stays ignored.
     """
 
     def __init__(self, grace_seconds: float) -> None:
@@ -35,7 +35,7 @@ class StopRequest:
         self._event.clear()
 
     def __enter__(self) -> StopRequest:
-        self._forget()  # what an earlier run received
+        self._forget()  # a signal of an earlier run
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
@@ -53,14 +53,14 @@ class StopRequest:
         self.received = int(number)
         self._deadline = time.monotonic() + self.grace_seconds
         self._event.set()
-        # print() may be what was interrupted, and must not be entered twice.
-        os.write(2, b"\nFinishing the update in hand, then saving; a second signal (or Ctrl-C) stops at once.\n")
+        # Not print(), which is not reentrant and may be what the signal interrupted.
+        os.write(2, b"\nFinishing the current update, then saving; a second signal (or Ctrl-C) stops immediately.\n")
 
     @property
     def overdue(self) -> bool:
-        """Whether the update in hand has had its grace period."""
+        """Whether the grace period is over."""
         return time.monotonic() > self._deadline
 
     def wait(self, seconds: float) -> bool:
-        """Sleep, unless a signal comes or came; whether one did."""
+        """Sleep, but only until a signal is received; returns whether one was received, now or before."""
         return self._event.wait(seconds)

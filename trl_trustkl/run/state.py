@@ -1,4 +1,4 @@
-"""The state of a run: what a checkpoint holds beside weights, optimizer and random states."""
+"""The state of a run that a checkpoint holds besides weights, optimizer and random states."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from transformers.trainer_callback import ExportableState
 from .resume_compatibility import as_json
 
 FORMAT = 1
-"""Of the file that holds a RunState."""
+"""The format of the file that holds a RunState."""
 
 
 class Stateful(Protocol):
-    """A piece of a run's state. `load_state_dict` takes what `state_dict` returned, also after a journey through a file."""
+    """A part of a run's state. `load_state_dict` takes what `state_dict` returned, which may have been stored in a file."""
 
     def state_dict(self) -> Any: ...
 
@@ -33,11 +33,9 @@ class OnlineTrainerState(TrainerState):
 
 
 class TransformersState:
-    """transformers' own state of a run, as its `trainer_state.json` has it; loaded in place.
+    """transformers' state of a run, in the format of its `trainer_state.json`; loaded in place.
 
-    Args:
-        state: the trainer's.
-        exportable: the callbacks whose own state goes along.
+    `exportable` returns the callbacks whose state is included.
     """
 
     def __init__(self, state: OnlineTrainerState, exportable: Callable[[], list[ExportableState]]) -> None:
@@ -59,7 +57,7 @@ class TransformersState:
 
 
 class Rejections(NamedTuple):
-    """How many updates were rolled back: in the whole run, and in a row up to now."""
+    """How many updates were rejected: in the entire run, and in a row up to now."""
 
     total: int = 0
     in_a_row: int = 0
@@ -76,21 +74,21 @@ class Progress:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything: a run begins."""
+        """Clear everything for a new run."""
         self.rejections = Rejections()
         self.logged_step = 0
         self.last_loss = 0.0
         self._metrics: dict[str, list[Any]] = defaultdict(list)
 
     def add(self, metrics: dict[str, Any], *, loss: float, rejected: bool) -> None:
-        """Take in an update that has ended."""
+        """Add an update that has ended."""
         self.last_loss = loss
         self.rejections = self.rejections.after(rejected)
         for name, value in metrics.items():
             self._metrics[name].append(value)
 
     def flush(self, step: int) -> dict[str, Any]:
-        """The mean of each number since the last log, and the latest of everything else; begin the next log."""
+        """Return the mean of each number since the last log, and the latest value of everything else; then clear them."""
         logs: dict[str, Any] = {}
         for name, values in self._metrics.items():
             numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
@@ -114,7 +112,7 @@ class Progress:
 
 
 class RunState:
-    """Several pieces as one: their keys side by side, each piece loading its own from all of them."""
+    """Several parts in one dict. Each part loads its keys from all of them."""
 
     def __init__(self, pieces: Iterable[Stateful]) -> None:
         self._pieces = list(pieces)

@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 
 
 class TrainedWeights:
-    """The trained weights of a module, by the names that they have in memory."""
+    """The trained weights of a module, by their names in memory."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -22,7 +22,7 @@ class TrainedWeights:
         return {name: p.detach().contiguous() for name, p in self._parameters().items()}
 
     def load_state_dict(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy the weights bit for bit. CheckpointError for one that is missing, or has another shape or type."""
+        """Copy the weights bit for bit. CheckpointError if one is missing, or has another shape or dtype."""
         for name, parameter in self._parameters().items():
             if name not in weights:
                 raise CheckpointError(f"it lacks trained weights of this model, such as {name!r}.")
@@ -40,7 +40,7 @@ class TrainedWeights:
 
 
 class WeightsOnDisk(Mapping[str, Tensor]):
-    """The weights of some safetensors files, each read when it is asked for."""
+    """The weights of some safetensors files, each read on access."""
 
     def __init__(self, paths: list[Path]) -> None:
         self._paths: dict[str, Path] = {}
@@ -59,7 +59,7 @@ class WeightsOnDisk(Mapping[str, Tensor]):
 
 
 def names_in(path: Path) -> set[str]:
-    """The names of the weights in a safetensors file; none where there is no such file."""
+    """The names of the weights in a safetensors file; none if the file does not exist."""
     if not path.exists():
         return set()
     with safe_open(path, framework="pt") as file:
@@ -67,5 +67,5 @@ def names_in(path: Path) -> set[str]:
 
 
 def count(module: nn.Module) -> int:
-    """The trained numbers of a module."""
+    """The number of trained parameters of a module."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
