@@ -1,4 +1,4 @@
-"""The model card: what its section says is what the records say, and the rest of the card stays as it was."""
+"""The model card: its section says what the records say, and the rest of the card stays as TRL writes it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests import tiny
-from tests.test_cli import record
+from tests.example_runs import record
 from trl_trustkl import BoundReportCallback, load_records
 from trl_trustkl.report.model_card import END, START, TITLE, outcome, section, with_section
 from trl_trustkl.report.text import markdown, number

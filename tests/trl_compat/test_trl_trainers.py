@@ -1,4 +1,4 @@
-"""What the callbacks assume of TRL and transformers beyond their documented interface, on the versions installed."""
+"""What the callbacks rely on beyond the documented interface of TRL's trainers and of transformers, as installed."""
 
 from __future__ import annotations
 

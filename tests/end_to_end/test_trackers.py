@@ -1,4 +1,4 @@
-"""Every tracker of `report_to` gets the record: the numbers that it read back are those of `bounds.jsonl`."""
+"""Every tracker of `report_to` gets the record: what is read back from it equals `bounds.jsonl`."""
 
 from __future__ import annotations
 
