@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from tests import tiny
@@ -16,6 +17,12 @@ TASK = "tests.compare.jobs:tiny_task"
 
 def tiny_task(output_dir: str, *, callbacks: Sequence[Any] = (), **changes: Any) -> Any:
     return tiny.trainer(output_dir, changes=changes, callbacks=list(callbacks))
+
+
+def yaml_file(folder: Path, text: str) -> Path:
+    path = folder / "settings.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
 TWO = settings.Comparison(3, (1, 2), {"a": {"kl_coef": 0.1}, "b": {"kl_coef": 0.2}})
