@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import signal
 import subprocess
@@ -13,6 +14,27 @@ import pytest
 
 from tests.processes import ROOT
 from trl_trustkl import load_records
+from trl_trustkl.cli import demo as command
+from trl_trustkl.demo import run as run_module
+from trl_trustkl.demo.run import Options
+
+
+def parsed(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_every_option_of_a_run_has_an_argument_with_its_default(monkeypatch):
+    asked = []
+    monkeypatch.setattr(run_module, "run", lambda options: asked.append(options) or 7)
+    options = parsed()
+    assert options.run(options) == 7, "the status of the run is not returned"
+    changed = Options("folder", 3, 5.0, 0.5, 0.1, 1e-4, 9)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in changed._asdict().items()]
+    options = parsed(*flags)
+    assert options.run(options) == 7 and asked == [Options(), changed]
+    assert list(map(type, asked[1])) == list(map(type, Options()))
 
 
 def start_demo(folder: Path, updates: int) -> subprocess.Popen:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trl_trustkl.report.text import number, one_line, percent, visible
+from trl_trustkl.report.text import count, number, one_line, percent, shortened, visible
 
 
 def test_characters_that_act_are_shown_instead() -> None:
@@ -23,3 +23,8 @@ def test_numbers_are_short_and_missing_ones_a_dash() -> None:
         "0.05", "1", "12,346", "0", "1.23e+06", "1.00e-05", "–", "–", "–",
     ]  # fmt: skip
     assert [percent(x) for x in (0.5, 0.0001, 0.0, None)] == ["50 %", "<1 %", "0 %", "–"]
+
+
+def test_a_long_text_is_cut_and_nouns_agree_with_their_number() -> None:
+    assert shortened("abc", 3) == "abc" and shortened("a" * 2003, 3) == "aaa … (2,000 more characters)"
+    assert [count(n, "update") for n in (0, 1, 2, 1234)] == ["0 updates", "1 update", "2 updates", "1,234 updates"]
