@@ -214,7 +214,7 @@ def update(
     baseline: bool = True,
     moved_to: Tensor | None = None,
 ) -> Update:
-    """One step on `rows`, responses of the policy in `world`; None: the whole population.
+    """One step on `rows`, responses of the policy in `world`; None: the population.
 
     The step is taken at that policy, or at the logits `moved_to`. `baseline`: whether the values are other than 0.
     """
@@ -260,7 +260,7 @@ def update(
     optimisation = Optimisation(args, model, OneProcess(), processes)
     optimisation.prepare(model, optimizer)
     optimisation.run(batch, torch.Generator(), None)
-    # The loss is a mean over the tokens that count; the divergences here are of responses.
+    # The loss is a mean over the tokens that count; the enumerated divergences are per response.
     return Update(optimizer.gradient * (mask.sum().item() / mask.any(1).sum().item()), batch)
 
 
@@ -302,7 +302,7 @@ class Tree:
     def gradient(self, value: Tensor) -> Tensor:
         return torch.autograd.grad(value, self.theta, retain_graph=True)[0]
 
-    def whole(self, of_context: Tensor) -> Tensor:
+    def total(self, of_context: Tensor) -> Tensor:
         """∇ of the sum over contexts, through the probabilities of reaching them too."""
         return self.gradient((self.reach * of_context).sum())
 
@@ -321,14 +321,14 @@ class Tree:
     def own_divergence(self, name: str) -> Tensor:
         """∇ of the divergence that `gradient_kind` refers to."""
         kl_of_contexts = self.expected(definition("k1"))
-        return self.whole(kl_of_contexts if name in OF_THE_KL else self.expected(definition(name)))
+        return self.total(kl_of_contexts if name in OF_THE_KL else self.expected(definition(name)))
 
     def terms(self, name: str) -> dict[str, Tensor]:
         """The theoretical gradient of each placement: E[∇k] in the loss, E[k·∇log p] in the reward, and their sum."""
         if name == "exact":
-            loss, both = self.present(kl(self.logp, self.logq)), self.whole(kl(self.logp, self.logq))
+            loss, both = self.present(kl(self.logp, self.logq)), self.total(kl(self.logp, self.logq))
         else:
-            loss, both = self.present(self.pathwise(definition(name))), self.whole(self.expected(definition(name)))
+            loss, both = self.present(self.pathwise(definition(name))), self.total(self.expected(definition(name)))
         return {"loss": loss, "reward": both - loss, "both": both}
 
 

@@ -53,6 +53,11 @@ def rows_of(count: int = 12, **changes: Any) -> list[Row]:
     return rows
 
 
+def rising(p: float) -> float:
+    """A score that rises over the run, for `rows_of`."""
+    return 0.2 + 0.6 * p
+
+
 def trl_rows(count: int = 12, **changes: Any) -> list[Row]:
     """Rows as those of a TRL trainer, which lack what it does not log."""
     unknown = {

@@ -1,4 +1,4 @@
-"""Bounds against enumerated trees, random ones and adversarial ones, and against values computed by hand."""
+"""Bounds against random and adversarial trees, which are enumerated, and against values computed by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trl_trustkl.errors import ConfigError
 
 torch.set_num_threads(1)
 SHAPES = [(vocab, horizon) for vocab in (2, 3) for horizon in (2, 3, 4, 5)]
-TREES = 100  # of each shape
+TREES = 100  # per shape
 
 
 # -- Enumerated trees ----------------------------------------------------------------------------------------------------
@@ -33,7 +33,7 @@ def f64(values: list) -> Tensor:
 
 
 class Trees(NamedTuple):
-    """N policies over every response of T tokens: log-probabilities [N, V^t, V] for each position t, scores [N, V^T]."""
+    """N pairs of policies over responses of T tokens: log-probabilities [N, V^t, V] per position t, and scores [N, V^T]."""
 
     old: list[Tensor]
     new: list[Tensor]
@@ -41,7 +41,7 @@ class Trees(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """[N] each. error: |J(π) − J(μ) − L(π)|; width: the range of the scores; the others as the bounds call them."""
+    """[N] each. error: |J(π) − J(μ) − L(π)|; width: the range of the scores; the others: the arguments of the bounds."""
 
     error: Tensor
     width: Tensor
@@ -52,7 +52,7 @@ class Truth(NamedTuple):
 
 
 def random_trees(vocab: int, horizon: int) -> Trees:
-    """Steps from tiny to drastic; scores in [0, 1], uniform in half of the trees and pass or fail in the others."""
+    """Small to very large steps; scores in [0, 1], uniform in half of the trees and either 0 or 1 in the others."""
     generator = torch.Generator().manual_seed(10 * vocab + horizon)
 
     def normal(position: int) -> Tensor:
@@ -110,7 +110,7 @@ def masking_without_sequence(t: Truth, i: int, horizon: int) -> float:
 
 
 FORMS = [tv_form, sum_form, better_form, masking_form, masking_without_sequence]
-STATED = {  # the largest share of the bound that the error reaches on random trees, and where that is stated
+STATED = {  # the largest error on random trees as a share of the bound, and the function whose docstring states it
     tv_form: (0.81, finite_horizon_tv_bound),
     sum_form: (0.34, finite_horizon_sum_bound),
     masking_form: (0.29, masking_bound),
@@ -145,7 +145,7 @@ def test_no_violation_on_random_trees_and_the_looseness_that_is_stated(forest: l
 
 
 def adversarial(form, vocab: int, horizon: int, tries: int = 16, steps: int = 500) -> float:
-    """The largest share of a bound that gradient ascent finds on both policies and the scores."""
+    """The largest error as a share of the bound that gradient ascent on both policies and the scores finds."""
     generator = torch.Generator().manual_seed(0)
 
     def parameter(*shape: int) -> Tensor:
@@ -167,7 +167,7 @@ def adversarial(form, vocab: int, horizon: int, tries: int = 16, steps: int = 50
     return best
 
 
-# The same formulas on tensors, which the search differentiates; the first test of each pair below ties them together.
+# The same formulas on tensors, which the search differentiates; the next test compares them with the functions.
 SMOOTH = {
     tv_form: lambda t, horizon: t.width * horizon * (horizon - 1) * t.tv_max**2,
     sum_form: lambda t, horizon: 2 * t.width * t.tv_sum,
@@ -201,14 +201,14 @@ def test_adversarial_search_comes_near_and_never_past(form, horizon: int, reache
 
 
 def crossing(delta: float) -> Trees:
-    """T = 2: the first token decides which second token is right, and the step moves both towards token 0."""
+    """T = 2: the first token determines which second token scores, and the step makes token 0 more likely at both."""
     half, moved = f64([0.5, 0.5]), f64([0.5 + delta, 0.5 - delta])
     policies = [[p.log()[None, None], p.log().expand(1, 2, 2)] for p in (half, moved)]
     return Trees(*policies, f64([[1.0, 0.0, 0.0, 1.0]]))
 
 
 def leaving(delta: float) -> Trees:
-    """T = 2: the step goes to a first token that π_old never chose, and behaves differently after it."""
+    """T = 2: the step moves to a first token that π_old never sampled, after which π differs from π_old."""
     never = 1e-12
     first = [f64([1 - x, x]).log()[None, None] for x in (never, delta)]
     same, other = [1 - never, never], [never, 1 - never]
@@ -239,7 +239,9 @@ def test_bounds_by_hand() -> None:
     assert masking_bound(100, 0.01) == pytest.approx(4 / 3 * 1000 * 0.01)
     assert masking_bound(100, 0.01, 0.04) == pytest.approx(200 * 0.02)
     assert masking_bound(100, 0.01, 1e9) == masking_bound(100, 0.01)
-    assert finite_horizon_tv_bound(1, 1.0, 1.0) == masking_bound(1, 5.0) == 0  # one token: the surrogate is exact
+    assert (
+        finite_horizon_tv_bound(1, 1.0, 1.0) == masking_bound(1, 5.0) == 0
+    )  # the surrogate of a single token is exact
     assert trpo_penalty_coef(1.1, 0.9) == pytest.approx(396)
     assert trpo_penalty_coef(1.0, 0.0) == 0
 
@@ -252,7 +254,7 @@ def test_ratio_range_bounds_hold_and_are_attained() -> None:
         bounds = ratio_range_bounds(epsilon)
         for vocab in (2, 3, 10):
             old = torch.softmax(torch.randn(200, vocab, generator=generator, dtype=torch.float64), -1)
-            # A ratio of mean 1 under π_old, stretched until its farthest token touches the range.
+            # A ratio of mean 1 under π_old, scaled until its most distant token reaches the end of the range.
             tilt = torch.randn(200, vocab, generator=generator, dtype=torch.float64).sign()
             tilt = tilt - (old * tilt).sum(-1, keepdim=True)
             ratio = 1 + epsilon * tilt / tilt.abs().amax(-1, keepdim=True).clamp(min=1e-12)
@@ -265,7 +267,7 @@ def test_ratio_range_bounds_hold_and_are_attained() -> None:
 
 
 def test_the_trpo_penalty_on_random_trees() -> None:
-    """A tree with rewards at every step is a decision process whose last state pays nothing."""
+    """A tree with rewards at every step is a decision process whose terminal state has no reward."""
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for vocab, horizon in SHAPES:

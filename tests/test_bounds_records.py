@@ -1,4 +1,4 @@
-"""The share that each mechanism took of an update, and the record of the update, against measurements made by hand."""
+"""The share that each mechanism took of an update, and the record built from measurements written by hand."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_each_mechanism_in_turn(name, share, anchor, update, enforcement, lr_fac
     assert shares.pop(name) == pytest.approx(share)
     assert set(shares.values()) == {0.0}
     assert binding(shares | {name: share}) == name
-    # and against a smaller share of every other one
+    # also where every other mechanism took a smaller share
     assert binding(dict.fromkeys(shares, share / 2) | {name: share}) == name
 
 
@@ -79,7 +79,9 @@ def test_the_threshold_is_one_per_cent() -> None:
 
 def test_what_takes_no_share() -> None:
     shares = binding_shares(ANCHOR._replace(share=None), stats(steps=1), OFF._replace(scale=1.0, limit=0.1), 2.0)
-    assert set(shares.values()) == {0.0}  # no share of the advantage, not stopped by KL, no step cut, a raised rate
+    assert set(shares.values()) == {
+        0.0
+    }  # anchor not in the reward; fewer steps but no stop; a step kept in full; a raised learning rate
     assert binding_shares(ANCHOR, stats(steps=0, planned_steps=0, stopped=True), OFF, 1.0)["stop"] == 0.0
 
 
@@ -147,7 +149,7 @@ def test_a_record_holds_what_was_measured() -> None:
 
 @pytest.mark.parametrize("rule", get_args(ClipRuleName))
 def test_a_range_is_on_record_exactly_where_the_rule_looks_at_it(rule: str) -> None:
-    """By the rule itself: whether any of its gradients depends on the range."""
+    """Whether a rule has a range is measured: whether `gated` depends on it."""
     log_ratio, mask = torch.linspace(-3, 3, 25).repeat(2)[:, None], torch.ones(50, 1, dtype=torch.bool)
     advantages = torch.cat([torch.ones(25, 1), -torch.ones(25, 1)])
     old_logp = torch.full_like(log_ratio, -4.0)

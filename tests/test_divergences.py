@@ -50,7 +50,7 @@ def test_estimators_keep_shape_and_upcast_half_precision(name, options, dtype):
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     assert out.shape == logp.shape
     assert out.dtype is wide
-    # These inputs are exact in every dtype, so half precision must give what float32 gives, to the bit.
+    # These inputs are exact in every dtype, so that half precision must equal float32 bit for bit.
     assert torch.equal(out, ESTIMATORS[name](logp.to(wide), ref_logp.to(wide), **options))
     truth = formulas.sample(name, ref_logp.double() - logp.double(), **options)
     order = options.get("order", 0.5)  # the formula divides by order·(order − 1)
@@ -77,7 +77,7 @@ def test_estimators_never_nan_and_infinite_only_by_true_overflow(name, options, 
     assert not logp.grad.isnan().any()
     if name != "k1":
         assert (value >= -1e-6).all()  # rounding only
-    # A constant factor of the definition, or its subtraction of two large terms, may bring another unit of the logarithm.
+    # A constant factor of a definition, or a difference of two large terms in it, may shift the overflow by a factor of e.
     truth = formulas.sample(name, x, **options)
     within = truth < torch.finfo(dtype).max * math.exp(-2)
     assert not (value.isinf() & within).any()
@@ -86,7 +86,7 @@ def test_estimators_never_nan_and_infinite_only_by_true_overflow(name, options, 
 @pytest.mark.parametrize("log_u", [1e-3, -1e-3, 3e-4])
 @pytest.mark.parametrize(("name", "options"), ESTIMATOR_CASES)
 def test_estimators_are_accurate_near_equality_in_float32(name, options, log_u):
-    """u − 1 − log u taken literally has no correct digit left at 1e-4."""
+    """Evaluated literally, u − 1 − log u has no correct digit at 1e-4."""
     x = torch.tensor([log_u])
     truth = formulas.sample(name, x, **options)
     order = options.get("order", 0.5)
@@ -96,7 +96,7 @@ def test_estimators_are_accurate_near_equality_in_float32(name, options, log_u):
 
 @pytest.mark.parametrize("log_u", [80.0, -80.0])
 def test_values_at_log_ratios_of_80(log_u):
-    """In float32; chi2 at e^80 squared is the only one of the defaults that no longer fits."""
+    """In float32, where only chi2 overflows, at e^160."""
     one = torch.zeros(1)
     for name in ESTIMATORS:
         value = ESTIMATORS[name](one, one + log_u).item()
@@ -110,7 +110,7 @@ def test_values_at_log_ratios_of_80(log_u):
 def test_gradcheck_of_estimators(name, options):
     logp = torch.tensor([-1.0, -2.0, -3.0, -0.2, -5.0, -46.0, -0.1], dtype=torch.float64, requires_grad=True)
     ref_logp = torch.tensor([-1.3, -0.5, -3.001, -4.0, -0.9, -1.0, -44.0], dtype=torch.float64, requires_grad=True)
-    if name in ("chi2", "alpha"):  # e^±90 is beyond finite differences there
+    if name in ("chi2", "alpha"):  # e^±90 is out of the range of finite differences
         logp, ref_logp = logp.detach()[:5].requires_grad_(), ref_logp.detach()[:5].requires_grad_()
     scale = lambda x: torch.asinh(x)  # noqa: E731  brings e^45 into the range of finite differences
     assert torch.autograd.gradcheck(lambda a, b: scale(ESTIMATORS[name](a, b, **options)), (logp, ref_logp))
@@ -118,7 +118,7 @@ def test_gradcheck_of_estimators(name, options):
 
 @pytest.mark.parametrize("mean", [0.1, 1.0])
 def test_schulmans_table_closed_forms(mean):
-    """With p = N(m, 1), q = N(0, 1); moments through the estimators by Gauss-Hermite quadrature, exact for these."""
+    """p = N(m, 1) and q = N(0, 1); the moments come from Gauss-Hermite quadrature, which is exact here."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(120)
     weights = torch.from_numpy(weights / weights.sum())
     x = torch.from_numpy(nodes) + mean
@@ -139,7 +139,7 @@ def test_schulmans_table_closed_forms(mean):
         got = moments(name)
         assert got[0] == pytest.approx(bias, rel=1e-12)
         assert got[1] == pytest.approx(std, rel=1e-12)
-    # and the table as published (bias/true, std/true), to the digits it prints
+    # the published table (bias/true, std/true), to the digits that it gives
     table = {
         0.1: {"k1": (0, 20), "k2": (0.002, 1.42), "k3": (0, 1.42)},
         1.0: {"k1": (0, 2), "k2": (0.25, 1.73), "k3": (0, 1.7)},
@@ -160,7 +160,7 @@ def test_schulmans_table_by_sampling(name, mean):
 
 
 def test_relations_between_orders():
-    """α = ½ is four times squared Hellinger, α = 2 half of χ², α → 0 and 1 the two KLs; Rényi ½ is −2 log(1 − H²)."""
+    """α = ½ is 4·H² (squared Hellinger), α = 2 is χ²/2, α → 0 and α → 1 are the two KLs; Rényi of order ½ is −2 log(1 − H²)."""
     logp = torch.linspace(-6, -0.1, 40, dtype=torch.float64)
     ref_logp = logp.flip(0)
     close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-9)  # noqa: E731

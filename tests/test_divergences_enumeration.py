@@ -1,4 +1,4 @@
-"""Estimators and their gradients against the enumeration of every response of a tiny autoregressive policy."""
+"""Estimators and their gradients against an enumeration of all responses of a tiny autoregressive policy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONTEXTS = [prefix for t in range(T) for prefix in itertools.product(range(V), r
 
 
 def tiny_policies(seed: int) -> tuple[dict, dict]:
-    """Two policies: for each of the 13 contexts, the distribution of the next token."""
+    """Two policies: the distribution of the next token in each of the 13 contexts."""
     p, q = dirichlet(seed, len(CONTEXTS), V, 2.0), dirichlet(seed + 100, len(CONTEXTS), V, 2.0)
     return dict(zip(CONTEXTS, p, strict=True)), dict(zip(CONTEXTS, q, strict=True))
 
@@ -52,22 +52,22 @@ def test_expectation_and_variance_by_enumeration(name, options, seed):
     mean = float(probability @ per_response)
     variance = float(probability @ (per_response - mean) ** 2)
 
-    # E_p Σ_t f(u_t) = Σ over contexts of the chance to visit it times the divergence there
+    # E_p Σ_t f(u_t) = Σ over contexts of P(context) times the divergence in it
     visited = sum(sequence_probability(p, c) * formulas.whole(name, p[c], q[c], **options) for c in CONTEXTS)
     samples = formulas.sample(name, ref_logps - logps, **options).sum(1).numpy()
     assert mean == pytest.approx(visited, rel=1e-10)
     assert variance == pytest.approx(float(probability @ samples**2 - (probability @ samples) ** 2), rel=1e-8)
-    if name in ("k1", "k3"):  # unbiased for the KL between the distributions of whole responses
-        whole = sum(
+    if name in ("k1", "k3"):  # unbiased for the KL between the distributions of responses
+        of_responses = sum(
             sequence_probability(p, y) * math.log(sequence_probability(p, y) / sequence_probability(q, y))
             for y in SEQUENCES
         )
-        assert mean == pytest.approx(whole, rel=1e-10)
+        assert mean == pytest.approx(of_responses, rel=1e-10)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_exact_kl_on_visited_contexts_is_unbiased_with_less_variance_than_k1(seed):
-    """Rao-Blackwell (arXiv 2504.10637): the sum of exact per-context KLs has the sequence KL as its mean."""
+    """Rao-Blackwell (arXiv 2504.10637): the mean of the sum of the exact KLs per context is the KL of the sequence."""
     p, q = tiny_policies(seed)
     probability = np.array([sequence_probability(p, y) for y in SEQUENCES])
     ref_probability = np.array([sequence_probability(q, y) for y in SEQUENCES])
@@ -86,7 +86,7 @@ def test_exact_kl_on_visited_contexts_is_unbiased_with_less_variance_than_k1(see
 
 
 def gradients_by_enumeration(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    """∇ of the estimator's own divergence, and what the two placements give in expectation, on the tiny policy."""
+    """∇ of the estimator's divergence, and the expected gradient of each placement, for the tiny policy."""
     generator = torch.Generator().manual_seed(seed)
     theta = torch.randn(len(CONTEXTS), V, generator=generator, dtype=torch.float64).requires_grad_()
     ref = torch.randn(len(CONTEXTS), V, generator=generator, dtype=torch.float64).log_softmax(-1)
@@ -118,7 +118,7 @@ def test_gradient_kinds_hold_on_a_tiny_policy(name, placement):
     assert kind in get_args(GradientKind)
     assert (kind == "exact") == (error < 1e-12)
     assert (kind == "zero") == (g[placement].norm().item() < 1e-12)
-    if kind == "partial":  # the present-cost term of the exact KL, or the other of the two
+    if kind == "partial":  # the present-cost term of the exact KL, or its future-cost term
         exact_terms = gradients_by_enumeration("exact")
         assert any(torch.allclose(g[placement], exact_terms[term], atol=1e-12) for term in ("loss", "reward"))
     if kind == "biased":

@@ -1,4 +1,4 @@
-"""The exact divergences, over the vocabulary, against their textbook definitions."""
+"""The exact divergences over the vocabulary, against their textbook definitions."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_orderings_on_random_distributions(vocab, concentration):
     assert (d["js"] <= math.log(2) + slack).all()
     assert (d["renyi"] <= d["kl"] + slack).all()  # Rényi grows with its order, which is ½ here
     assert (d["kl"] <= exact("renyi", logp, logq, order=2.0) + slack).all()
-    assert not (d["kl"] <= torch.log1p(d["chi2"]) + slack).all() or vocab > 2  # the other direction is no theorem
+    assert not (d["kl"] <= torch.log1p(d["chi2"]) + slack).all() or vocab > 2  # not a theorem in the other direction
     for name in EXACT:
         assert (d[name] > 0).all()
 
@@ -79,7 +79,7 @@ def test_orderings_on_random_distributions(vocab, concentration):
 @pytest.mark.parametrize("name", ["kl", "forward_kl", "js"])
 @pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2])
 def test_kl_near_equality_is_accurate_in_float32(name, size):
-    """A plain Σ p·log(p/q) in float32 is off by more than the KL itself here."""
+    """The error of a plain Σ p·log(p/q) in float32 is larger than the KL here."""
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(20, 5000, generator=generator)
     ref_logits = logits + size * torch.randn(20, 5000, generator=generator)
@@ -87,7 +87,7 @@ def test_kl_near_equality_is_accurate_in_float32(name, size):
     truth = np.array([formulas.whole(name, a, b) for a, b in zip(p, q, strict=True)])
     out = exact(name, logits, ref_logits)
     assert (out >= 0).all()
-    # log-probabilities of about 10 are rounded to 1e-6, which bounds what any formula can do with them
+    # log-probabilities of about 10 are rounded to 1e-6, which limits the accuracy of any formula
     np.testing.assert_allclose(out.numpy(), truth, rtol=4e-6 / size, atol=1e-11)
 
 

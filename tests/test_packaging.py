@@ -1,4 +1,4 @@
-"""What a user gets by installing: the metadata, the parts that import without TRL, the demo's raw material."""
+"""The package as a user installs it: metadata, pinned versions, imports without TRL, the sdist and the wheel."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_pins_are_exact_portable_and_satisfy_the_bounds() -> None:
 
 
 def test_the_mathematics_needs_neither_trl_nor_transformers() -> None:
-    """Blocked rather than looked for, so that a lazy import at module level cannot hide."""
+    """The imports are blocked: a search of the source could miss an indirect one."""
     code = f"""
 import importlib, sys
 for name in ("accelerate", "bitsandbytes", "datasets", "peft", "transformers", "trl"):
@@ -76,7 +76,7 @@ for name in {MATHEMATICS!r}:
 
 
 def test_importing_takes_less_than_half_a_second_past_torch() -> None:
-    """The best of three, in processor time and in one process each, so that a busy machine does not decide it."""
+    """The fastest of three processes, in processor time, so that other load on the machine has no effect."""
     code = """
 import time, torch
 started = time.process_time()
@@ -129,7 +129,7 @@ def test_accelerate_reads_its_ready_made_configurations(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from the sdist as `python -m build` does, both checked; the build's own requirements installed."""
+    """The wheel that `python -m build` makes from the sdist, both checked by twine; needs the build requirements installed."""
     for tool in ("build", "twine", "hatchling"):
         pytest.importorskip(tool)
     folder = tmp_path_factory.mktemp("dist")
@@ -157,7 +157,7 @@ def test_the_wheel_has_the_package_and_what_it_reads_and_nothing_else(wheel: Pat
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of commands of an environment that borrows this one's packages; only ours is installed, and from the wheel."""
+    """The bin folder of an environment with this package from the wheel, and all others from the current environment."""
     place = tmp_path_factory.mktemp("venv")
     venv.create(place, with_pip=False)
     python = place / "bin" / "python"
@@ -167,7 +167,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python.parent
 
 
-AWAY = {"PYTHONPATH": "", "PYTHONSAFEPATH": "1"}  # from this folder, which has the package too
+AWAY = {"PYTHONPATH": "", "PYTHONSAFEPATH": "1"}  # keeps the package in the current folder from being imported
 
 
 @pytest.mark.slow

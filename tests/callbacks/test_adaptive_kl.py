@@ -35,7 +35,7 @@ def test_the_coefficient_follows_the_rule(kind, tmp_path):
     assert len(coefs) == 6 and coefs[0] == 0.1
     for (coef, after), kl in zip(pairwise([*coefs, trainer.beta]), kls, strict=True):
         assert after == pytest.approx(dual(coef, kl), rel=1e-12)
-    assert min(kls) < TARGET < max(kls), "the rule was asked for one direction only"
+    assert min(kls) < TARGET < max(kls), "the coefficient moved in one direction only"
     assert logged(trainer, "kl/measured") == kls and set(logged(trainer, "kl/target")) == {TARGET}
     used = [{beta for beta, _ in trainer.seen[step]} for step in range(6)]
     assert used == [{coef} for coef in coefs], "the loss used another coefficient than the one logged"
@@ -47,7 +47,7 @@ class State(NamedTuple):
 
 
 class Recorder:
-    """A controller of a user's own, that also keeps what it is told."""
+    """A user-defined controller that keeps the KLs and episodes that it is given."""
 
     def __init__(self) -> None:
         self.told: list[tuple[float, int]] = []
@@ -135,7 +135,7 @@ def test_the_run_starts_at_the_controllers_coefficient(kind, tmp_path):
 
 
 class Keeps(TrainerCallback):
-    """A tracker: what it is given when something is logged."""
+    """A tracker that keeps what is logged."""
 
     def __init__(self) -> None:
         self.logs: list[dict[str, Any]] = []
@@ -162,16 +162,16 @@ def test_a_resumed_run_goes_on_the_same(kind, restored_by_transformers, tmp_path
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     settings |= {"restore_callback_states_from_checkpoint": restored_by_transformers}
     controller = AdaptiveKL(coef=0.1, target=TARGET, horizon=40, clip=0.5)
-    whole = controlled(kind, tmp_path / "run", controller, **settings)
-    whole.train()
+    complete = controlled(kind, tmp_path / "run", controller, **settings)
+    complete.train()
     checkpoint = tmp_path / "run" / "checkpoint-3"
     resumed = controlled(kind, tmp_path / "resumed", controller, **settings)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     for key in ("kl/coef", "kl", "reward"):
-        assert logged(resumed, key) == logged(whole, key), key
-    assert len(set(logged(resumed, "kl/coef"))) == 6 and resumed.beta == whole.beta
+        assert logged(resumed, key) == logged(complete, key), key
+    assert len(set(logged(resumed, "kl/coef"))) == 6 and resumed.beta == complete.beta
     kept = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["AdaptiveKLState"]
-    assert kept["attributes"]["saved"]["state"]["coef"] == logged(whole, "kl/coef")[3]
+    assert kept["attributes"]["saved"]["state"]["coef"] == logged(complete, "kl/coef")[3]
 
 
 def test_a_checkpoint_from_before_the_callback(tmp_path):
@@ -291,7 +291,7 @@ def test_stock_ppo(estimator, tmp_path):
     for (coef, after), kl in zip(pairwise([*coefs, trainer.args.kl_coef]), kls, strict=True):
         assert after == pytest.approx(dual(coef, kl, 0.01), rel=1e-12)
     assert max(kls) > 0.01
-    # what the trainer itself says of its penalty: −β·KL, which tells the β that it used
+    # the penalty that the trainer logs, −β·KL, shows which β it used
     penalties = logged(trainer, "objective/non_score_reward")
     assert [-coef * kl for coef, kl in zip(coefs, kls, strict=True)] == pytest.approx(penalties, rel=1e-4, abs=1e-7)
     for key in ("kl/target", "kl/measured", "kl/coef"):

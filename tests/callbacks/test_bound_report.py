@@ -11,28 +11,13 @@ import pytest
 from transformers import TrainerCallback
 
 from tests import tiny
+from tests.callbacks.terminal import Terminal
 from tests.example_runs import record
 from trl_trustkl import BoundReportCallback, load_records
 from trl_trustkl.callbacks import bound_report as module
 from trl_trustkl.callbacks import table
 from trl_trustkl.callbacks.bound_report import with_report
 from trl_trustkl.errors import ConfigError
-
-
-class Terminal:
-    """A standard output that says it is a terminal."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def write(self, text: str) -> int:
-        self.text += text
-        return len(text)
-
-    def flush(self) -> None: ...
-
-    def isatty(self) -> bool:
-        return True
 
 
 class Stop(TrainerCallback):
@@ -42,7 +27,7 @@ class Stop(TrainerCallback):
 
 @pytest.fixture
 def renders(monkeypatch) -> list[int]:
-    """How many records each rendered report held."""
+    """The number of records of each rendered report."""
     seen: list[int] = []
 
     def render(folder: Path) -> Path:
@@ -55,7 +40,7 @@ def renders(monkeypatch) -> list[int]:
 
 @pytest.fixture
 def said(monkeypatch) -> list[tuple[str, str]]:
-    """What the callback logged, with its level."""
+    """What the callback logged: (level, text)."""
     lines: list[tuple[str, str]] = []
     for level in ("info", "warning"):
         monkeypatch.setattr(module.logger, level, lambda text, level=level: lines.append((level, text)))

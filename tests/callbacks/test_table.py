@@ -1,4 +1,4 @@
-"""The table of updates: its lines fit a terminal, and no text of a record acts on it."""
+"""The table of updates: its lines fit a terminal, and no text of a record can control the terminal."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tests import tiny
+from tests.callbacks.terminal import Terminal
 from tests.example_runs import record
 from trl_trustkl import BoundReportCallback, load_records
 from trl_trustkl.callbacks import table
@@ -38,22 +39,6 @@ def test_the_table_has_a_plain_line_for_each_record_where_there_is_no_terminal(t
     rows = load_records(tmp_path)
     assert [line.split()[1] for line in lines[1:]] == [f"{row['score']:+.3f}" for row in rows]
     assert [float(line.split()[2]) for line in lines[1:]] == [round(row["anchor"]["kl_exact"], 2) for row in rows]
-
-
-class Terminal:
-    """A standard output that says it is a terminal."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def write(self, text: str) -> int:
-        self.text += text
-        return len(text)
-
-    def flush(self) -> None: ...
-
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.mark.parametrize("rich", [True, False])

@@ -1,4 +1,4 @@
-"""`trustkl compare`, from its arguments to its files."""
+"""`trustkl compare`: arguments, exit statuses, output and files."""
 
 from __future__ import annotations
 

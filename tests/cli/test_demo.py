@@ -1,4 +1,4 @@
-"""`trustkl demo`."""
+"""`trustkl demo`: arguments, and runs of the demo."""
 
 from __future__ import annotations
 

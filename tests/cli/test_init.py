@@ -1,4 +1,4 @@
-"""The command line: exit statuses."""
+"""The exit statuses of the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`trustkl report`."""
+"""`trustkl report`: its output and its errors."""
 
 from __future__ import annotations
 

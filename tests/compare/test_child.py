@@ -1,4 +1,4 @@
-"""One run in the process that makes it."""
+"""The process of one run of a comparison."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def test_a_child_ends_with_its_parent() -> None:
     code = "import time; from trl_trustkl.compare.child import end_with_parent; end_with_parent(); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, cwd=ROOT)
     assert process.stdin is not None
-    process.stdin.close()  # as the end of the parent does, however it comes
+    process.stdin.close()  # as happens when the parent ends for any reason
     assert process.wait(timeout=60) == 143

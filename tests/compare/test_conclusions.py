@@ -1,4 +1,4 @@
-"""The paragraph: no sentence that the numbers do not support."""
+"""The paragraph of a comparison, whose every sentence must be supported by the numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SWITCHES = {
 def synthetic(
     name: str, seeds: int = 3, *, config: dict[str, Any] | None = None, noise: float = 1.0, **values: float
 ) -> Result:
-    """A setting whose seeds scatter by a hundredth around the values."""
+    """A setting whose seeds vary by 1 % (times `noise`) around the values."""
     anchored, clipped = SWITCHES.get(name, (True, True))
     rows = {
         seed: dict.fromkeys(METRICS, math.nan)
@@ -43,7 +43,7 @@ NO_CLIP = {"anchor": {"update_kl": 0.5}, "neither": {"kl": 101.0, "update_kl": 1
 
 
 CASES: list[tuple[str, list[Result], list[str], list[str]]] = [
-    # what the case is, the results, what is said, what is not said
+    # name of the case, results, parts of the text, parts that must not be in it
     ("nothing differs", four(),
      ["By score, no two settings are told apart (0.50 to 0.50)",
       "Taking the anchor away did not clearly change KL to the reference, reference log-likelihood and score.",
@@ -114,10 +114,12 @@ def test_a_gap_counts_pooled_standard_deviations_and_needs_disjoint_ranges() -> 
     assert found == (-1, pytest.approx((19 / 3 - 1.5) / pooled))
     assert (
         gap(of(1, 2, 2, 2, 2, 2, 2, 9), of(8, 9, 9, 9, 9, 9, 9, 9), "kl").sign == 0
-    )  # apart, but their ranges overlap
-    assert gap(of(1, 3), of(3.5, 5.5), "kl").sign == 0  # ranges apart by chance, means by less than 2
+    )  # different means, but their ranges overlap
+    assert (
+        gap(of(1, 3), of(3.5, 5.5), "kl").sign == 0
+    )  # disjoint ranges, but means less than 2 standard deviations apart
     assert gap(of(1, 1), of(1, 1), "kl") == (0, 0.0)
-    assert gap(of(10, 1000), of(1e5, 1e7), "ratio").sds == pytest.approx(2 * math.sqrt(2))  # of the logarithm
+    assert gap(of(10, 1000), of(1e5, 1e7), "ratio").sds == pytest.approx(2 * math.sqrt(2))  # of the logarithms
     assert gap(of(math.nan), of(1.0), "kl") is None
 
 

@@ -1,4 +1,4 @@
-"""A run in numbers, against a second computation and by hand."""
+"""The metrics of a run, against a second implementation and by hand."""
 
 from __future__ import annotations
 

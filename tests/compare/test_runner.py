@@ -1,4 +1,4 @@
-"""Every setting with every seed: each run made once, in a process of its own."""
+"""The runs of a comparison: their order, which are made again, their processes, and their failures."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def test_runs_made_under_other_settings_are_refused_and_replaced_on_demand(tmp_p
     assert f"{tmp_path / 'a' / 'seed-1'} was made with updates 3, now 4\n" in said
     assert "kl_coef 0.2, now 0.3; lam left open, now 0.9; updates 3, now 4" in said and "--overwrite" in said
     assert unfinished(planned, overwrite=True) == planned
-    make(unfinished(jobs(TWO._replace(seeds=(1,)), tmp_path, TASK)), Instant())  # fewer seeds are no other settings
+    make(
+        unfinished(jobs(TWO._replace(seeds=(1,)), tmp_path, TASK)), Instant()
+    )  # fewer seeds do not count as other settings
 
 
 def test_equal_settings_have_no_differences() -> None:
@@ -99,7 +101,7 @@ def test_cores_are_divided_among_the_processes(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_process_of_its_own_and_its_error(tmp_path: Path) -> None:
-    """Real processes, which fail before they build a model: what reaches the parent is the error's last line."""
+    """A real process that fails before it builds a model; its outcome has the last line of the error."""
     wrong = settings.Comparison(1, (1,), {"a": {}})
     planned = jobs(wrong, tmp_path, "tests.nowhere:f")
     (outcome,), _ = make(planned, start_process)

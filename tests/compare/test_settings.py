@@ -1,4 +1,4 @@
-"""What is compared: the settings of a file and of the command line, checked."""
+"""The settings of a comparison, from a file and the command line, and their checks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_file_with_everything_and_what_the_command_line_changes(tmp_path: Path
     )
     found = settings.validate(settings.read(file))
     assert (found.updates, found.seeds) == (7, (1, 2))
-    # 1e-4 without a point is text to YAML 1.1, and a number to everybody else
+    # YAML 1.1 reads 1e-4, without a point, as text
     assert found.settings == {
         "a": {"learning_rate": 1e-4, "cliprange": 0.3, "clip_kwargs": {}},
         "b": {"learning_rate": 1e-4, "cliprange": 0.1},
@@ -93,7 +93,7 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
 
 
 def test_the_tasks_own_configuration_decides_where_it_is_known() -> None:
-    """16 mini-batches are right for the demo's task, and too many for the configuration's defaults."""
+    """16 mini-batches are valid for the demo's task, but too many for the defaults of the configuration."""
     from trl_trustkl.demo.task import sentiment_config
 
     asked = settings.Comparison(1, (1,), {"a": {"num_mini_batches": 16}})

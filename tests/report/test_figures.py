@@ -1,4 +1,4 @@
-"""The figures of a report."""
+"""The figures of a report: files, labels, and long runs."""
 
 from __future__ import annotations
 

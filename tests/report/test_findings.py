@@ -1,4 +1,4 @@
-"""Every finding, on records that show it and on similar records that do not."""
+"""Each finding, on records that show it and on similar records that do not."""
 
 from __future__ import annotations
 
@@ -6,20 +6,15 @@ from typing import Any
 
 import pytest
 
-from tests.example_runs import QUANTILES, trl_run
+from tests.example_runs import QUANTILES, rising, trl_run
 from trl_trustkl.report.findings import FINDINGS, find
 from trl_trustkl.report.summary import summarise
-
-
-def rising(p: float) -> float:
-    return 0.2 + 0.6 * p
-
 
 Changes = dict[str, Any]
 
 
 CASES: list[tuple[str, Changes, Changes, str, str]] = [
-    # finding, a record that shows it, a near one that does not, words of the evidence, words of the advice
+    # finding, records that show it, similar records that do not, part of the evidence, part of the advice
     ("clip_never_binds",
      {"trust__gated": 0.0, "trust__epochs": 1.0},
      {"trust__gated": 0.0, "trust__epochs": 1.0, "trust__rule": "none"},
@@ -205,5 +200,5 @@ def test_findings_in_terms_of_the_trainer(name, changes, advice, tmp_path):
     found = {finding.name: finding for finding in find(trl_run(tmp_path, **changes))}
     assert advice in found[name].advice
     for finding in found.values():
-        assert "–" not in finding.evidence, "a number that is not there, in a sentence that needs it"
+        assert "–" not in finding.evidence, "the sentence has a number that is missing"
         assert not any(option in finding.advice for option in ("trust_", "kl_coef", "kl_controller", "kl_placement"))

@@ -1,4 +1,4 @@
-"""The page: its sections, and no text of a record that acts on it."""
+"""The page of a report: its sections, and hostile texts in its records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trl_trustkl.report.figures import FIGURES
 
 
 def skeleton(page: Page) -> list[tuple[str, list[str]]]:
-    """Every element with its attributes, data of the figures and texts about them left out."""
+    """Every element with its attributes, without the data of the figures."""
     return [
         (
             tag,
@@ -26,7 +26,7 @@ def skeleton(page: Page) -> list[tuple[str, list[str]]]:
 
 
 def hostile(folder: Path) -> Path:
-    """A run with an attack in every place that takes text."""
+    """A run with a hostile text in every field that holds text."""
     rows = rows_of(len(ATTACKS))
     for row, attack in zip(rows, ATTACKS, strict=True):
         row["binding"] = row["refused"] = attack
@@ -45,7 +45,7 @@ def hostile(folder: Path) -> Path:
 
 
 def test_nothing_of_a_record_becomes_an_element_or_an_attribute(tmp_path: Path) -> None:
-    folder = hostile(tmp_path / '"><script>alert(1)<')  # "/" cannot be part of a folder's name
+    folder = hostile(tmp_path / '"><script>alert(1)<')  # "/" cannot be part of the name of a folder
     raw = render_report(folder, tmp_path / "hostile.html").read_text("utf-8")
     page = Page(raw)
     tags = {tag for tag, _ in page.elements}
@@ -62,7 +62,7 @@ def test_nothing_of_a_record_becomes_an_element_or_an_attribute(tmp_path: Path) 
 
 
 def test_the_structure_of_the_page_does_not_depend_on_the_texts(tmp_path: Path) -> None:
-    """The same records with harmless words give the same elements with the same attributes, one by one."""
+    """Hostile records give the same elements and attributes as the same records with harmless words."""
     attacked = hostile(tmp_path / "a")
     harmless = tmp_path / "b"
     harmless.mkdir()

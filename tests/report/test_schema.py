@@ -1,4 +1,4 @@
-"""Records and completions from anywhere are read without a crash, or named in an error."""
+"""Reading records and completions of any origin: repairs, notes and errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trl_trustkl.report import read_run, render_report
 
 
 def with_line(folder: Path, line: bytes, file: str = "bounds.jsonl") -> Path:
-    """A run whose third line is `line`."""
+    """A run with `line` as the third line of `file`."""
     write_run(folder, rows_of(4), [SAMPLE_KEYS] * 4)
     lines = (folder / file).read_bytes().splitlines(keepends=True)
     (folder / file).write_bytes(b"".join([*lines[:2], line, *lines[2:]]))
@@ -122,11 +122,11 @@ def test_no_records(tmp_path: Path) -> None:
 
 
 def test_records_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, mode: str) -> Any:
+    def forbidden(path: Path, mode: str) -> Any:
         raise PermissionError(13, "Permission denied")
 
     folder = run_folder(tmp_path)
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "open", forbidden)
     with pytest.raises(DataError, match=r"bounds.jsonl cannot be read: Permission denied"):
         read_run(folder)
 

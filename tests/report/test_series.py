@@ -1,4 +1,4 @@
-"""Columns of a run's records."""
+"""Columns of a run's records, and statistics of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The answer in words."""
+"""The summary of a run in words."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import json
 
 import pytest
 
-from tests.example_runs import trl_run
+from tests.example_runs import rising, trl_run
 from trl_trustkl.report.findings import FINDINGS
 from trl_trustkl.report.schema import Run
 from trl_trustkl.report.series import shares
 from trl_trustkl.report.summary import summarise
 from trl_trustkl.report.tables import settings
-
-
-def rising(p: float) -> float:
-    return 0.2 + 0.6 * p
 
 
 def words(run: Run) -> dict[str, str]:
@@ -77,7 +73,7 @@ def test_refused_updates_are_told(run_of) -> None:
 
 
 def test_a_refused_update_is_neither_bound_nor_shortened(run_of) -> None:
-    """Whatever its record says: one of an earlier version may name what took a share of what was undone."""
+    """Records of earlier versions may name a mechanism for an update that was rolled back."""
     run = run_of(
         refused=lambda p: "too far" if p == 1 else None,
         binding=lambda p: "backtrack" if p == 1 else "clip",

@@ -1,4 +1,4 @@
-"""The tables of a report."""
+"""The tables of a report: settings, updates, completions, and several runs."""
 
 from __future__ import annotations
 

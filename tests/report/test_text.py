@@ -1,4 +1,4 @@
-"""Text of unknown origin made visible, and numbers as text."""
+"""Text of unknown origin made safe to show, and numbers as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run with an engine of the user's own."""
+"""Runs with a user-defined rollout engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Dictated:
-    """Answers the n-th prompt of a rollout with n + 1 even words and a stop token; keeps what it was asked."""
+    """Responds to the prompts with 1 to 4 even words and a stop token, and keeps the calls that it receives."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
@@ -59,7 +59,7 @@ def test_a_run_with_an_engine_of_the_users_own(tmp_path):
     before = {name: p.detach().clone() for name, p in trainer.model.policy.named_parameters()}
     trainer.train()
     assert any(not torch.equal(p, before[name]) for name, p in trainer.model.policy.named_parameters())
-    assert fresh == [True] * 3, "a rollout was sampled from other weights than the policy's"
+    assert fresh == [True] * 3, "the weights of a rollout were not those of the policy"
     assert [call if isinstance(call, str) else call[0] for call in mine.calls] == [
         "check", *["sync", "generate"] * 3, "close"
     ]  # fmt: skip

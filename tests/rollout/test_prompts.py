@@ -1,4 +1,4 @@
-"""From the rows of a dataset to batches of prompts."""
+"""Prompts: encoding, checks, padding, and the order of a run."""
 
 from __future__ import annotations
 

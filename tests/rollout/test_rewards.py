@@ -1,4 +1,4 @@
-"""Reward functions and reward models, one call of each."""
+"""Single calls of reward functions and reward models, and their checks."""
 
 from __future__ import annotations
 

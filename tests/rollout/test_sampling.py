@@ -1,4 +1,4 @@
-"""Where a response ends, and samples as padded tensors."""
+"""Stop tokens, the masks of responses, and samples as padded tensors."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_samples_are_padded_on_the_right_with_a_mask_of_their_tokens():
 
 
 class Answers:
-    """An engine that returns what it is given, and keeps the prompts and the seed."""
+    """An engine that returns the given responses, and keeps the prompts and the seed."""
 
     def __init__(self, *ids: list[int]) -> None:
         self.ids = ids

@@ -32,14 +32,14 @@ def engine(model: Any = None, **changes: Any) -> TransformersEngine:
 
 
 def dense_logps(model: Any, prompt: Tensor, response: Tensor) -> Tensor:
-    """log π over the vocabulary at each token of a response, [t, V], from the model's whole forward pass over this row."""
+    """log π over the vocabulary at each token of a response, [t, V], from a forward pass over this row alone."""
     with torch.no_grad():
         logits = model(input_ids=torch.cat([prompt, response]).unsqueeze(0)).logits[0]
     return (logits[len(prompt) - 1 : -1].double() / TEMPERATURE).log_softmax(-1)
 
 
 def same(one: Samples, other: Samples) -> bool:
-    """Bit for bit."""
+    """Whether two samples are equal bit for bit."""
     pairs = [pair for name in ("ids", "logps") for pair in zip(getattr(one, name), getattr(other, name), strict=True)]
     return one.finish_reasons == other.finish_reasons and all(torch.equal(*pair) for pair in pairs)
 
@@ -52,7 +52,7 @@ def test_responses_end_at_their_first_stop_token_or_at_the_length(family):
         assert ids.shape == logps.shape and ids.dtype == torch.long
         stops = [position for position, token in enumerate(ids.tolist()) if token in STOPS]
         if reason == "stop":
-            assert stops == [len(ids) - 1], "a response goes on after a stop token, or ends without one"
+            assert stops == [len(ids) - 1], "a response continues after a stop token, or stops without one"
         else:
             assert reason == "length" and stops == [] and len(ids) == LENGTH
     assert set(found.finish_reasons) == {"stop", "length"} and len({len(ids) for ids in found.ids}) > 2
@@ -64,7 +64,7 @@ def test_a_stop_token_at_the_last_position_counts_as_a_stop():
 
 
 def test_without_a_stop_token_every_response_has_the_whole_length():
-    """The model's own end of sequence, in its generation config, ends nothing."""
+    """The end of sequence of the model's generation config does not end a response."""
     found = engine(stop_ids=[], response_length=30).generate(PROMPTS, seed=1)
     assert found.finish_reasons == ["length"] * len(PROMPTS) and {len(ids) for ids in found.ids} == {30}
     assert any(2 in ids for ids in found.ids), "no end of sequence was sampled"
@@ -96,7 +96,7 @@ def test_samples_follow_from_the_seed_alone():
     torch.manual_seed(123)
     before = torch.get_rng_state()
     assert same(one.generate(PROMPTS, seed=1), first) and same(other.generate(PROMPTS, seed=1), first)
-    assert torch.equal(torch.get_rng_state(), before), "sampling drew from the program's random numbers"
+    assert torch.equal(torch.get_rng_state(), before), "sampling changed the global random state"
     assert not same(one.generate(PROMPTS, seed=2), first)
 
 

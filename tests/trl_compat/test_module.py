@@ -1,4 +1,4 @@
-"""`Module`: PyTorch's module at run time, whatever a type checker sees."""
+"""`Module` behaves as PyTorch's module at run time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stand-ins for TRL 1.12's PPO classes: what TRL's model card and hub read of them, and a configuration's start."""
+"""The classes that replace TRL 1.12's PPO classes: the attributes that a model card reads, and the defaults."""
 
 from __future__ import annotations
 

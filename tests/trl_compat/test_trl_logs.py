@@ -1,4 +1,4 @@
-"""One log of a TRL trainer, and its record."""
+"""The record of a single log of a TRL trainer."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def test_clip_rules_of_grpo(changes, rule, low, high):
 @pytest.mark.parametrize(
     ("logs", "changes", "binding"),
     [
-        ({"clip_ratio/region_mean": 0.0, "grad_norm": 0.5}, {}, "unknown"),  # the anchor's share is not known
+        ({"clip_ratio/region_mean": 0.0, "grad_norm": 0.5}, {}, "unknown"),  # the share of the anchor is unknown
         ({"clip_ratio/region_mean": 0.0, "grad_norm": 0.5}, {"beta": 0.0}, "none"),
         ({"clip_ratio/region_mean": 0.0, "grad_norm": 2.0}, {}, "grad_norm"),
         ({"clip_ratio/region_mean": 0.05, "grad_norm": 0.5}, {}, "clip"),
-        ({"clip_ratio": 0.05, "grad_norm": 0.5}, {}, "clip"),  # as Liger's loss calls it
+        ({"clip_ratio": 0.05, "grad_norm": 0.5}, {}, "clip"),  # the name in Liger's loss
         ({"grad_norm": 0.5}, {"beta": 0.0}, "unknown"),
         ({"clip_ratio/region_mean": None, "grad_norm": 0.5}, {"beta": 0.0}, "unknown"),
     ],
@@ -72,7 +72,7 @@ def test_other_trainers_write_nothing(tmp_path):
     assert record_of(args, TrainerState(), {"loss": 1.0}) is None
     trainer = tiny.trainer(tmp_path)
     trainer.train()
-    assert len(load_records(tmp_path)) == 3, "our own trainer's logs became records as well"
+    assert len(load_records(tmp_path)) == 3, "the logs of TrustKLPPOTrainer became records too"
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -1,4 +1,4 @@
-"""Runs of TRL's trainers: what they log becomes records, and a report that claims nothing that is not on record."""
+"""Runs of TRL's trainers: the records of their logs, and a report without claims that are not on record."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_record_for_every_log_of_training(kind, tmp_path):
 
 
 def test_rloo_kl_per_response_is_that_of_the_responses(tmp_path):
-    """The token mean times the mean length is the mean over responses, not an approximation of it."""
+    """The mean over tokens times the mean length equals the mean over responses."""
     trainer = controlled("rloo", tmp_path, max_steps=3)
     sums: list[float] = []
     generate = trainer._generate_and_score_completions
@@ -82,7 +82,7 @@ def test_steps_that_reuse_a_generation_are_recorded_too(kind, tmp_path):
 def test_without_an_anchor(tmp_path):
     rows = recorded(trainer_of("grpo", tmp_path, beta=0.0, max_steps=3, max_grad_norm=0.0))
     assert {row["anchor"]["coef"] for row in rows} == {0.0} and {row["anchor"]["kl"] for row in rows} == {None}
-    assert {row["binding"] for row in rows} == {"none"}, "every mechanism that was on is known to have taken nothing"
+    assert {row["binding"] for row in rows} == {"none"}, "a mechanism bound an update although none took a share"
     words = words_of(read_run(tmp_path))
     assert words["The anchor"] == "The KL to the reference is not on record; β was 0 throughout."
 

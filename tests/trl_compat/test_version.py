@@ -1,4 +1,4 @@
-"""TRL's PPO classes where the installed TRL has them, and those of `ppo_base` elsewhere."""
+"""The PPO classes come from TRL where the installed version has them, and else from `ppo_base`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trl_trustkl.trl_compat import ppo_base, version
 
 
 def imported_anew() -> ModuleType:
-    """A second copy of the module; the first one stays as it is."""
+    """A second copy of the module; the imported one is unchanged."""
     spec = importlib.util.spec_from_file_location("trl_trustkl.trl_compat.version_anew", version.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
