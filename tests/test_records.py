@@ -53,7 +53,7 @@ def test_lines_are_appended_and_read_back(tmp_path):
 def test_a_line_that_cannot_be_appended_is_an_error_with_its_update(tmp_path):
     with pytest.raises(SaveError, match="the record of update 7 could not be appended to"):
         append_line(tmp_path / "nowhere" / "bounds.jsonl", {"update": 7})
-    with pytest.raises(SaveError, match="inner"), written("outer"), written("inner"):
+    with pytest.raises(SaveError, match=r"^`output_dir`: inner \(full\)"), written("outer"), written("inner"):
         raise OSError("full")
 
 

@@ -77,7 +77,7 @@ def test_statistics_of_what_there_is() -> None:
     assert stderr(values) == pytest.approx(np.sqrt(2) / np.sqrt(2)) and stderr(values[:2]) == 0.0
     assert np.isnan(mean(values[1:2])) and np.isnan(largest(values[:0]))
     assert first_third(range(7)) == range(2) and last_third(range(7)) == range(5, 7)
-    assert first_third([9]) == last_third([9]) == [9]
+    assert first_third([8, 9]) == [8] and last_third([8, 9]) == [9]
 
 
 def test_the_share_of_an_early_stop_is_that_of_the_epochs_left_out(run_of) -> None:
