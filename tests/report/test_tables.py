@@ -67,7 +67,9 @@ def test_a_long_run_has_a_row_for_every_so_many_updates(run_of) -> None:
 
 def test_runs_stand_side_by_side(tmp_path) -> None:
     first = read_run(run_folder(tmp_path / "one", 3, trust__limit=0.02, trust__kl_proposed=lambda p: 0.03 * p))
-    second = read_run(run_folder(tmp_path / "two", 6, score=lambda p: p, binding="anchor"))
+    second = read_run(
+        run_folder(tmp_path / "two", 6, score=lambda p: p, binding=lambda p: "anchor" if p > 0.3 else "none")
+    )
     head, rows = comparison([first, second])
     found = {title: cells for title, *cells in rows}
     assert head == ["", "one", "two"] and found["updates"] == ["3", "6"]
