@@ -1,4 +1,4 @@
-"""Every divergence by its definition, apart from the package's own formulas: a row for each estimator."""
+"""The textbook definition of each divergence, independent of the formulas of the package."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Definition(NamedTuple):
-    """As the textbook writes them, control variates and numerical care left out.
+    """Without control variates and without numerical safeguards.
 
-    sample: one sample of the estimator from u = q/p at the sampled token, any shape. whole: what it has in expectation, from
-    the distributions p and q [V]. Both take the order of the divergences that have one.
+    sample: one sample of the estimator from u = q/p at the sampled token, any shape. whole: its expectation, from the
+    distributions p and q [V]. Both take the order; divergences without an order ignore it.
     """
 
     sample: Callable[[Tensor, float], Tensor]

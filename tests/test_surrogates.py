@@ -1,4 +1,4 @@
-"""Clip rules against a second implementation, written from each paper's formula and differentiated by autograd."""
+"""Clip rules against a second implementation of each paper's formula, differentiated by autograd."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 
 LOW, HIGH = 0.2, 0.35
 SEQUENCE_RULES = ("gspo", "gmpo")
-SOFT_RULES = ("none", "spo", "cispo", "sapo")  # those that may remove a part of a token's gradient, or nothing
+SOFT_RULES = ("none", "spo", "cispo", "sapo")  # rules that may remove a part of a token's gradient, or nothing
 OPTIONS = {
     "dual": [{}, {"c": 1.5}],
     "rollback": [{}, {"alpha": 0.02}],
@@ -29,7 +29,7 @@ CASES = [(name, options) for name in SURROGATES for options in OPTIONS.get(name,
 
 
 class Tokens:
-    """A batch with ratios far below to far above the range, ragged rows, one empty row, some zero advantages."""
+    """Ratios from far below to far above the range, rows of different lengths, an empty row and zero advantages."""
 
     def __init__(self, seed: int = 0, spread: float = 0.5, dtype: torch.dtype = torch.float64):
         draw = torch.Generator().manual_seed(seed)
@@ -47,7 +47,7 @@ class Tokens:
 
 
 def paper(name: str, t: Tokens, options: dict[str, float]) -> tuple[Tensor, Tensor]:
-    """(objective, what it would be without the rule), as the paper writes them; plain w, plain min and max."""
+    """(objective with the rule, objective without it) as in the paper, with plain w, min and max."""
     log_w, a = t.log_ratio, t.advantages
     w = log_w.exp()
     p, mu = (t.old_logp + log_w).exp(), t.old_logp.exp()
@@ -121,7 +121,7 @@ def test_value_gradient_and_gated_against_the_paper(name, options, seed, spread)
     assert not out.gated.requires_grad
     if name not in SOFT_RULES:
         assert ((out.gated == 0) | (out.gated == 1)).all()
-    if name != "none" and spread > 1:  # the comparison has seen both sides of every rule
+    if name != "none" and spread > 1:  # tokens on both sides of every rule were compared
         assert (out.gated > 0.5).any()
         assert (out.gated[counts] < 0.5).any()
 
@@ -138,7 +138,7 @@ def test_at_ratio_one_every_rule_is_the_plain_policy_gradient(name):
 @pytest.mark.parametrize("name", SEQUENCE_RULES)
 @pytest.mark.parametrize("spread", [0.1, 0.6])
 def test_sequence_rules_average_to_the_papers_sequence_objective(name, spread):
-    """With one advantage per response, the mean over its tokens is the paper's J, and so is its gradient."""
+    """With one advantage per response, the mean over its tokens equals the paper's J, and so does the gradient."""
     t = Tokens(3, spread)
     t.advantages = t.advantages[:, :1].expand_as(t.log_ratio).clone()
     t.advantages[0] = -0.7
@@ -164,7 +164,7 @@ def test_sequence_rules_average_to_the_papers_sequence_objective(name, spread):
 
 
 def test_ppo_is_a_kl_penalty_on_the_clipped_set():
-    """KLip-PPO (arXiv 2606.23932): w·A − β_t·log(π_old/π) with β_t = −w·A, stopped, on the clipped set and 0 off it."""
+    """KLip-PPO (arXiv 2606.23932): w·A − β_t·log(π_old/π), where β_t = sg(−w·A) on the clipped set and 0 elsewhere."""
     t = Tokens(5)
     w = t.log_ratio.exp()
     clipped = ((t.advantages > 0) & (w > 1 + HIGH)) | ((t.advantages < 0) & (w < 1 - LOW))
@@ -188,7 +188,7 @@ def test_spo_has_its_optimum_at_the_end_of_the_range():
 
 
 def test_hand_computed_constants():
-    """w = 2, A = 3 and w = ½, A = −4, range [0.8, 1.35]; then w = 8, A = −1 for the dual clip at 3."""
+    """Range [0.8, 1.35]: w = 2, A = 3; w = ½, A = −4; and w = 8, A = −1 for the dual clip at 3."""
     log_ratio, a = torch.tensor([[2.0, 0.5, 8.0]]).log(), torch.tensor([[3.0, -4.0, -1.0]])
     mask = torch.ones(1, 3, dtype=torch.bool)
     expected = {
@@ -204,7 +204,7 @@ def test_hand_computed_constants():
 
 
 def test_dppo_by_hand():
-    """π_old = 0.2 → π = 0.5 moves the mass by 0.3; π_old = 0.01 → π = 0.05 is a ratio of 5 and moves it by 0.04."""
+    """π_old = 0.2 → π = 0.5 is a TV of 0.3; π_old = 0.01 → π = 0.05 is a ratio of 5 and a TV of only 0.04."""
     old_logp = torch.tensor([[0.2, 0.01, 0.4, 0.4, 0.01]], dtype=torch.float64).log()
     logp = torch.tensor([[0.5, 0.05, 0.1, 0.1, 0.3]], dtype=torch.float64).log()
     a = torch.tensor([[1.0, 1.0, -1.0, 1.0, 0.0]], dtype=torch.float64)
@@ -264,7 +264,7 @@ def test_no_nan_for_extreme_ratios(name, dtype, low):
             out.objective.sum().backward()
             for each in (*out, leaf.grad):
                 assert not each.isnan().any()
-            if name != "spo":  # whose (w − 1)² is e^160 at 80, beyond float32
+            if name != "spo":  # its (w − 1)² is e^160 at 80, which overflows float32
                 finite = log_ratio.abs() <= 80
                 assert out.objective[finite].isfinite().all()
                 assert leaf.grad[finite].isfinite().all()
@@ -292,7 +292,7 @@ def test_nothing_under_a_false_mask_is_read(name, garbage):
 
 @pytest.mark.parametrize("name", SURROGATES)
 def test_advantages_and_old_log_probabilities_are_data(name):
-    """A caller that forgets to detach them gets no gradient through them, and none through `gated`."""
+    """Without detach by the caller, no gradient flows through them or through `gated`."""
     t = Tokens(2)
     out = run(name, t, {})
     t.advantages.requires_grad_()

@@ -1,4 +1,4 @@
-"""The stubs in `typings/` against the installed libraries, and what mypy makes of a misspelt attribute."""
+"""The stubs in `typings/` against the installed libraries, and misspelt attributes as errors of mypy."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One of each class whose attributes are made when an object is; of the others the class is looked at."""
+    """An object of each class whose attributes are set in its constructor; of other classes the class itself is checked."""
     trainer = tiny.trainer(tmp_path_factory.mktemp("typings"))
     modules = trainer.model.policy.modules()
     return {
@@ -60,12 +60,12 @@ def test_what_a_stub_declares_is_there(path: Path, objects: dict[str, Any]) -> N
 
 
 def missing(stub: str, module: Any, objects: dict[str, Any]) -> Iterator[str]:
-    """What the stub of a module declares, and the module or its objects do not have."""
+    """The names that the stub of a module declares and that neither the module nor its objects have."""
     for node in ast.parse(stub).body:
-        if isinstance(node, ast.ImportFrom):  # `import x as x`: a name of this module too
+        if isinstance(node, ast.ImportFrom):  # `import x as x` declares a name of this module
             yield from (alias.name for alias in node.names if alias.asname and not hasattr(module, alias.asname))
         elif isinstance(node, ast.FunctionDef):
-            yield from refused(node, getattr(module, node.name, None), node.name)
+            yield from mismatched(node, getattr(module, node.name, None), node.name)
         elif isinstance(node, ast.AnnAssign) and not hasattr(module, node.target.id):
             yield node.target.id
         elif isinstance(node, ast.ClassDef):
@@ -91,13 +91,13 @@ def missing_of_class(stub: ast.ClassDef, cls: type, example: Any) -> Iterator[st
         elif isinstance(node, ast.FunctionDef) and node.name not in ("__getattr__", "__setattr__"):
             function = getattr(cls, node.name, None) or getattr(example, node.name, None)
             if "property" not in map(ast.unparse, node.decorator_list):
-                yield from refused(node, function, f"{stub.name}.{node.name}")
+                yield from mismatched(node, function, f"{stub.name}.{node.name}")
             elif not hasattr(example, node.name):
                 yield f"{stub.name}.{node.name}"
 
 
-def refused(stub: ast.FunctionDef, function: Any, name: str) -> Iterator[str]:
-    """The parameters that a stub gives a function and the function does not take, by name or in their place."""
+def mismatched(stub: ast.FunctionDef, function: Any, name: str) -> Iterator[str]:
+    """The parameters of a stub that the function does not take, by name or by position."""
     if function is None:
         yield name
         return
@@ -139,7 +139,7 @@ def test_what_is_not_there_is_found(stub: str, found: list[str], objects: dict[s
 
 
 def test_the_protocols_of_trl_trainers_are_true() -> None:
-    """Each field of a configuration is one of the three's; what is made in a constructor is looked for in its text."""
+    """Each field is one of the three configurations; attributes set in a constructor are searched for in its source."""
     configs = {"grpo": GRPOConfig, "rloo": RLOOConfig, "ppo": PPOConfig}
     for name in TRLConfig.__annotations__:
         assert any(hasattr(config, name) for config in configs.values()), name
@@ -153,7 +153,7 @@ def test_the_protocols_of_trl_trainers_are_true() -> None:
 
 
 class Plant(NamedTuple):
-    """A misspelling: the first `old` in the file becomes `new`, and mypy names `wrong`."""
+    """A misspelling: the first `old` in the file is replaced by `new`, and the error of mypy names `wrong`."""
 
     file: str
     old: str
@@ -196,14 +196,14 @@ PLANTS = (
     Plant("trl_compat/ppo_base.py", '"ppo"]\n', f'"ppo"]\n{PROBE}self.args.lerning_rate\n', "lerning_rate"),
     Plant("trl_compat/trl_logs.py", "args.num_ppo_epochs", "args.num_ppo_epoch", "num_ppo_epoch"),
 )
-"""Together in one copy of the source, as mypy takes a while."""
+"""All are planted in one copy of the source, since mypy takes long."""
 
-slow = pytest.mark.slow  # mypy reads PyTorch anew
+slow = pytest.mark.slow  # mypy analyses PyTorch without a cache
 
 
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What mypy says of the package with everything planted."""
+    """The errors of mypy for the package with all misspellings."""
     pytest.importorskip("mypy")
     copy = tmp_path_factory.mktemp("planted")
     shutil.copy(ROOT / "pyproject.toml", copy)

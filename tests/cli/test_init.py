@@ -20,3 +20,14 @@ def test_the_exit_statuses_are_documented(capsys) -> None:
     said = " ".join(capsys.readouterr().out.split())
     for status in ("0;", "1 for an error of the run", "2 for one of usage", "130 after Ctrl-C", "143 after SIGTERM"):
         assert status in said
+
+
+def test_usage_errors_and_errors_of_a_run_have_their_own_exit_status(tmp_path, capsys):
+    with pytest.raises(SystemExit) as usage:
+        main(["dmeo"])
+    assert usage.value.code == 2
+    assert main(["report", str(tmp_path)]) == 1
+    assert "no records at" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as asked:
+        main(["demo", "--help"])
+    assert asked.value.code == 0

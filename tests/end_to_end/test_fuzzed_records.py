@@ -13,7 +13,7 @@ import pytest
 from hypothesis import strategies as st
 
 from tests.end_to_end.fuzzing import check_rejected, is_json, text
-from tests.test_findings import completions_of, rows_of, write_run
+from tests.example_runs import completions_of, rows_of, write_run
 from trl_trustkl import load_records
 from trl_trustkl.errors import DataError, TrustKLError
 from trl_trustkl.records import BoundRecord

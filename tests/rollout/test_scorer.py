@@ -1,4 +1,4 @@
-"""The scores of a rollout: what each function said, and the sum of it all."""
+"""The scores of a rollout: those of each function, and their weighted sum."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_an_object_without_a_name_has_its_types():
 def test_the_total_is_the_weighted_sum():
     found = scores([says(1, 2, 3), says(10, 20, 30)], [0.5, -2.0])
     assert_equal(found.total, -19.5, -39, -58.5)
-    assert found.by_function["says"] == [1.0, 2.0, 3.0], "what a function said came with its weight"
+    assert found.by_function["says"] == [1.0, 2.0, 3.0], "the scores of a function were multiplied by its weight"
 
 
 def test_the_total_is_added_in_float64():
@@ -132,7 +132,7 @@ def test_a_sum_beyond_float32_is_an_error_although_each_reward_is_within():
 
 
 class Fails:
-    """Fails a number of times, then answers."""
+    """A reward function that raises `times` times, then returns rewards."""
 
     def __init__(self, times: int) -> None:
         self.left, self.calls = times, 0
@@ -150,7 +150,7 @@ def test_a_function_that_fails_is_asked_again_after_longer_and_longer():
     found = scores([other, function], retries=8, wait=lambda seconds: waited.append(seconds))
     assert_equal(found.total, 2, 2, 2)
     assert waited == [1, 2, 4, 8, 16, 32, 60, 60] and function.calls == 9
-    assert other.calls == 1, "a function that had answered was asked again"
+    assert other.calls == 1, "a function that had returned was called again"
 
 
 def test_the_last_failure_is_raised():

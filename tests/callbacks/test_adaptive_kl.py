@@ -1,102 +1,30 @@
-"""AdaptiveKLCallback on TRL's own trainers: against the rules of the controllers, applied by hand to what was measured."""
+"""AdaptiveKLCallback on TRL's trainers, against the rules of the controllers applied by hand to the measured KL."""
 
 from __future__ import annotations
 
 import json
 import math
 import textwrap
-from collections import defaultdict
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
 from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
+from trl import GRPOTrainer, SFTConfig, SFTTrainer
 
 from tests import tiny
 from tests.processes import in_two_processes
+from tests.trl_trainers import DUAL, KINDS, TARGET, TRAINERS, controlled, logged, trainer_of, trl_ppo
 from trl_trustkl import AdaptiveKLCallback
 from trl_trustkl.callbacks.adaptive_kl import SMALLEST
 from trl_trustkl.controllers import AdaptiveKL, DualKL, ScheduledKL, ThresholdKL
 from trl_trustkl.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-TARGET = 0.02
-DUAL = DualKL(coef=0.1, target=TARGET, lr=0.3)
-
-
-class Spied:
-    """Keeps the `beta` and the KL of every micro-step (GRPO) or generation (RLOO) of training, by optimizer step."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.seen: dict[int, list[tuple[float, float]]] = defaultdict(list)
-
-    def keep(self) -> None:
-        if self.model.training and self.beta:
-            self.seen[self.state.global_step].append((self.beta, self._metrics["train"]["kl"][-1]))
-
-
-class SpiedGRPO(Spied, GRPOTrainer):
-    def _compute_loss(self, model: Any, inputs: Any) -> Any:
-        loss = super()._compute_loss(model, inputs)
-        self.keep()
-        return loss
-
-
-class SpiedRLOO(Spied, RLOOTrainer):
-    def _generate_and_score_completions(self, inputs: Any) -> Any:
-        outputs = super()._generate_and_score_completions(inputs)
-        self.keep()
-        return outputs
-
-
-TRAINERS = {"grpo": (SpiedGRPO, GRPOConfig), "rloo": (SpiedRLOO, RLOOConfig)}
-KINDS = pytest.mark.parametrize("kind", TRAINERS)
-
-
-def trainer_of(kind: str, folder: Any, **changes: Any) -> Any:
-    settings = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "num_generations": 4,
-        "max_completion_length": 6,
-        "max_steps": 5,
-        "beta": 0.1,
-        "learning_rate": 2e-2,
-        "lr_scheduler_type": "constant",
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-    }
-    trainer, config = TRAINERS[kind]
-    return trainer(
-        model=tiny.llama(), reward_funcs=tiny.good_words, args=config(**settings | changes), eval_dataset=tiny.prompts(4),
-        train_dataset=tiny.prompts(), processing_class=tiny.tokenizer(), peft_config=tiny.lora(),
-    )  # fmt: skip
-
-
-def controlled(kind: str, folder: Any, controller: Any = DUAL, **changes: Any) -> Any:
-    trainer = trainer_of(kind, folder, **changes)
-    trainer.add_callback(AdaptiveKLCallback(controller, trainer=trainer))
-    return trainer
-
-
-def logged(trainer: Any, key: str) -> list[float]:
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
 def dual(coef: float, kl: float, target: float = TARGET) -> float:
     return coef * math.exp(0.3 * min(max(max(kl, 0.0) / target - 1, -1.0), 1.0))
-
-
-# -- the rule, applied to the metric -----------------------------------------------------------------------------------
 
 
 @KINDS
@@ -107,7 +35,7 @@ def test_the_coefficient_follows_the_rule(kind, tmp_path):
     assert len(coefs) == 6 and coefs[0] == 0.1
     for (coef, after), kl in zip(pairwise([*coefs, trainer.beta]), kls, strict=True):
         assert after == pytest.approx(dual(coef, kl), rel=1e-12)
-    assert min(kls) < TARGET < max(kls), "the rule was asked for one direction only"
+    assert min(kls) < TARGET < max(kls), "the coefficient moved in one direction only"
     assert logged(trainer, "kl/measured") == kls and set(logged(trainer, "kl/target")) == {TARGET}
     used = [{beta for beta, _ in trainer.seen[step]} for step in range(6)]
     assert used == [{coef} for coef in coefs], "the loss used another coefficient than the one logged"
@@ -119,7 +47,7 @@ class State(NamedTuple):
 
 
 class Recorder:
-    """A controller of a user's own, that also keeps what it is told."""
+    """A user-defined controller that keeps the KLs and episodes that it is given."""
 
     def __init__(self) -> None:
         self.told: list[tuple[float, int]] = []
@@ -207,7 +135,7 @@ def test_the_run_starts_at_the_controllers_coefficient(kind, tmp_path):
 
 
 class Keeps(TrainerCallback):
-    """A tracker: what it is given when something is logged."""
+    """A tracker that keeps what is logged."""
 
     def __init__(self) -> None:
         self.logs: list[dict[str, Any]] = []
@@ -228,25 +156,22 @@ def test_trackers_get_target_kl_and_coefficient(kind, tmp_path):
         assert len(logged(trainer, key)) == 5
 
 
-# -- checkpoints -------------------------------------------------------------------------------------------------------
-
-
 @KINDS
 @pytest.mark.parametrize("restored_by_transformers", [False, True])
 def test_a_resumed_run_goes_on_the_same(kind, restored_by_transformers, tmp_path):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     settings |= {"restore_callback_states_from_checkpoint": restored_by_transformers}
     controller = AdaptiveKL(coef=0.1, target=TARGET, horizon=40, clip=0.5)
-    whole = controlled(kind, tmp_path / "run", controller, **settings)
-    whole.train()
+    complete = controlled(kind, tmp_path / "run", controller, **settings)
+    complete.train()
     checkpoint = tmp_path / "run" / "checkpoint-3"
     resumed = controlled(kind, tmp_path / "resumed", controller, **settings)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     for key in ("kl/coef", "kl", "reward"):
-        assert logged(resumed, key) == logged(whole, key), key
-    assert len(set(logged(resumed, "kl/coef"))) == 6 and resumed.beta == whole.beta
+        assert logged(resumed, key) == logged(complete, key), key
+    assert len(set(logged(resumed, "kl/coef"))) == 6 and resumed.beta == complete.beta
     kept = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["AdaptiveKLState"]
-    assert kept["attributes"]["saved"]["state"]["coef"] == logged(whole, "kl/coef")[3]
+    assert kept["attributes"]["saved"]["state"]["coef"] == logged(complete, "kl/coef")[3]
 
 
 def test_a_checkpoint_from_before_the_callback(tmp_path):
@@ -272,9 +197,6 @@ def test_training_twice_goes_on(tmp_path):
     trainer.train()
     assert [episodes for _, episodes in recorder.told] == [8, 8, 8, 8]
     assert trainer.beta == pytest.approx(0.1 * 1.1**4)
-
-
-# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 @KINDS
@@ -357,22 +279,9 @@ def test_a_trainer_that_measures_no_kl(tmp_path):
         trainer.train()
 
 
-# -- the PPO trainer of TRL 1.12 ---------------------------------------------------------------------------------------
-
-
-def stock_ppo(folder: Any, **changes: Any) -> Any:
-    pytest.importorskip("trl.experimental.ppo", reason="TRL 1.13 removed its PPO trainer")
-    from tests import stock_ppo
-
-    settings = {
-        "per_device_train_batch_size": 5, "gradient_accumulation_steps": 2, "total_episodes": 40, "num_ppo_epochs": 2,
-    }  # fmt: skip
-    return stock_ppo.stock_trainer(folder, stock_ppo.models(), settings | changes)
-
-
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_stock_ppo(estimator, tmp_path):
-    trainer = stock_ppo(tmp_path, kl_estimator=estimator)
+    trainer = trl_ppo(tmp_path, kl_estimator=estimator)
     tracker = Keeps()
     trainer.add_callback(tracker)
     trainer.add_callback(AdaptiveKLCallback(DualKL(coef=0.2, target=0.01, lr=0.3), trainer=trainer))
@@ -382,7 +291,7 @@ def test_stock_ppo(estimator, tmp_path):
     for (coef, after), kl in zip(pairwise([*coefs, trainer.args.kl_coef]), kls, strict=True):
         assert after == pytest.approx(dual(coef, kl, 0.01), rel=1e-12)
     assert max(kls) > 0.01
-    # what the trainer itself says of its penalty: −β·KL, which tells the β that it used
+    # the penalty that the trainer logs, −β·KL, shows which β it used
     penalties = logged(trainer, "objective/non_score_reward")
     assert [-coef * kl for coef, kl in zip(coefs, kls, strict=True)] == pytest.approx(penalties, rel=1e-4, abs=1e-7)
     for key in ("kl/target", "kl/measured", "kl/coef"):
@@ -390,21 +299,19 @@ def test_stock_ppo(estimator, tmp_path):
 
 
 def test_stock_ppo_keeps_the_state_in_its_checkpoints(tmp_path):
-    trainer = stock_ppo(tmp_path, save_strategy="steps", save_steps=2)
+    trainer = trl_ppo(tmp_path, save_strategy="steps", save_steps=2)
     trainer.add_callback(AdaptiveKLCallback(DUAL, trainer=trainer))
     trainer.train()
-    file = tmp_path / "stock" / "checkpoint-2" / "trainer_state.json"
+    file = tmp_path / "checkpoint-2" / "trainer_state.json"
     saved = json.loads(file.read_text())["stateful_callbacks"]["AdaptiveKLState"]["attributes"]["saved"]
     assert saved["state"]["coef"] == logged(trainer, "kl/coef")[2] and saved["step"] == 2
 
-
-# -- two processes -----------------------------------------------------------------------------------------------------
 
 TWO_PROCESSES = """
     import json, sys
     from pathlib import Path
 
-    from tests.test_adaptive import controlled, logged
+    from tests.trl_trainers import controlled
 
     for kind in ("grpo", "rloo"):
         trainer = controlled(kind, f"{sys.argv[1]}/{kind}", per_device_train_batch_size=2, max_steps=3, ddp_backend="gloo")

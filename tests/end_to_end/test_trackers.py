@@ -1,4 +1,4 @@
-"""Every tracker of `report_to` gets the record: the numbers that it read back are those of `bounds.jsonl`."""
+"""Records in the trackers of `report_to`: the values that are read back equal those of `bounds.jsonl`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def run(folder, tracker: str, **changes) -> list[dict]:
 
 
 def numbers(record: dict) -> dict[str, float]:
-    """What a tracker can plot; the record's own texts, switches and missing numbers stay in the files."""
+    """The numbers of a flat record, which trackers plot; texts, booleans and missing numbers are only in the files."""
     return {k: v for k, v in record.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
 def assert_same(read: list[dict[str, float]], records: list[dict], rel: float = 0.0) -> None:
-    """`read`: one dict a logged step, with transformers' prefix."""
+    """`read`: one dict per logged step; its keys have the prefix of transformers."""
     assert len(read) == len(records) == UPDATES
     for got, record in zip(read, records, strict=True):
         expected = numbers(record)
@@ -55,9 +55,9 @@ def test_tensorboard(tmp_path, monkeypatch):
     assert_same(read, records, rel=1e-6)  # single precision
 
 
-@pytest.mark.slow  # its import and its service take longer than all the rest
+@pytest.mark.slow  # the import of wandb and its service take longer than the other tests
 def test_wandb_offline(tmp_path, monkeypatch):
-    """Read back from the log that wandb keeps of an offline run."""
+    """The values are read from the log file of an offline run."""
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
@@ -73,7 +73,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
 
 
 def offline_history(file: Path) -> list[dict]:
-    """The rows of history in wandb's log: protobufs, framed as in LevelDB's log after a header of seven bytes."""
+    """The history rows of wandb's log: protobufs, framed as in a LevelDB log after a header of seven bytes."""
     from wandb.proto import wandb_internal_pb2
 
     data, at, payload, rows = file.read_bytes(), 7, b"", []
@@ -84,7 +84,7 @@ def offline_history(file: Path) -> list[dict]:
         _, length, kind = struct.unpack("<IHB", data[at : at + 7])
         payload += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # a whole payload, or the end of one
+        if kind in (1, 4):  # a complete payload, or the end of one
             record = wandb_internal_pb2.Record.FromString(payload)
             items, payload = record.history.item, b""
             rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
@@ -92,7 +92,7 @@ def offline_history(file: Path) -> list[dict]:
 
 
 def test_trackio_local(tmp_path, monkeypatch):
-    """Read back from trackio's local database."""
+    """The values are read from trackio's local database."""
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # before the import, which reads it
     pytest.importorskip("trackio")
     from trackio.sqlite_storage import SQLiteStorage

@@ -1,4 +1,4 @@
-"""What the callbacks assume of TRL and transformers beyond their documented interface, on the versions installed."""
+"""What the callbacks rely on beyond the documented interface of TRL's trainers and of transformers, as installed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def source(thing: object) -> str:
 def test_metrics_are_lists_by_mode_pooled_and_cleared_at_a_log(trainer):
     assert '_metrics = {"train": defaultdict(list), "eval": defaultdict(list)}' in source(trainer.__init__)
     log = source(trainer.log)
-    # a cleared dict, and so a new list for what comes next; and the average over the list in between
+    # the dict is cleared, so that the next value goes to a new list; before that, the average over the list is logged
     assert "self._metrics[mode].clear()" in log and "sum(valid) / len(valid)" in log
     assert log.index("super().log(") < log.index(".clear()")
     metrics = {"train": defaultdict(list)}
@@ -38,17 +38,17 @@ def test_the_kl_of_grpo_is_a_token_mean_of_k3_at_every_micro_step():
     assert 'self._metrics[mode]["kl"].append(global_masked_mean(per_token_kl))' in loss
     k3 = r"torch\.exp\(ref_per_token_logps - per_token_logps\) - \(ref_per_token_logps - per_token_logps\) - 1"
     assert re.search(k3, loss)
-    assert 'reduce(torch.stack([local_sum, local_count]), reduction="sum")' in loss, "no longer pooled over processes"
+    assert 'reduce(torch.stack([local_sum, local_count]), reduction="sum")' in loss, "no longer reduced over processes"
     assert re.search(r"use_bias_correction_kl:\s+per_token_kl = per_token_kl \* coef_1", loss)
 
 
 def test_the_kl_of_rloo_is_a_token_mean_of_k1_at_every_generation():
     generate = source(RLOOTrainer._generate_and_score_completions)
     assert "per_token_kl = old_per_token_logps - ref_per_token_logps" in generate
-    pooled = (
+    reduced = (
         r"\[\(per_token_kl \* completion_mask\)\.sum\(\), completion_mask\.sum\(\)\.float\(\)\]\), reduction=\"sum\""
     )
-    assert re.search(pooled, generate)
+    assert re.search(reduced, generate)
     assert 'self._metrics[mode]["kl"].append((kl_stats[0] / kl_stats[1].clamp(min=1.0)).item())' in generate
     assert '["kl"]' not in source(RLOOTrainer._compute_loss)
     assert "rewards = rewards - self.beta * kl" in generate
@@ -56,10 +56,10 @@ def test_the_kl_of_rloo_is_a_token_mean_of_k1_at_every_generation():
 
 @BOTH
 def test_beta_is_read_when_it_is_used(trainer):
-    """Where the coefficient is copied at construction, moving `beta` would do nothing."""
+    """If a trainer copied the coefficient at construction, changing `beta` would have no effect."""
     code = source(trainer)
     assert "self.beta = args.beta" in code
-    # Liger's loss in TRL 1.12 is the one thing that is built with it, under the name that the callback looks for.
+    # In TRL 1.12 only Liger's loss is built with it, under the attribute that the callback checks.
     for copy in re.finditer(r"\w+\((?=\s*beta=self\.beta)", code):
         assert code[: copy.start()].rstrip().endswith("self.liger_loss ="), "another loss has the coefficient built in"
     assert len(re.findall(r"self\.args\.beta\b", code)) == 0
@@ -80,7 +80,7 @@ def test_states_of_callbacks_in_checkpoints():
     assert "self.state.stateful_callbacks[cb_name] = cb_state" in source(Trainer._save_checkpoint)
     loaded = TrainerState(stateful_callbacks={"AdaptiveKLState": {"args": {}, "attributes": {"saved": {}}}})
     assert loaded.stateful_callbacks == {"AdaptiveKLState": {"args": {}, "attributes": {"saved": {}}}}
-    # rebuilt from what the checkpoint holds alone: the reason why the state is a callback of its own
+    # rebuilt from the checkpoint alone, which is why the state is a separate callback
     assert "type(callback)(**args)" in source(Trainer._load_callback_state)
 
 

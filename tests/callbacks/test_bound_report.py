@@ -1,4 +1,4 @@
-"""BoundReportCallback: every update kept, the report rendered when asked, and never at the cost of the run."""
+"""BoundReportCallback: a record for every update, and a report that never ends a run."""
 
 from __future__ import annotations
 
@@ -11,28 +11,13 @@ import pytest
 from transformers import TrainerCallback
 
 from tests import tiny
-from tests.test_cli import record
+from tests.callbacks.terminal import Terminal
+from tests.example_runs import record
 from trl_trustkl import BoundReportCallback, load_records
 from trl_trustkl.callbacks import bound_report as module
 from trl_trustkl.callbacks import table
 from trl_trustkl.callbacks.bound_report import with_report
 from trl_trustkl.errors import ConfigError
-
-
-class Terminal:
-    """A standard output that says it is a terminal."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def write(self, text: str) -> int:
-        self.text += text
-        return len(text)
-
-    def flush(self) -> None: ...
-
-    def isatty(self) -> bool:
-        return True
 
 
 class Stop(TrainerCallback):
@@ -42,7 +27,7 @@ class Stop(TrainerCallback):
 
 @pytest.fixture
 def renders(monkeypatch) -> list[int]:
-    """How many records each rendered report held."""
+    """The number of records of each rendered report."""
     seen: list[int] = []
 
     def render(folder: Path) -> Path:
@@ -55,14 +40,11 @@ def renders(monkeypatch) -> list[int]:
 
 @pytest.fixture
 def said(monkeypatch) -> list[tuple[str, str]]:
-    """What the callback logged, with its level."""
+    """What the callback logged: (level, text)."""
     lines: list[tuple[str, str]] = []
     for level in ("info", "warning"):
         monkeypatch.setattr(module.logger, level, lambda text, level=level: lines.append((level, text)))
     return lines
-
-
-# -- the report --------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_ends_with_its_report_and_figures(tmp_path):
@@ -136,9 +118,6 @@ def test_only_the_first_process_writes(tmp_path, renders, capsys):
     assert renders == [] and capsys.readouterr().out == "" and not list(tmp_path.iterdir())
 
 
-# -- one callback, not two ---------------------------------------------------------------------------------------------
-
-
 def reports_of(trainer) -> list[BoundReportCallback]:
     return [each for each in trainer.callback_handler.callbacks if isinstance(each, BoundReportCallback)]
 
@@ -181,9 +160,6 @@ def test_bad_options_are_refused(options, said):
     assert said in str(error.value)
 
 
-# -- the table ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("option", "terminal", "disable_tqdm", "printed"),
     [
@@ -205,36 +181,3 @@ def test_when_the_table_is_printed(tmp_path, monkeypatch, option, terminal, disa
         callback.on_train_begin(trainer.args, trainer.state, trainer.control)
         callback.on_record(trainer.args, trainer.state, trainer.control, record=record(), completions=[])
     assert (table.HEADER.strip() in out.text) == (" clip" in out.text.splitlines()[-1] if printed else False) == printed
-
-
-def test_the_table_has_a_plain_line_for_each_record_where_there_is_no_terminal(tmp_path, capsys):
-    tiny.trainer(tmp_path, callbacks=[BoundReportCallback(report=False, table=True)]).train()
-    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("{")]
-    assert lines[0] == table.HEADER
-    assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3"]
-    rows = load_records(tmp_path)
-    assert [line.split()[1] for line in lines[1:]] == [f"{row['score']:+.3f}" for row in rows]
-    assert [float(line.split()[2]) for line in lines[1:]] == [round(row["anchor"]["kl_exact"], 2) for row in rows]
-
-
-@pytest.mark.parametrize("rich", [True, False])
-def test_no_text_of_a_record_acts_on_the_terminal(monkeypatch, rich):
-    hostile = "\x1b]0;title\x07[red]\x1b[2J\n\r\u202eabc"
-    out = Terminal()
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("TERM", "dumb")
-    if not rich:
-        monkeypatch.setitem(sys.modules, "rich.console", None)
-    with monkeypatch.context() as context:
-        context.setattr(sys, "stdout", out)
-        show = table.printer(progress_bar=False)
-        show(table.line(record(binding=hostile[4:])), None)
-        show(table.line(record(refused=hostile)), "yellow")
-    assert (show is not table._plain) == rich
-    assert out.text.replace("\n", "").isprintable() and out.text.count("\n") == 2
-    assert "title\\x07[r" in out.text and "refused: \\x" in out.text
-
-
-def test_lines_go_plainly_above_a_progress_bar(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", Terminal())
-    assert table.printer(progress_bar=True) is table._plain

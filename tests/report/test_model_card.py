@@ -1,4 +1,4 @@
-"""The model card: what its section says is what the records say, and the rest of the card stays as it was."""
+"""The model card: its section agrees with the records, and the rest of the card is as TRL writes it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests import tiny
-from tests.test_cli import record
+from tests.example_runs import record
 from trl_trustkl import BoundReportCallback, load_records
 from trl_trustkl.report.model_card import END, START, TITLE, outcome, section, with_section
 from trl_trustkl.report.text import markdown, number
@@ -18,7 +18,7 @@ SECTION = re.compile(f"{re.escape(START)}(.*?){re.escape(END)}", re.DOTALL)
 
 
 def parts(readme: Path) -> tuple[dict, str, str]:
-    """Front matter, the only section of ours, and the rest."""
+    """Front matter, the text of the package's only section, and the body."""
     text = readme.read_text("utf-8")
     _, front, body = text.split("---\n", 2)
     (found,) = SECTION.findall(body)
@@ -84,7 +84,7 @@ def test_the_section_is_replaced_and_never_repeated():
 def test_a_run_that_saves_nothing_leaves_a_card_but_no_readme_of_yours(tmp_path):
     tiny.trainer(tmp_path / "new", changes={"max_steps": 1}).train()
     assert "nats per response" in parts(tmp_path / "new" / "README.md")[1]
-    assert "report.html" not in (tmp_path / "new" / "README.md").read_text("utf-8")  # this run rendered none
+    assert "report.html" not in (tmp_path / "new" / "README.md").read_text("utf-8")  # this run rendered no report
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "README.md").write_text("# My project\n")
     tiny.trainer(tmp_path / "mine", changes={"max_steps": 1}).train()

@@ -1,0 +1,93 @@
+"""The run of the demo: its exit status, its evaluation and its closing text."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from tests.example_runs import record
+from trl_trustkl.demo.run import Options, closing, conclude, evaluate, train
+from trl_trustkl.errors import Interrupted
+
+
+def test_the_closing_paragraph_says_what_the_records_say():
+    options = Options(kl_target=6.0, cliprange=0.2)
+    done = [record(i, binding="anchor" if i > 2 else "clip") for i in range(1, 10)]
+    text = " ".join(closing(options, done).split())
+    assert "averaged 5.6 nats per response (target 6)" in text
+    assert "removed 25% of the gradient's weight" in text and "0.030 nats per token on average" in text
+    assert "ratio was 9.5, outside [0.8, 1.2]" in text and "the anchor (7 of 9 updates)" in text
+    calm = [record(trust=record().trust._replace(max_ratio=1.1), binding="none")]
+    assert "within [0.8, 1.2]" in closing(options, calm).replace("\n", " ")
+    assert "none of them" in closing(options, calm).replace("\n", " ")
+
+
+class Trainer:
+    """A trainer whose run raises `ending`, and whose evaluation returns `rows`."""
+
+    def __init__(self, ending: BaseException | None = None, rows: list[dict] | None = None) -> None:
+        self.ending, self.rows = ending, rows
+
+    def train(self) -> None:
+        if self.ending is not None:
+            raise self.ending
+
+    def evaluate_completions(self) -> list[dict]:
+        return self.rows
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"), [(None, 0), (KeyboardInterrupt(), 130), (Interrupted(2), 130), (Interrupted(15), 143)]
+)
+def test_the_status_says_how_the_run_ended(ending, status):
+    assert train(Trainer(ending), console()) == status
+
+
+def test_an_error_of_the_run_is_not_swallowed():
+    with pytest.raises(ValueError, match="wrong"):
+        train(Trainer(ValueError("wrong")), console())
+
+
+def console() -> Console:
+    return Console(file=io.StringIO(), width=80, highlight=False)
+
+
+def evaluated(text: str) -> dict:
+    rows = [
+        {"score": score, "kl": 2 * score, "length": 10, "prompt": [{"content": "asked"}], "completion": text}
+        for score in (0.25, 0.75)
+    ]
+    return evaluate(Trainer(rows=rows))
+
+
+def test_an_evaluation_is_the_mean_over_the_held_out_prompts():
+    assert evaluated("said") == {
+        "score": 0.5, "kl": 1.0, "length": 10, "count": 2, "prompt": "asked", "completion": "said",
+    }  # fmt: skip
+
+
+def test_the_end_says_what_changed_and_where_everything_is(tmp_path):
+    out = console()
+    conclude(
+        out,
+        Options(output_dir="folder"),
+        evaluated("grey"),
+        evaluated("[red]bright\x1b[2J"),
+        [record()],
+        tmp_path / "p",
+    )
+    text = out.file.getvalue()
+    assert "Held-out prompts before: score +0.50, KL to the reference 1.00 nats/response" in text
+    assert "Before:  grey" in text and "After:   [red]bright\\x1b[2J" in text and "\x1b" not in text
+    assert "(a line for each of 1 updates)" in text and "The anchor compared the policy" in text
+    assert "Report:" in text and "folder/adapter" in text
+
+
+def test_a_run_that_was_ended_says_nothing_of_afterwards():
+    out = console()
+    conclude(out, Options(output_dir="folder"), evaluated("grey"), None, [], None)
+    text = out.file.getvalue()
+    assert "Held-out" not in text and "Report:" not in text and "The anchor" not in text
+    assert "Records:      folder/bounds.jsonl (a line for each of 0 updates)" in text

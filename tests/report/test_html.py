@@ -1,0 +1,115 @@
+"""The page of a report: its sections, and hostile texts in its records."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+
+from tests.example_runs import SAMPLE_KEYS, rows_of, write_run
+from tests.pages import ATTACKS, Page
+from trl_trustkl.cli import report as command
+from trl_trustkl.report import render_report
+from trl_trustkl.report.figures import FIGURES
+
+
+def skeleton(page: Page) -> list[tuple[str, list[str]]]:
+    """Every element with its attributes, without the data of the figures."""
+    return [
+        (
+            tag,
+            sorted(f"{k}={v}" for k, v in attributes.items() if not (v or "").startswith("data:image/svg+xml;base64,")),
+        )
+        for tag, attributes in page.elements
+    ]
+
+
+def hostile(folder: Path) -> Path:
+    """A run with a hostile text in every field that holds text."""
+    rows = rows_of(len(ATTACKS))
+    for row, attack in zip(rows, ATTACKS, strict=True):
+        row["binding"] = row["refused"] = attack
+        row["trust"]["rule"] = row["anchor"]["estimator"] = row["anchor"]["placement"] = row["anchor"]["gradient"] = (
+            attack
+        )
+        row["trust"]["ratio_quantiles"] = {attack: 1.0}
+        row["seconds"] = {attack: 1.0}
+        row[attack] = attack
+    kept = [
+        {**SAMPLE_KEYS, "update": 1 + i // 4, "prompt": a, "completion": a + b}
+        for i, a in enumerate(ATTACKS)
+        for b in "xy"
+    ]
+    return write_run(folder, rows, kept)
+
+
+def test_nothing_of_a_record_becomes_an_element_or_an_attribute(tmp_path: Path) -> None:
+    folder = hostile(tmp_path / '"><script>alert(1)<')  # "/" cannot be part of the name of a folder
+    raw = render_report(folder, tmp_path / "hostile.html").read_text("utf-8")
+    page = Page(raw)
+    tags = {tag for tag, _ in page.elements}
+    assert not tags & {"script", "iframe", "svg", "object", "embed", "base", "link", "form", "a", "input"}
+    names = {name for _, attributes in page.elements for name in attributes}
+    assert not [name for name in names if name.startswith("on")] and "href" not in names and "style" not in names
+    for _, attributes in page.elements:
+        for name in ("src", "srcset"):
+            assert (attributes.get(name) or "data:image/svg+xml;base64,").startswith("data:image/svg+xml;base64,")
+        assert not any("alert" in (value or "") for value in attributes.values())
+    assert not set(raw) & set("\x1b\x07\u202e\u2066\x00")
+    assert "<script>alert(1)</script>" in page.text and "\\x1b[2J" in page.text and "\\u202etxt.exe" in page.text
+    assert "{{ 7 * 7 }}" in page.text and "\\ud800" in page.text
+
+
+def test_the_structure_of_the_page_does_not_depend_on_the_texts(tmp_path: Path) -> None:
+    """Hostile records give the same elements and attributes as the same records with harmless words."""
+    attacked = hostile(tmp_path / "a")
+    harmless = tmp_path / "b"
+    harmless.mkdir()
+    for name in ("bounds.jsonl", "completions.jsonl"):
+        lines = [json.loads(line) for line in (attacked / name).read_text().splitlines()]
+        for line in lines:
+            for key, value in list(line.items()):
+                if isinstance(value, str):
+                    line[key] = "word"
+            if "trust" in line:
+                line["trust"]["rule"] = line["anchor"]["estimator"] = line["anchor"]["placement"] = "word"
+                line["anchor"]["gradient"] = "word"
+        (harmless / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pages = [Page(render_report(folder).read_text("utf-8")) for folder in (attacked, harmless)]
+    assert skeleton(pages[0]) == skeleton(pages[1])
+
+
+def test_the_page_is_self_contained_and_says_so(ordinary: Path) -> None:
+    page = Page(ordinary.read_text("utf-8"))
+    (policy,) = [a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a]
+    assert policy is not None and policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'")
+    assert not re.search(r"(?<!xmlns=\")https?://", page.text)
+    images = [a for tag, a in page.elements if tag == "img"]
+    assert len(images) == 2 * len(FIGURES) and all(image["alt"] for image in images)
+
+
+def test_the_template_marks_nothing_as_safe() -> None:
+    folder = Path(command.__file__).parent.parent / "report"
+    for file in folder.rglob("*.*"):
+        if file.suffix in (".py", ".html"):
+            assert not re.search(r"\|\s*safe\b|\bMarkup\(|autoescape\s*(=\s*)?false", file.read_text("utf-8"), re.I), (
+                file
+            )
+
+
+def test_sections_and_their_order(ordinary: Path) -> None:
+    text = Page(ordinary.read_text("utf-8")).text
+    places = [
+        text.index(heading)
+        for heading in ("In words", "Findings", "Figures", "Completions", "Settings", "Every update")
+    ]
+    assert places == sorted(places)
+    assert "trust_max_kl=0.005" in text
+
+
+def test_the_data_of_a_figure_is_the_figure(ordinary: Path) -> None:
+    page = Page(ordinary.read_text("utf-8"))
+    sources = [a["src"] for tag, a in page.elements if tag == "img" and a["class"] == "light"]
+    svgs = [base64.b64decode((source or "").partition(",")[2]).decode() for source in sources]
+    assert svgs == [(ordinary.parent / "figures" / f"{name}.svg").read_text("utf-8") for name in FIGURES]

@@ -1,0 +1,92 @@
+"""The summary of a run in words."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.example_runs import rising, trl_run
+from trl_trustkl.report.findings import FINDINGS
+from trl_trustkl.report.schema import Run
+from trl_trustkl.report.series import shares
+from trl_trustkl.report.summary import summarise
+from trl_trustkl.report.tables import settings
+
+
+def words(run: Run) -> dict[str, str]:
+    return dict(summarise(run))
+
+
+def test_which_mechanism_bound_how_many(run_of) -> None:
+    said = words(run_of(binding=lambda p: "clip" if p > 0.3 else "none"))
+    assert said["What bound the updates"] == (
+        "Of 12 updates, the mechanism that took the largest share was the clip in 9 and nothing (no mechanism took 1 %) in 3."
+    )
+
+
+def test_where_the_anchor_stood(run_of) -> None:
+    said = words(run_of(anchor__kl_exact=lambda p: 9.0 if p > 0.6 else 1.0, anchor__coef=lambda p: p))["The anchor"]
+    assert "averaged 9 nats per response over the last 4 updates; the target is 6 (above it: 150 % of it)" in said
+    assert "β went from 0.0833 to 1" in said
+    none = words(run_of(anchor__coef=0.0, anchor__target=None))["The anchor"]
+    assert none.startswith("None: β was 0 throughout")
+
+
+def test_the_largest_update_and_what_it_would_have_been(run_of) -> None:
+    plain = words(run_of(trust__kl=lambda p: 0.2 if p == 0.5 else 0.01, trust__kl_max=3.0))["The largest update"]
+    assert plain.startswith("Update 6 moved the policy most: measured after it, KL(π_old‖π) was 0.2 nats per token")
+    assert "Backtracking" not in plain
+    limited = {"trust__limit": 0.02, "trust__guaranteed": 0.02, "trust__scale": lambda p: 0.5 if p > 0.7 else 1.0}
+    enforced = words(run_of(**limited, trust__kl_proposed=lambda p: 0.3 * p))
+    assert enforced["The largest update"].endswith(
+        "Backtracking shortened 4 updates; without it the largest would have moved the policy by 0.3."
+    )
+
+
+def test_what_is_guaranteed_and_what_is_not(run_of) -> None:
+    said = words(run_of())
+    assert said["Guaranteed"].startswith("Nothing: no mechanism of this run enforces a bound.")
+    assert "the size of an update" in said["Not guaranteed"]
+    said = words(run_of(trust__guaranteed=0.02, trust__limit=0.02, trust__scale=1.0))
+    assert said["Guaranteed"].startswith(
+        "In every update, the mean KL(π_old‖π) over the tokens of the batch was at most 0.02"
+    )
+    assert "a single token" in said["Not guaranteed"] and "the size of an update" not in said["Not guaranteed"]
+    said = words(run_of(trust__guaranteed=lambda p: 0.02 if p > 0.5 else None))
+    assert said["Guaranteed"].startswith("In 6 of 12 updates")
+
+
+@pytest.mark.parametrize("rule", ["sapo", "dppo_tv", "dppo_kl", "gspo", "none"])
+@pytest.mark.parametrize("end", [0.2, None])
+def test_no_range_of_ratios_is_told_of_a_rule_without_one(run_of, rule: str, end: float | None) -> None:
+    run = run_of(trust__rule=rule, trust__low=end, trust__high=end, trust__max_ratio=99.0)
+    assert FINDINGS["ratio_far_outside"](run) is None
+    told = " ".join([*words(run).values(), *(cell for row in settings(run).rows for cell in row)])
+    assert "clip range" not in told and "[0.8, 1.2]" not in told and "nan" not in told
+
+
+def test_refused_updates_are_told(run_of) -> None:
+    said = words(run_of(refused=lambda p: "not finite" if p == 1 else None, score=rising))
+    assert "The mean score rose: 0.325 over the first third" in said["Outcome"]
+    assert said["Outcome"].endswith("1 update was refused: the parameters stayed as they were.")
+
+
+def test_a_refused_update_is_neither_bound_nor_shortened(run_of) -> None:
+    """Records of earlier versions may name a mechanism for an update that was rolled back."""
+    run = run_of(
+        refused=lambda p: "too far" if p == 1 else None,
+        binding=lambda p: "backtrack" if p == 1 else "clip",
+        trust__scale=lambda p: 0.0 if p == 1 else 1.0,
+        trust__kl_proposed=lambda p: 99.0 if p == 1 else 0.01,
+    )
+    said = words(run)
+    assert said["What bound the updates"].endswith("was the clip in 11 and none, as the update was refused, in 1.")
+    assert "shortened" not in said["The largest update"]
+    assert all(values[-1] == 0 for values in shares(run.records).values())
+
+
+def test_an_anchor_that_is_unknown_is_not_called_off(tmp_path):
+    run = trl_run(tmp_path, anchor__coef=None)
+    assert "β was 0" not in words(run)["The anchor"]
+    assert json.loads((tmp_path / "run" / "bounds.jsonl").read_text().splitlines()[0])["anchor"]["coef"] is None

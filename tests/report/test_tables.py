@@ -1,0 +1,77 @@
+"""The tables of a report: settings, updates, completions, and several runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.example_runs import SAMPLE_KEYS, rows_of, run_folder, write_run
+from tests.pages import Page
+from trl_trustkl.report import read_run, render_report
+from trl_trustkl.report.schema import Run
+from trl_trustkl.report.tables import ROWS, UPDATE_COLUMNS, comparison, moments, settings, updates
+
+
+def test_completions_at_start_middle_and_end(tmp_path: Path) -> None:
+    shown = moments(read_run(run_folder(tmp_path, 12)))
+    assert [(moment.when, moment.update) for moment in shown] == [("start", 1), ("middle", 7), ("end", 12)]
+    two = moments(read_run(run_folder(tmp_path, 2)))
+    assert [(moment.when, moment.update) for moment in two] == [("start", 1), ("end", 2)]
+    assert [moment.when for moment in moments(read_run(run_folder(tmp_path, 1)))] == ["start"]
+
+
+def test_a_long_completion_is_cut_and_its_length_told(tmp_path: Path) -> None:
+    rows = [{**SAMPLE_KEYS, "completion": "<b>" * 4_000_000}]
+    page = render_report(write_run(tmp_path, rows_of(1), rows))
+    assert page.stat().st_size < 2_000_000
+    assert "(11,998,800 more characters)" in Page(page.read_text("utf-8")).text
+
+
+def values_of(run: Run) -> dict[str, str]:
+    return {setting: value for _, setting, value in settings(run).rows}
+
+
+def test_a_setting_has_its_value_or_what_it_changed_from_and_to(run_of) -> None:
+    changes = {"trust__limit": None, "anchor__coef": lambda p: 0.5 if p == 0.5 else p / 10, "lr": 0.001}
+    found = values_of(run_of(4, **changes, anchor__estimator="k3"))
+    assert found["kl_estimator, kl_placement"] == "k3 in the reward; its gradient is exact"
+    assert found["β (kl_coef)"] == "0.025 → 0.1 (between 0.025 and 0.5)"
+    assert found["kl_target"] == "6 nats per response" and found["trust_max_kl"] == "off"
+    assert found["cliprange"] == "ratio in [0.8, 1.2]" and found["learning rate"] == "0.001"
+    assert found["episodes per update"] == "16" and found["max_grad_norm"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ("none", "off"),
+        ("gspo", "a response's mean ratio from 1 - 0.2 to 1 + 0.2"),
+        ("sapo", "none: the rule has no range"),
+        ("spo", "ratio in [0.8, 1.2]"),
+    ],
+)
+def test_the_range_of_a_clip_rule_in_words(run_of, rule, said) -> None:
+    assert values_of(run_of(2, trust__rule=rule))["cliprange"] == said
+
+
+def test_a_long_run_has_a_row_for_every_so_many_updates(run_of) -> None:
+    head, rows = updates(run_of(3, refused=lambda p: "too far" if p == 1 else None))
+    assert head == list(UPDATE_COLUMNS) and [row[0] for row in rows] == ["1", "2", "3"]
+    row = dict(zip(head, rows[0], strict=True))
+    assert (row["KL to ref"], row["gated"], row["limit"], row["bound by"]) == ("6", "10 %", "–", "clip")
+    assert rows[2][-1] == "refused: too far"
+    long = [int(row[0].replace(",", "")) for row in updates(run_of(3 * ROWS)).rows]
+    assert len(long) == ROWS and long[0] == 1 and long[-1] == 3 * ROWS and long == sorted(set(long))
+
+
+def test_runs_stand_side_by_side(tmp_path) -> None:
+    first = read_run(run_folder(tmp_path / "one", 3, trust__limit=0.02, trust__kl_proposed=lambda p: 0.03 * p))
+    second = read_run(
+        run_folder(tmp_path / "two", 6, score=lambda p: p, binding=lambda p: "anchor" if p > 0.3 else "none")
+    )
+    head, rows = comparison([first, second])
+    found = {title: cells for title, *cells in rows}
+    assert head == ["", "one", "two"] and found["updates"] == ["3", "6"]
+    assert found["score, last third"] == ["0.4", "0.917"] and found["bound most often by"] == ["clip", "anchor"]
+    assert found["updates over a limit, as proposed"] == ["33 %", "no limit"] and found["refused"] == ["0", "0"]

@@ -1,0 +1,100 @@
+"""Stop tokens, the masks of responses, and samples as padded tensors."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests import tiny
+from trl_trustkl.errors import ConfigError, ModelError
+from trl_trustkl.rollout.engine import Samples
+from trl_trustkl.rollout.sampling import ends_with_stop, padded, response_mask, sample, stop_ids
+from trl_trustkl.types import Prompts, UpdateContext
+
+IDS = torch.tensor([[0, 3, 4], [5, 6, 7]])
+PROMPTS = Prompts(IDS, IDS != 0, [{"row": 0}, {"row": 1}], UpdateContext(update=0, training=True, sampling_seed=0))
+
+
+@pytest.mark.parametrize(
+    ("stop_token", "stop_token_id", "text", "expected"),
+    [
+        (None, None, True, [2, 5, 6]),
+        (None, None, False, []),
+        ("eos", None, False, [2, 5, 6]),
+        ("none", None, True, []),
+        (None, 7, True, [7]),
+    ],
+)
+def test_stop_tokens_are_those_asked_for_or_all_that_are_declared(stop_token, stop_token_id, text, expected):
+    model, args = tiny.llama(), SimpleNamespace(stop_token=stop_token, stop_token_id=stop_token_id)
+    model.generation_config.eos_token_id = [6, 5]
+    assert stop_ids(model, tiny.tokenizer(), args, text=text) == expected
+
+
+def test_an_undeclared_end_of_sequence_is_no_stop_token():
+    model, args = tiny.llama(), SimpleNamespace(stop_token="eos", stop_token_id=None)
+    model.generation_config.eos_token_id = None
+    assert stop_ids(model, tiny.tokenizer(), args, text=True) == [2]
+    model.generation_config.eos_token_id = 9
+    assert stop_ids(model, SimpleNamespace(eos_token_id=None), args, text=True) == [9]
+
+
+@pytest.mark.parametrize("token", [-1, tiny.VOCAB])
+def test_a_stop_token_outside_of_the_vocabulary_is_an_error(token):
+    args = SimpleNamespace(stop_token=None, stop_token_id=token)
+    with pytest.raises(ConfigError, match=f"`stop_token_id` got {token}; it must be a token of the model's, 0 to 42"):
+        stop_ids(tiny.llama(), tiny.tokenizer(), args, text=True)
+
+
+def test_a_mask_reaches_to_the_first_stop_token():
+    response = torch.tensor([[3, 2, 2, 3], [3, 4, 3, 4], [5, 3, 2, 3], [3, 3, 3, 2]])
+    mask = response_mask(response, [2, 5])
+    assert mask.tolist() == [[True, True, False, False], [True] * 4, [True, False, False, False], [True] * 4]
+    assert ends_with_stop(response, mask, [2, 5]).tolist() == [True, False, True, True]
+    assert response_mask(response, []).all() and not ends_with_stop(response, mask, []).any()
+
+
+def test_samples_are_padded_on_the_right_with_a_mask_of_their_tokens():
+    samples = Samples([torch.tensor([7, 2]), torch.tensor([8, 9, 2])], [torch.tensor([-1.0, -2.0]), -torch.ones(3)], [])
+    found = padded(PROMPTS, samples, length=4, pad_token_id=2)
+    assert found.response_ids.tolist() == [[7, 2, 2, 2], [8, 9, 2, 2]]
+    assert found.response_mask.tolist() == [[True, True, False, False], [True, True, True, False]]
+    assert found.sampler_logp.tolist() == [[-1, -2, 0, 0], [-1, -1, -1, 0]]
+    assert found.prompt_ids is IDS and found.rows is PROMPTS.rows and found.context is PROMPTS.context
+    assert padded(PROMPTS, samples._replace(logps=None), length=4, pad_token_id=2).sampler_logp is None
+
+
+class Answers:
+    """An engine that returns the given responses, and keeps the prompts and the seed."""
+
+    def __init__(self, *ids: list[int]) -> None:
+        self.ids = ids
+
+    def generate(self, prompt_ids, seed):
+        self.asked = [prompt.tolist() for prompt in prompt_ids], seed
+        return Samples([torch.tensor(row) for row in self.ids], None, ["stop"] * len(self.ids))
+
+
+def test_an_engine_gets_the_prompts_without_padding():
+    engine = Answers([3, 2], [2])
+    found = sample(engine, PROMPTS, seed=11, length=3, pad_token_id=0)
+    assert engine.asked == ([[3, 4], [5, 6, 7]], 11)
+    assert found.response_ids.tolist() == [[3, 2, 0], [2, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        ([[3, 2]], "Answers returned 1 responses of up to 2 tokens; it must return 2, one for each prompt"),
+        (
+            [[3, 2], [4, 4, 4, 2]],
+            "Answers returned 2 responses of up to 4 tokens; .* of at most response_length=3 tokens",
+        ),
+        ([], "Answers returned 0 responses of up to 0 tokens"),
+    ],
+)
+def test_an_engine_that_returns_too_few_or_too_long_responses_is_named(ids, said):
+    with pytest.raises(ModelError, match=said):
+        sample(Answers(*ids), PROMPTS, seed=11, length=3, pad_token_id=0)
