@@ -17,7 +17,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "trl_trustkl"
-LONGEST_FUNCTION, LARGEST_MODULE = 60, 400  # lines
+LONGEST_FUNCTION, LARGEST_MODULE, LARGEST_TEST_FILE = 60, 400, 499  # lines
+ABOUT_THE_PROJECT = {
+    "test_docs",
+    "test_examples",
+    "test_packaging",
+    "test_structure",
+    "test_typings",
+    "test_upstream_defects",
+}
+"""Test files at the top that belong to no module."""
 
 LAYERS = (
     ("errors", "files", "import_paths", "types"),
@@ -37,8 +46,6 @@ UNNAMED_ON_PURPOSE = {
     "cli.train_help._format_action_invocation": "argparse calls it",
     "cli.train_help._get_help_string": "argparse calls it",
     "ppo.trainer._save": "transformers calls it",
-    "trl_compat.ppo_base._name": "TRL's model card reads it",
-    "trl_compat.ppo_base._paper": "TRL's model card reads it",
 }
 """What breaks a rule, and why it does."""
 
@@ -220,6 +227,35 @@ def unused(sources: Mapping[str, Source], elsewhere: set[str]) -> list[str]:
     ]
 
 
+def file_of_tests(module: str, source: Source) -> str | None:
+    """Where the tests of a module start; None for an `__init__` that defines nothing."""
+    *folder, name = module.split(".") if module else [""]
+    if source.is_package:
+        if not any(isinstance(node, (ast.FunctionDef, ast.ClassDef)) for node in source.tree.body):
+            return None
+        folder, name = ([*folder, name] if name else []), "init"
+    return "/".join([*folder, f"test_{name.strip('_')}.py"])
+
+
+def without_tests(sources: Mapping[str, Source], tests: Mapping[str, str]) -> list[str]:
+    """Modules whose test file is missing or holds no test; `tests` are texts by their paths in tests/."""
+    wanted = {module: file_of_tests(module, source) for module, source in sources.items()}
+    return [module for module, path in wanted.items() if path and "def test_" not in tests.get(path, "")]
+
+
+def misfiled(sources: Mapping[str, Source], tests: Mapping[str, str]) -> list[str]:
+    """Test files whose names begin with no module's: a topic of a module is `test_<module>_<topic>.py`."""
+    starts = [path.removesuffix(".py") for module, source in sources.items() if (path := file_of_tests(module, source))]
+    return [
+        path
+        for path in tests
+        if Path(path).name.startswith("test_")
+        and not path.startswith("end_to_end/")
+        and path.removesuffix(".py") not in ABOUT_THE_PROJECT
+        and not any(f"{path.removesuffix('.py')}_".startswith(f"{start}_") for start in starts)
+    ]
+
+
 # -- the package -------------------------------------------------------------------------------------------------------
 
 
@@ -228,16 +264,10 @@ def found_imports() -> list[Import]:
     return list(imports(package()))
 
 
-def test_figures(capsys):
-    """Nothing but a line for the log of CI."""
-    lines = lines_of_modules(package())
-    longest = max((*each, module) for module, source in package().items() for each in functions(source.tree))
-    largest = max(lines, key=lines.__getitem__)
-    with capsys.disabled():
-        print(
-            f"\n{PACKAGE}: {len(lines)} modules, {sum(lines.values()):,} lines, {len(found_imports())} imports of each other; "
-            f"largest module {largest} ({lines[largest]} lines), longest function {longest[2]}.{longest[1]} ({longest[0]})"
-        )
+@cache
+def all_test_files() -> dict[str, str]:
+    folder = ROOT / "tests"
+    return {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.py"))}
 
 
 @pytest.mark.parametrize("folder", [PACKAGE, "tests", "examples", "benchmarks", "docs"])
@@ -248,6 +278,19 @@ def test_no_function_is_too_long(folder):
 
 def test_no_module_is_too_large():
     assert too_large(package()) == []
+
+
+def test_each_module_has_its_test_file():
+    assert without_tests(package(), all_test_files()) == []
+
+
+def test_each_test_file_belongs_to_a_module():
+    assert misfiled(package(), all_test_files()) == []
+
+
+def test_no_test_file_is_too_large():
+    lines = {path: len(text.splitlines()) for path, text in all_test_files().items()}
+    assert {path: count for path, count in lines.items() if count > LARGEST_TEST_FILE} == {}
 
 
 def test_imports_point_down():
@@ -298,6 +341,37 @@ def test_a_long_function_is_found(lines, fails):
 @pytest.mark.parametrize(("lines", "fails"), [(LARGEST_MODULE, False), (LARGEST_MODULE + 1, True)])
 def test_a_large_module_is_found(lines, fails):
     assert bool(too_large(parsed({"a.py": "x = 1\n" * lines}))) == fails
+
+
+MODULES = parsed(
+    {
+        "__init__.py": "def __getattr__(name): ...",
+        "masking.py": "",
+        "cli/__init__.py": "'''Nothing.'''",
+        "cli/__main__.py": "",
+        "policy/lora.py": "",
+    }
+)
+FILES = dict.fromkeys(
+    ["test_init.py", "test_masking.py", "cli/test_main.py", "policy/test_lora.py", "policy/test_lora_speed.py"],
+    "def test_it(): ...",
+)
+
+
+def test_a_module_without_a_test_file_is_found():
+    assert without_tests(MODULES, FILES) == []
+    assert without_tests(MODULES, {**FILES, "test_init.py": "x = 1"}) == [""]
+    assert without_tests(MODULES, {path: FILES[path] for path in FILES if path != "policy/test_lora.py"}) == [
+        "policy.lora"
+    ]
+
+
+@pytest.mark.parametrize(
+    "path", ["test_lora.py", "policy/test_loras.py", "policy/test_masking.py", "ppo/test_attacks.py"]
+)
+def test_a_test_file_without_a_module_is_found(path):
+    assert misfiled(MODULES, {**FILES, "tiny.py": "", "end_to_end/test_kills.py": ""}) == []
+    assert misfiled(MODULES, {**FILES, path: ""}) == [path]
 
 
 @pytest.mark.parametrize(

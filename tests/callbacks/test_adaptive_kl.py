@@ -233,7 +233,7 @@ def test_a_coefficient_that_cannot_be_used(coef, tmp_path):
         def update(self, state: State, *, kl: float, episodes: int) -> State:
             return State(coef, 0)
 
-    with pytest.raises(ConfigError, match="`controller` answered with"):
+    with pytest.raises(ConfigError, match="`controller` returned a coefficient of"):
         controlled("grpo", tmp_path, Odd(), max_steps=1).train()
 
 
@@ -245,7 +245,7 @@ def test_trainers_without_a_coefficient(tmp_path):
         processing_class=tiny.tokenizer(),
     )
     for trainer in (sft, object()):
-        with pytest.raises(ConfigError, match="no KL coefficient that could be moved; it must be a GRPOTrainer"):
+        with pytest.raises(ConfigError, match="no KL coefficient that could be changed; it must be a GRPOTrainer"):
             AdaptiveKLCallback(DUAL, trainer=trainer)
 
 

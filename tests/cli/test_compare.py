@@ -70,7 +70,7 @@ def test_ctrl_c_ends_the_children_and_keeps_what_is_finished(
 
     monkeypatch.setattr(terminal.Live, "progress", interrupt)
     assert invoke(tmp_path, start=start) == 130
-    assert endless.over.is_set() and "the same command goes on from here" in capsys.readouterr().out
+    assert endless.over.is_set() and "the same command resumes from here" in capsys.readouterr().out
     monkeypatch.undo()
     rest = Instant()
     assert invoke(tmp_path, start=rest) == 0

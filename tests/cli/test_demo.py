@@ -68,7 +68,7 @@ def test_ctrl_c_ends_the_demo_with_its_records_kept_and_the_adapter_saved(tmp_pa
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "Finishing the update in hand" in err and "Traceback" not in out + err
+    assert "Finishing the current update" in err and "Traceback" not in out + err
     assert 1 <= len(load_records(tmp_path)) <= 3
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"

@@ -18,7 +18,13 @@ def test_the_exit_statuses_are_documented(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    for status in ("0;", "1 for an error of the run", "2 for one of usage", "130 after Ctrl-C", "143 after SIGTERM"):
+    for status in (
+        "0 for",
+        "1 for an error of the run",
+        "2 for a usage error",
+        "130 after Ctrl-C",
+        "143 after SIGTERM",
+    ):
         assert status in said
 
 

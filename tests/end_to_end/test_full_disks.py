@@ -48,7 +48,7 @@ def test_a_full_disk_during_a_save_ends_the_run_and_leaves_the_last_whole_checkp
         "`output_dir`",
         "checkpoint-4",
         "No space left",
-        "checkpoint-2 is whole",
+        "checkpoint-2 is complete",
         "resume_from_checkpoint=True",
     ):
         assert piece in str(error.value)

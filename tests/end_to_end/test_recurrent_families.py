@@ -61,7 +61,10 @@ def test_padding_in_a_recurrent_state_leaves_the_ratio_at_1_and_the_limit_in_for
 def test_a_sampler_that_differs_from_the_policy_is_reported_once_and_the_advice_fixes_it(name, tmp_path, caplog):
     found, said = trained(tmp_path / "padded", name, caplog)
     assert all(record["sampler"]["kl"] > 0.05 for record in found)
-    assert said.count("says other things when it generates") == 1 and "local_rollout_forward_batch_size=1" in said
+    assert (
+        said.count("the distribution that `model` samples from differs") == 1
+        and "local_rollout_forward_batch_size=1" in said
+    )
     caplog.clear()
     found, said = trained(tmp_path / "alone", name, caplog, **WITHOUT)
     assert all(abs(record["sampler"]["kl"]) < 1e-8 for record in found) and "sampler/kl" not in said

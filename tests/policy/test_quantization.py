@@ -21,10 +21,7 @@ def test_a_model_in_4_bits_is_quantized(tmp_path):
     assert is_quantized(tiny.four_bit(tmp_path))
 
 
-LOST = pytest.mark.xfail(reason="bitsandbytes' inverse leaves the scales of the weights transposed")
-
-
-@pytest.mark.parametrize("double", [pytest.param(False, marks=LOST), True], ids=["plain", "double quantization"])
+@pytest.mark.parametrize("double", [False, True], ids=["plain", "double quantization"])
 def test_packed_weights_are_unpacked(tmp_path, double):
     """The weights bit for bit; packing rounds their scales to bf16."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu

@@ -56,7 +56,7 @@ def test_an_unknown_name_is_answered_with_those_that_exist_and_the_nearest(tmp_p
         ),
         (
             {"kl_controller": "adaptive", "kl_target": 1.0, "kl_controller_kwargs": '{"clip": -1}'},
-            ("`kl_controller_kwargs['clip']`", "-1", "above 0"),
+            ("`kl_controller_kwargs['clip']`", "-1", "> 0"),
         ),
         (
             {"kl_controller": "adaptive", "kl_target": 1.0, "kl_controller_kwargs": {"horizon": 8, "clip": 1.0}},
@@ -157,7 +157,7 @@ def test_a_controller_that_multiplies_refuses_a_coefficient_of_0(tmp_path, prefi
     settings = {"controller": controller, "target": 1.0, "coef": 0.0}
     with pytest.raises(ConfigError) as error:
         tiny.config(tmp_path, **{f"{prefix}_{name}": value for name, value in settings.items()})
-    assert_says(error, f"`{prefix}_coef`", "0.0", "above 0", "multiplies", "'fixed'")
+    assert_says(error, f"`{prefix}_coef`", "0.0", "> 0", "multiplies", "'fixed'")
 
 
 # -- combinations ------------------------------------------------------------------------------------------------------

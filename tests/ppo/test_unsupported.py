@@ -41,7 +41,7 @@ def test_a_compiling_launcher_is_refused(tmp_path, monkeypatch):
     ("changes", "pieces"),
     [
         ({"optim": "lomo"}, ("`optim`", "'lomo'", "backward", "'adafactor'")),
-        ({"optim": "galore_adamw_layerwise"}, ("`optim`", "'galore_adamw_layerwise'", "undone")),
+        ({"optim": "galore_adamw_layerwise"}, ("`optim`", "'galore_adamw_layerwise'", "rolled back")),
         ({"optim": "schedule_free_adamw"}, ("`optim`", "other weights")),
         (
             {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"},

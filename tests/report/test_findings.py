@@ -34,15 +34,15 @@ CASES: list[tuple[str, Changes, Changes, str, str]] = [
     ("target_never_reached",
      {"anchor__kl_exact": lambda p: 3 * p},
      {"anchor__kl_exact": lambda p: 5.9 * p},
-     "came no nearer than 3", "total_episodes=384"),
+     "reached at most 3", "total_episodes=384"),
     ("target_never_reached",
      {"anchor__kl_exact": lambda p: min(6 * p, 3)},
      {"anchor__kl_exact": lambda p: min(6 * p, 5)},
-     "came no nearer than 3", "kl_coef=0.025"),
+     "reached at most 3", "kl_coef=0.025"),
     ("target_never_reached",
      {"anchor__kl_exact": lambda p: 30 * p},
      {"anchor__kl_exact": lambda p: 30 * p, "anchor__target": None},
-     "stayed above 22.5", "kl_coef=0.1"),
+     "was at least 22.5", "kl_coef=0.1"),
     ("negative_estimate",
      {"anchor__kl": lambda p: -1.5 if p > 0.7 else 3.0, "sampler__kl": 0.08},
      {"anchor__kl": lambda p: -1.5 if p == 1 else 3.0, "sampler__kl": 0.08},
@@ -62,7 +62,7 @@ CASES: list[tuple[str, Changes, Changes, str, str]] = [
     ("ratio_far_outside",
      {"trust__ratio_quantiles": QUANTILES | {"0.01": 0.1}, "trust__limit": 0.02},
      {"trust__ratio_quantiles": QUANTILES | {"0.01": 0.5}},
-     "1 % quantiles 0.1", "the limit in force"),
+     "1 % quantile was 0.1", "the limit in force"),
     ("anchor_outweighs",
      {"anchor__share": lambda p: 0.3 + 0.6 * p, "anchor__coef": 0.4},
      {"anchor__share": lambda p: 0.1 + 0.6 * p, "anchor__coef": 0.4},
@@ -98,11 +98,11 @@ CASES: list[tuple[str, Changes, Changes, str, str]] = [
     ("biased_estimator",
      {"anchor__placement": "loss", "anchor__gradient": "zero"},
      {"anchor__placement": "both"},
-     "adds noise and no pull", 'kl_placement="reward"'),
+     "adds only noise", 'kl_placement="reward"'),
     ("updates_refused",
      {"refused": lambda p: "the policy's gradient is not finite" if p > 0.8 else None, "gradient__norm": None},
      {"gradient__norm": None},
-     "3 updates of 12 left", "learning_rate=0.0005"),
+     "3 of 12 updates were rejected", "learning_rate=0.0005"),
 ]  # fmt: skip
 
 
@@ -171,11 +171,11 @@ def test_what_is_unknown_is_no_finding(tmp_path):
     run = trl_run(tmp_path, **unknown, lr=lambda p: 1e-3 if p < 0.5 else 1e-6)
     assert find(run) == []
     words = dict(summarise(run))
-    assert words["What bound the updates"] == (
+    assert words["What limited the updates"] == (
         "Of 12 updates, the mechanism that took the largest share was not on record in 12."
     )
     assert words["The anchor"] == "The KL to the reference is not on record; β was 0 throughout."
-    assert "nothing" not in words["What bound the updates"] and "–" not in " ".join(words.values())
+    assert "nothing" not in words["What limited the updates"] and "–" not in " ".join(words.values())
 
 
 def test_one_update_without_a_clip_ratio_is_enough_to_say_nothing_of_all(tmp_path):

@@ -101,8 +101,7 @@ def test_the_template_marks_nothing_as_safe() -> None:
 def test_sections_and_their_order(ordinary: Path) -> None:
     text = Page(ordinary.read_text("utf-8")).text
     places = [
-        text.index(heading)
-        for heading in ("In words", "Findings", "Figures", "Completions", "Settings", "Every update")
+        text.index(heading) for heading in ("Summary", "Findings", "Figures", "Completions", "Settings", "Every update")
     ]
     assert places == sorted(places)
     assert "trust_max_kl=0.005" in text

@@ -20,7 +20,7 @@ def test_several_runs_side_by_side(tmp_path: Path) -> None:
     folders = [run_folder(tmp_path / "one"), run_folder(tmp_path / "two", trust__limit=0.005)]
     page = render_report(folders, tmp_path / "out" / "both.html")
     text = Page(page.read_text("utf-8")).text
-    assert "Side by side" in text and text.index("Side by side") < text.index("In words")
+    assert "Side by side" in text and text.index("Side by side") < text.index("Summary")
     assert "no limit" in text and "100 %" in text
     assert (tmp_path / "one" / "figures" / "anchor.svg").exists() and (
         tmp_path / "two" / "figures" / "anchor.png"

@@ -20,14 +20,14 @@ def words(run: Run) -> dict[str, str]:
 
 def test_which_mechanism_bound_how_many(run_of) -> None:
     said = words(run_of(binding=lambda p: "clip" if p > 0.3 else "none"))
-    assert said["What bound the updates"] == (
-        "Of 12 updates, the mechanism that took the largest share was the clip in 9 and nothing (no mechanism took 1 %) in 3."
+    assert said["What limited the updates"] == (
+        "Of 12 updates, the mechanism that took the largest share was the clip in 9 and none (every share was below 1 %) in 3."
     )
 
 
 def test_where_the_anchor_stood(run_of) -> None:
     said = words(run_of(anchor__kl_exact=lambda p: 9.0 if p > 0.6 else 1.0, anchor__coef=lambda p: p))["The anchor"]
-    assert "averaged 9 nats per response over the last 4 updates; the target is 6 (above it: 150 % of it)" in said
+    assert "averaged 9 nats per response over the last 4 updates, above its target of 6 (150 % of it)" in said
     assert "β went from 0.0833 to 1" in said
     none = words(run_of(anchor__coef=0.0, anchor__target=None))["The anchor"]
     assert none.startswith("None: β was 0 throughout")
@@ -69,7 +69,7 @@ def test_no_range_of_ratios_is_told_of_a_rule_without_one(run_of, rule: str, end
 def test_refused_updates_are_told(run_of) -> None:
     said = words(run_of(refused=lambda p: "not finite" if p == 1 else None, score=rising))
     assert "The mean score rose: 0.325 over the first third" in said["Outcome"]
-    assert said["Outcome"].endswith("1 update was refused: the parameters stayed as they were.")
+    assert said["Outcome"].endswith("1 update was rejected; the parameters were left unchanged.")
 
 
 def test_a_refused_update_is_neither_bound_nor_shortened(run_of) -> None:
@@ -81,7 +81,9 @@ def test_a_refused_update_is_neither_bound_nor_shortened(run_of) -> None:
         trust__kl_proposed=lambda p: 99.0 if p == 1 else 0.01,
     )
     said = words(run)
-    assert said["What bound the updates"].endswith("was the clip in 11 and none, as the update was refused, in 1.")
+    assert said["What limited the updates"].endswith(
+        "was the clip in 11 and none, because the update was rejected, in 1."
+    )
     assert "shortened" not in said["The largest update"]
     assert all(values[-1] == 0 for values in shares(run.records).values())
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def test_a_path_that_is_no_checkpoint_is_an_error(tmp_path):
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         build(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 

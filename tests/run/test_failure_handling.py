@@ -189,7 +189,7 @@ def test_a_rejected_update_is_noted_and_named(caplog):
     of = context()
     reject(of, "the loss is not finite.")
     assert of.rejected == "the loss is not finite."
-    assert "update 4 is refused: the loss is not finite; the parameters" in caplog.text
+    assert "update 4 is rejected: the loss is not finite; the parameters" in caplog.text
 
 
 def test_the_error_for_too_many_rejections_says_where_the_weights_are():

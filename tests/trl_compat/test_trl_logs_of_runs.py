@@ -113,7 +113,7 @@ def test_its_report(kind, tmp_path, capsys):
     run = read_run(tmp_path)
     assert run.notes == []
     words = words_of(run)
-    assert "The anchor is not among them: its share is not on record." in words["What bound the updates"]
+    assert "The anchor is not among them: its share is not on record." in words["What limited the updates"]
     assert f"(an estimate, by {'k3' if kind == 'grpo' else 'k1'})" in words["The anchor"]
     assert words["Guaranteed"].endswith("Nor was any update measured.")
     assert not any("nan" in cell for table in (settings(run), updates(run)) for row in table.rows for cell in row)

@@ -11,7 +11,7 @@ from ..types import MicroBatch, Rollout
 def micro_batch(rollout: Rollout, rows: Tensor) -> MicroBatch:
     """Some rows of a rollout, trimmed to their longest prompt and their longest response (at least one token)."""
     prompt_mask = rollout.prompt_mask[rows]
-    start = min(int(prompt_mask.any(0).long().argmax()), prompt_mask.shape[1] - 1)
+    start = int(prompt_mask.any(0).long().argmax())
     length = max(int(rollout.response_mask[rows].sum(-1).max()), 1)
     response_ids, response_mask = rollout.response_ids[rows, :length], rollout.response_mask[rows, :length]
     mask = torch.cat([prompt_mask[:, start:], response_mask], dim=1)

@@ -24,3 +24,5 @@ def unpack_4bit_weights(model: nn.Module) -> None:
             from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
             weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+            if not weight.quant_state.nested:  # the inverse leaves the scales as packing transposed them
+                weight.quant_state.absmax = weight.quant_state.absmax.T.reshape(-1).float()
