@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from tests.example_runs import record
-from trl_trustkl.demo.run import Options, closing, conclude, evaluate, train
+from trl_trustkl.demo import run as demo
+from trl_trustkl.demo.run import Options, closing, conclude, evaluate
 from trl_trustkl.errors import Interrupted
 
 
@@ -28,7 +31,7 @@ class Trainer:
     """A trainer whose run raises `ending`, and whose evaluation returns `rows`."""
 
     def __init__(self, ending: BaseException | None = None, rows: list[dict] | None = None) -> None:
-        self.ending, self.rows = ending, rows
+        self.ending, self.rows, self.saved = ending, rows, None
 
     def train(self) -> None:
         if self.ending is not None:
@@ -37,17 +40,31 @@ class Trainer:
     def evaluate_completions(self) -> list[dict]:
         return self.rows
 
+    def save_model(self, folder: str) -> None:
+        self.saved = folder
+
+
+def ended(ending: BaseException | None, monkeypatch: pytest.MonkeyPatch) -> tuple[int, Trainer]:
+    """The status of a demo whose training ends like that, and its trainer."""
+    trainer = Trainer(ending, evaluated("a reply"))
+    table = SimpleNamespace(progress=nullcontext(), records=[], rendered=None)
+    monkeypatch.setattr(demo, "build", lambda options, console: (trainer, table))
+    return demo.run(Options(output_dir="runs/demo")), trainer
+
 
 @pytest.mark.parametrize(
     ("ending", "status"), [(None, 0), (KeyboardInterrupt(), 130), (Interrupted(2), 130), (Interrupted(15), 143)]
 )
-def test_the_status_says_how_the_run_ended(ending, status):
-    assert train(Trainer(ending), console()) == status
+def test_the_status_says_how_the_run_ended(ending, status, monkeypatch, capsys):
+    """The adapter is saved in each case; only a complete run is evaluated after training."""
+    found, trainer = ended(ending, monkeypatch)
+    assert (found, trainer.saved) == (status, "runs/demo/adapter")
+    assert ("Held-out prompts after" in capsys.readouterr().out) == (status == 0)
 
 
-def test_an_error_of_the_run_is_not_swallowed():
+def test_an_error_of_the_run_is_not_swallowed(monkeypatch):
     with pytest.raises(ValueError, match="wrong"):
-        train(Trainer(ValueError("wrong")), console())
+        ended(ValueError("wrong"), monkeypatch)
 
 
 def console() -> Console:

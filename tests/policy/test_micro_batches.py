@@ -9,7 +9,7 @@ from datasets import Dataset
 from tests import tiny
 from tests.dense import row_logps
 from tests.watched import before_the_first_step, watched
-from trl_trustkl.policy.micro_batches import longest_first, micro_batch, trim_left
+from trl_trustkl.policy.micro_batches import longest_first, micro_batch
 from trl_trustkl.types import Rollout
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -41,11 +41,14 @@ def test_a_micro_batch_of_empty_responses_keeps_one_column():
 
 
 def test_columns_are_trimmed_up_to_the_first_that_some_row_needs():
-    ids, mask = torch.arange(6).view(2, 3), torch.zeros(2, 3, dtype=torch.bool)
-    mask[0, 2] = mask[1, 1] = True
-    assert [each.tolist() for each in trim_left(ids, mask)] == [[[1, 2], [4, 5]], [[False, True], [True, False]]]
-    mask[1, 0] = True
-    assert torch.equal(trim_left(ids, mask)[0], ids)
+    """Also where a prompt has a gap in its mask."""
+    given = rollout()
+    given.prompt_mask[1] = torch.tensor([False, False, False, True])
+    given.prompt_mask[0] = torch.tensor([False, True, False, False])
+    micro = micro_batch(given, torch.tensor([0, 1]))
+    assert micro.attention_mask.tolist() == [[1, 0, 0, 1, 1], [0, 0, 1, 1, 0]]
+    given.prompt_mask[1, 0] = True
+    assert micro_batch(given, torch.tensor([0, 1])).attention_mask.shape == (2, 6)
 
 
 def test_the_longest_rows_come_first():

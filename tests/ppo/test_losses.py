@@ -13,7 +13,7 @@ from tests.tiny import EOS
 from tests.watched import CUT, run
 from trl_trustkl.divergences import k1, k3
 from trl_trustkl.masking import masked_mean
-from trl_trustkl.ppo.losses import LossScale, LossSums, Penalties, epoch_stats, micro_loss, stacked, value_loss
+from trl_trustkl.ppo.losses import LossScale, LossSums, Penalties, epoch_stats, micro_loss, value_loss
 from trl_trustkl.surrogates import SURROGATES
 from trl_trustkl.types import EpochStats, TokenOutputs
 
@@ -110,6 +110,9 @@ class Hand:
 
 
 def test_the_loss_is_that_of_the_formula_however_it_is_split():
+    def stacked(sums: LossSums) -> torch.Tensor:
+        return torch.stack([each.double() for each in sums])
+
     hand = Hand()
     whole, sums = hand.loss([0, 1, 2], 4)
     assert whole == pytest.approx(hand.expected(), rel=1e-5)

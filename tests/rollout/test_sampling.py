@@ -10,7 +10,7 @@ import torch
 from tests import tiny
 from trl_trustkl.errors import ConfigError, ModelError
 from trl_trustkl.rollout.engine import Samples
-from trl_trustkl.rollout.sampling import ends_with_stop, padded, response_mask, sample, stop_ids
+from trl_trustkl.rollout.sampling import ends_with_stop, response_mask, sample, stop_ids
 from trl_trustkl.types import Prompts, UpdateContext
 
 IDS = torch.tensor([[0, 3, 4], [5, 6, 7]])
@@ -56,25 +56,27 @@ def test_a_mask_reaches_to_the_first_stop_token():
     assert response_mask(response, []).all() and not ends_with_stop(response, mask, []).any()
 
 
-def test_samples_are_padded_on_the_right_with_a_mask_of_their_tokens():
-    samples = Samples([torch.tensor([7, 2]), torch.tensor([8, 9, 2])], [torch.tensor([-1.0, -2.0]), -torch.ones(3)], [])
-    found = padded(PROMPTS, samples, length=4, pad_token_id=2)
-    assert found.response_ids.tolist() == [[7, 2, 2, 2], [8, 9, 2, 2]]
-    assert found.response_mask.tolist() == [[True, True, False, False], [True, True, True, False]]
-    assert found.sampler_logp.tolist() == [[-1, -2, 0, 0], [-1, -1, -1, 0]]
-    assert found.prompt_ids is IDS and found.rows is PROMPTS.rows and found.context is PROMPTS.context
-    assert padded(PROMPTS, samples._replace(logps=None), length=4, pad_token_id=2).sampler_logp is None
-
-
 class Answers:
-    """An engine that returns the given responses, and keeps the prompts and the seed."""
+    """An engine that returns the given samples, and keeps the prompts and the seed."""
 
-    def __init__(self, *ids: list[int]) -> None:
-        self.ids = ids
+    def __init__(self, *ids: list[int], logps: list[torch.Tensor] | None = None) -> None:
+        self.samples = Samples([torch.tensor(row) for row in ids], logps, ["stop"] * len(ids))
 
     def generate(self, prompt_ids, seed):
         self.asked = [prompt.tolist() for prompt in prompt_ids], seed
-        return Samples([torch.tensor(row) for row in self.ids], None, ["stop"] * len(self.ids))
+        return self.samples
+
+
+@pytest.mark.parametrize("logps", [None, [torch.tensor([-1.0, -2.0]), -torch.ones(3)]], ids=["without", "with"])
+def test_samples_are_padded_on_the_right_with_a_mask_of_their_tokens(logps):
+    found = sample(Answers([7, 2], [8, 9, 2], logps=logps), PROMPTS, seed=11, length=4, pad_token_id=2)
+    assert found.response_ids.tolist() == [[7, 2, 2, 2], [8, 9, 2, 2]]
+    assert found.response_mask.tolist() == [[True, True, False, False], [True, True, True, False]]
+    if logps is None:
+        assert found.sampler_logp is None
+    else:
+        assert found.sampler_logp.tolist() == [[-1, -2, 0, 0], [-1, -1, -1, 0]]
+    assert found.prompt_ids is IDS and found.rows is PROMPTS.rows and found.context is PROMPTS.context
 
 
 def test_an_engine_gets_the_prompts_without_padding():
