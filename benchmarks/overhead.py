@@ -89,15 +89,15 @@ def run(epochs: int, fraction: float, number: int, updates: int) -> list[dict[st
     rows = []
     for record, seconds in list(zip(records, parts, strict=True))[1:]:
         seconds["measure"] = record["seconds"]["measure"]
-        whole = record["seconds"]["total"] + seconds["record"] + seconds["end"]
-        shares = {name: seconds[name] / whole for name in PARTS}
+        total = record["seconds"]["total"] + seconds["record"] + seconds["end"]
+        shares = {name: seconds[name] / total for name in PARTS}
         rows.append(
             {
                 "epochs": epochs,
                 "measure_fraction": fraction,
                 "run": number,
                 "update": record["update"],
-                "seconds": whole,
+                "seconds": total,
             }
             | shares
             | {"total": sum(shares.values()), "render": clock.seconds["render"]}

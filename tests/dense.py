@@ -1,4 +1,4 @@
-"""Reference computations: whole forward passes over the full vocabulary, in float64 after the logits."""
+"""Reference computations: complete forward passes over the full vocabulary, in float64 after the logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trl_trustkl.types import MicroBatch, Rollout
 
 
 def dense_logps(model: Any, micro: MicroBatch, temperature: float) -> Tensor:
-    """log π over the vocabulary at each response position, [b, t, V], from the model's whole forward pass, in float64."""
+    """log π over the vocabulary at each response position, [b, t, V], from the model's complete forward pass, in float64."""
     with torch.no_grad():
         logits = model(
             input_ids=micro.input_ids, attention_mask=micro.attention_mask, position_ids=micro.position_ids

@@ -96,7 +96,7 @@ def test_what_takes_no_share() -> None:
         (None, False, 0.0, None),
     ],
 )
-def test_guaranteed_needs_a_limit_the_whole_batch_and_the_kl_within_it(limit, complete, kl, expected) -> None:
+def test_guaranteed_needs_a_limit_the_entire_batch_and_the_kl_within_it(limit, complete, kl, expected) -> None:
     measured = MEASURED._replace(kl=kl, complete=complete)
     assert guaranteed(measured, OFF._replace(limit=limit, scale=None if limit is None else 1.0)) == expected
 

@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -29,6 +31,13 @@ def load(name: str) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def registered_controllers() -> Iterator[None]:
+    """An example registers its controller when it is loaded; no other test may see it."""
+    with mock.patch.dict(CONTROLLERS):
+        yield
 
 
 fixed_points = load("kl_or_trust_region")
@@ -149,19 +158,16 @@ def test_the_table_of_divergences_fits_80_columns(capsys) -> None:
 
 
 def test_a_controller_of_ones_own_moves_the_coefficient(model, tmp_path, capsys) -> None:
-    try:
-        own = load("custom_controller")
-        own.main(["--model", model, "--updates", "3", "--budget", "1e-6", "--output-dir", str(tmp_path)])
-        coefs = [record["anchor"]["coef"] for record in load_records(tmp_path)]
-        assert coefs[0] == coefs[1] == 0.02 < coefs[2]  # the first update starts at the reference, where the KL is 0
-        rule = own.BudgetKL(coef=0.1, target=2.0)
-        risen = rule.update(rule.init(), kl=4.0, episodes=8)
-        assert (risen.coef, rule.update(risen, kl=1.0, episodes=8).coef) == pytest.approx((0.2, 0.19))
-        assert rule.update(rule.init(), kl=0.0, episodes=8).coef == 0.1
-        with pytest.raises(ConfigError, match=r"`kl_controller_kwargs` got 'upp'.*Did you mean 'up'"):
-            tiny.config(tmp_path, kl_controller="budget", kl_target=1.0, kl_controller_kwargs={"upp": 1.0})
-    finally:
-        CONTROLLERS.pop("budget", None)
+    own = load("custom_controller")
+    own.main(["--model", model, "--updates", "3", "--budget", "1e-6", "--output-dir", str(tmp_path)])
+    coefs = [record["anchor"]["coef"] for record in load_records(tmp_path)]
+    assert coefs[0] == coefs[1] == 0.02 < coefs[2]  # the first update starts at the reference, where the KL is 0
+    rule = own.BudgetKL(coef=0.1, target=2.0)
+    risen = rule.update(rule.init(), kl=4.0, episodes=8)
+    assert (risen.coef, rule.update(risen, kl=1.0, episodes=8).coef) == pytest.approx((0.2, 0.19))
+    assert rule.update(rule.init(), kl=0.0, episodes=8).coef == 0.1
+    with pytest.raises(ConfigError, match=r"`kl_controller_kwargs` got 'upp'.*Did you mean 'up'"):
+        tiny.config(tmp_path, kl_controller="budget", kl_target=1.0, kl_controller_kwargs={"upp": 1.0})
     assert len(capsys.readouterr().out.splitlines()) >= 4
 
 

@@ -12,7 +12,7 @@ from trl_trustkl.files import replacing, write_atomically
 
 
 @pytest.mark.parametrize("durable", [False, True])
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, durable: bool) -> None:
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path: Path, durable: bool) -> None:
     path = tmp_path / "page.html"
     write_atomically(path, "π")
     with pytest.raises(KeyboardInterrupt), replacing(path, durable=durable) as file:

@@ -82,11 +82,13 @@ def test_later_updates_and_unreadable_lines_are_cut(tmp_path):
 
 def test_a_file_moves_aside_to_the_first_free_number(tmp_path):
     file = tmp_path / "bounds.jsonl"
-    assert move_aside(file) is None
+    move_aside(file)
+    assert not list(tmp_path.iterdir())
     for number in (1, 2):
         file.write_text(str(number))
-        assert move_aside(file) == tmp_path / f"bounds.jsonl.{number}"
-    assert (tmp_path / "bounds.jsonl.1").read_text() == "1" and not file.exists()
+        move_aside(file)
+        assert (tmp_path / f"bounds.jsonl.{number}").read_text() == str(number) and not file.exists()
+    assert (tmp_path / "bounds.jsonl.1").read_text() == "1"
 
 
 def test_the_records_of_another_folder_are_taken_over(tmp_path):

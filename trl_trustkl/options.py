@@ -22,7 +22,7 @@ class Range(NamedTuple):
 
 
 POSITIVE, COUNT = Range("a finite number > 0"), Range("an integer >= 1")
-NOT_NEGATIVE, WHOLE = (Range(f"a {kind} number >= 0", lambda x: x >= 0) for kind in ("finite", "whole"))
+NOT_NEGATIVE, COUNT_OR_0 = (Range(f"{kind} >= 0", lambda x: x >= 0) for kind in ("a finite number", "an integer"))
 
 
 class Option(NamedTuple):

@@ -56,7 +56,7 @@ def test_no_text_of_a_record_acts_on_the_terminal(monkeypatch, rich):
         show(table.line(record(refused=hostile)), "yellow")
     assert (show is not table._plain) == rich
     assert out.text.replace("\n", "").isprintable() and out.text.count("\n") == 2
-    assert "title\\x07[r" in out.text and "refused: \\x" in out.text
+    assert "title\\x07[r" in out.text and "rejected: \\…" in out.text
 
 
 def test_lines_go_plainly_above_a_progress_bar(monkeypatch):

@@ -33,7 +33,8 @@ def printed(on: Console) -> list[str]:
 
 def test_a_run_has_a_line_when_it_begins_and_one_when_it_ends(tmp_path):
     on, (first, second, *_) = console(), jobs(TWO, tmp_path, TASK)
-    with terminal.Live(on, total=4, finished=1, updates=3) as live:
+    live = terminal.Live(on, total=4, finished=1, updates=3)
+    with live.bar:
         live.started(first)
         live.ended(Outcome(first, 2.4, None))
         live.ended(Outcome(second, 61.0, "no luck"))

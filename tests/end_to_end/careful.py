@@ -22,7 +22,7 @@ class Careful(TrustKLPPOTrainer):
     """Checks that enforcement leaves the optimizer, the value and frozen weights unchanged.
 
     before, proposed: the policy's trained weights before and after the steps of the last update. dense: KL(π_old‖π) after
-    each update, from the model's whole forward pass.
+    each update, from the model's complete forward pass.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -38,7 +38,7 @@ def no_space(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "number"), [("save_file", 3), ("save", 4), ("fsync", 30), ("rename", 1), ("write_text", 7)]
 )
-def test_a_full_disk_during_a_save_ends_the_run_and_leaves_the_last_whole_checkpoint(
+def test_a_full_disk_during_a_save_ends_the_run_and_leaves_the_last_complete_checkpoint(
     uninterrupted_run, tmp_path, name, number
 ):
     trainer = build(tmp_path)
@@ -230,13 +230,13 @@ def check(case: Case, found: dict[str, Any], run: Path, uninterrupted: Path) -> 
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.what}-{case.name}-{case.number}")
-def test_a_disk_that_breaks_ends_a_run_with_its_last_checkpoint_whole(mounted, case):
+def test_a_disk_that_breaks_ends_a_run_with_its_last_checkpoint_complete(mounted, case):
     folder, found = mounted
     index = CASES.index(case)
     check(case, found[index], folder / str(index) / "run", folder / "uninterrupted")
 
 
-def test_a_limit_on_the_size_of_files_ends_a_run_with_its_last_checkpoint_whole(tmp_path):
+def test_a_limit_on_the_size_of_files_ends_a_run_with_its_last_checkpoint_complete(tmp_path):
     (found,) = survival.program("tests.end_to_end.test_full_disks", tmp_path, "limited")
     check(LIMIT, found, tmp_path / "0" / "run", tmp_path / "uninterrupted")
 

@@ -72,7 +72,7 @@ RULES: dict[str, Callable[..., Tensor]] = {
 
 
 def recomputed(t: Witness) -> dict[str, Any]:
-    """The numbers of a record by their definitions, in float64 and row by row, from whole forward passes without padding."""
+    """The numbers of a record by their definitions, in float64 and row by row, from complete forward passes without padding."""
     args, rollout, scores = t.args, t.batch.scored.rollout, t.batch.scored.scores.double()
     prompts, responses = unpadded(rollout)
     rows, width = len(responses), rollout.response_ids.shape[1]

@@ -1,6 +1,6 @@
 """The trust region on TRL's GRPO trainer: a small callback that uses the parts unchanged, and a witness in float64.
 
-The witness builds its own float64 model and uses its whole forward pass: a copy of the trainer's model would share its
+The witness builds its own float64 model and uses its complete forward pass: a copy of the trainer's model would share its
 `forward`, which TRL wraps.
 """
 

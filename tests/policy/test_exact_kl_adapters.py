@@ -46,7 +46,7 @@ ADAPTED: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
 
 
 def dense_loss(trainer: Any, batch: Batch, old: list[Tensor], ref: list[Tensor]) -> Tensor:
-    """The policy's loss of the entire batch, from the model's whole forward pass, in float64 after its logits."""
+    """The policy's loss of the entire batch, from the model's complete forward pass, in float64 after its logits."""
     total, scored = 0.0, batch.scored
     for micro, o, q in zip(scored.micro_batches, old, ref, strict=True):
         inputs = {name: getattr(micro, name) for name in ("input_ids", "attention_mask", "position_ids")}
@@ -62,7 +62,7 @@ def dense_loss(trainer: Any, batch: Batch, old: list[Tensor], ref: list[Tensor])
 
 
 @pytest.mark.parametrize("kind", ADAPTED)
-def test_an_adapter_on_the_head_or_the_embeddings_gets_its_whole_gradient(kind, tmp_path, small_chunks):
+def test_an_adapter_on_the_head_or_the_embeddings_gets_its_full_gradient(kind, tmp_path, small_chunks):
     model, arguments = ADAPTED[kind]
     trainer = tiny.trainer(tmp_path, model(), changes=ANCHORED, **arguments())
     batch = before_the_first_step(trainer)

@@ -48,7 +48,7 @@ ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_the_clone_that_is_the_reference_is_whole_whatever_the_adapter(tmp_path, kind):
+def test_the_clone_that_is_the_reference_is_complete_whatever_the_adapter(tmp_path, kind):
     model = get_peft_model(tiny.llama(), ADAPTERS[kind]())
     with torch.no_grad():
         for parameter in trainable(model):

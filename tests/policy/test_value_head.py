@@ -93,11 +93,10 @@ def test_a_value_model_of_several_labels_is_rejected():
     model.score = nn.Linear(32, 2, bias=False)
     value = ValueModel(model, tiny.VOCAB)
     ids = torch.arange(1, 5).unsqueeze(0)
-    with pytest.raises(ModelError, match="gives 2 numbers per position; it must give 1"):
+    with pytest.raises(ModelError, match="returns 2 numbers per position; it must return 1"):
         value({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 1)
 
 
 def test_spread_puts_values_at_the_positions_of_the_mask():
     mask = torch.tensor([[True, False, True], [False, True, False]])
     assert spread(torch.tensor([1.0, 2.0, 3.0]), mask).tolist() == [[1, 0, 2], [0, 3, 0]]
-    assert spread(None, mask) is None

@@ -137,7 +137,7 @@ def test_a_number_out_of_range_is_answered_with_the_range(tmp_path, settings, pi
         "local_rollout_forward_batch_size",
     ],
 )
-def test_batch_arithmetic_is_in_whole_numbers_from_1(tmp_path, field, value):
+def test_batch_arithmetic_is_in_integers_from_1(tmp_path, field, value):
     with pytest.raises(ConfigError) as error:
         tiny.config(tmp_path, **{field: value})
     assert_says(error, f"`{field}`", f"got {value!r}", "integer >= 1")

@@ -54,10 +54,9 @@ class Toy:
         processes = alone()
         processes.index, processes.count, processes.is_main = index, count, index == 0
         self.model = nn.Linear(1, 1).eval()
-        self.evaluator = Evaluator(
-            score=self.score, collate=self.collate, tokenize=lambda dataset: dataset, model=self.model,
-            tokenizer=tiny.tokenizer(), stop_ids=[EOS], processes=processes, batch_size=2,
-        )  # fmt: skip
+        models = SimpleNamespace(trained=self.model, tokenizer=tiny.tokenizer(), stop_ids=[EOS])
+        args = SimpleNamespace(per_device_eval_batch_size=2)
+        self.evaluator = Evaluator(args, models, processes, self.collate, self.score)
 
     def collate(self, rows: list[dict[str, Any]]) -> Prompts:
         ids = torch.tensor([row["input_ids"] for row in rows])

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def prepared(folder: Any, **changes: Any) -> models.Models:
     settings = {
         "model": tiny.llama(), "tokenizer": tiny.tokenizer(), "ref_model": None, "value_model": None,
-        "peft_config": tiny.lora(), "reward_funcs": tiny.good_words, "reward_processing_classes": None,
+        "peft_config": tiny.lora(), "reward_model": None, "reward_funcs": tiny.good_words, "reward_processing_classes": None,
         "train": tiny.prompts(), "evaluation": None, "tags": ["ppo"],
     }  # fmt: skip
     args = tiny.config(folder, temperature=0.7, detach_value_head=False, reward_weights=changes.pop("weights", None))

@@ -24,7 +24,7 @@ def parts(folder: Any, *, changes: dict[str, Any] | None = None, **arguments: An
 def test_sizes_and_order_follow_from_the_batch(tmp_path):
     changes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 5, "seed": 7}
     _, found = parts(tmp_path, changes=changes)
-    assert tuple(found.sizes) == (8, 8, 5)
+    assert tuple(found.sizes) == (8, 8, 5, 4)
     assert found.order.batches_per_pass == 2 and len(found.order.rows(0)) == 8
     assert found.order.rows(0) != parts(tmp_path, changes=changes | {"seed": 8})[1].order.rows(0)
 
@@ -38,7 +38,7 @@ def test_the_parts_share_policy_processes_and_stop_tokens(tmp_path):
     trainer, found = parts(tmp_path)
     assert found.forward.model is found.optimisation.policy_and_value is trainer.model
     assert found.optimisation.processes is found.processes
-    assert isinstance(found.engine, TransformersEngine) and found.stop_ids == [EOS]
+    assert isinstance(found.engine, TransformersEngine) and found.models.stop_ids == [EOS]
 
 
 def test_the_reward_functions_and_the_callbacks_are_those_of_the_trainer(tmp_path):

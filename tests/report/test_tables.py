@@ -60,7 +60,7 @@ def test_a_long_run_has_a_row_for_every_so_many_updates(run_of) -> None:
     assert head == list(UPDATE_COLUMNS) and [row[0] for row in rows] == ["1", "2", "3"]
     row = dict(zip(head, rows[0], strict=True))
     assert (row["KL to ref"], row["gated"], row["limit"], row["bound by"]) == ("6", "10 %", "–", "clip")
-    assert rows[2][-1] == "refused: too far"
+    assert rows[2][-1] == "rejected: too far"
     long = [int(row[0].replace(",", "")) for row in updates(run_of(3 * ROWS)).rows]
     assert len(long) == ROWS and long[0] == 1 and long[-1] == 3 * ROWS and long == sorted(set(long))
 
@@ -73,5 +73,8 @@ def test_runs_stand_side_by_side(tmp_path) -> None:
     head, rows = comparison([first, second])
     found = {title: cells for title, *cells in rows}
     assert head == ["", "one", "two"] and found["updates"] == ["3", "6"]
-    assert found["score, last third"] == ["0.4", "0.917"] and found["bound most often by"] == ["clip", "anchor"]
-    assert found["updates over a limit, as proposed"] == ["33 %", "no limit"] and found["refused"] == ["0", "0"]
+    assert found["score, last third"] == ["0.4", "0.917"] and found["limited most often by"] == ["clip", "anchor"]
+    assert found["updates over the limit, as proposed"] == ["33 %", "no limit"] and found["rejected updates"] == [
+        "0",
+        "0",
+    ]

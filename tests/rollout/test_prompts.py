@@ -59,7 +59,7 @@ def test_messages_need_a_chat_template_that_takes_them():
         encode_prompt(CHAT, tiny.tokenizer(chat=False))
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    with pytest.raises(DataError, match="which the tokenizer or its chat template refuses: no"):
+    with pytest.raises(DataError, match="which the tokenizer or its chat template rejects: no"):
         encode_prompt(CHAT, tokenizer)
 
 
@@ -148,7 +148,7 @@ def test_the_padding_of_a_users_collator_is_moved_to_the_left():
     assert found.ids.tolist() == [[3, 4], [9, 5]] and found.mask.tolist() == [[True, True], [False, True]]
     assert found.rows == rows and seen == [{"input_ids": [3, 4]}, {"input_ids": [5]}]
     assert Collator(None, 0, CPU)(rows).ids.tolist() == [[3, 4], [0, 5]]
-    with pytest.raises(DataError, match="`data_collator` made `input_ids` of prompts of different lengths"):
+    with pytest.raises(DataError, match="`data_collator` returned `input_ids` of prompts of different lengths"):
         Collator(lambda rows: {"input_ids": torch.zeros(2, 2).long()}, 0, CPU)(rows)
 
 

@@ -142,7 +142,7 @@ def test_a_reward_model_reads_text_or_the_last_token_of_prompt_and_response():
 
 def test_a_token_that_a_reward_model_does_not_know_is_named():
     model = tiny.scalar_model(tiny.llama(vocab_size=10))
-    with pytest.raises(RewardError, match="the policy sampled the token 10, and the reward model .* knows 0 to 9"):
+    with pytest.raises(RewardError, match="the token 10, and the vocabulary of the reward model .* is 0 to 9"):
         rewards(RewardModel(model, None))
 
 

@@ -116,7 +116,7 @@ def test_a_reward_model_with_a_tokenizer_of_its_own_gets_the_text(tmp_path):
             assert score == pytest.approx(float(reward(input_ids=ids).logits), abs=1e-4)
 
 
-def test_a_reward_model_of_a_chat_gets_the_whole_conversation(tmp_path):
+def test_a_reward_model_of_a_chat_gets_the_full_conversation(tmp_path):
     tokenizer, calls = tiny.tokenizer(), []
     apply = tokenizer.apply_chat_template
     tokenizer.apply_chat_template = lambda messages, **k: (calls.append(messages), apply(messages, **k))[1]

@@ -63,7 +63,7 @@ def test_a_stop_token_at_the_last_position_counts_as_a_stop():
     assert always.finish_reasons == ["stop"] * len(PROMPTS) and all(len(ids) == 1 for ids in always.ids)
 
 
-def test_without_a_stop_token_every_response_has_the_whole_length():
+def test_without_a_stop_token_every_response_has_the_full_length():
     """The end of sequence of the model's generation config does not end a response."""
     found = engine(stop_ids=[], response_length=30).generate(PROMPTS, seed=1)
     assert found.finish_reasons == ["length"] * len(PROMPTS) and {len(ids) for ids in found.ids} == {30}

@@ -120,7 +120,7 @@ def test_checkpoints_are_moved_aside_into_a_new_folder_each_time(tmp_path):
         (lambda folder: cut_in_half(folder / "manifest.json"), "manifest.json cannot be read"),
     ],
 )
-def test_a_damaged_checkpoint_is_recognised_and_the_last_whole_one_used(
+def test_a_damaged_checkpoint_is_recognised_and_the_last_complete_one_used(
     uninterrupted_run, run_copy, caplog, damage, what
 ):
     damage(run_copy / "checkpoint-6")
@@ -144,7 +144,7 @@ def cut_in_half(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-def test_without_a_whole_checkpoint_a_run_starts_afresh_with_a_warning(uninterrupted_run, tmp_path, caplog):
+def test_without_a_complete_checkpoint_a_run_starts_afresh_with_a_warning(uninterrupted_run, tmp_path, caplog):
     (tmp_path / "checkpoint-9").mkdir()
     (tmp_path / ".unfinished-checkpoint-2").mkdir()
     build(tmp_path).train(resume_from_checkpoint=True)
@@ -164,7 +164,7 @@ def test_a_fresh_run_moves_old_checkpoints_aside(run_copy):
     ]
 
 
-def test_no_more_checkpoints_are_kept_than_asked_for_and_the_last_whole_one_is(tmp_path):
+def test_no_more_checkpoints_are_kept_than_asked_for_and_the_last_complete_one_is(tmp_path):
     build(tmp_path, save_steps=1, save_total_limit=2).train()
     assert names(tmp_path) == ["checkpoint-5", "checkpoint-6"]
     (tmp_path / "checkpoint-6" / "optimizer.pt").unlink()

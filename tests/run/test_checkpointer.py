@@ -293,7 +293,7 @@ def test_a_fresh_run_is_asked_for_by_nothing(tmp_path):
     assert run.checkpointer.find(None, tmp_path) is None and run.checkpointer.find(False, tmp_path) is None
 
 
-def test_true_finds_the_last_whole_checkpoint_by_its_number(tmp_path):
+def test_true_finds_the_last_complete_checkpoint_by_its_number(tmp_path):
     run = Run(1)
     for number in (9, 10, 11):
         run.checkpointer.save(tmp_path / f"checkpoint-{number}")

@@ -226,7 +226,7 @@ def test_a_reward_function_that_fails_ends_the_run_with_the_last_update_saved(tm
     assert one == other
 
 
-def test_a_reward_function_that_fails_in_an_evaluation_leaves_the_finished_update_whole(tmp_path):
+def test_a_reward_function_that_fails_in_an_evaluation_leaves_the_finished_update_complete(tmp_path):
     calls: list[int] = []
 
     def fails_in_the_evaluation(prompts: list, completions: list, **_: Any) -> list[float]:

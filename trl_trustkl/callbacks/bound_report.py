@@ -15,7 +15,7 @@ from ..errors import ConfigError, out_of_range
 from ..records import BoundRecord
 from ..report import MissingPackageError, render_report
 from ..report.text import visible
-from ..trl_compat import trl_logs as stock
+from ..trl_compat import trl_logs
 from .table import HEADER, line, printer
 
 logger = logging.get_logger(__name__)
@@ -100,7 +100,7 @@ class BoundReportCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, logs: dict[str, Any], **_: Any
     ) -> None:
         """Write a record of what one of TRL's trainers logs."""
-        if state.is_world_process_zero and (record := stock.record_of(args, state, logs)) is not None:
+        if state.is_world_process_zero and (record := trl_logs.record_of(args, state, logs)) is not None:
             self.on_record(args, state, control, record=record, completions=[])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

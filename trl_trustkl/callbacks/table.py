@@ -35,7 +35,7 @@ def line(record: BoundRecord) -> str:
         f"{record.update:4}  {score} {_fit(anchor.kl_exact, 5, 2)}  {target:>5} {_fit(anchor.coef, 6, 3)}  {share:>6} "
         f"{trust.gated:5.0%}  {_fit(trust.kl, 8, 4)} {_fit(trust.max_ratio, 9, 1)}  "
     )
-    text += one_line(record.binding if record.refused is None else f"refused: {record.refused}")
+    text += one_line(record.binding if record.refused is None else f"rejected: {record.refused}")
     return text if len(text) <= WIDTH else text[: WIDTH - 1] + "…"
 
 

@@ -22,7 +22,7 @@ from ..controllers import (
 )
 from ..divergences import ESTIMATORS, KLEstimatorName, Placement, build_estimator, gradient_kind
 from ..errors import ConfigError, is_finite, out_of_range, shown
-from ..options import COUNT, NOT_NEGATIVE, PER_TOKEN, POSITIVE, WHOLE, Range, check_options, inherited, option
+from ..options import COUNT, COUNT_OR_0, NOT_NEGATIVE, PER_TOKEN, POSITIVE, Range, check_options, inherited, option
 from ..rollout.generation_options import check_generation_kwargs
 from ..surrogates import SURROGATES, WITHOUT_RANGE, ClipRuleName, build_surrogate
 from ..trl_compat import ppo_base
@@ -64,7 +64,7 @@ class TrustKLPPOConfig(PPOConfig):
     kl_coef: float = _anchor(
         *_trl("kl_coef"), unit="score per nat", off="0", range=NOT_NEGATIVE, fix="0 turns the anchor off.")
     kl_estimator: KLEstimatorName = _anchor(  # type: ignore[assignment]  # TRL has fewer names
-        "k1", "Estimator of the KL to the reference: one of ESTIMATORS, or 'exact' (over the whole vocabulary).",
+        "k1", "Estimator of the KL to the reference: one of ESTIMATORS, or 'exact' (over the full vocabulary).",
         names=ESTIMATORS)
     kl_estimator_kwargs: dict | str | None = _anchor(None, "Its arguments, as a dict or JSON: {'order': 0.5}.")
     kl_placement: Placement = _anchor("reward", "Where the anchor acts: 'reward', 'loss' or 'both'.")
@@ -158,7 +158,7 @@ class TrustKLPPOConfig(PPOConfig):
     stop_token: Literal["eos", "none"] | None = _run(  # type: ignore[assignment]  # TRL has no "none"
         None, "'eos' or 'none'; None: 'eos' for text and chat prompts, 'none' for a dataset of input_ids, as in TRL.",
         off='"none"')
-    stop_token_id: int | None = _run(*_trl("stop_token_id"), unit="token id", off="None", range=WHOLE)
+    stop_token_id: int | None = _run(*_trl("stop_token_id"), unit="token id", off="None", range=COUNT_OR_0)
     missing_eos_penalty: float | None = _run(
         *_trl("missing_eos_penalty"), unit="the score's", off="None", range=NOT_NEGATIVE)
     generation_kwargs: dict | str | None = _run(None, "Further arguments of generate(), as a dict or JSON.")
@@ -178,7 +178,7 @@ class TrustKLPPOConfig(PPOConfig):
         5, "Save and end the run when this many updates in a row were rolled back.", unit="updates", range=COUNT)
     reward_retries: int = _failure(
         0, "How often a reward function that failed is called again, after 1, 2, 4, … seconds (60 at most).",
-        unit="times", off="0", range=WHOLE, fix="0 turns retries off.")
+        unit="times", off="0", range=COUNT_OR_0, fix="0 turns retries off.")
     grace_seconds: float = _failure(
         20.0, "Seconds that the current update may take after SIGTERM or Ctrl-C before it is abandoned.", unit="s",
         range=NOT_NEGATIVE._replace(valid="a finite number of seconds >= 0"))

@@ -151,8 +151,8 @@ def epoch_stats(total: Tensor) -> EpochStats:
     """Means from the gathered sums, a vector in the order of `LossSums`."""
     s: dict[str, float] = dict(zip(LossSums._fields, total.tolist(), strict=True))
 
-    def share(part: float, whole: float) -> float:
-        return part / whole if whole else 0.0
+    def share(part: float, of: float) -> float:
+        return part / of if of else 0.0
 
     ratio = share(s["ratio"], s["tokens"])
     return EpochStats(

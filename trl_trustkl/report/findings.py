@@ -79,7 +79,7 @@ def clip_never_binds(run: Run) -> Finding | None:
     if len(clipped) < FEW or not (column(clipped, "trust.gated") <= IDLE).all():  # NaN is not 0
         return None
     reached = largest(column(clipped, "trust.max_ratio"))
-    made, stock = count(len(clipped), "update"), is_from_trl_logs(run.records)
+    made, from_trl = count(len(clipped), "update"), is_from_trl_logs(run.records)
     if all(record.trust.epochs <= 1 for record in clipped):
         return Finding(
             "clip_never_binds",
@@ -88,7 +88,7 @@ def clip_never_binds(run: Run) -> Finding | None:
             "mini-batch, the policy is still the one that sampled when the clip is applied, so every ratio is 1."
             + (f" Measured after the step, the largest was {number(reached)}." if np.isfinite(reached) else ""),
             "Set num_iterations=2, or for PPO num_ppo_epochs=2."
-            if stock
+            if from_trl
             else "Set num_ppo_epochs=2 (or num_mini_batches=2); to bound a single step, set trust_max_kl instead.",
         )
     return Finding(
@@ -142,16 +142,18 @@ def target_never_reached(run: Run) -> Finding | None:
     above = bool(np.nanmin(late / aim) > 1 + NEAR)
     if not (below or above):
         return None
-    coef, stock = float(column(run.records, "anchor.coef")[-1]), is_from_trl_logs(run.records)
+    coef, from_trl = float(column(run.records, "anchor.coef")[-1]), is_from_trl_logs(run.records)
     if below:
         came = f"reached at most {number(largest(kl))} in the entire run"
     else:
         came = f"was at least {number(float(np.nanmin(late)))} in the last {count(len(late), 'update')}"
     if below and _still_rising(kl):
-        longer = f"max_steps={2 * run.records[-1].update}" if stock else f"total_episodes={2 * run.records[-1].episode}"
+        longer = (
+            f"max_steps={2 * run.records[-1].update}" if from_trl else f"total_episodes={2 * run.records[-1].episode}"
+        )
         advice = f"Set {longer}, twice as many: the KL is still rising."
     else:
-        field = "the controller's coef" if stock else "kl_coef"
+        field = "the controller's coef" if from_trl else "kl_coef"
         advice = f"Set {field}={number(coef / 2 if below else 2 * coef or 0.05, 2)}, {'half' if below else 'twice'} the last β."
     return Finding(
         "target_never_reached",
@@ -172,9 +174,9 @@ def negative_estimate(run: Run) -> Finding | None:
         f"The estimate of the KL to the reference was negative in {_share(negative)}, with a minimum of "
         f"{number(float(np.nanmin(kl)))} nats per response"
     )
-    stock = is_from_trl_logs(run.records)
-    evidence += ". " if stock else f"; the exact KL averaged {number(mean(exact[negative]))} in these updates. "
-    if stock:
+    from_trl = is_from_trl_logs(run.records)
+    evidence += ". " if from_trl else f"; the exact KL averaged {number(mean(exact[negative]))} in these updates. "
+    if from_trl:
         why = "A KL cannot be negative: near 0, an estimate from few responses is mostly noise."
         advice = "Set gradient_accumulation_steps to twice its value: more responses reduce the noise."
     elif mismatch:
