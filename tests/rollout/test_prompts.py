@@ -149,7 +149,7 @@ def test_the_padding_of_a_users_collator_is_moved_to_the_left():
     assert found.rows == rows and seen == [{"input_ids": [3, 4]}, {"input_ids": [5]}]
     assert Collator(None, 0, CPU)(rows).ids.tolist() == [[3, 4], [0, 5]]
     with pytest.raises(DataError, match="`data_collator` returned `input_ids` of prompts of different lengths"):
-        Collator(lambda rows: {"input_ids": torch.zeros(2, 2).long()}, 0, CPU)(rows)
+        Collator(lambda rows: {"input_ids": [[3, 4], [5]]}, 0, CPU)(rows)
 
 
 def test_prompts_are_given_back_as_the_dataset_has_them_or_decoded():

@@ -42,7 +42,8 @@ class AdaptiveKLCallback(TrainerCallback):
 
     For `GRPOTrainer` and `RLOOTrainer` (adapts `beta`; target in nats per token) and the PPO trainer of TRL ≤ 1.12 (adapts
     `kl_coef`; target in nats per response). `trl_logs.KL_METRIC` names the KL that each of them measures. The run starts
-    with the controller's coefficient. The configured one is not used, but must not be 0, as TRL then loads no reference.
+    with the controller's coefficient. The configured one is not used, but GRPO's and RLOO's `beta` must not be 0: TRL then
+    loads no reference.
 
     Once per optimizer step (RLOO: per generation; PPO: per update), the controller gets the KL that the trainer measured
     since, as max(0, KL), and returns the coefficient for the next steps. A KL that is not finite changes nothing. TRL

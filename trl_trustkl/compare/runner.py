@@ -200,7 +200,9 @@ class Runner:
 def _why(job: Job, status: int) -> str:
     """The last line that a failed run wrote, or how it ended."""
     try:
-        log = (job.folder / LOG_FILE).read_bytes()
+        with (job.folder / LOG_FILE).open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 65_536))
+            log = file.read()
     except OSError:
         log = b""
     said = log.strip().rpartition(b"\n")[2].decode("utf-8", "replace").strip()

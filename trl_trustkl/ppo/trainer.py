@@ -47,7 +47,7 @@ class TrustKLPPOTrainer(PPOTrainer):
     Args:
         args: the configuration; `TrustKLPPOConfig("trainer_output")` when None.
         processing_class: the policy's tokenizer; loaded with the model when `model` is a name.
-        model: the policy: a causal language model, 4-bit and PEFT models included, or the name of one.
+        model: the policy: a causal language model (4-bit, with an adapter) or the name of one. `peft_config` adds an adapter.
         ref_model: the reference; None: the policy with its new adapter off, a frozen clone of the adapter that the model
             came with, or, in full fine-tuning, a frozen copy of the model.
         reward_model: one reward model, as TRL's argument; it reads the policy's token ids.
@@ -57,10 +57,10 @@ class TrustKLPPOTrainer(PPOTrainer):
         eval_dataset: the dataset for `evaluate()`, or a dict of datasets.
         optimizers: optimizer and scheduler, in place of those that `args` describe.
         callbacks: further callbacks; a `BoundReportCallback` among them replaces the trainer's.
-        peft_config: the policy's adapter.
         reward_funcs: a callable `f(prompts, completions, **columns) -> list[float | None]` (async too), a reward model, the
             name of one, or a list of them, weighted by `args.reward_weights`.
-        reward_processing_classes: the tokenizers of reward models, in the order of `reward_funcs`; None: the policy's.
+        reward_processing_classes: the tokenizers of reward models, in the order of `reward_funcs`. Without one, a model given
+            by name gets the tokenizer of that name, and a loaded model reads the policy's token ids.
 
     Raises ConfigError, DataError or ModelError, which name the field, the value, what is valid and the likely fix.
     """

@@ -193,16 +193,13 @@ class Collator:
         if self.user is None:
             return collate(rows, self.pad_token_id, self.device)
         batch = self.user([{k: row[k] for k in (IDS, "attention_mask") if k in row} for row in rows])
-        ids = batch[IDS].to(self.device)
-        if "attention_mask" in batch:
-            mask = batch["attention_mask"].to(ids.device).bool()
-        elif len({len(row[IDS]) for row in rows}) <= 1:
-            mask = torch.ones_like(ids).bool()
-        else:
+        if "attention_mask" not in batch and len({len(row[IDS]) for row in rows}) > 1:
             raise DataError(
                 "`data_collator` returned `input_ids` of prompts of different lengths and no `attention_mask`; it must return "
                 "one, since the pad token may also occur in a prompt. DataCollatorWithPadding does."
             )
+        ids = batch[IDS].to(self.device)
+        mask = batch.get("attention_mask", torch.ones_like(ids)).to(ids.device).bool()
         # Padded again on the left: a model cannot continue a prompt that is padded on the right.
         prompts = [{IDS: row[counts]} for row, counts in zip(ids, mask, strict=True)]
         return collate(prompts, self.pad_token_id, ids.device)._replace(rows=rows)

@@ -215,7 +215,7 @@ def _validated(rewards: Any, expected: int, name: str) -> list[float | None]:
     """The rewards as floats and None; RewardError for anything else."""
     if isinstance(rewards, Tensor):
         rewards = rewards.detach().cpu()
-    if hasattr(rewards, "reshape") and tuple(getattr(rewards, "shape", ())) == (expected, 1):
+    if hasattr(rewards, "reshape") and tuple(getattr(rewards, "shape", None) or ()) == (expected, 1):
         rewards = rewards.reshape(expected)
     if isinstance(rewards, (str, bytes, dict, set, frozenset)) or not hasattr(rewards, "__iter__"):
         raise RewardError(
