@@ -38,7 +38,7 @@ torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("of_contexts", [False, True])
-def test_nothing_is_paid_for_what_stands_beyond_the_end_of_a_response(of_contexts):
+def test_positions_after_the_end_of_a_response_cost_nothing(of_contexts):
     mask = torch.tensor([[True, True, False], [True, False, False]])
     divergence = torch.tensor([[1.0, 2.0, math.nan], [3.0, math.inf, 4.0]])
     expected = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]] if of_contexts else [[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]])
@@ -113,7 +113,7 @@ def test_gae_by_hand():
     assert gae(rewards, values, gamma=1.0, lam=0.0).tolist() == [[-0.5, 1.5, 1.0]]
 
 
-def test_an_anchor_that_is_off_pays_nothing_for_an_infinite_divergence():
+def test_with_the_anchor_off_an_infinite_divergence_costs_nothing():
     assert anchor_rewards(torch.full((1, 2), math.inf), MASK[:1, :2], 0.0, of_contexts=False).tolist() == [[0, 0]]
 
 

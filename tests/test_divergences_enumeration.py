@@ -137,7 +137,7 @@ def test_gradient_kind_is_the_published_table():
         assert tuple(gradient_kind(name, placement) for placement in ("reward", "loss", "both")) == row
 
 
-def test_an_estimator_of_ones_own_has_the_gradient_of_its_own_divergence(monkeypatch):
+def test_a_custom_estimator_has_the_gradient_of_its_divergence(monkeypatch):
     monkeypatch.setitem(ESTIMATORS, "mine", ESTIMATORS["k3"])
     assert [gradient_kind("mine", placement) for placement in ("reward", "loss", "both")] == [
         "biased",

@@ -285,7 +285,7 @@ def test_docstring_examples_run(name: str) -> None:
     [k1, k3, exact, AdaptiveKL, PIDKL, ppo, backtrack, load_records, TrustKLPPOConfig],
     ids=lambda shown: shown.__name__,
 )
-def test_what_users_meet_first_has_an_example_which_is_run(shown: Any) -> None:
+def test_the_main_classes_and_functions_have_a_tested_example(shown: Any) -> None:
     assert doctest.DocTestParser().get_examples(shown.__doc__)
     assert shown.__module__ in modules_with_examples()
 

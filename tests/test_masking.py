@@ -49,7 +49,7 @@ def test_the_whitening_factor_has_the_constant_of_trl():
 
 
 @pytest.mark.parametrize("mean", [0.0, 0.7, -300.0])
-def test_values_that_are_all_the_same_weigh_1(mean):
+def test_equal_values_have_the_factor_1(mean):
     mean = torch.tensor(mean, dtype=torch.float64)
     rounding = 1e-13 * mean**2
     assert weighing_factor(mean, rounding) == 1

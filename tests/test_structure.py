@@ -316,7 +316,7 @@ def test_everything_is_named_somewhere():
     assert sorted(unused(package(), elsewhere)) == sorted(UNNAMED_ON_PURPOSE)
 
 
-def test_no_class_of_the_package_stands_behind_the_trainer():
+def test_the_trainer_has_no_base_class_with_behaviour():
     """Its behaviour is in parts, not in base classes; on newer TRL `ppo_base` stands in for the PPO trainer."""
     from trl_trustkl import TrustKLPPOTrainer
 

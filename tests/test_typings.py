@@ -134,7 +134,7 @@ def mismatched(stub: ast.FunctionDef, function: Any, name: str) -> Iterator[str]
         ("@dataclass\nclass TrainingArguments:\n    should_save: bool", ["TrainingArguments.should_save"]),
     ],
 )
-def test_what_is_not_there_is_found(stub: str, found: list[str], objects: dict[str, Any]) -> None:
+def test_a_declared_name_that_does_not_exist_is_found(stub: str, found: list[str], objects: dict[str, Any]) -> None:
     assert list(missing(stub, transformers, objects)) == found
 
 

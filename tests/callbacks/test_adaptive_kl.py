@@ -120,7 +120,7 @@ def test_a_kl_that_is_not_finite_changes_nothing(kind, kl, tmp_path):
 
 
 @KINDS
-def test_a_schedule_to_zero_goes_on_measuring(kind, tmp_path):
+def test_measuring_continues_when_a_schedule_reaches_zero(kind, tmp_path):
     trainer = controlled(kind, tmp_path, ScheduledKL(coef=0.1, end_coef=0.0, episodes=16))
     trainer.train()
     assert logged(trainer, "kl/coef") == pytest.approx([0.1, 0.05, SMALLEST, SMALLEST, SMALLEST])
@@ -158,7 +158,7 @@ def test_trackers_get_target_kl_and_coefficient(kind, tmp_path):
 
 @KINDS
 @pytest.mark.parametrize("restored_by_transformers", [False, True])
-def test_a_resumed_run_goes_on_the_same(kind, restored_by_transformers, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(kind, restored_by_transformers, tmp_path):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     settings |= {"restore_callback_states_from_checkpoint": restored_by_transformers}
     controller = AdaptiveKL(coef=0.1, target=TARGET, horizon=40, clip=0.5)
@@ -174,7 +174,7 @@ def test_a_resumed_run_goes_on_the_same(kind, restored_by_transformers, tmp_path
     assert kept["attributes"]["saved"]["state"]["coef"] == logged(complete, "kl/coef")[3]
 
 
-def test_a_checkpoint_from_before_the_callback(tmp_path):
+def test_a_checkpoint_of_a_run_without_the_callback_can_be_resumed(tmp_path):
     before = trainer_of("grpo", tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
     before.train()
     trainer = controlled("grpo", tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
@@ -190,7 +190,7 @@ def test_another_controller_starts_afresh(tmp_path):
     assert logged(trainer, "kl/coef")[2] == 0.7
 
 
-def test_training_twice_goes_on(tmp_path):
+def test_a_second_call_of_train_continues_the_controller(tmp_path):
     recorder = Recorder()
     trainer = controlled("grpo", tmp_path, recorder, max_steps=2)
     trainer.train()
@@ -205,7 +205,7 @@ def test_without_a_reference(kind, tmp_path):
         controlled(kind, tmp_path, beta=0.0)
 
 
-def test_a_loss_with_the_coefficient_built_in(tmp_path):
+def test_a_loss_built_with_a_fixed_coefficient_is_rejected(tmp_path):
     trainer = trainer_of("grpo", tmp_path)
     trainer.liger_loss = object()
     with pytest.raises(ConfigError, match="`use_liger_kernel`.*Liger"):
@@ -228,7 +228,7 @@ def test_a_state_that_cannot_be_saved(tmp_path):
 
 
 @pytest.mark.parametrize("coef", [-1.0, math.nan, math.inf])
-def test_a_coefficient_that_cannot_be_used(coef, tmp_path):
+def test_an_invalid_coefficient_is_an_error(coef, tmp_path):
     class Odd(Recorder):
         def update(self, state: State, *, kl: float, episodes: int) -> State:
             return State(coef, 0)
@@ -254,7 +254,7 @@ def test_our_own_trainer_has_controllers(tmp_path):
         AdaptiveKLCallback(DUAL, trainer=tiny.trainer(tmp_path))
 
 
-def test_two_callbacks_or_another_trainers(tmp_path):
+def test_two_callbacks_or_one_of_another_trainer_are_rejected(tmp_path):
     trainer = controlled("grpo", tmp_path)
     trainer.add_callback(AdaptiveKLCallback(DUAL, trainer=trainer))
     with pytest.raises(ConfigError, match="two AdaptiveKLCallbacks"):

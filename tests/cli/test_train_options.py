@@ -21,9 +21,7 @@ from trl_trustkl.errors import ConfigError
         ("kl_estimator: k4", "`kl_estimator` got 'k4'"),
     ],
 )
-def test_a_yaml_file_that_cannot_work_is_said_in_one_line(
-    place: Path, tmp_path: Path, capsys, content, message
-) -> None:
+def test_the_error_for_a_bad_yaml_file_is_one_line(place: Path, tmp_path: Path, capsys, content, message) -> None:
     file = tmp_path / "run.yaml"
     if content is not None:
         file.write_text(content)

@@ -13,7 +13,7 @@ from trl_trustkl.compare import child
 from trl_trustkl.report import read_run
 
 
-def test_a_child_trains_what_its_folder_says(tmp_path: Path) -> None:
+def test_a_child_trains_the_settings_in_its_folder(tmp_path: Path) -> None:
     made_with = {"task": TASK, "updates": 2, "seed": 5, "config": {"kl_coef": 0.3, "clip_rule": "none"}}
     child.write(tmp_path / child.SETTINGS_FILE, made_with)
     child.run(tmp_path)

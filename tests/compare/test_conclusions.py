@@ -134,7 +134,7 @@ def test_a_gap_counts_pooled_standard_deviations_and_needs_disjoint_ranges() -> 
         ({"clip": {"trust_max_kl": 0.1}}, False),
     ],
 )
-def test_four_corners_differ_in_anchor_and_clip_alone(changes: dict[str, dict[str, Any]], found: bool) -> None:
+def test_four_corners_differ_only_in_anchor_and_clip(changes: dict[str, dict[str, Any]], found: bool) -> None:
     results = [each._replace(config={**each.config, **changes.get(each.name, {})}) for each in four()]
     got = corners(list(reversed(results)))
     assert (got is not None) is found

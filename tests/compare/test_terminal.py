@@ -55,7 +55,7 @@ def test_the_plan_says_how_many_runs_are_finished(tmp_path):
     ]
 
 
-def test_a_failed_run_is_told_with_its_log(tmp_path):
+def test_a_failed_run_is_reported_with_its_log(tmp_path):
     on, (first, *_) = console(), jobs(TWO, tmp_path, TASK)
     terminal.show_failed(on, [Outcome(first, 1.0, "\x1b[31mno luck")])
     assert printed(on) == ["Failed: a, seed 1: \\x1b[31mno luck", f"        log: {first.folder / 'run.log'}"]

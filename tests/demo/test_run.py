@@ -103,7 +103,7 @@ def test_the_end_says_what_changed_and_where_everything_is(tmp_path):
     assert "Report:" in text and "folder/adapter" in text
 
 
-def test_a_run_that_was_ended_says_nothing_of_afterwards():
+def test_a_run_that_was_ended_prints_no_evaluation_and_no_report():
     out = console()
     conclude(out, Options(output_dir="folder"), evaluated("grey"), None, [], None)
     text = out.file.getvalue()

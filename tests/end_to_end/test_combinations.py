@@ -100,7 +100,7 @@ def gradient(trainer: Any, batch: Batch) -> Tensor:
 
 
 @pytest.mark.parametrize(("bf16", "near"), [(False, 1e-5), (True, 0.05)], ids=["float32", "bf16"])
-def test_exact_divergences_in_pieces_give_the_gradient_of_the_whole(bf16, near, tmp_path):
+def test_exact_divergences_in_pieces_give_the_complete_gradient(bf16, near, tmp_path):
     """In bf16 only up to its precision: passes of other shapes round differently."""
     trainers = [tiny.trainer(tmp_path, changes=EXACT | {"bf16": bf16} | split) for split in (WHOLE, PIECES)]
     rollout, _ = (before_the_first_step(trainer).scored.rollout for trainer in trainers)

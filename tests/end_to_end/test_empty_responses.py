@@ -46,7 +46,7 @@ def test_empty_and_all_pad_responses_leave_a_run_finite(tmp_path, script, peft):
 
 
 @pytest.mark.parametrize("token", [PAD, EOS], ids=["PAD", "EOS"])
-def test_a_model_that_only_says_pad_or_eos_trains_on(tmp_path, token):
+def test_a_model_that_only_generates_pad_or_eos_continues_training(tmp_path, token):
     model = tiny.llama(tie_word_embeddings=False)
     with torch.no_grad():
         model.lm_head.weight.zero_()  # equal logits; the hook below adds a bias

@@ -44,7 +44,7 @@ TWO_PROCESSES = """
 """
 
 
-def test_two_processes_take_the_same_scale_and_hold_the_limit_over_the_pooled_batch(tmp_path):
+def test_two_processes_take_the_same_scale_and_hold_the_limit_over_the_batch_of_both(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(textwrap.dedent(TWO_PROCESSES))
     in_two_processes(str(script), str(tmp_path), cwd=tmp_path)

@@ -64,7 +64,7 @@ def test_a_full_disk_at_a_record_ends_the_run_and_the_line_cut_short_is_dropped(
     assert survival.same(uninterrupted_run, tmp_path)
 
 
-def test_a_folder_that_cannot_be_written_into_is_named(tmp_path):
+def test_an_unwritable_folder_is_named(tmp_path):
     """A file in the folder's place stands for a read-only folder, because a superuser can write into that."""
     trainer = build(tmp_path / "run", max_steps=2)
     (tmp_path / "run").mkdir(exist_ok=True)

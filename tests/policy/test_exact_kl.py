@@ -67,7 +67,7 @@ def dense_columns(
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", HEADS)
-def test_values_and_gradients_in_chunks_are_those_of_the_whole(kind, precision, small_chunks):
+def test_values_and_gradients_in_chunks_equal_the_dense_ones(kind, precision, small_chunks):
     """With temperature and soft-capping; gradients accumulate over two backward passes."""
     dtype, autocast, near = PRECISIONS[precision]
     results = []

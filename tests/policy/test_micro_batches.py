@@ -88,7 +88,7 @@ def test_a_padding_token_without_an_embedding_changes_no_number(tmp_path):
     assert torch.equal(runs[0].scored.logp, runs[1].scored.logp)
 
 
-def test_prompts_from_one_token_to_the_whole_context_share_a_batch(tmp_path):
+def test_prompts_from_one_token_to_the_full_context_share_a_batch(tmp_path):
     lengths = [1, 122, 3, 60, 1, 2, 122, 1]  # 6 more tokens fill a context of 128
     dataset = Dataset.from_dict({"prompt": [" ".join(["w1"] * length) for length in lengths]})
     trainer = tiny.trainer(tmp_path, train_dataset=dataset, changes={"max_steps": 1})

@@ -66,7 +66,7 @@ def test_a_soft_cap_by_an_unknown_name_is_noticed_while_logits_are_small():
     assert not SplitLM(model).chunked
 
 
-def test_noise_that_cannot_be_switched_off_is_refused(tmp_path):
+def test_noise_that_cannot_be_switched_off_is_rejected(tmp_path):
     with pytest.raises(ModelError, match="two passes over the same tokens differ"):
         tiny.trainer(tmp_path, families.build("Falcon", **families.NOISE["Falcon"]), peft_config=None)
 

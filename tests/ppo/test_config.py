@@ -233,7 +233,7 @@ def test_a_plain_yaml_file_of_transformers_is_read(tmp_path):
     assert_has(config, OPTIONS)
 
 
-def test_a_name_that_does_not_exist_is_refused_on_the_command_line(tmp_path, capsys):
+def test_an_unknown_name_is_rejected_on_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         HfArgumentParser(TrustKLPPOConfig).parse_args_into_dataclasses(
             ["--output_dir", str(tmp_path), "--clip_rule", "pp0"]
@@ -242,7 +242,7 @@ def test_a_name_that_does_not_exist_is_refused_on_the_command_line(tmp_path, cap
     assert "--clip_rule" in error and "pp0" in error and "rollback" in error
 
 
-def test_a_configuration_survives_the_way_through_a_dict(tmp_path):
+def test_a_configuration_can_be_converted_to_a_dict_and_back(tmp_path):
     first = tiny.config(tmp_path, **{name: value for name, value in OPTIONS.items() if name != "stop_token"})
     kept = first.to_dict()
     assert json.loads(json.dumps(kept)) == kept

@@ -117,7 +117,7 @@ def test_text_in_printed_samples_is_escaped(capsys):
     assert printed.endswith('completion "a \\"b\\"\\n"\n') and printed.startswith("score -0.500  prompt [{")
 
 
-def test_a_dataset_is_given_or_named_or_the_trainers():
+def test_a_dataset_is_given_or_named_or_that_of_the_trainer():
     own, other = {"few": object(), "more": object()}, object()
     assert chosen_dataset(other, own) is other and chosen_dataset(None, own) is own
     assert chosen_dataset("more", own) is one_dataset("more", own) is own["more"]

@@ -113,7 +113,7 @@ def test_an_update_stops_at_the_first_check_over_the_limit(tmp_path):
     assert not load_records(tmp_path / "equal")[0]["trust"]["stopped"], "a KL at the limit is within it"
 
 
-def test_a_check_that_is_no_number_stops_the_update(tmp_path):
+def test_a_check_that_is_nan_stops_the_update(tmp_path):
     trainer = stepwise(tmp_path, trust_stop=1e9)
     trainer._measure = lambda batch, indices: Stepwise._measure(trainer, batch, indices)._replace(
         kl=math.nan if trainer.optimising else 0.0

@@ -15,7 +15,7 @@ from trl_trustkl.report import read_run
 from trl_trustkl.report.figures import FIGURES, draw, envelope
 
 
-def test_figures_are_written_in_both_inks_and_as_pictures(ordinary: Path) -> None:
+def test_figures_are_written_as_light_and_dark_svg_and_as_png(ordinary: Path) -> None:
     folder = ordinary.parent / "figures"
     for name in FIGURES:
         light, dark = ((folder / f"{name}{ink}.svg").read_text("utf-8") for ink in ("", "-dark"))

@@ -44,7 +44,7 @@ def test_the_distance_is_the_exact_kl_or_the_estimate_where_there_is_none(run_of
     assert distance(records).tolist() == [2, 2, 3, 3]
 
 
-def test_records_of_trl_trainers_are_told_by_what_they_lack(tmp_path, run_of) -> None:
+def test_records_of_trl_trainers_are_recognised_by_their_missing_keys(tmp_path, run_of) -> None:
     assert is_from_trl_logs(trl_run(tmp_path).records)
     assert not is_from_trl_logs(run_of().records)
     assert not is_from_trl_logs(run_of(2, trust__kl=None, anchor__kl_exact=None).records)

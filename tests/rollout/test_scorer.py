@@ -145,7 +145,7 @@ class Fails:
         return [1.0] * 3
 
 
-def test_a_function_that_fails_is_asked_again_after_longer_and_longer():
+def test_a_function_that_fails_is_retried_after_increasing_delays():
     waited, function, other = [], Fails(8), Fails(0)
     found = scores([other, function], retries=8, wait=lambda seconds: waited.append(seconds))
     assert_equal(found.total, 2, 2, 2)

@@ -90,7 +90,7 @@ def test_log_probabilities_of_filtered_sampling_are_those_of_the_filtered_distri
         torch.testing.assert_close(logps.double(), wanted, rtol=0, atol=1e-5)
 
 
-def test_samples_follow_from_the_seed_alone():
+def test_samples_depend_only_on_the_seed():
     one, other = engine(), engine()
     first = one.generate(PROMPTS, seed=1)
     torch.manual_seed(123)

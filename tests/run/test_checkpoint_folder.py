@@ -164,7 +164,7 @@ def test_a_fresh_run_moves_old_checkpoints_aside(run_copy):
     ]
 
 
-def test_no_more_checkpoints_are_kept_than_asked_for_and_the_last_complete_one_is(tmp_path):
+def test_at_most_the_configured_number_of_checkpoints_is_kept_and_the_last_complete_one_is(tmp_path):
     build(tmp_path, save_steps=1, save_total_limit=2).train()
     assert names(tmp_path) == ["checkpoint-5", "checkpoint-6"]
     (tmp_path / "checkpoint-6" / "optimizer.pt").unlink()

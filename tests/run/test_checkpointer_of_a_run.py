@@ -19,7 +19,7 @@ def test_a_path_that_is_no_checkpoint_is_an_error(tmp_path):
         build(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
-def test_a_checkpoint_of_the_model_alone_cannot_be_resumed_from(tmp_path):
+def test_a_checkpoint_of_only_the_model_cannot_be_resumed_from(tmp_path):
     build(tmp_path, save_only_model=True, max_steps=2).train()
     assert not (tmp_path / "checkpoint-2" / "optimizer.pt").exists()
     for wanted in (True, tmp_path / "checkpoint-2"):

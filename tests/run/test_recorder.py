@@ -64,7 +64,7 @@ def test_a_record_that_cannot_be_written_raises():
     assert len(kept.got) == 1
 
 
-def test_what_else_a_callback_raises_is_its_own():
+def test_other_errors_of_a_callback_are_not_converted():
     class Wrong(Keeps):
         def on_record(self, *args: Any, **kwargs: Any) -> None:
             raise ZeroDivisionError

@@ -50,7 +50,7 @@ def test_an_update_beyond_its_grace_period_is_given_up_and_the_one_before_it_sav
     assert survival.same(uninterrupted_run, tmp_path)
 
 
-def test_what_a_given_up_update_did_is_undone_before_it_is_saved(uninterrupted_run, tmp_path):
+def test_an_update_that_is_given_up_is_rolled_back_before_the_save(uninterrupted_run, tmp_path):
     """Without a checkpoint of the update before, one is saved from the state that is rolled back."""
     trainer = build(tmp_path, grace_seconds=0.0, save_strategy="no")
     with pytest.raises(Interrupted), counted(trainer, -1, terminate) as seen:

@@ -92,7 +92,7 @@ class Piece:
         self.value = state[self.name]
 
 
-def test_the_pieces_of_a_run_stand_side_by_side_and_each_finds_its_own():
+def test_the_pieces_of_a_run_are_saved_together_and_each_loads_its_state():
     saved = RunState([Piece("a", [1, 2]), Piece("b", None), filled()])
     state = through_json(saved.state_dict())
     assert state.keys() == {"format", "a", "b", "refusals", "metrics", "logged_step", "last_loss"}
@@ -172,7 +172,7 @@ def test_callbacks_may_come_and_go(after):
     ]
 
 
-def test_the_states_of_callbacks_are_those_of_now():
+def test_the_states_of_callbacks_are_saved_as_they_are_now():
     callback = Counts(1)
     part = TransformersState(advanced(), lambda: [callback])
     part.state_dict()
