@@ -96,7 +96,7 @@ def test_a_score_lands_at_the_end_of_its_response_or_one_position_later(position
     rewards = place_scores(scores, MASK, position)
     expected = torch.zeros(4, 3)
     expected[0, index[0]], expected[1, index[1]] = 1.0, 2.0
-    assert torch.equal(rewards, expected), "a score of NaN or of an empty row gives no reward"
+    assert torch.equal(rewards, expected), "a score of NaN or of an empty row gave a reward"
     trained = MASK.clone()
     for row, column in enumerate(index[:3]):
         trained[row, column] = True
@@ -134,4 +134,4 @@ def test_the_share_of_the_anchor_and_the_variance_explained_by_hand():
     assert explained_variance(returns, returns, mask) == 1.0
     assert explained_variance(returns * 0 + 7, returns, mask) == 0.0
     assert explained_variance(-returns, returns, mask) == pytest.approx(-3.0)
-    assert explained_variance(returns, returns * 0, mask) == 0.0, "returns that do not vary"
+    assert explained_variance(returns, returns * 0, mask) == 0.0, "returns that do not vary have no variance to explain"

@@ -211,7 +211,7 @@ def test_dict_and_literal_agree():
 
 
 @pytest.mark.parametrize("name", CONTROLLERS)
-def test_state_in_state_out(name):
+def test_update_returns_a_new_state_and_changes_nothing_else(name):
     controller = BUILT[name]
     first = controller.init()
     assert first.coef == COEF

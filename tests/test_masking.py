@@ -31,7 +31,7 @@ def test_moments_are_those_of_the_values_that_count():
     mean, variance = masked_moments(VALUES, MASK)
     assert float(mean) == pytest.approx(KEPT.mean().item())
     assert float(variance) == pytest.approx(KEPT.var(unbiased=True).item())
-    assert float(masked_moments(VALUES[:1, :1], MASK[:1, :1])[1]) == 0, "one value has no variance"
+    assert float(masked_moments(VALUES[:1, :1], MASK[:1, :1])[1]) == 0, "the variance of a single value is not 0"
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])

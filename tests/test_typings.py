@@ -30,7 +30,7 @@ PATHS = sorted(STUBS.rglob("*.pyi"))
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-# -- the stubs are true ------------------------------------------------------------------------------------------------
+# -- the stubs match the libraries -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

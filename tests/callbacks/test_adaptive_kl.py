@@ -43,21 +43,21 @@ def test_the_coefficient_follows_the_rule(kind, tmp_path):
 
 class State(NamedTuple):
     coef: float
-    told: int
+    calls: int
 
 
 class Recorder:
     """A user-defined controller that keeps the KLs and episodes that it is given."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[float, int]] = []
+        self.received: list[tuple[float, int]] = []
 
     def init(self) -> State:
         return State(0.1, 0)
 
     def update(self, state: State, *, kl: float, episodes: int) -> State:
-        self.told.append((kl, episodes))
-        return State(state.coef * 1.1, state.told + 1)
+        self.received.append((kl, episodes))
+        return State(state.coef * 1.1, state.calls + 1)
 
 
 ODD = {
@@ -77,13 +77,13 @@ def test_every_kl_is_seen_once(kind, case, tmp_path):
     trainer = controlled(kind, tmp_path, recorder, max_steps=8, **ODD[case])
     trainer.train()
     expected = {step: [kl for _, kl in seen] for step, seen in trainer.seen.items()}
-    assert [kl for kl, _ in recorder.told] == [max(0.0, sum(kls) / len(kls)) for kls in expected.values()]
+    assert [kl for kl, _ in recorder.received] == [max(0.0, sum(kls) / len(kls)) for kls in expected.values()]
     used = [{beta for beta, _ in seen} for seen in trainer.seen.values()]
     assert all(len(betas) == 1 for betas in used), "the coefficient changed within a step"
     assert [beta for betas in used for beta in betas] == pytest.approx([0.1 * 1.1**i for i in range(len(used))])
     args, last = trainer.args, max(expected) + 1
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    assert sum(episodes for _, episodes in recorder.told) == last * batch // args.num_iterations
+    assert sum(episodes for _, episodes in recorder.received) == last * batch // args.num_iterations
 
 
 @KINDS
@@ -104,7 +104,7 @@ def test_a_kl_below_zero_counts_as_zero(kind, tmp_path):
     trainer = controlled(kind, tmp_path, recorder)
     callback = next(each for each in trainer.callback_handler.callbacks if isinstance(each, AdaptiveKLCallback))
     assert callback._move(-0.5, 1)["kl/measured"] == -0.5
-    assert recorder.told == [(0.0, 8)] and trainer.beta == pytest.approx(0.11)
+    assert recorder.received == [(0.0, 8)] and trainer.beta == pytest.approx(0.11)
 
 
 @KINDS
@@ -114,9 +114,9 @@ def test_a_kl_that_is_not_finite_changes_nothing(kind, kl, tmp_path):
     trainer = controlled(kind, tmp_path, recorder)
     callback = next(each for each in trainer.callback_handler.callbacks if isinstance(each, AdaptiveKLCallback))
     callback._move(kl, 1)
-    assert recorder.told == [] and trainer.beta == 0.1
+    assert recorder.received == [] and trainer.beta == 0.1
     callback._move(0.3, 2)
-    assert recorder.told == [(0.3, 16)], "the episodes of the step without a KL were lost"
+    assert recorder.received == [(0.3, 16)], "the episodes of the step without a KL were lost"
 
 
 @KINDS
@@ -195,7 +195,7 @@ def test_a_second_call_of_train_continues_the_controller(tmp_path):
     trainer = controlled("grpo", tmp_path, recorder, max_steps=2)
     trainer.train()
     trainer.train()
-    assert [episodes for _, episodes in recorder.told] == [8, 8, 8, 8]
+    assert [episodes for _, episodes in recorder.received] == [8, 8, 8, 8]
     assert trainer.beta == pytest.approx(0.1 * 1.1**4)
 
 

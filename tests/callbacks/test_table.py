@@ -42,7 +42,7 @@ def test_the_table_has_a_plain_line_for_each_record_where_there_is_no_terminal(t
 
 
 @pytest.mark.parametrize("rich", [True, False])
-def test_no_text_of_a_record_acts_on_the_terminal(monkeypatch, rich):
+def test_no_text_of_a_record_controls_the_terminal(monkeypatch, rich):
     hostile = "\x1b]0;title\x07[red]\x1b[2J\n\r\u202eabc"
     out = Terminal()
     monkeypatch.setenv("NO_COLOR", "1")

@@ -37,7 +37,9 @@ def test_flags_override_the_yaml_file_and_both_spellings_of_config_are_read(plac
         options = parse([*words, "--kl-target", "2.0", "--lora_r=8"])
         assert (options.training.kl_target, options.model.lora_r) == (2.0, 8)
         assert options.training.kl_controller_kwargs == {"horizon": 100}
-        assert options.script.reward_funcs == ["my_rewards.even"], "one function in YAML needs no list"
+        assert options.script.reward_funcs == ["my_rewards.even"], (
+            "a single function in YAML was not read as a list of one"
+        )
 
 
 @pytest.mark.parametrize(

@@ -27,5 +27,5 @@ def test_a_child_ends_with_its_parent() -> None:
     code = "import time; from trl_trustkl.compare.child import end_with_parent; end_with_parent(); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, cwd=ROOT)
     assert process.stdin is not None
-    process.stdin.close()  # as happens when the parent ends for any reason
+    process.stdin.close()  # the system does this when the parent ends
     assert process.wait(timeout=60) == 143

@@ -1,4 +1,4 @@
-"""The paragraph of a comparison, whose every sentence must be supported by the numbers."""
+"""The conclusions of a comparison: the numbers must support each sentence."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ CASES: list[tuple[str, list[Result], list[str], list[str]]] = [
 
 
 @pytest.mark.parametrize(("results", "said", "unsaid"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
-def test_a_sentence_is_said_where_the_numbers_support_it(
+def test_a_sentence_appears_if_the_numbers_support_it(
     results: list[Result], said: list[str], unsaid: list[str]
 ) -> None:
     text = conclude(results, last=5)

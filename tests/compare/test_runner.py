@@ -1,4 +1,4 @@
-"""The runs of a comparison: their order, which are made again, their processes, and their failures."""
+"""The runs of a comparison: their order, which of them are repeated, their processes, and their failures."""
 
 from __future__ import annotations
 

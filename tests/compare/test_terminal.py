@@ -14,7 +14,7 @@ from trl_trustkl.compare import page, terminal
 from trl_trustkl.compare.runner import Outcome, jobs
 
 
-def test_nothing_of_a_completion_acts_in_the_terminal(
+def test_no_text_of_a_completion_controls_the_terminal(
     attacked: tuple[page.Report, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     terminal.show(Console(highlight=False, markup=False, emoji=False, width=80), *attacked)

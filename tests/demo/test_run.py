@@ -45,7 +45,7 @@ class Trainer:
 
 
 def ended(ending: BaseException | None, monkeypatch: pytest.MonkeyPatch) -> tuple[int, Trainer]:
-    """The status of a demo whose training ends like that, and its trainer."""
+    """The exit status of a demo whose training raises `ending`, and its trainer."""
     trainer = Trainer(ending, rows("a reply"))
     table = SimpleNamespace(progress=nullcontext(), records=[], rendered=None)
     monkeypatch.setattr(demo, "build", lambda options, console: (trainer, table))

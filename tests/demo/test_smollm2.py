@@ -1,4 +1,4 @@
-"""The demo's model: where it is loaded from, and the errors where it cannot be loaded."""
+"""The demo's model: where it is loaded from, and the errors if it cannot be loaded."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """Full and read-only disks: what the errors say, and that the run resumes bit for bit once there is room.
 
 The disks are simulated by an exception in the process; by a tmpfs in a separate mount namespace (`unshare`, of util-linux),
-which needs no privileges where the kernel allows user namespaces, and binds a superuser too; and by a limit on the size of
-files (RLIMIT_FSIZE). The tests start this file as
-a program, which forks the runs.
+which needs no privileges where the kernel allows user namespaces, and also limits a superuser; and by a limit on the size of
+files (RLIMIT_FSIZE). The tests start this file as a program, which forks the runs.
 """
 
 from __future__ import annotations

@@ -139,4 +139,4 @@ def test_collation_keeps_every_token_and_nothing_else(rows, container, masked):
     prompts = collate(given_, pad_token_id=0, device=torch.device("cpu"))
     assert prompts.ids.shape == prompts.mask.shape == (len(rows), max(map(len, rows)))
     assert [row[mask].tolist() for row, mask in zip(prompts.ids, prompts.mask, strict=True)] == rows
-    assert prompts.mask[:, -1].all(), "padding is on the left"
+    assert prompts.mask[:, -1].all(), "padding is not on the left"

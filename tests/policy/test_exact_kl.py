@@ -21,7 +21,7 @@ EOS, V, H, N = 2, 37, 16, 29
 
 
 class WithLora(nn.Module):
-    """A frozen projection with a low-rank one beside it."""
+    """The sum of a frozen projection and a low-rank one."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()

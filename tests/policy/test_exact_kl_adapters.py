@@ -30,7 +30,7 @@ def on(*modules: str, **more: Any) -> dict[str, Any]:
 
 
 ADAPTED: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
-    "the head alone": (tiny.llama, lambda: {"peft_config": tiny.lora(target_modules=["lm_head"])}),
+    "only the head": (tiny.llama, lambda: {"peft_config": tiny.lora(target_modules=["lm_head"])}),
     "the head, soft-capped": (tiny.gemma2, lambda: on("lm_head")),
     "the head, tied": (tied, lambda: on("lm_head")),
     "the head, DoRA": (tiny.llama, lambda: on("lm_head", use_dora=True)),

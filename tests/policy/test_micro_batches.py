@@ -56,7 +56,7 @@ def test_the_longest_rows_come_first():
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_prompt_does_not_depend_on_the_padding_beside_it(tmp_path, family):
+def test_a_prompt_does_not_depend_on_its_padding(tmp_path, family):
     """Log-probabilities of the same responses to the same prompt, in a batch without and with a longer prompt."""
     dataset = Dataset.from_dict({"prompt": ["w3 w4"] * 8 + ["w3 w4", "w1 " * 30] * 4})
     trainer = watched(

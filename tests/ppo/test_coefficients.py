@@ -103,18 +103,18 @@ def test_a_kl_that_is_not_finite_leaves_the_coefficients_unchanged(kl, tmp_path)
 
 
 def test_a_kl_below_zero_by_rounding_counts_as_zero(tmp_path):
-    told: list[tuple[float, int]] = []
+    received: list[tuple[float, int]] = []
 
-    class Told:
+    class Receiver:
         def update(self, state: Any, *, kl: float, episodes: int) -> Any:
-            told.append((kl, episodes))
+            received.append((kl, episodes))
             return state
 
     of = coefficients(tmp_path, **MOVING)
-    of.kl_controller = of.trust_controller = of.lr_controller = Told()
+    of.kl_controller = of.trust_controller = of.lr_controller = Receiver()
     of.update(record(-1e-6, -1e-7), EPISODES)
     of.update(record(0.5, 0.25), EPISODES)
-    assert told == [(0.0, EPISODES)] * 3 + [(0.5, EPISODES), (0.25, EPISODES), (0.25, EPISODES)]
+    assert received == [(0.0, EPISODES)] * 3 + [(0.5, EPISODES), (0.25, EPISODES), (0.25, EPISODES)]
 
 
 @pytest.mark.parametrize("changes", [MOVING, SCHEDULE, {}])

@@ -271,8 +271,10 @@ def test_the_controller_is_built_from_its_fields(tmp_path):
     settings = {"kl_controller": "adaptive", "kl_target": 4.0, "kl_coef": 0.3}
     assert tiny.config(tmp_path, **settings).build_kl_controller() == AdaptiveKL(0.3, 4.0, horizon=10_000)
     assert tiny.config(tmp_path, **settings, kl_horizon=50).build_kl_controller() == AdaptiveKL(0.3, 4.0, horizon=50)
-    told = tiny.config(tmp_path, **settings, kl_controller_kwargs={"horizon": 70, "clip": 0.4}).build_kl_controller()
-    assert told == AdaptiveKL(0.3, 4.0, horizon=70, clip=0.4)
+    controller = tiny.config(
+        tmp_path, **settings, kl_controller_kwargs={"horizon": 70, "clip": 0.4}
+    ).build_kl_controller()
+    assert controller == AdaptiveKL(0.3, 4.0, horizon=70, clip=0.4)
 
 
 @pytest.mark.parametrize(("high", "expected"), [(None, 0.1), (0.3, 0.3)])

@@ -1,4 +1,4 @@
-"""The loop over updates: what callbacks ask for, the order of events, and checkpoints."""
+"""The loop over updates: what callbacks request, the order of events, and checkpoints."""
 
 from __future__ import annotations
 

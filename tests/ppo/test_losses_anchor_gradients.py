@@ -131,7 +131,7 @@ def test_k3_in_the_loss_is_the_forward_kl_and_in_the_reward_what_that_leaves_of_
 
 
 def test_a_partial_gradient_is_wrong_by_tens_of_per_cent(config):
-    """For one policy, theory gives errors of 69 % for exact in the reward and 41 % for k2 in the loss; here are ten."""
+    """For one policy, theory gives errors of 69 % for exact in the reward and 41 % for k2 in the loss; ten policies here."""
     in_reward, in_loss = [], []
     for seed in range(10):
         world = tables(seed)

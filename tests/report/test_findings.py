@@ -178,7 +178,7 @@ def test_what_is_unknown_is_no_finding(tmp_path):
     assert "nothing" not in words["What limited the updates"] and "–" not in " ".join(words.values())
 
 
-def test_one_update_without_a_clip_ratio_is_enough_to_say_nothing_of_all(tmp_path):
+def test_clip_never_binds_is_not_found_if_one_update_lacks_a_clip_ratio(tmp_path):
     idle = {"trust__gated": lambda p: None if p == 1 else 0.0, "anchor__gradient": "exact"}
     assert "clip_never_binds" not in {finding.name for finding in find(trl_run(tmp_path, **idle))}
 

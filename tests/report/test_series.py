@@ -23,7 +23,7 @@ from trl_trustkl.report.series import (
 )
 
 
-def test_shares_are_those_on_record_and_derived_where_there_are_none(run_of) -> None:
+def test_shares_are_read_from_the_record_or_derived_if_missing(run_of) -> None:
     said = {"anchor": 0.1, "clip": 0.05, "penalty": 0.4, "stop": 0.3, "backtrack": 0.2, "grad_norm": 0.15, "lr": 0.25}
     changes = {"trust__stopped": True, "trust__epochs": 1.0, "gradient__scale": 0.5}
     recorded = shares(run_of(shares=lambda p: said if p > 0.5 else None, **changes).records)

@@ -62,8 +62,8 @@ def test_what_is_guaranteed_and_what_is_not(run_of) -> None:
 def test_no_range_of_ratios_is_reported_for_a_rule_without_one(run_of, rule: str, end: float | None) -> None:
     run = run_of(trust__rule=rule, trust__low=end, trust__high=end, trust__max_ratio=99.0)
     assert FINDINGS["ratio_far_outside"](run) is None
-    told = " ".join([*words(run).values(), *(cell for row in settings(run).rows for cell in row)])
-    assert "clip range" not in told and "[0.8, 1.2]" not in told and "nan" not in told
+    shown = " ".join([*words(run).values(), *(cell for row in settings(run).rows for cell in row)])
+    assert "clip range" not in shown and "[0.8, 1.2]" not in shown and "nan" not in shown
 
 
 def test_rejected_updates_are_reported(run_of) -> None:

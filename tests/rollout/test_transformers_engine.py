@@ -32,7 +32,7 @@ def engine(model: Any = None, **changes: Any) -> TransformersEngine:
 
 
 def dense_logps(model: Any, prompt: Tensor, response: Tensor) -> Tensor:
-    """log π over the vocabulary at each token of a response, [t, V], from a forward pass over this row alone."""
+    """log π over the vocabulary at each token of a response, [t, V], from a forward pass over only this row."""
     with torch.no_grad():
         logits = model(input_ids=torch.cat([prompt, response]).unsqueeze(0)).logits[0]
     return (logits[len(prompt) - 1 : -1].double() / TEMPERATURE).log_softmax(-1)

@@ -38,7 +38,7 @@ def test_a_folder_is_complete_with_a_manifest_of_its_files(tmp_path):
     assert list(files) == ["part/file"] and files["part/file"]["size"] == 1
     (folder / "part" / "file").write_text("b")
     assert checkpoint.damage(folder) == "part/file is not what was written"
-    assert checkpoint.damage(folder, thorough=False) is None, "digests were compared although sizes were asked for"
+    assert checkpoint.damage(folder, thorough=False) is None, "digests were compared although only sizes were requested"
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("of torch"), ValueError("no")])

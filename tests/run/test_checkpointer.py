@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.processes import alone
+from tests.processes import single_process
 from trl_trustkl.errors import CheckpointError, SaveError
 from trl_trustkl.run import checkpoint_folder, checkpointer
 from trl_trustkl.run.checkpointer import POLICY_FILE, RNG_FILE, RUN_FILE, VALUE_FILE, Checkpointer
@@ -60,7 +60,7 @@ class Run:
         self.optimizer = Toy(None if fresh else {"state": {0: {"step": torch.tensor(3.0), "bits": BITS}}, "lr": 0.1})
         self.rng = Toy(None if fresh else [[1, 2], [3, 4]])
         self.files: dict[str, torch.Tensor] | None = None
-        self.checkpointer = Checkpointer(self.parts(), alone(), self.write_model, writes=True)
+        self.checkpointer = Checkpointer(self.parts(), single_process(), self.write_model, writes=True)
 
     def parts(self) -> dict[str, Any]:
         return {
@@ -176,7 +176,7 @@ def test_a_process_that_does_not_write_takes_part_and_leaves_nothing(tmp_path):
             asked.append(True)  # where several processes gather their states
             return super().state_dict()
 
-    silent = Checkpointer({RNG_FILE: Asked([])}, alone(), lambda folder: asked.append(folder), writes=False)
+    silent = Checkpointer({RNG_FILE: Asked([])}, single_process(), lambda folder: asked.append(folder), writes=False)
     silent.save(tmp_path / "checkpoint-1")
     assert asked == [True] and contents(tmp_path) == {}
 
@@ -201,7 +201,7 @@ def failing(kind: str, tmp_path: Path) -> Checkpointer:
         parts["optimizer.pt"] = Broken(lambda: None)
     elif kind == "safetensors":
         parts[VALUE_FILE] = Broken({"no": torch.eye(3).to_sparse()})
-    return Checkpointer(parts, alone(), fail if kind == "model" else run.write_model, writes=True)
+    return Checkpointer(parts, single_process(), fail if kind == "model" else run.write_model, writes=True)
 
 
 @pytest.mark.parametrize("kind", ["model", "json", "torch", "safetensors"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests import survival, tiny
-from tests.processes import alone
+from tests.processes import single_process
 from trl_trustkl import load_records
 from trl_trustkl.errors import NonFiniteRewardError, RefusedError, RewardError
 from trl_trustkl.run import checkpoint_folder as checkpoint
@@ -23,7 +23,7 @@ from trl_trustkl.types import UpdateContext
 
 
 def handling(stop: StopRequest | None = None, count: int = 1) -> FailureHandling:
-    processes = alone()
+    processes = single_process()
     processes.count = count
     return FailureHandling(StopRequest(60.0) if stop is None else stop, processes)
 

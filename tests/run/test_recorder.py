@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from tests.processes import alone
+from tests.processes import single_process
 from trl_trustkl.errors import SaveError
 from trl_trustkl.run.recorder import Recorder
 
@@ -30,7 +30,7 @@ class FullDisk(Keeps):
 
 
 def recorder(callbacks: list[Any], *, main: bool = True) -> Recorder:
-    processes = alone()
+    processes = single_process()
     processes.is_main = main
     return Recorder(lambda: callbacks, processes)
 
@@ -42,7 +42,7 @@ def test_every_callback_with_the_method_gets_the_record():
     assert one.got == other.got == [wanted]
 
 
-def test_no_callback_need_have_the_method():
+def test_callbacks_without_the_method_are_allowed():
     recorder([TrainerCallback()]).write(RECORD, COMPLETIONS, **WHERE)
     recorder([]).write(RECORD, COMPLETIONS, **WHERE)
 

@@ -51,7 +51,7 @@ def test_an_update_beyond_its_grace_period_is_given_up_and_the_one_before_it_sav
 
 
 def test_an_update_that_is_given_up_is_rolled_back_before_the_save(uninterrupted_run, tmp_path):
-    """Without a checkpoint of the update before, one is saved from the state that is rolled back."""
+    """If there is no checkpoint of the previous update, one is saved from the state after the rollback."""
     trainer = build(tmp_path, grace_seconds=0.0, save_strategy="no")
     with pytest.raises(Interrupted), counted(trainer, -1, terminate) as seen:
         step = torch.optim.AdamW.step
@@ -97,7 +97,7 @@ def load_records_or_none(folder: Path) -> list[dict[str, Any]]:
     return load_records(folder) if (folder / "bounds.jsonl").exists() else []
 
 
-def test_the_handlers_are_there_only_while_a_run_is_and_only_in_the_main_thread():
+def test_the_handlers_are_installed_only_during_a_run_and_only_in_the_main_thread():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopRequest(1.0):
         assert signal.getsignal(signal.SIGTERM) != before[0]

@@ -40,7 +40,7 @@ def test_a_log_has_the_mean_of_numbers_and_the_latest_of_everything_else():
     progress = filled()
     logs = progress.flush(3)
     assert logs == {"kl": 3.0, "count": 11 / 3, "stopped": True, "binding": "lr", "score": 0.25, "late": [1]}
-    assert logs["stopped"] is True, "truth values are no numbers"
+    assert logs["stopped"] is True, "a truth value was averaged as a number"
     assert progress.logged_step == 3 and progress.last_loss == 0.125 and progress.rejections == (2, 0)
 
 

@@ -1,4 +1,4 @@
-"""The PPO classes come from TRL where the installed version has them, and else from `ppo_base`."""
+"""The PPO classes come from TRL where the installed version has them, and otherwise from `ppo_base`."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def test_a_path_restores_its_start_whatever_the_parameters_are():
     with torch.no_grad():
         for p in params:
             p.fill_(math.nan)
-    line.set_scale(0.5)  # takes the present parameters, which are NaN, for the end of the path
+    line.set_scale(0.5)  # the end of the path is then the current parameters, which are NaN
     line.set_scale(0.0)
     assert all(map(torch.equal, params, start))
     moved(params)
