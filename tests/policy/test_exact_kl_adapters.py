@@ -38,7 +38,7 @@ ADAPTED: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "embeddings, tied": (tied, lambda: on("embed_tokens")),
     "a few tokens": (tiny.llama, lambda: on(trainable_token_indices=[5, 6, 7])),
     "a few tokens, tied": (tied, lambda: on(trainable_token_indices=[5, 6, 7])),
-    "came with it on the head": (
+    "given with the model, on the head": (
         lambda: get_peft_model(tiny.llama(), on("lm_head")["peft_config"]), lambda: {"peft_config": None},
     ),
     "everything, tied": (tied, lambda: {"peft_config": None}),
