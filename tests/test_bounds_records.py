@@ -161,7 +161,7 @@ def test_a_range_is_recorded_only_if_the_rule_uses_it(rule: str) -> None:
     assert (math.isfinite(trust.low), math.isfinite(trust.high)) == (ranged, ranged)
 
 
-def test_what_is_off_is_null() -> None:
+def test_mechanisms_that_are_off_are_null() -> None:
     line = record(args(value_range=None, norm_limit=None))
     assert line.value.clip is None and line.gradient.max_norm is None
     assert line.trust.guaranteed is None and line.trust.limit is None and line.trust.scale is None

@@ -35,7 +35,7 @@ def test_moments_are_those_of_the_values_that_count():
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])
-def test_whitened_values_have_variance_1_and_mean_0_or_their_own(shift_mean):
+def test_whitened_values_have_variance_1_and_mean_0_or_their_original_mean(shift_mean):
     mean, var = masked_moments(VALUES, MASK)
     whitened = whiten(VALUES, MASK, mean=mean, var=var, shift_mean=shift_mean)
     assert (whitened[~MASK] == 0).all()

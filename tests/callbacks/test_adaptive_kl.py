@@ -249,7 +249,7 @@ def test_trainers_without_a_coefficient(tmp_path):
             AdaptiveKLCallback(DUAL, trainer=trainer)
 
 
-def test_our_own_trainer_has_controllers(tmp_path):
+def test_the_ppo_trainer_of_this_package_is_rejected(tmp_path):
     with pytest.raises(ConfigError, match="kl_controller='adaptive'"):
         AdaptiveKLCallback(DUAL, trainer=tiny.trainer(tmp_path))
 

@@ -57,7 +57,7 @@ def test_equal_settings_have_no_differences() -> None:
     assert differences({"a": None}, {}) == ["a None, now left open"]
 
 
-def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_left_unchanged(tmp_path: Path) -> None:
     planned = jobs(TWO, tmp_path, TASK)
     planned[3].folder.mkdir(parents=True)
     (planned[3].folder / "thesis.txt").write_text("mine")

@@ -86,7 +86,7 @@ def test_an_evaluation_is_the_mean_over_the_held_out_prompts():
     assert evaluated("said") == {"score": 0.5, "kl": 1.0, "prompt": "asked", "completion": "said"}
 
 
-def test_the_end_says_what_changed_and_where_everything_is(tmp_path):
+def test_the_closing_text_says_what_changed_and_where_the_files_are(tmp_path):
     out = console()
     conclude(
         out,

@@ -78,7 +78,7 @@ def test_an_unwritable_folder_is_named(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_a_record_that_cannot_be_written_is_an_error_of_ours():
+def test_a_record_that_cannot_be_written_is_a_save_error():
     from trl_trustkl.records import append_line
 
     with pytest.raises(SaveError, match="record of update 3 could not be appended to /dev/full"):

@@ -119,7 +119,7 @@ def test_a_head_in_half_precision_does_not_lose_the_chunks_it_adds_up(monkeypatc
     assert (head.weight.grad.float() - wide.weight.grad).norm() < 4e-3 * wide.weight.grad.norm()
 
 
-def test_a_trained_parameter_that_the_head_does_not_use_is_left_alone(small_chunks):
+def test_a_trained_parameter_that_the_head_does_not_use_gets_no_gradient(small_chunks):
     head = nn.Linear(H, V)
     head.spare = nn.Parameter(torch.ones(1))
     token_statistics(torch.randn(9, H), torch.zeros(9, dtype=torch.long), head, vocab_size=V).logp.sum().backward()

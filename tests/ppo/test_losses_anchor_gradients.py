@@ -167,7 +167,7 @@ def test_the_single_step_has_the_closed_forms(config, name, options, placement):
 
 @pytest.mark.parametrize("rule", ["none", "ppo"])
 @every_placement
-def test_the_clip_rule_leaves_the_first_step_alone(config, rule, placement):
+def test_the_clip_rule_does_not_change_the_first_step(config, rule, placement):
     world = tables(6)
     gradient = anchor_gradient(config("k3", placement, clip_rule=rule), world)
     assert_same(gradient, Tree(world).terms("k3")[placement])

@@ -42,7 +42,7 @@ def test_equal_records_give_equal_figures(tmp_path: Path) -> None:
     assert [figure.svg for figure in first] == [figure.svg for figure in second]
 
 
-def test_drawing_leaves_pyplot_alone(tmp_path: Path) -> None:
+def test_drawing_does_not_affect_pyplot(tmp_path: Path) -> None:
     folder = run_folder(tmp_path)
     code = f"""
 import sys, matplotlib

@@ -88,7 +88,7 @@ def test_a_truncated_last_line_is_left_out_and_noted(tmp_path: Path) -> None:
     assert run.notes == ["bounds.jsonl: the last line, 12, is cut short and was left out."]
 
 
-def test_numbers_that_are_not_finite_are_missing_and_told(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_missing_and_noted(tmp_path: Path) -> None:
     folder = write_run(tmp_path, rows_of(4, trust__kl=float("inf"), score=float("nan")))
     run = read_run(folder)
     assert np.isnan(run.records[0].trust.kl) and run.records[0].score is None

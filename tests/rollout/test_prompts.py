@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 CHAT = [{"role": "user", "content": "w1 w2"}]
 
 
-def test_text_and_messages_are_told_apart_and_encoded():
+def test_text_and_messages_are_distinguished_and_encoded():
     tokenizer = tiny.tokenizer()
     assert is_chat(CHAT) and not is_chat("w1") and not is_chat(None)
     assert tokenizer.decode(encode_prompt("w1 w2", tokenizer)).split()[-2:] == ["w1", "w2"]

@@ -113,7 +113,7 @@ class Update:
             self.raised = raised
 
 
-def test_an_update_that_ends_well_is_left_alone():
+def test_an_update_that_ends_without_an_error_is_not_rolled_back():
     ended = Update(handling(), None)
     assert ended.called == [] and ended.raised is None
 

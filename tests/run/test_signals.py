@@ -76,7 +76,7 @@ def test_an_update_that_is_given_up_is_rolled_back_before_the_save(uninterrupted
     ).read_text()
 
 
-def test_ctrl_c_has_its_own_exit_status_and_a_second_one_stops_at_once(uninterrupted_run, tmp_path):
+def test_ctrl_c_has_a_separate_exit_status_and_a_second_one_stops_immediately(uninterrupted_run, tmp_path):
     with (
         pytest.raises(Interrupted) as ended,
         counted(trainer := build(tmp_path), ("score", 0), lambda name: os.kill(os.getpid(), signal.SIGINT)),
@@ -124,7 +124,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-def test_transformers_own_handler_of_sigterm_does_not_get_in_the_way(tmp_path):
+def test_the_sigterm_handler_of_transformers_does_not_interfere(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     trainer = build(tmp_path, enable_jit_checkpoint=True, max_steps=1)
     trainer.train()

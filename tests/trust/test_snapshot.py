@@ -137,7 +137,7 @@ def test_a_snapshot_shares_no_memory_with_the_parameters():
     assert same(toy.everything(), before)
 
 
-def test_a_second_enforcement_moves_along_the_path_of_its_own_update():
+def test_a_second_enforcement_moves_along_the_path_of_the_second_update():
     parameter = torch.nn.Parameter(torch.zeros(1))
     path = ParameterPath([parameter])
     for end in (1.0, 10.0):
