@@ -52,7 +52,7 @@ def run_copy(uninterrupted_run, tmp_path) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Say how many bad inputs were generated, in this process and in the workers."""
+    """Print how many bad inputs were generated, in this process and in the workers."""
     properties = [pair for report in terminalreporter.getreports("passed") for pair in report.user_properties]
     if rejected := sum(count for name, count in properties if name == "rejected"):
         terminalreporter.write_line(f"fuzz: {rejected:,} bad inputs, all rejected")

@@ -265,7 +265,7 @@ def update(
 
 
 def anchor_gradient(args: Any, world: Tables, **arguments: Any) -> Tensor:
-    """The expected gradient of the anchor alone, at a coefficient of 1."""
+    """The expected gradient of only the anchor, at a coefficient of 1."""
     return update(args, world, **arguments).gradient / COEF
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 class Definition(NamedTuple):
     """Without control variates and without numerical safeguards.
 
-    sample: one sample of the estimator from u = q/p at the sampled token, any shape. whole: its expectation, from the
-    distributions p and q [V]. Both take the order; divergences without an order ignore it.
+    sample: one sample of the estimator from u = q/p at the sampled token, any shape. expectation: the mean of the samples
+    under p, from the distributions p and q [V]. Both take the order; divergences without an order ignore it.
     """
 
     sample: Callable[[Tensor, float], Tensor]
-    whole: Callable[[Tensor, Tensor, float], Tensor]
+    expectation: Callable[[Tensor, Tensor, float], Tensor]
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -48,8 +48,8 @@ DEFINITIONS: dict[str, Definition] = {
     ),
 }
 
-WHOLE: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    **{name: definition.whole for name, definition in DEFINITIONS.items()},
+EXPECTATIONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    **{name: definition.expectation for name, definition in DEFINITIONS.items()},
     "kl": lambda p, q, _: kl(p, q),
     "renyi": lambda p, q, order: (p * (p / q) ** (order - 1)).sum().log() / (order - 1),
 }
@@ -60,6 +60,6 @@ def sample(name: str, log_u: Tensor, order: float = 0.5) -> Tensor:
     return DEFINITIONS[name].sample(log_u.double().exp(), order)
 
 
-def whole(name: str, p: Tensor, q: Tensor, order: float = 0.5) -> float:
+def expectation(name: str, p: Tensor, q: Tensor, order: float = 0.5) -> float:
     """The divergence `name` between two distributions [V], in float64."""
-    return float(WHOLE[name](torch.as_tensor(p).double(), torch.as_tensor(q).double(), order))
+    return float(EXPECTATIONS[name](torch.as_tensor(p).double(), torch.as_tensor(q).double(), order))

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def assert_says(error: Any, *pieces: Any) -> None:
-    """Each of the pieces stands in the message of an error that `pytest.raises` caught."""
+    """Check that the message of an error that `pytest.raises` caught contains each of the pieces."""
     message = str(error.value)
     for piece in pieces:
         assert str(piece) in message, f"{piece!r} is missing in: {message}"

@@ -15,7 +15,7 @@ from trl_trustkl.parallel.processes import Processes
 ROOT = Path(__file__).parents[1]
 
 
-def alone() -> Processes:
+def single_process() -> Processes:
     """A single process, for the test of a part."""
     return Processes(Accelerator(cpu=True))
 

@@ -34,7 +34,7 @@ class Scripted(TrustKLPPOTrainer):
 
 
 def scripted(folder: Any, script: list[tuple[list[int], int]], **arguments: Any) -> Scripted:
-    """A trainer that runs one update unless told otherwise, with the responses of `script` in turn."""
+    """A trainer that runs one update by default, with the responses of `script` in turn."""
     changes = {"max_steps": 1} | arguments.pop("changes", {})
     settings = {
         "model": tiny.llama(),

@@ -190,7 +190,7 @@ def without_clock(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def same(one: Path, other: Path) -> bool:
-    """Whether two runs left the same, bit for bit."""
+    """Whether two runs left equal checkpoints and records, bit for bit."""
     a, b = tensors(one), tensors(other)
     return left_behind(one) == left_behind(other) and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -242,12 +242,12 @@ def end_of(child: int, seconds: float = 600.0) -> int | None:
 
 
 def forked(job: Callable[[], Any], log: Path) -> int | None:
-    """Run a job in a forked process; returns as `end_of`."""
+    """Run a job in a forked process; returns the result of `end_of`."""
     return end_of(fork(job, log))
 
 
 def pair(run: Path, log: Path, job: Callable[[Path], Any]) -> list[int | None]:
-    """Do a job in two processes of one run, their output in files beside `log`; returns as `end_of` for each."""
+    """Run a job in two processes of one run, their output in files next to `log`; returns the result of `end_of` for each."""
     common = environment()
     children = []
     for rank in range(2):

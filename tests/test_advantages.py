@@ -38,7 +38,7 @@ torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("of_contexts", [False, True])
-def test_nothing_is_paid_for_what_stands_beyond_the_end_of_a_response(of_contexts):
+def test_positions_after_the_end_of_a_response_cost_nothing(of_contexts):
     mask = torch.tensor([[True, True, False], [True, False, False]])
     divergence = torch.tensor([[1.0, 2.0, math.nan], [3.0, math.inf, 4.0]])
     expected = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]] if of_contexts else [[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]])
@@ -96,7 +96,7 @@ def test_a_score_lands_at_the_end_of_its_response_or_one_position_later(position
     rewards = place_scores(scores, MASK, position)
     expected = torch.zeros(4, 3)
     expected[0, index[0]], expected[1, index[1]] = 1.0, 2.0
-    assert torch.equal(rewards, expected), "a score of NaN or of an empty row gives no reward"
+    assert torch.equal(rewards, expected), "a score of NaN or of an empty row gave a reward"
     trained = MASK.clone()
     for row, column in enumerate(index[:3]):
         trained[row, column] = True
@@ -113,7 +113,7 @@ def test_gae_by_hand():
     assert gae(rewards, values, gamma=1.0, lam=0.0).tolist() == [[-0.5, 1.5, 1.0]]
 
 
-def test_an_anchor_that_is_off_pays_nothing_for_an_infinite_divergence():
+def test_with_the_anchor_off_an_infinite_divergence_costs_nothing():
     assert anchor_rewards(torch.full((1, 2), math.inf), MASK[:1, :2], 0.0, of_contexts=False).tolist() == [[0, 0]]
 
 
@@ -134,4 +134,4 @@ def test_the_share_of_the_anchor_and_the_variance_explained_by_hand():
     assert explained_variance(returns, returns, mask) == 1.0
     assert explained_variance(returns * 0 + 7, returns, mask) == 0.0
     assert explained_variance(-returns, returns, mask) == pytest.approx(-3.0)
-    assert explained_variance(returns, returns * 0, mask) == 0.0, "returns that do not vary"
+    assert explained_variance(returns, returns * 0, mask) == 0.0, "returns that do not vary have no variance to explain"

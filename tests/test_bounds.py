@@ -132,7 +132,7 @@ def forest() -> list[Trees]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_no_violation_on_random_trees_and_the_looseness_that_is_stated(forest: list[Trees], form) -> None:
+def test_the_bounds_hold_on_random_trees_with_the_stated_looseness(forest: list[Trees], form) -> None:
     seen = torch.tensor([share for trees in forest for share in shares(form, trees)])
     assert len(seen) == len(SHAPES) * TREES
     assert seen.max() <= 1
@@ -194,7 +194,9 @@ def test_the_formulas_the_search_uses_are_the_functions(form) -> None:
         (masking_without_sequence, 3, 0.2, 0.5),
     ],
 )
-def test_adversarial_search_comes_near_and_never_past(form, horizon: int, reached: float, never: float) -> None:
+def test_adversarial_search_comes_near_the_bound_and_never_exceeds_it(
+    form, horizon: int, reached: float, never: float
+) -> None:
     found = adversarial(SMOOTH[form], 2, horizon)
     print(f"{form.__name__}, T = {horizon}: {found:.4f}")
     assert reached <= found <= never + 1e-9

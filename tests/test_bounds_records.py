@@ -77,7 +77,7 @@ def test_the_threshold_is_one_per_cent() -> None:
     assert binding({"anchor": 0.0, "clip": 0.01}) == "clip"
 
 
-def test_what_takes_no_share() -> None:
+def test_mechanisms_that_take_no_share() -> None:
     shares = binding_shares(ANCHOR._replace(share=None), stats(steps=1), OFF._replace(scale=1.0, limit=0.1), 2.0)
     assert set(shares.values()) == {
         0.0
@@ -148,7 +148,7 @@ def test_a_record_holds_what_was_measured() -> None:
 
 
 @pytest.mark.parametrize("rule", get_args(ClipRuleName))
-def test_a_range_is_on_record_exactly_where_the_rule_looks_at_it(rule: str) -> None:
+def test_a_range_is_recorded_only_if_the_rule_uses_it(rule: str) -> None:
     """Whether a rule has a range is measured: whether `gated` depends on it."""
     log_ratio, mask = torch.linspace(-3, 3, 25).repeat(2)[:, None], torch.ones(50, 1, dtype=torch.bool)
     advantages = torch.cat([torch.ones(25, 1), -torch.ones(25, 1)])
@@ -161,7 +161,7 @@ def test_a_range_is_on_record_exactly_where_the_rule_looks_at_it(rule: str) -> N
     assert (math.isfinite(trust.low), math.isfinite(trust.high)) == (ranged, ranged)
 
 
-def test_what_is_off_is_null() -> None:
+def test_mechanisms_that_are_off_are_null() -> None:
     line = record(args(value_range=None, norm_limit=None))
     assert line.value.clip is None and line.gradient.max_norm is None
     assert line.trust.guaranteed is None and line.trust.limit is None and line.trust.scale is None

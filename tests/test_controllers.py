@@ -211,7 +211,7 @@ def test_dict_and_literal_agree():
 
 
 @pytest.mark.parametrize("name", CONTROLLERS)
-def test_state_in_state_out(name):
+def test_update_returns_a_new_state_and_changes_nothing_else(name):
     controller = BUILT[name]
     first = controller.init()
     assert first.coef == COEF
@@ -250,7 +250,7 @@ def test_the_coefficient_moves_towards_the_target(name):
 
 @pytest.mark.parametrize("name", FOLLOWING)
 @pytest.mark.parametrize(("pushing", "relieving"), [(1e6, 0.0), (0.0, 1e6), (-50.0, 1e6)])
-def test_leaves_saturation_on_the_first_update_that_asks_for_it(name, pushing, relieving):
+def test_leaves_saturation_on_the_first_update_that_requires_it(name, pushing, relieving):
     extra = {"horizon": 1000} if name == "adaptive" else {}
     controller = CONTROLLERS[name](COEF, TARGET, min_coef=0.01, max_coef=2.0, **extra)
     state, bound = controller.init(), 2.0 if pushing > 0 else 0.01
@@ -350,6 +350,6 @@ def test_build_controller():
         ("schedule", {}, r"^`kl_controller_kwargs` lacks end_coef, episodes"),
     ],
 )
-def test_build_controller_speaks_of_the_configs_fields(name, arguments, message):
+def test_errors_of_build_controller_name_the_fields_of_the_configuration(name, arguments, message):
     with pytest.raises(ConfigError, match=message):
         build_controller(name, **({"coef": 0.1, "target": 6.0} | arguments))

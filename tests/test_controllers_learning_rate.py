@@ -10,7 +10,7 @@ from trl_trustkl.controllers import LearningRateByKL, State
 from trl_trustkl.errors import ConfigError, DataError
 
 
-def test_the_learning_rate_moves_by_a_factor_of_one_and_a_half_within_a_32nd_and_32():
+def test_the_learning_rate_changes_by_a_factor_of_1_5_within_a_32nd_and_32():
     rule = LearningRateByKL(target=0.01)
     assert rule.init() == State(1.0)
     table = [(0.0201, 1 / 1.5), (0.02, 1.0), (0.01, 1.0), (0.005, 1.0), (0.0049, 1.5), (0.0, 1.0), (-1e-9, 1.0)]
@@ -31,7 +31,7 @@ def test_the_learning_rate_moves_by_a_factor_of_one_and_a_half_within_a_32nd_and
 
 
 @pytest.mark.parametrize("kl", [math.nan, math.inf])
-def test_the_learning_rate_by_kl_refuses_what_is_no_number(kl):
+def test_the_learning_rate_by_kl_rejects_an_invalid_kl(kl):
     with pytest.raises(DataError, match="kl"):
         LearningRateByKL(0.01).update(State(1.0), kl=kl, episodes=8)
 

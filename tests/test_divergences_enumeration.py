@@ -53,7 +53,7 @@ def test_expectation_and_variance_by_enumeration(name, options, seed):
     variance = float(probability @ (per_response - mean) ** 2)
 
     # E_p Σ_t f(u_t) = Σ over contexts of P(context) times the divergence in it
-    visited = sum(sequence_probability(p, c) * formulas.whole(name, p[c], q[c], **options) for c in CONTEXTS)
+    visited = sum(sequence_probability(p, c) * formulas.expectation(name, p[c], q[c], **options) for c in CONTEXTS)
     samples = formulas.sample(name, ref_logps - logps, **options).sum(1).numpy()
     assert mean == pytest.approx(visited, rel=1e-10)
     assert variance == pytest.approx(float(probability @ samples**2 - (probability @ samples) ** 2), rel=1e-8)
@@ -137,7 +137,7 @@ def test_gradient_kind_is_the_published_table():
         assert tuple(gradient_kind(name, placement) for placement in ("reward", "loss", "both")) == row
 
 
-def test_an_estimator_of_ones_own_has_the_gradient_of_its_own_divergence(monkeypatch):
+def test_a_custom_estimator_has_the_gradient_of_its_divergence(monkeypatch):
     monkeypatch.setitem(ESTIMATORS, "mine", ESTIMATORS["k3"])
     assert [gradient_kind("mine", placement) for placement in ("reward", "loss", "both")] == [
         "biased",

@@ -31,7 +31,7 @@ def test_exact_reduces_the_vocabulary_and_upcasts(name, options, dtype):
     assert out.shape == (2, 3)
     assert out.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
     p, q = (torch.softmax(x.double(), -1).numpy() for x in (logits, ref_logits))
-    truth = [[formulas.whole(name, p[i, j], q[i, j], **options) for j in range(3)] for i in range(2)]
+    truth = [[formulas.expectation(name, p[i, j], q[i, j], **options) for j in range(3)] for i in range(2)]
     np.testing.assert_allclose(
         out.double().numpy(),
         truth,
@@ -84,7 +84,7 @@ def test_kl_near_equality_is_accurate_in_float32(name, size):
     logits = 3 * torch.randn(20, 5000, generator=generator)
     ref_logits = logits + size * torch.randn(20, 5000, generator=generator)
     p, q = (torch.softmax(x.double(), -1).numpy() for x in (logits, ref_logits))
-    truth = np.array([formulas.whole(name, a, b) for a, b in zip(p, q, strict=True)])
+    truth = np.array([formulas.expectation(name, a, b) for a, b in zip(p, q, strict=True)])
     out = exact(name, logits, ref_logits)
     assert (out >= 0).all()
     # log-probabilities of about 10 are rounded to 1e-6, which limits the accuracy of any formula

@@ -135,7 +135,7 @@ def errors_of(folder: Path) -> list[Any]:
     ]
 
 
-def test_the_errors_of_the_troubleshooting_table_are_said_so(tmp_path: Path) -> None:
+def test_the_errors_of_the_troubleshooting_table_are_raised(tmp_path: Path) -> None:
     (table,) = re.findall(r"^\| it says \|.*\n\|.*\n((?:\|.*\n)+)", TEXTS["docs/troubleshooting.md"], re.M)
     quotes = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()]
     for quote, provoke in zip(quotes, errors_of(tmp_path), strict=True):
@@ -187,7 +187,7 @@ def test_keys_of_a_record_named_in_the_text_are_keys() -> None:
 
 
 @pytest.mark.parametrize(("page", "code"), blocks("python"), ids=lambda value: str(value)[:24])
-def test_python_is_python_and_names_what_exists(page: str, code: str) -> None:
+def test_python_blocks_are_valid_and_name_what_exists(page: str, code: str) -> None:
     tree = ast.parse(re.sub(r"^ {4}", "", code, flags=re.M) if code.startswith("    ") else code)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
@@ -267,7 +267,7 @@ def test_commands_and_their_flags_exist() -> None:
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("yaml"), ids=lambda value: str(value)[:24])
-def test_yaml_is_yaml_of_options(page: str, text: str) -> None:
+def test_yaml_blocks_are_valid_and_name_options(page: str, text: str) -> None:
     from trl_trustkl.cli.train_options import _DATACLASSES
 
     known = {each.name for cls in _DATACLASSES for each in dataclasses.fields(cls)}
@@ -285,7 +285,7 @@ def test_docstring_examples_run(name: str) -> None:
     [k1, k3, exact, AdaptiveKL, PIDKL, ppo, backtrack, load_records, TrustKLPPOConfig],
     ids=lambda shown: shown.__name__,
 )
-def test_what_users_meet_first_has_an_example_which_is_run(shown: Any) -> None:
+def test_the_main_classes_and_functions_have_a_tested_example(shown: Any) -> None:
     assert doctest.DocTestParser().get_examples(shown.__doc__)
     assert shown.__module__ in modules_with_examples()
 
@@ -300,7 +300,7 @@ def anchors(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     text = page.read_text("utf-8")
     for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.S)):
         if link.startswith(("http://", "https://")):
@@ -342,7 +342,7 @@ def measured(name: str) -> str:
     return (ROOT / "benchmarks" / "data" / name).read_text("utf-8")
 
 
-def test_the_comparison_with_trl_in_the_readme_is_the_benchmarks() -> None:
+def test_the_comparison_with_trl_in_the_readme_is_that_of_the_benchmark() -> None:
     readme, found = TEXTS["README.md"], measured("vs_stock_ppo.md")
     for kind in ("stock", "equal", "recommended"):
         (row,) = re.findall(rf"^\| {kind} \|(.*)\|$", found, flags=re.M)
@@ -358,7 +358,7 @@ def test_the_comparison_with_trl_in_the_readme_is_the_benchmarks() -> None:
         assert f"took {float(less):.1f} times less" in text
 
 
-def test_what_measuring_costs_in_the_readme_is_the_benchmarks() -> None:
+def test_the_cost_of_measuring_in_the_readme_is_that_of_the_benchmark() -> None:
     rows = [row.split(" | ") for row in measured("overhead.md").splitlines() if re.match(r"\| \d", row)]
     totals = {(row[0].strip("| "), row[1]): float(row[7].rstrip("%")) for row in rows}
     two, four, cheap = totals["2", "1"], totals["4", "1"], totals["2", "0.25"]
@@ -366,7 +366,7 @@ def test_what_measuring_costs_in_the_readme_is_the_benchmarks() -> None:
     assert said in " ".join(TEXTS["README.md"].split())
 
 
-def test_the_four_corners_in_the_text_are_the_benchmarks() -> None:
+def test_the_four_corners_in_the_text_are_those_of_the_benchmark() -> None:
     for row in csv.DictReader(measured("four_corners.csv").splitlines()):
         number = {key: float(value) for key, value in row.items() if key != "setting"}
         score = f"{number['score_first']:.2f} → {number['score']:.2f}"

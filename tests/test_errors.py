@@ -81,7 +81,7 @@ def test_finite_numbers(value):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400, True, "1", None, 1j])
-def test_what_is_no_finite_number(value):
+def test_values_that_are_not_finite_numbers(value):
     assert not is_finite(value)
 
 

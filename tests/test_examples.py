@@ -64,7 +64,7 @@ def test_an_update_is_the_maximum(beta: float, lam: float) -> None:
 
 
 @pytest.mark.parametrize("beta", [2.0, 0.5, 0.15])
-def test_the_destination_is_a_fixed_point_and_the_same_for_every_lambda(beta: float) -> None:
+def test_training_ends_at_a_fixed_point_that_is_the_same_for_every_lambda(beta: float) -> None:
     end = fixed_points.destination(Q, R, beta)
     weights = torch.tensor(fixed_points.REFERENCE, dtype=torch.float64) * (R / beta).exp()
     assert end.exp().tolist() == pytest.approx((weights / weights.sum()).tolist(), rel=1e-12)
@@ -77,7 +77,7 @@ def test_the_destination_is_a_fixed_point_and_the_same_for_every_lambda(beta: fl
 
 
 @pytest.mark.parametrize(("beta", "lam"), ANCHORED)
-def test_the_rate(beta: float, lam: float) -> None:
+def test_the_error_shrinks_at_the_predicted_rate(beta: float, lam: float) -> None:
     policies = fixed_points.iterate(Q, R, beta, lam, 40)
     assert len(policies) == 41 and policies[0].tolist() == Q.tolist()
     end, rate = fixed_points.destination(Q, R, beta), lam / (beta + lam)
@@ -157,7 +157,7 @@ def test_the_table_of_divergences_fits_80_columns(capsys) -> None:
     assert sum(line.split()[:1] == [name] for line in lines for name in load("divergences_by_hand").ESTIMATORS) == 10
 
 
-def test_a_controller_of_ones_own_moves_the_coefficient(model, tmp_path, capsys) -> None:
+def test_a_custom_controller_changes_the_coefficient(model, tmp_path, capsys) -> None:
     own = load("custom_controller")
     own.main(["--model", model, "--updates", "3", "--budget", "1e-6", "--output-dir", str(tmp_path)])
     coefs = [record["anchor"]["coef"] for record in load_records(tmp_path)]

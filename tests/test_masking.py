@@ -31,11 +31,11 @@ def test_moments_are_those_of_the_values_that_count():
     mean, variance = masked_moments(VALUES, MASK)
     assert float(mean) == pytest.approx(KEPT.mean().item())
     assert float(variance) == pytest.approx(KEPT.var(unbiased=True).item())
-    assert float(masked_moments(VALUES[:1, :1], MASK[:1, :1])[1]) == 0, "one value has no variance"
+    assert float(masked_moments(VALUES[:1, :1], MASK[:1, :1])[1]) == 0, "the variance of a single value is not 0"
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])
-def test_whitened_values_have_variance_1_and_mean_0_or_their_own(shift_mean):
+def test_whitened_values_have_variance_1_and_mean_0_or_their_original_mean(shift_mean):
     mean, var = masked_moments(VALUES, MASK)
     whitened = whiten(VALUES, MASK, mean=mean, var=var, shift_mean=shift_mean)
     assert (whitened[~MASK] == 0).all()
@@ -49,7 +49,7 @@ def test_the_whitening_factor_has_the_constant_of_trl():
 
 
 @pytest.mark.parametrize("mean", [0.0, 0.7, -300.0])
-def test_values_that_are_all_the_same_weigh_1(mean):
+def test_equal_values_have_the_factor_1(mean):
     mean = torch.tensor(mean, dtype=torch.float64)
     rounding = 1e-13 * mean**2
     assert weighing_factor(mean, rounding) == 1

@@ -121,7 +121,7 @@ def test_a_field_declared_again_keeps_default_and_help_and_has_the_new_range():
     fields = {field.name: field for field in dataclasses.fields(Narrower)}
     assert (fields["width"].default, fields["width"].metadata["help"]) == (1.0, "A width.")
     assert about(fields["width"]).group == "b" and about(fields["size"]).range is COUNT
-    assert about(fields["plain"]) == Option(), "a plain field has no option"
+    assert about(fields["plain"]) == Option(), "a plain field has an option"
     check_options(Narrower(width=0.5))
     with pytest.raises(ConfigError, match="`width` got 2.0; it must be below 1"):
         check_options(Narrower(width=2.0))

@@ -171,7 +171,7 @@ AWAY = {"PYTHONPATH": "", "PYTHONSAFEPATH": "1"}  # keeps the package in the cur
 
 
 @pytest.mark.slow
-def test_the_installed_wheel_imports_beside_this_trl_and_has_its_command(installed: Path, tmp_path: Path) -> None:
+def test_the_installed_wheel_imports_with_this_trl_and_has_its_command(installed: Path, tmp_path: Path) -> None:
     settings = {"env": {**os.environ, **AWAY}, "cwd": tmp_path}
     code = "import trl_trustkl; trl_trustkl.TrustKLPPOTrainer; print(trl_trustkl.__file__)"
     assert Path(run([str(installed / "python"), "-c", code], **settings).split()[-1]).is_relative_to(installed.parent)

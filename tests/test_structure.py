@@ -1,6 +1,6 @@
-"""The shape of the code, read from its source alone: sizes, the direction of imports, what is private, what nothing uses.
+"""The structure of the code, read from its source: sizes, the direction of imports, private names, and unused names.
 
-Each rule is a function from sources to what breaks it, so that the tests below also show each of them failing.
+Each rule is a function from sources to its violations, so that the tests below can also show that each rule fails.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def parsed(files: Mapping[str, str]) -> dict[str, Source]:
 
 
 def everything_else() -> Iterator[Path]:
-    """The files that may name what the package defines, beside its own modules and this test."""
+    """The files that may name what the package defines, other than its modules and this test."""
     for folder, endings in (("tests", "py"), ("examples", "py ipynb yaml"), ("benchmarks", "py"), ("docs", "py md")):
         for ending in endings.split():
             yield from (path for path in (ROOT / folder).rglob(f"*.{ending}") if path != Path(__file__))
@@ -118,7 +118,7 @@ def lines_of_modules(sources: Mapping[str, Source]) -> dict[str, int]:
 
 
 def imports(sources: Mapping[str, Source]) -> Iterator[Import]:
-    """What the modules import of each other: at their top, under TYPE_CHECKING or inside of a function."""
+    """What the modules import of each other: at their top, under TYPE_CHECKING or inside a function."""
     for module, source in sources.items():
         for node in ast.walk(source.tree):
             if isinstance(node, ast.Import):
@@ -228,7 +228,7 @@ def unused(sources: Mapping[str, Source], elsewhere: set[str]) -> list[str]:
 
 
 def file_of_tests(module: str, source: Source) -> str | None:
-    """Where the tests of a module start; None for an `__init__` that defines nothing."""
+    """The path of the test file of a module; None for an `__init__` that defines nothing."""
     *folder, name = module.split(".") if module else [""]
     if source.is_package:
         if not any(isinstance(node, (ast.FunctionDef, ast.ClassDef)) for node in source.tree.body):
@@ -244,7 +244,7 @@ def without_tests(sources: Mapping[str, Source], tests: Mapping[str, str]) -> li
 
 
 def misfiled(sources: Mapping[str, Source], tests: Mapping[str, str]) -> list[str]:
-    """Test files whose names begin with no module's: a topic of a module is `test_<module>_<topic>.py`."""
+    """Test files that belong to no module: tests of one topic of a module are in `test_<module>_<topic>.py`."""
     starts = [path.removesuffix(".py") for module, source in sources.items() if (path := file_of_tests(module, source))]
     return [
         path
@@ -297,7 +297,7 @@ def test_imports_point_down():
     assert upward(found_imports()) == []
 
 
-def test_no_imports_form_a_circle():
+def test_no_imports_are_circular():
     assert cycle(found_imports()) == []
 
 
@@ -316,8 +316,8 @@ def test_everything_is_named_somewhere():
     assert sorted(unused(package(), elsewhere)) == sorted(UNNAMED_ON_PURPOSE)
 
 
-def test_no_class_of_the_package_stands_behind_the_trainer():
-    """Its behaviour is in parts, not in base classes; on newer TRL `ppo_base` stands in for the PPO trainer."""
+def test_the_trainer_has_no_base_class_with_behaviour():
+    """Its behaviour is in parts, not in base classes; on newer TRL, `ppo_base` replaces TRL's PPO trainer."""
     from trl_trustkl import TrustKLPPOTrainer
 
     ours = [cls for cls in TrustKLPPOTrainer.__mro__[1:] if cls.__module__.startswith(PACKAGE)]
@@ -328,7 +328,7 @@ def test_no_class_of_the_package_stands_behind_the_trainer():
 
 
 def broken(path: str, text: str) -> list[Import]:
-    """The imports of the package with one file of it, or a new one, that says `text`."""
+    """The imports of the package if one of its files, or a new one, contains `text`."""
     return list(imports({**package(), **parsed({path: text})}))
 
 
@@ -402,7 +402,7 @@ def test_a_module_without_a_layer_is_found():
     assert upward(broken("helpers.py", "from .errors import ConfigError")) == ["helpers is in no layer"]
 
 
-def test_a_circle_is_found():
+def test_a_circular_import_is_found():
     assert set(cycle(broken("masking.py", "def f():\n    from .trust import measurement"))) == {
         "masking",
         "trust.measurement",
@@ -418,7 +418,7 @@ def test_a_private_import_is_found(statement):
     assert len(private(list(imports(parsed(files))))) == 1
 
 
-def test_what_nothing_names_is_found():
+def test_a_name_that_is_never_used_is_found():
     sources = parsed(
         {"a.py": "LEFT = 1\nclass Used:\n    field: int\n    def method(self): ...\ndef over(): ...\nUsed()"}
     )

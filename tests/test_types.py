@@ -1,4 +1,4 @@
-"""What the phases of an update hand to each other, where a part of it is missing."""
+"""The values passed between the phases of an update, with a part of them missing."""
 
 from __future__ import annotations
 

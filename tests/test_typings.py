@@ -30,7 +30,7 @@ PATHS = sorted(STUBS.rglob("*.pyi"))
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-# -- the stubs are true ------------------------------------------------------------------------------------------------
+# -- the stubs match the libraries -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def mismatched(stub: ast.FunctionDef, function: Any, name: str) -> Iterator[str]
         ("@dataclass\nclass TrainingArguments:\n    should_save: bool", ["TrainingArguments.should_save"]),
     ],
 )
-def test_what_is_not_there_is_found(stub: str, found: list[str], objects: dict[str, Any]) -> None:
+def test_a_declared_name_that_does_not_exist_is_found(stub: str, found: list[str], objects: dict[str, Any]) -> None:
     assert list(missing(stub, transformers, objects)) == found
 
 
@@ -228,7 +228,7 @@ def test_a_misspelt_attribute_is_an_error(plant: Plant, errors: list[str]) -> No
 
 
 @slow
-def test_there_is_no_other_error(errors: list[str]) -> None:
+def test_mypy_reports_no_other_error(errors: list[str]) -> None:
     wrong = {f'has no attribute "{plant.wrong}"' for plant in PLANTS}
     assert [line for line in errors if not any(said in line for said in wrong)] == []
     assert all("[attr-defined]" in line for line in errors)

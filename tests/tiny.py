@@ -117,7 +117,7 @@ ANCHORED = {
 
 
 def four_bit(folder: Any, *, double: bool = False) -> LlamaForCausalLM:
-    """A Llama with NF4 weights, with double quantization if asked, that computes in float32.
+    """A Llama with NF4 weights, with double quantization if requested, that computes in float32.
 
     Its full weights are saved under `folder`.
     """

@@ -48,7 +48,7 @@ KINDS = pytest.mark.parametrize("kind", TRAINERS)
 
 
 def trainer_of(kind: str, folder: Any, **changes: Any) -> Any:
-    """A trainer of TRL's, "grpo" or "rloo"; `changes` go to its configuration."""
+    """TRL's trainer of this kind, "grpo" or "rloo"; `changes` go to its configuration."""
     settings = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,

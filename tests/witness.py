@@ -1,7 +1,7 @@
 """KL(π_old‖π) of every update, computed again without any of the trainer's passes: dense and in float64.
 
 A float64 copy of the policy (4-bit weights dequantized) takes the weights from before and after the update, and reads the
-whole rollout in one batch padded on the right, instead of trimmed micro-batches padded on the left.
+entire rollout in one batch padded on the right, instead of trimmed micro-batches padded on the left.
 """
 
 from __future__ import annotations

@@ -43,21 +43,21 @@ def test_the_coefficient_follows_the_rule(kind, tmp_path):
 
 class State(NamedTuple):
     coef: float
-    told: int
+    calls: int
 
 
 class Recorder:
     """A user-defined controller that keeps the KLs and episodes that it is given."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[float, int]] = []
+        self.received: list[tuple[float, int]] = []
 
     def init(self) -> State:
         return State(0.1, 0)
 
     def update(self, state: State, *, kl: float, episodes: int) -> State:
-        self.told.append((kl, episodes))
-        return State(state.coef * 1.1, state.told + 1)
+        self.received.append((kl, episodes))
+        return State(state.coef * 1.1, state.calls + 1)
 
 
 ODD = {
@@ -77,13 +77,13 @@ def test_every_kl_is_seen_once(kind, case, tmp_path):
     trainer = controlled(kind, tmp_path, recorder, max_steps=8, **ODD[case])
     trainer.train()
     expected = {step: [kl for _, kl in seen] for step, seen in trainer.seen.items()}
-    assert [kl for kl, _ in recorder.told] == [max(0.0, sum(kls) / len(kls)) for kls in expected.values()]
+    assert [kl for kl, _ in recorder.received] == [max(0.0, sum(kls) / len(kls)) for kls in expected.values()]
     used = [{beta for beta, _ in seen} for seen in trainer.seen.values()]
     assert all(len(betas) == 1 for betas in used), "the coefficient changed within a step"
     assert [beta for betas in used for beta in betas] == pytest.approx([0.1 * 1.1**i for i in range(len(used))])
     args, last = trainer.args, max(expected) + 1
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    assert sum(episodes for _, episodes in recorder.told) == last * batch // args.num_iterations
+    assert sum(episodes for _, episodes in recorder.received) == last * batch // args.num_iterations
 
 
 @KINDS
@@ -104,7 +104,7 @@ def test_a_kl_below_zero_counts_as_zero(kind, tmp_path):
     trainer = controlled(kind, tmp_path, recorder)
     callback = next(each for each in trainer.callback_handler.callbacks if isinstance(each, AdaptiveKLCallback))
     assert callback._move(-0.5, 1)["kl/measured"] == -0.5
-    assert recorder.told == [(0.0, 8)] and trainer.beta == pytest.approx(0.11)
+    assert recorder.received == [(0.0, 8)] and trainer.beta == pytest.approx(0.11)
 
 
 @KINDS
@@ -114,13 +114,13 @@ def test_a_kl_that_is_not_finite_changes_nothing(kind, kl, tmp_path):
     trainer = controlled(kind, tmp_path, recorder)
     callback = next(each for each in trainer.callback_handler.callbacks if isinstance(each, AdaptiveKLCallback))
     callback._move(kl, 1)
-    assert recorder.told == [] and trainer.beta == 0.1
+    assert recorder.received == [] and trainer.beta == 0.1
     callback._move(0.3, 2)
-    assert recorder.told == [(0.3, 16)], "the episodes of the step without a KL were lost"
+    assert recorder.received == [(0.3, 16)], "the episodes of the step without a KL were lost"
 
 
 @KINDS
-def test_a_schedule_to_zero_goes_on_measuring(kind, tmp_path):
+def test_measuring_continues_when_a_schedule_reaches_zero(kind, tmp_path):
     trainer = controlled(kind, tmp_path, ScheduledKL(coef=0.1, end_coef=0.0, episodes=16))
     trainer.train()
     assert logged(trainer, "kl/coef") == pytest.approx([0.1, 0.05, SMALLEST, SMALLEST, SMALLEST])
@@ -158,7 +158,7 @@ def test_trackers_get_target_kl_and_coefficient(kind, tmp_path):
 
 @KINDS
 @pytest.mark.parametrize("restored_by_transformers", [False, True])
-def test_a_resumed_run_goes_on_the_same(kind, restored_by_transformers, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(kind, restored_by_transformers, tmp_path):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     settings |= {"restore_callback_states_from_checkpoint": restored_by_transformers}
     controller = AdaptiveKL(coef=0.1, target=TARGET, horizon=40, clip=0.5)
@@ -174,7 +174,7 @@ def test_a_resumed_run_goes_on_the_same(kind, restored_by_transformers, tmp_path
     assert kept["attributes"]["saved"]["state"]["coef"] == logged(complete, "kl/coef")[3]
 
 
-def test_a_checkpoint_from_before_the_callback(tmp_path):
+def test_a_checkpoint_of_a_run_without_the_callback_can_be_resumed(tmp_path):
     before = trainer_of("grpo", tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
     before.train()
     trainer = controlled("grpo", tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
@@ -190,12 +190,12 @@ def test_another_controller_starts_afresh(tmp_path):
     assert logged(trainer, "kl/coef")[2] == 0.7
 
 
-def test_training_twice_goes_on(tmp_path):
+def test_a_second_call_of_train_continues_the_controller(tmp_path):
     recorder = Recorder()
     trainer = controlled("grpo", tmp_path, recorder, max_steps=2)
     trainer.train()
     trainer.train()
-    assert [episodes for _, episodes in recorder.told] == [8, 8, 8, 8]
+    assert [episodes for _, episodes in recorder.received] == [8, 8, 8, 8]
     assert trainer.beta == pytest.approx(0.1 * 1.1**4)
 
 
@@ -205,7 +205,7 @@ def test_without_a_reference(kind, tmp_path):
         controlled(kind, tmp_path, beta=0.0)
 
 
-def test_a_loss_with_the_coefficient_built_in(tmp_path):
+def test_a_loss_built_with_a_fixed_coefficient_is_rejected(tmp_path):
     trainer = trainer_of("grpo", tmp_path)
     trainer.liger_loss = object()
     with pytest.raises(ConfigError, match="`use_liger_kernel`.*Liger"):
@@ -228,7 +228,7 @@ def test_a_state_that_cannot_be_saved(tmp_path):
 
 
 @pytest.mark.parametrize("coef", [-1.0, math.nan, math.inf])
-def test_a_coefficient_that_cannot_be_used(coef, tmp_path):
+def test_an_invalid_coefficient_is_an_error(coef, tmp_path):
     class Odd(Recorder):
         def update(self, state: State, *, kl: float, episodes: int) -> State:
             return State(coef, 0)
@@ -249,12 +249,12 @@ def test_trainers_without_a_coefficient(tmp_path):
             AdaptiveKLCallback(DUAL, trainer=trainer)
 
 
-def test_our_own_trainer_has_controllers(tmp_path):
+def test_the_ppo_trainer_of_this_package_is_rejected(tmp_path):
     with pytest.raises(ConfigError, match="kl_controller='adaptive'"):
         AdaptiveKLCallback(DUAL, trainer=tiny.trainer(tmp_path))
 
 
-def test_two_callbacks_or_another_trainers(tmp_path):
+def test_two_callbacks_or_one_of_another_trainer_are_rejected(tmp_path):
     trainer = controlled("grpo", tmp_path)
     trainer.add_callback(AdaptiveKLCallback(DUAL, trainer=trainer))
     with pytest.raises(ConfigError, match="two AdaptiveKLCallbacks"):

@@ -77,7 +77,7 @@ def test_the_time_to_render_is_in_no_record(tmp_path, monkeypatch):
         assert row["seconds"]["total"] - phases < 0.9
 
 
-def test_a_failure_to_render_costs_one_warning_and_no_update(tmp_path, monkeypatch, said):
+def test_a_failure_to_render_is_one_warning_and_does_not_end_the_run(tmp_path, monkeypatch, said):
     def fail(folder):
         raise OSError("disk \x1b[31mfull")
 
@@ -91,7 +91,7 @@ def test_a_failure_to_render_costs_one_warning_and_no_update(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("options", "level"), [({}, "info"), ({"report": True}, "warning"), ({"report_every": 1}, "warning")]
 )
-def test_a_missing_package_is_a_warning_only_where_a_report_was_asked_for(tmp_path, monkeypatch, said, options, level):
+def test_a_missing_package_is_a_warning_only_if_a_report_was_requested(tmp_path, monkeypatch, said, options, level):
     importing = builtins.__import__
 
     def without_jinja(name, *rest, **more):
@@ -122,7 +122,7 @@ def reports_of(trainer) -> list[BoundReportCallback]:
     return [each for each in trainer.callback_handler.callbacks if isinstance(each, BoundReportCallback)]
 
 
-def test_ones_own_callback_takes_the_place_of_the_trainers(tmp_path, renders):
+def test_a_callback_of_the_user_replaces_that_of_the_trainer(tmp_path, renders):
     class Mine(BoundReportCallback):
         pass
 
@@ -138,7 +138,7 @@ def test_ones_own_callback_takes_the_place_of_the_trainers(tmp_path, renders):
     assert [row["update"] for row in load_records(tmp_path)] == [1]
 
 
-def test_two_of_them_are_refused(tmp_path):
+def test_two_bound_report_callbacks_are_rejected(tmp_path):
     with pytest.raises(ConfigError, match="`callbacks` got 2 BoundReportCallback"):
         tiny.trainer(tmp_path, callbacks=[BoundReportCallback(), BoundReportCallback(report=False)])
 
@@ -154,7 +154,7 @@ def test_two_of_them_are_refused(tmp_path):
         ({"report": False, "report_every": 3}, "`report_every` got 3 with report=False"),
     ],
 )
-def test_bad_options_are_refused(options, said):
+def test_bad_options_are_rejected(options, said):
     with pytest.raises(ConfigError) as error:
         BoundReportCallback(**options)
     assert said in str(error.value)

@@ -31,7 +31,7 @@ def test_a_line_of_the_table_fits_a_terminal_of_80_columns(changes):
     assert len(HEADER) <= 80 and len(text) <= 80, text
 
 
-def test_the_table_has_a_plain_line_for_each_record_where_there_is_no_terminal(tmp_path, capsys):
+def test_without_a_terminal_the_table_has_a_plain_line_for_each_record(tmp_path, capsys):
     tiny.trainer(tmp_path, callbacks=[BoundReportCallback(report=False, table=True)]).train()
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("{")]
     assert lines[0] == table.HEADER
@@ -42,7 +42,7 @@ def test_the_table_has_a_plain_line_for_each_record_where_there_is_no_terminal(t
 
 
 @pytest.mark.parametrize("rich", [True, False])
-def test_no_text_of_a_record_acts_on_the_terminal(monkeypatch, rich):
+def test_no_text_of_a_record_controls_the_terminal(monkeypatch, rich):
     hostile = "\x1b]0;title\x07[red]\x1b[2J\n\r\u202eabc"
     out = Terminal()
     monkeypatch.setenv("NO_COLOR", "1")

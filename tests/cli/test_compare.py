@@ -88,20 +88,20 @@ def test_ctrl_c_ends_the_children_and_keeps_what_is_finished(
         (["--task", "x"], "`task` got 'x'"),
     ],
 )
-def test_what_the_command_refuses_before_anything_runs(tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_what_the_command_rejects_before_any_run_starts(tmp_path: Path, arguments: list[str], said: str) -> None:
     start = Instant()
     with pytest.raises(ConfigError) as error:
         invoke(tmp_path, *arguments, start=start)
     assert said in str(error.value) and not start.started and not list(tmp_path.iterdir())
 
 
-def test_an_error_of_the_comparison_is_the_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_of_the_comparison_sets_the_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(yaml_file(tmp_path, "seed: 1"))]) == 1
     assert "Did you mean 'seeds'?" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_comparison_in_real_processes_stops_and_goes_on(tmp_path: Path) -> None:
+def test_a_comparison_in_real_processes_stops_and_resumes(tmp_path: Path) -> None:
     import signal
 
     code = "import sys; from trl_trustkl.cli import main; sys.exit(main())"

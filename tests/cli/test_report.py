@@ -27,7 +27,7 @@ def test_the_command_says_where_the_page_is(tmp_path: Path, capsys: pytest.Captu
     assert "\x1b" not in out + err
 
 
-def test_a_page_that_cannot_be_written_is_an_error_of_the_run(tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="the report cannot be written"):
         invoke(str(run_folder(tmp_path / "run")), "--output", str(tmp_path / "file" / "page.html"))

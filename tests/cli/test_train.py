@@ -147,7 +147,7 @@ def test_nothing_holds_the_model_when_the_process_group_ends(place: Path, tmp_pa
         ({"load_in_4bit": True, "load_in_8bit": True}, 2, "8 bit and 4 bit precision at the same time"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_said_in_one_line(place: Path, tmp_path: Path, capsys, changes, status, message) -> None:
+def test_an_error_is_one_line(place: Path, tmp_path: Path, capsys, changes, status, message) -> None:
     changes = {k: v.replace("PLACE", str(place)) if isinstance(v, str) else v for k, v in changes.items()}
     run = {name: value for name, value in settings(place, tmp_path / "run", **changes).items() if value is not None}
     assert run_main(*flags(run)) == status

@@ -6,7 +6,7 @@ from tests.cli.training import run_main
 from trl_trustkl.cli import train_options
 
 
-def test_help_fits_80_columns_and_shows_what_is_ours(monkeypatch, capsys) -> None:
+def test_help_fits_80_columns_and_shows_the_options_of_this_package(monkeypatch, capsys) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert run_main("--help") == 0
     text = capsys.readouterr().out
@@ -19,7 +19,7 @@ def test_help_fits_80_columns_and_shows_what_is_ours(monkeypatch, capsys) -> Non
     assert "--adam_beta1 NUMBER" in capsys.readouterr().out
 
 
-def test_every_field_of_ours_has_a_help_text(capsys) -> None:
+def test_every_field_of_this_package_has_a_help_text(capsys) -> None:
     from dataclasses import fields
 
     from trl_trustkl import TrustKLPPOConfig
@@ -35,7 +35,7 @@ def test_every_field_of_ours_has_a_help_text(capsys) -> None:
         assert each.metadata["help"] and f"--{each.name} " in text
 
 
-def test_each_option_stands_in_one_section_and_the_rest_only_in_the_complete_help(capsys) -> None:
+def test_each_option_is_in_one_section_and_the_rest_only_in_the_complete_help(capsys) -> None:
     run_main("--help")
     short = capsys.readouterr().out
     run_main("--help-all")

@@ -21,9 +21,7 @@ from trl_trustkl.errors import ConfigError
         ("kl_estimator: k4", "`kl_estimator` got 'k4'"),
     ],
 )
-def test_a_yaml_file_that_cannot_work_is_said_in_one_line(
-    place: Path, tmp_path: Path, capsys, content, message
-) -> None:
+def test_the_error_for_a_bad_yaml_file_is_one_line(place: Path, tmp_path: Path, capsys, content, message) -> None:
     file = tmp_path / "run.yaml"
     if content is not None:
         file.write_text(content)
@@ -39,7 +37,9 @@ def test_flags_override_the_yaml_file_and_both_spellings_of_config_are_read(plac
         options = parse([*words, "--kl-target", "2.0", "--lora_r=8"])
         assert (options.training.kl_target, options.model.lora_r) == (2.0, 8)
         assert options.training.kl_controller_kwargs == {"horizon": 100}
-        assert options.script.reward_funcs == ["my_rewards.even"], "one function in YAML needs no list"
+        assert options.script.reward_funcs == ["my_rewards.even"], (
+            "a single function in YAML was not read as a list of one"
+        )
 
 
 @pytest.mark.parametrize(

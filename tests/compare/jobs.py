@@ -29,7 +29,7 @@ TWO = settings.Comparison(3, (1, 2), {"a": {"kl_coef": 0.1}, "b": {"kl_coef": 0.
 
 
 class Silent:
-    """A reporter that keeps what it is told."""
+    """A reporter that keeps what is reported to it."""
 
     def __init__(self) -> None:
         self.begun: list[Job] = []

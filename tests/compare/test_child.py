@@ -13,7 +13,7 @@ from trl_trustkl.compare import child
 from trl_trustkl.report import read_run
 
 
-def test_a_child_trains_what_its_folder_says(tmp_path: Path) -> None:
+def test_a_child_trains_the_settings_in_its_folder(tmp_path: Path) -> None:
     made_with = {"task": TASK, "updates": 2, "seed": 5, "config": {"kl_coef": 0.3, "clip_rule": "none"}}
     child.write(tmp_path / child.SETTINGS_FILE, made_with)
     child.run(tmp_path)
@@ -27,5 +27,5 @@ def test_a_child_ends_with_its_parent() -> None:
     code = "import time; from trl_trustkl.compare.child import end_with_parent; end_with_parent(); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, cwd=ROOT)
     assert process.stdin is not None
-    process.stdin.close()  # as happens when the parent ends for any reason
+    process.stdin.close()  # the system does this when the parent ends
     assert process.wait(timeout=60) == 143

@@ -1,4 +1,4 @@
-"""The paragraph of a comparison, whose every sentence must be supported by the numbers."""
+"""The conclusions of a comparison: the numbers must support each sentence."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ CASES: list[tuple[str, list[Result], list[str], list[str]]] = [
 
 
 @pytest.mark.parametrize(("results", "said", "unsaid"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
-def test_a_sentence_is_said_where_the_numbers_support_it(
+def test_a_sentence_appears_if_the_numbers_support_it(
     results: list[Result], said: list[str], unsaid: list[str]
 ) -> None:
     text = conclude(results, last=5)
@@ -134,7 +134,7 @@ def test_a_gap_counts_pooled_standard_deviations_and_needs_disjoint_ranges() -> 
         ({"clip": {"trust_max_kl": 0.1}}, False),
     ],
 )
-def test_four_corners_differ_in_anchor_and_clip_alone(changes: dict[str, dict[str, Any]], found: bool) -> None:
+def test_four_corners_differ_only_in_anchor_and_clip(changes: dict[str, dict[str, Any]], found: bool) -> None:
     results = [each._replace(config={**each.config, **changes.get(each.name, {})}) for each in four()]
     got = corners(list(reversed(results)))
     assert (got is not None) is found

@@ -45,7 +45,7 @@ def test_a_panel_without_numbers_says_so(tmp_path):
     assert [text.get_text() for text in figure.axes[0].texts] == ["no numbers"]
 
 
-def test_a_name_is_no_formula_and_is_not_left_out_of_the_legend():
+def test_a_name_is_not_read_as_a_formula_and_appears_in_the_legend():
     assert (
         figures._label("$x^2$") == r"\$x^2\$" and figures._label("_y") == " _y" and figures._label("\x1bz") == "\\x1bz"
     )

@@ -75,7 +75,7 @@ def test_spread_is_the_sample_standard_deviation() -> None:
     assert math.isnan(spread(np.array([1.0]))) and math.isnan(spread(np.array([])))
 
 
-def test_what_was_on_is_read_from_the_records(tmp_path: Path) -> None:
+def test_which_mechanisms_were_enabled_is_read_from_the_records(tmp_path: Path) -> None:
     off = read_run(write_run(tmp_path / "off", rows_of(2, anchor__coef=0.0, trust__rule="none")))
     on = read_run(write_run(tmp_path / "on", rows_of(2)))
     rule = read_run(write_run(tmp_path / "rule", rows_of(2, trust__rule="spo")))

@@ -14,7 +14,7 @@ from trl_trustkl.compare.metrics import result
 from trl_trustkl.report import read_run
 
 
-def test_nothing_of_a_completion_or_a_name_acts_on_the_page(attacked: tuple[page.Report, Path]) -> None:
+def test_completions_and_names_are_escaped_on_the_page(attacked: tuple[page.Report, Path]) -> None:
     raw = (attacked[1] / page.PAGE_FILE).read_text("utf-8")
     found = Page(raw)
     assert not {tag for tag, _ in found.elements} & {"script", "iframe", "svg", "object", "base", "link", "form", "a"}

@@ -1,4 +1,4 @@
-"""The runs of a comparison: their order, which are made again, their processes, and their failures."""
+"""The runs of a comparison: their order, which of them are repeated, their processes, and their failures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_every_setting_has_a_run_before_any_has_two(tmp_path: Path) -> None:
     assert reporter.updates[-1] == 12 and not unfinished(planned)
 
 
-def test_finished_runs_are_kept_and_half_runs_made_anew(tmp_path: Path) -> None:
+def test_finished_runs_are_kept_and_incomplete_runs_repeated(tmp_path: Path) -> None:
     planned = jobs(TWO, tmp_path, TASK)
     make(planned, Instant())
     half = planned[1].folder
@@ -35,7 +35,7 @@ def test_finished_runs_are_kept_and_half_runs_made_anew(tmp_path: Path) -> None:
     assert all((folder / "bounds.jsonl").stat().st_mtime_ns == when for folder, when in kept.items())
 
 
-def test_runs_made_under_other_settings_are_refused_and_replaced_on_demand(tmp_path: Path) -> None:
+def test_runs_made_under_other_settings_are_rejected_and_replaced_on_demand(tmp_path: Path) -> None:
     make(jobs(TWO, tmp_path, TASK), Instant())
     other = TWO._replace(updates=4, settings={"a": {"kl_coef": 0.1}, "b": {"kl_coef": 0.3, "lam": 0.9}})
     planned = jobs(other, tmp_path, TASK)
@@ -57,7 +57,7 @@ def test_equal_settings_have_no_differences() -> None:
     assert differences({"a": None}, {}) == ["a None, now left open"]
 
 
-def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_left_unchanged(tmp_path: Path) -> None:
     planned = jobs(TWO, tmp_path, TASK)
     planned[3].folder.mkdir(parents=True)
     (planned[3].folder / "thesis.txt").write_text("mine")
@@ -73,7 +73,7 @@ def test_a_run_that_fails_leaves_the_others_running(tmp_path: Path) -> None:
     assert len(reporter.over) == 4 and unfinished(planned) == [planned[0], planned[2]]
 
 
-def test_leaving_ends_what_runs_and_begins_nothing_more(tmp_path: Path) -> None:
+def test_an_interruption_ends_the_running_processes_and_starts_no_others(tmp_path: Path) -> None:
     planned, begun = jobs(TWO, tmp_path, TASK), []
 
     class Interrupting(Silent):
@@ -100,7 +100,7 @@ def test_cores_are_divided_among_the_processes(tmp_path: Path, monkeypatch: pyte
         assert {entry[2] for entry in start.started} == {threads}
 
 
-def test_a_process_of_its_own_and_its_error(tmp_path: Path) -> None:
+def test_a_run_in_a_separate_process_and_its_error(tmp_path: Path) -> None:
     """A real process that fails before it builds a model; its outcome has the last line of the error."""
     wrong = settings.Comparison(1, (1,), {"a": {}})
     planned = jobs(wrong, tmp_path, "tests.nowhere:f")

@@ -92,7 +92,7 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
         settings.read(tmp_path / "bytes")
 
 
-def test_the_tasks_own_configuration_decides_where_it_is_known() -> None:
+def test_the_configuration_of_the_task_is_used_if_it_is_known() -> None:
     """16 mini-batches are valid for the demo's task, but too many for the defaults of the configuration."""
     from trl_trustkl.demo.task import sentiment_config
 

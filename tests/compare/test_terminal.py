@@ -14,7 +14,7 @@ from trl_trustkl.compare import page, terminal
 from trl_trustkl.compare.runner import Outcome, jobs
 
 
-def test_nothing_of_a_completion_acts_in_the_terminal(
+def test_no_text_of_a_completion_controls_the_terminal(
     attacked: tuple[page.Report, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     terminal.show(Console(highlight=False, markup=False, emoji=False, width=80), *attacked)
@@ -55,7 +55,7 @@ def test_the_plan_says_how_many_runs_are_finished(tmp_path):
     ]
 
 
-def test_a_failed_run_is_told_with_its_log(tmp_path):
+def test_a_failed_run_is_reported_with_its_log(tmp_path):
     on, (first, *_) = console(), jobs(TWO, tmp_path, TASK)
     terminal.show_failed(on, [Outcome(first, 1.0, "\x1b[31mno luck")])
     assert printed(on) == ["Failed: a, seed 1: \\x1b[31mno luck", f"        log: {first.folder / 'run.log'}"]

@@ -45,7 +45,7 @@ class Trainer:
 
 
 def ended(ending: BaseException | None, monkeypatch: pytest.MonkeyPatch) -> tuple[int, Trainer]:
-    """The status of a demo whose training ends like that, and its trainer."""
+    """The exit status of a demo whose training raises `ending`, and its trainer."""
     trainer = Trainer(ending, rows("a reply"))
     table = SimpleNamespace(progress=nullcontext(), records=[], rendered=None)
     monkeypatch.setattr(demo, "build", lambda options, console: (trainer, table))
@@ -86,7 +86,7 @@ def test_an_evaluation_is_the_mean_over_the_held_out_prompts():
     assert evaluated("said") == {"score": 0.5, "kl": 1.0, "prompt": "asked", "completion": "said"}
 
 
-def test_the_end_says_what_changed_and_where_everything_is(tmp_path):
+def test_the_closing_text_says_what_changed_and_where_the_files_are(tmp_path):
     out = console()
     conclude(
         out,
@@ -103,7 +103,7 @@ def test_the_end_says_what_changed_and_where_everything_is(tmp_path):
     assert "Report:" in text and "folder/adapter" in text
 
 
-def test_a_run_that_was_ended_says_nothing_of_afterwards():
+def test_a_run_that_was_ended_prints_no_evaluation_and_no_report():
     out = console()
     conclude(out, Options(output_dir="folder"), evaluated("grey"), None, [], None)
     text = out.file.getvalue()

@@ -1,4 +1,4 @@
-"""The demo's model: where it is loaded from, and the errors where it cannot be loaded."""
+"""The demo's model: where it is loaded from, and the errors if it cannot be loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trl_trustkl.demo import smollm2
 from trl_trustkl.errors import ModelError
 
 
-def test_smollm2_from_nowhere_says_both_ways_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_smollm2_the_error_names_both_ways_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def offline(name: str) -> None:
         raise OSError("offline")
 

@@ -38,7 +38,7 @@ def check_rejected(
         )
         with pytest.raises(error) as caught:
             attempt(copy.copy(example))
-        assert len(str(caught.value)) > 20, "an error has to say something"
+        assert len(str(caught.value)) > 20, "the message of the error is too short"
 
     check()
     return seen

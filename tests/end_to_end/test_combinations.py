@@ -54,16 +54,20 @@ def main(folder: Path) -> None:
         at = ("enforce", 3) if trainer.accelerator.process_index == 1 else -1
         survival.cut_off(trainer, at, lambda name: os.kill(os.getpid(), signal.SIGKILL))
 
-    whole, run, log = (folder / name for name in ("whole", "killed", "log"))
-    found = {"whole": pair(whole, log, train), "killed": pair(run, log, killed), "left": len(load_records(run))}
+    uninterrupted, run, log = (folder / name for name in ("uninterrupted", "killed", "log"))
+    found = {
+        "uninterrupted": pair(uninterrupted, log, train),
+        "killed": pair(run, log, killed),
+        "left": len(load_records(run)),
+    }
     print(json.dumps(found | {"resumed": pair(run, log, lambda run: train(run, resume=True))}), flush=True)
 
 
 @on_pinned_transformers("Older ones read a CPU's optimizer onto `cpu:0`, which torch does not know.")
-def test_a_rule_for_responses_a_stop_and_a_limit_in_two_processes_survive_a_kill(tmp_path):
+def test_a_sequence_rule_a_stop_and_a_limit_in_two_processes_survive_a_kill(tmp_path):
     (found,) = survival.program("tests.end_to_end.test_combinations", tmp_path)
-    assert found == {"whole": [0, 0], "killed": [1, -signal.SIGKILL], "left": 3, "resumed": [0, 0]}
-    assert survival.same(tmp_path / "whole", tmp_path / "killed")
+    assert found == {"uninterrupted": [0, 0], "killed": [1, -signal.SIGKILL], "left": 3, "resumed": [0, 0]}
+    assert survival.same(tmp_path / "uninterrupted", tmp_path / "killed")
     records = load_records(tmp_path / "killed")
     assert [record["update"] for record in records] == [*range(1, survival.UPDATES + 1)]
     for record in records:
@@ -100,7 +104,7 @@ def gradient(trainer: Any, batch: Batch) -> Tensor:
 
 
 @pytest.mark.parametrize(("bf16", "near"), [(False, 1e-5), (True, 0.05)], ids=["float32", "bf16"])
-def test_exact_divergences_in_pieces_give_the_gradient_of_the_whole(bf16, near, tmp_path):
+def test_exact_divergences_in_pieces_give_the_complete_gradient(bf16, near, tmp_path):
     """In bf16 only up to its precision: passes of other shapes round differently."""
     trainers = [tiny.trainer(tmp_path, changes=EXACT | {"bf16": bf16} | split) for split in (WHOLE, PIECES)]
     rollout, _ = (before_the_first_step(trainer).scored.rollout for trainer in trainers)
@@ -122,14 +126,14 @@ VALUES = {
 
 
 @pytest.mark.parametrize("value", VALUES)
-def test_a_value_model_beside_a_4_bit_policy_moves_alone_with_the_adapter_and_is_resumed(value, tmp_path):
+def test_a_value_model_and_the_adapter_of_a_4_bit_policy_are_trained_and_resumed(value, tmp_path):
     def build(folder: Path) -> Any:
         changes = {"max_steps": survival.UPDATES, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
         changes |= {"gradient_checkpointing": True, "trust_max_kl": 0.02, "optim": "adamw_torch", "vf_coef": 1.0}
         arguments = {"value_model": VALUES[value](), "reward_funcs": survival.noisy_reward}
         return tiny.trainer(folder, tiny.four_bit(tmp_path), changes=changes, **arguments)
 
-    trainer = build(tmp_path / "whole")
+    trainer = build(tmp_path / "uninterrupted")
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     trainer.train()
     moved = {name for name, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -138,10 +142,10 @@ def test_a_value_model_beside_a_4_bit_policy_moves_alone_with_the_adapter_and_is
     assert policy and all("lora_" in name for name in policy)
     assert any(name.startswith("value.") for name in moved)
     assert any(before[name].dtype == torch.uint8 for name in before.keys() - moved), "no weight is in 4 bits"
-    assert all(record["trust"]["kl"] <= 0.02 for record in load_records(tmp_path / "whole"))
+    assert all(record["trust"]["kl"] <= 0.02 for record in load_records(tmp_path / "uninterrupted"))
     assert survival.cut_off(build(tmp_path / "cut"), ("measure", 4)) == "measure"
     build(tmp_path / "cut").train(resume_from_checkpoint=True)
-    assert survival.same(tmp_path / "whole", tmp_path / "cut")
+    assert survival.same(tmp_path / "uninterrupted", tmp_path / "cut")
 
 
 @pytest.mark.parametrize("rule", ["gspo", "none", "spo", "dppo_kl"])

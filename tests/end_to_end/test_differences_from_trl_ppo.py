@@ -204,7 +204,7 @@ def test_difference_6_processed_scores_are_not_the_policy(tmp_path):
     assert mine["sampler/kl"] < 1e-6
 
 
-def test_difference_6_asking_for_processed_scores_shows_in_the_sampler_alone(tmp_path):
+def test_difference_6_requesting_processed_scores_affects_only_the_sampler(tmp_path):
     settings = AT_REST | {"generation_kwargs": {"repetition_penalty": 1.3}}
     mine = run(our_trainer(tmp_path, models(), settings)).logs[0]
     assert mine["policy/approxkl_avg"] == mine["objective/kl"] == mine["trust/kl"] == 0.0

@@ -40,13 +40,13 @@ def test_empty_and_all_pad_responses_leave_a_run_finite(tmp_path, script, peft):
         assert record["refused"] is None
         assert all(math.isfinite(record["trust"][key]) for key in ("kl", "kl_max", "max_ratio"))
         assert record["length"] == sum(script[i % len(script)][1] for i in range(8)) / 8
-    # An empty response has no token, so that the weights stay as they were if all responses are empty.
+    # An empty response has no token: if all responses are empty, the weights do not change.
     assert same(before, trained_weights(trainer.model)) == (script == [EMPTY])
     assert trainer.scored.scores.isnan().tolist() == [script[i % len(script)] == EMPTY for i in range(8)]
 
 
 @pytest.mark.parametrize("token", [PAD, EOS], ids=["PAD", "EOS"])
-def test_a_model_that_only_says_pad_or_eos_trains_on(tmp_path, token):
+def test_a_model_that_only_generates_pad_or_eos_continues_training(tmp_path, token):
     model = tiny.llama(tie_word_embeddings=False)
     with torch.no_grad():
         model.lm_head.weight.zero_()  # equal logits; the hook below adds a bias

@@ -50,7 +50,7 @@ KINDS: dict[str, tuple[Callable[[Any], Any], dict[str, Any], Callable[[], dict[s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_limit_holds_and_moments_value_and_frozen_weights_are_left_alone(kind, tmp_path):
+def test_the_limit_holds_and_moments_value_and_frozen_weights_stay_unchanged(kind, tmp_path):
     model, changes, arguments, agreement = KINDS[kind]
     trainer = careful(tmp_path / "run", model(tmp_path), changes=changes, **arguments())
     trainer.train()

@@ -44,7 +44,7 @@ TWO_PROCESSES = """
 """
 
 
-def test_two_processes_take_the_same_scale_and_hold_the_limit_over_the_pooled_batch(tmp_path):
+def test_two_processes_take_the_same_scale_and_hold_the_limit_over_the_batch_of_both(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(textwrap.dedent(TWO_PROCESSES))
     in_two_processes(str(script), str(tmp_path), cwd=tmp_path)
@@ -52,7 +52,7 @@ def test_two_processes_take_the_same_scale_and_hold_the_limit_over_the_pooled_ba
         one, other = (json.loads((tmp_path / f"{kind}-rank{rank}.json").read_text()) for rank in range(2))
         assert one["states"] == other["states"]
         records = load_records(tmp_path / kind)
-        assert len(records) == len(one["enforced"]) == 3, "only one process writes records"
+        assert len(records) == len(one["enforced"]) == 3, "more than one process wrote records"
         for record, mine, theirs in zip(records, one["enforced"], other["enforced"], strict=True):
             assert mine[:3] == theirs[:3], "the processes differ"
             enforcement, measured, _, own = mine

@@ -44,8 +44,8 @@ class Case(NamedTuple):
 
 KILLED = -signal.SIGKILL
 CASES = [
-    Case("fail", (1,), "score", 2, (1, 1), 2, "RewardError: reward function `fails_when_told`"),
-    Case("fail", (0,), "score", 2, (1, 1), 2, "RewardError: reward function `fails_when_told`"),
+    Case("fail", (1,), "score", 2, (1, 1), 2, "RewardError: reward function `fails_on_request`"),
+    Case("fail", (0,), "score", 2, (1, 1), 2, "RewardError: reward function `fails_on_request`"),
     Case("terminate", (1,), "step", 9, (143, 143), 3),
     Case("terminate", (0,), "rollout", 2, (143, 143), 3),
     Case("terminate", (0, 1), "measure", 2, (143, 143), 3),
@@ -90,10 +90,10 @@ def meet(case: Case, run: Path) -> None:
 
 
 def fail(trainer: Any) -> None:
-    def fails_when_told(**_: Any) -> Any:
+    def fails_on_request(**_: Any) -> Any:
         raise ConnectionError("the service is down")
 
-    trainer.parts.scorer.funcs[:] = [fails_when_told]
+    trainer.parts.scorer.funcs[:] = [fails_on_request]
 
 
 def fill_the_records_disk(trainer: Any) -> None:
@@ -136,7 +136,7 @@ def evaluate(folder: Path) -> None:
     if trainer.accelerator.process_index == 1:
         fail(trainer)
     for call in (trainer.evaluate, trainer.generate_completions, lambda: trainer.generate_completions(sampling=True)):
-        with pytest.raises(RewardError, match="fails_when_told"):
+        with pytest.raises(RewardError, match="fails_on_request"):
             call()
 
 

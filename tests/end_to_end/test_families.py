@@ -24,7 +24,7 @@ def test_a_family_starts_at_ratio_1_is_measured_without_padding_and_moves(name, 
     batch = before_the_first_step(trainer)
     policy, scored = trainer.model.policy, batch.scored
 
-    def alone() -> list[Tensor]:
+    def row_logps_without_padding() -> list[Tensor]:
         """log π over the vocabulary of each response, one row at a time and without padding."""
         found = []
         for micro in scored.micro_batches:
@@ -34,7 +34,7 @@ def test_a_family_starts_at_ratio_1_is_measured_without_padding_and_moves(name, 
                 found.append((logits.double() / 0.7).log_softmax(-1))
         return found
 
-    old = alone()
+    old = row_logps_without_padding()
     order = torch.cat([micro.rows for micro in scored.micro_batches])
     for row, p in zip(order, old, strict=True):
         mask = scored.rollout.response_mask[row]
@@ -43,5 +43,5 @@ def test_a_family_starts_at_ratio_1_is_measured_without_padding_and_moves(name, 
     assert trainer.optimise(batch).refused is None
     proposed = trainer.measure(batch)
     measured = trainer.enforce(batch, proposed)
-    dense = torch.cat([dense_kl(p, q) for p, q in zip(old, alone(), strict=True)]).mean()
+    dense = torch.cat([dense_kl(p, q) for p, q in zip(old, row_logps_without_padding(), strict=True)]).mean()
     assert 0 < measured.kl <= LIMIT < proposed.kl and measured.kl == pytest.approx(float(dense), rel=0.01, abs=1e-6)

@@ -1,9 +1,8 @@
 """Full and read-only disks: what the errors say, and that the run resumes bit for bit once there is room.
 
 The disks are simulated by an exception in the process; by a tmpfs in a separate mount namespace (`unshare`, of util-linux),
-which needs no privileges where the kernel allows user namespaces, and binds a superuser too; and by a limit on the size of
-files (RLIMIT_FSIZE). The tests start this file as
-a program, which forks the runs.
+which needs no privileges where the kernel allows user namespaces, and also limits a superuser; and by a limit on the size of
+files (RLIMIT_FSIZE). The tests start this file as a program, which forks the runs.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def test_a_full_disk_at_a_record_ends_the_run_and_the_line_cut_short_is_dropped(
     assert survival.same(uninterrupted_run, tmp_path)
 
 
-def test_a_folder_that_cannot_be_written_into_is_named(tmp_path):
+def test_an_unwritable_folder_is_named(tmp_path):
     """A file in the folder's place stands for a read-only folder, because a superuser can write into that."""
     trainer = build(tmp_path / "run", max_steps=2)
     (tmp_path / "run").mkdir(exist_ok=True)
@@ -79,7 +78,7 @@ def test_a_folder_that_cannot_be_written_into_is_named(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_a_record_that_cannot_be_written_is_an_error_of_ours():
+def test_a_record_that_cannot_be_written_is_a_save_error():
     from trl_trustkl.records import append_line
 
     with pytest.raises(SaveError, match="record of update 3 could not be appended to /dev/full"):

@@ -110,7 +110,7 @@ bad_dict = st.one_of(
 FIELDS = {f.name: hint for f, hint in typed_fields(TrustKLPPOConfig) if Any not in typing.get_args(hint)}
 
 
-def test_every_field_refuses_what_it_cannot_be(record_property):
+def test_every_field_rejects_invalid_values(record_property):
     assert FIELDS.keys() >= OUT_OF_RANGE.keys()
     rejected = 0
     for name, hint in FIELDS.items():
@@ -170,7 +170,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], st.SearchStrategy[dict[str, Any]]]]
 
 
 @pytest.mark.parametrize("kind", BAD_OPTIONS)
-def test_options_of_a_mechanism_are_refused_where_they_cannot_work(kind, record_property):
+def test_options_of_a_mechanism_that_cannot_work_are_rejected(kind, record_property):
     base, bad = BAD_OPTIONS[kind]
     record_property(
         "rejected", len(check_rejected(bad, lambda each: tiny.config("unused", **base | each), ConfigError, 60))
@@ -199,7 +199,7 @@ def _is_number(given: str) -> bool:
     return False
 
 
-def test_flags_are_refused_by_the_parser_or_by_us(record_property):
+def test_bad_flags_are_rejected_by_the_parser_or_the_package(record_property):
     parser = HfArgumentParser(TrustKLPPOConfig)
 
     def attempt(flag: tuple[str, str]) -> None:
@@ -213,7 +213,7 @@ def test_flags_are_refused_by_the_parser_or_by_us(record_property):
     record_property("rejected", len(check_rejected(BAD_FLAGS, attempt, ConfigError, 150)))
 
 
-def test_yaml_is_refused_where_it_says_what_a_field_cannot_be(record_property, tmp_path):
+def test_yaml_with_invalid_values_is_rejected(record_property, tmp_path):
     file = tmp_path / "config.yaml"
     bad_number = st.sampled_from(["[1]", "{a: 1}", ".nan", ".inf", "-3.0", "true"])
     lines = st.tuples(st.sampled_from(sorted(OUT_OF_RANGE.keys() - {"max_steps"})), bad_number)

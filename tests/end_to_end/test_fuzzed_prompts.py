@@ -50,7 +50,7 @@ bad_prompt = st.one_of(
 )
 
 
-def test_prompts_that_cannot_be_are_refused(record_property):
+def test_invalid_prompts_are_rejected(record_property):
     rejected = check_rejected(bad_prompt, lambda prompt: encode_prompt(prompt, TOKENIZER), DataError, 250)
     record_property("rejected", len(rejected))
 
@@ -62,7 +62,7 @@ def test_any_text_and_any_conversation_become_tokens(prompt):
     assert ids and all(0 <= token < tiny.VOCAB for token in ids)
 
 
-def test_a_template_that_refuses_a_conversation_is_quoted():
+def test_an_error_of_a_chat_template_is_quoted():
     strict = tiny.tokenizer()
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match="roles must alternate"):
@@ -110,7 +110,7 @@ def quiet_datasets():
     datasets.enable_progress_bars()
 
 
-def test_datasets_that_cannot_be_are_refused(record_property, quiet_datasets):
+def test_invalid_datasets_are_rejected(record_property, quiet_datasets):
     room = token_limits(tiny.llama(), {})
 
     def attempt(columns: dict[str, Any]) -> None:
@@ -139,4 +139,4 @@ def test_collation_keeps_every_token_and_nothing_else(rows, container, masked):
     prompts = collate(given_, pad_token_id=0, device=torch.device("cpu"))
     assert prompts.ids.shape == prompts.mask.shape == (len(rows), max(map(len, rows)))
     assert [row[mask].tolist() for row, mask in zip(prompts.ids, prompts.mask, strict=True)] == rows
-    assert prompts.mask[:, -1].all(), "padding is on the left"
+    assert prompts.mask[:, -1].all(), "padding is not on the left"

@@ -79,7 +79,7 @@ def with_value(path: tuple[str, ...], value: Any) -> str:
     return json.dumps(row)
 
 
-def test_records_that_cannot_be_are_refused(record_property, tmp_path):
+def test_invalid_records_are_rejected(record_property, tmp_path):
     folder = write_run(tmp_path, rows_of(4))
     first, *others = (folder / "bounds.jsonl").read_bytes().splitlines(keepends=True)
 
@@ -132,24 +132,24 @@ def read_mutated(folder: Any, seed: int) -> Any:
         return None
 
 
-def test_a_file_with_changed_bytes_is_read_or_refused(tmp_path):
+def test_a_file_with_changed_bytes_is_read_or_rejected(tmp_path):
     read = 0
     for seed in range(400):
         if (run := read_mutated(tmp_path, seed)) is not None:
             read += 1
             for finding in FINDINGS.values():
                 finding(run)
-    assert 20 < read < 380, "the changes are all harmless, or all fatal"
+    assert 20 < read < 380, "almost all of the changes are harmless, or almost all are fatal"
 
 
 @pytest.mark.slow
-def test_a_file_with_changed_bytes_has_a_report_where_it_is_read(tmp_path):
+def test_a_report_is_rendered_if_a_file_with_changed_bytes_can_be_read(tmp_path):
     runs = [read_mutated(tmp_path / str(seed), seed) for seed in range(400)]
     for run in [run for run in runs if run is not None][:30]:
         assert write_report([run]).stat().st_size > 1000
 
 
-def test_a_path_without_records_is_refused(tmp_path):
+def test_a_path_without_records_is_rejected(tmp_path):
     (tmp_path / "bounds.jsonl").mkdir()
     for path in (tmp_path, tmp_path / "nothing", tmp_path / "nul\0", "", tmp_path / "bounds.jsonl"):
         for reader in (load_records, read_run):

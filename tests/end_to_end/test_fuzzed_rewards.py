@@ -131,7 +131,7 @@ bad_function = st.one_of(
 )
 
 
-def test_rewards_that_cannot_be_are_refused(record_property):
+def test_invalid_rewards_are_rejected(record_property):
     rejected = len(
         check_rejected(bad_return, lambda v: scores_of(lambda prompts, completions, **_: v), RewardError, 300)
     )

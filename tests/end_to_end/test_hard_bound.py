@@ -47,7 +47,8 @@ def cost(updates: list[Update]) -> str:
     )
 
 
-# At 5e-3 llama and gpt2 propose updates around the limit; this is ten times too high for them, and more for gemma2.
+# At a learning rate of 5e-3, llama and gpt2 propose updates around the limit; 5e-2 is ten times too high for them, and more
+# than that for gemma2.
 TOO_FAST = {
     "learning_rate": 5e-2,
     "lr_scheduler_type": "constant",

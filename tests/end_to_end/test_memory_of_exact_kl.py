@@ -1,7 +1,7 @@
 """The memory that exact divergences need: nothing of the size tokens × vocabulary.
 
-A separate process runs a few tokens and then three times as many; its peak memory must not rise. The allocator is told to
-return freed blocks to the system, so that the peak is what is held at one time.
+A separate process runs a few tokens and then three times as many; its peak memory must not rise. The allocator is set to
+return freed blocks to the system, so that the peak is the memory held at one time.
 """
 
 from __future__ import annotations

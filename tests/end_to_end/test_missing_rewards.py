@@ -53,7 +53,7 @@ def test_the_gradient_does_not_depend_on_a_row_without_a_reward(tmp_path):
         torch.testing.assert_close(weight, outcomes[1][name], rtol=0, atol=1e-6)
 
 
-def test_an_update_without_any_reward_moves_nothing_and_the_run_goes_on(tmp_path):
+def test_an_update_without_any_reward_changes_nothing_and_the_run_continues(tmp_path):
     def none_at_first(prompts, completions, trainer_state, **_):
         return [None if trainer_state.global_step == 0 else float(i) for i in range(len(completions))]
 

@@ -50,7 +50,7 @@ def test_a_recurrent_family_that_ignores_padding_samples_from_the_policy_that_is
 
 @pytest.mark.parametrize("name", [*LEAKY, *BROKEN])
 def test_padding_in_a_recurrent_state_leaves_the_ratio_at_1_and_the_limit_in_force(name, tmp_path):
-    """What is measured is the policy as it is trained, with padding in its recurrent state."""
+    """The measurement describes the policy as it is trained, with padding in its recurrent state."""
     trainer = tiny.trainer(tmp_path, families.build(name), peft_config=None, changes={"trust_max_kl": 1e-3})
     batch = before_the_first_step(trainer)
     trainer.optimise(batch)

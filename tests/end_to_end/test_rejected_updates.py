@@ -110,7 +110,9 @@ REFUSALS = [
 
 @pytest.mark.parametrize("peft", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize(("poison", "reason"), REFUSALS, ids=[poison.__name__ for poison, _ in REFUSALS])
-def test_a_step_that_is_not_finite_is_refused_and_the_run_goes_on(tmp_path, monkeypatch, caplog, poison, reason, peft):
+def test_a_step_that_is_not_finite_is_rejected_and_the_run_continues(
+    tmp_path, monkeypatch, caplog, poison, reason, peft
+):
     watch = WatchWeights()
     trainer = tiny.trainer(tmp_path, callbacks=[watch], peft_config=tiny.lora() if peft else None)
     poison(monkeypatch, trainer)
@@ -136,7 +138,7 @@ def policy_of(snapshot: dict[str, Tensor]) -> dict[str, Tensor]:
     "poison",
     [poison for poison, _ in REFUSALS],
 )
-def test_a_refused_update_leaves_the_value_as_it_was_too(tmp_path, monkeypatch, poison):
+def test_a_rejected_update_leaves_the_value_unchanged_too(tmp_path, monkeypatch, poison):
     watch = WatchWeights()
     trainer = tiny.trainer(tmp_path, callbacks=[watch])
     poison(monkeypatch, trainer)
@@ -159,7 +161,7 @@ def beyond_panic(monkeypatch, trainer):
 
 @pytest.mark.parametrize("limit", [1.0, None], ids=["limit", "no limit"])
 @pytest.mark.parametrize("poison", [*(poison for poison, _ in REFUSALS), beyond_panic])
-def test_a_refused_update_was_bound_by_nothing_and_keeps_nothing_of_its_step(tmp_path, monkeypatch, poison, limit):
+def test_a_rejected_update_has_no_binding_mechanism_and_keeps_no_part_of_its_step(tmp_path, monkeypatch, poison, limit):
     """An update may be rolled back while optimising or after it; the gradient limit binds the other updates."""
     changes = {"trust_max_kl": limit, "panic_kl": 1e6, "max_grad_norm": 1e-9, "kl_coef": 1e-3}
     trainer = tiny.trainer(tmp_path, changes=changes)
@@ -186,13 +188,13 @@ SPIKED = {"optim": "sgd", "max_grad_norm": 0.0, "num_ppo_epochs": 1}
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_a_value_thrown_beyond_the_numbers_does_not_end_the_training(tmp_path, steps):
+def test_a_value_head_that_becomes_non_finite_does_not_end_the_run(tmp_path, steps):
     tiny.trainer(tmp_path, changes=SPIKED | {"num_mini_batches": steps}, callbacks=[Spike()]).train()
     refused = [record["refused"] for record in load_records(tmp_path)]
     assert refused[0] is not None and refused[1:] == [None, None]
 
 
-def test_a_value_model_thrown_beyond_the_numbers_ends_the_run_and_leaves_the_policy(tmp_path):
+def test_a_value_model_that_becomes_non_finite_ends_the_run_with_the_policy_unchanged(tmp_path):
     """A separate value model is not rolled back, so that no later update is finite and the run ends with an error."""
     changes = SPIKED | {"num_mini_batches": 1, "max_refused": 3}
     model = tiny.scalar_model(tiny.llama())
@@ -213,7 +215,7 @@ def test_a_kl_that_is_not_finite_never_reaches_the_controller(tmp_path, monkeypa
     assert first["anchor"]["coef"] > bad["anchor"]["coef"] == last["anchor"]["coef"] > 0
 
 
-def test_an_update_that_is_undone_leaves_the_optimizer_as_it_was(tmp_path):
+def test_an_update_that_is_rolled_back_restores_the_optimizer(tmp_path):
     trainer = build(
         tmp_path, panic_kl=1e-9, max_refused=3, save_strategy="no", max_steps=5, lr_scheduler_type="constant"
     )
@@ -233,7 +235,7 @@ def test_an_update_that_is_undone_leaves_the_optimizer_as_it_was(tmp_path):
     assert checkpoint.damage(tmp_path / "checkpoint-3") is None
 
 
-def test_updates_that_are_refused_now_and_then_do_not_end_a_run(tmp_path):
+def test_rejected_updates_that_are_not_in_a_row_do_not_end_a_run(tmp_path):
     def sometimes(prompts: list, completions: list, trainer_state: Any = None, **_: Any) -> list[float]:
         good = tiny.good_words(prompts, completions)
         return [float("nan"), *good[1:]] if trainer_state.global_step % 2 else good

@@ -38,20 +38,20 @@ def test_a_run_that_ends_in_an_update_is_resumed_bit_for_bit(tmp_path, kind):
 
 
 @pytest.mark.parametrize("update", [2, 4])
-def test_a_run_is_resumed_from_a_path_and_what_came_after_is_done_again(uninterrupted_run, run_copy, update):
+def test_a_run_is_resumed_from_a_path_and_repeats_the_later_updates(uninterrupted_run, run_copy, update):
     build(run_copy).train(resume_from_checkpoint=str(run_copy / f"checkpoint-{update}"))
     assert survival.same(uninterrupted_run, run_copy)
     assert [record["update"] for record in load_records(run_copy)] == [1, 2, 3, 4, 5, 6]
     assert len(list((run_copy / "earlier.1").iterdir())) == (6 - update) // 2  # nothing is overwritten
 
 
-def test_a_run_goes_on_in_another_folder_with_its_records(uninterrupted_run, tmp_path):
+def test_a_run_resumes_in_another_folder_with_its_records(uninterrupted_run, tmp_path):
     build(tmp_path / "new").train(resume_from_checkpoint=uninterrupted_run / "checkpoint-4")
     assert survival.same(uninterrupted_run, tmp_path / "new")
     assert len(load_records(uninterrupted_run)) == 6
 
 
-def test_a_run_that_is_over_is_resumed_to_nothing(uninterrupted_run, run_copy):
+def test_resuming_a_finished_run_makes_no_updates(uninterrupted_run, run_copy):
     trainer = build(run_copy)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 6 and survival.same(uninterrupted_run, run_copy)
@@ -66,7 +66,7 @@ def test_a_schedule_without_an_end_may_be_made_longer(tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_torn_and_late_lines_of_the_records_are_dropped_and_none_is_doubled(uninterrupted_run, run_copy):
+def test_truncated_and_later_lines_of_the_records_are_dropped_and_none_is_repeated(uninterrupted_run, run_copy):
     for name in ("bounds.jsonl", "completions.jsonl"):
         with open(run_copy / name, "ab") as file:
             file.write(b'{"update": 7, "epi')

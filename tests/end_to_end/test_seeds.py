@@ -27,7 +27,7 @@ def test_the_same_seed_gives_the_same_records_and_another_seed_others(tmp_path):
     assert go("one", 3, noise=1) == go("again", 3, noise=2) != go("other", 4, noise=1)
 
 
-def test_every_update_and_every_row_draws_responses_of_its_own(tmp_path):
+def test_every_update_and_every_row_samples_different_responses(tmp_path):
     changes = {"learning_rate": 0.0, "max_steps": 2}
     trainer, _ = run(tmp_path, changes=changes, train_dataset=Dataset.from_dict({"prompt": ["w1 w2"] * 8}))
     first, second = (rollout.response_ids.tolist() for rollout in trainer.seen["rollout"])

@@ -1,4 +1,4 @@
-"""Signals from outside to real processes, in each phase of an update: how they end, how soon, and what they leave.
+"""Signals sent to real processes in each phase of an update: exit statuses, times to exit, records and resuming.
 
 The tests start this file as a program, once for all cases; it forks the processes.
 """
@@ -37,7 +37,7 @@ class Case(NamedTuple):
 
 
 TERM, INT = signal.SIGTERM, signal.SIGINT
-MOMENTS = {  # and the last update of the run then: the current one, or the one that is being saved
+MOMENTS = {  # with the last update of the interrupted run: the current one, or the one that is being saved
     ("rollout", 2): 3,
     ("score", 2): 3,
     ("optimise", 2): 3,

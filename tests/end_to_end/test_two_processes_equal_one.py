@@ -130,7 +130,7 @@ def forced(folder: Path, processes: int, changes: dict[str, Any], arguments: dic
 
 
 def run(folder: Path, processes: int, case: str) -> Forced:
-    """Train one case; each process saves its weights and what it recorded beside the folder of the run."""
+    """Train one case; each process saves its weights and what it recorded next to the folder of the run."""
     trainer = forced(folder, processes, *CASES[case])
     assert trainer.accelerator.num_processes == processes
     trainer.train()
@@ -194,7 +194,7 @@ def assert_near(one: Any, other: Any, where: str) -> None:
 
 def compare(one: Path, two: Path, case: str) -> None:
     records, reference = load_records(two / case), load_records(one / case)
-    assert len(records) == len(reference) == UPDATES, "only one process writes records"
+    assert len(records) == len(reference) == UPDATES, "more than one process wrote records"
     for record, wanted in zip(records, reference, strict=True):
         assert_near(record, wanted, f"{case}, update {wanted['update']}")
     mine, theirs = (json.loads((two / f"{case}-rank{rank}.json").read_text()) for rank in range(2))
@@ -223,7 +223,7 @@ def test_two_processes_equal_one_with_twice_the_batch_and_only_the_first_writes(
     said = [json.loads((tmp_path / f"said-{rank}.json").read_text()) for rank in range(2)]
     for rows in (5, 1):
         (metrics, counted), (also, _) = (each[f"evaluation of {rows}"] for each in said)
-        assert counted == rows, "an uneven share is neither padded nor cut"
+        assert counted == rows, "an uneven share was padded or cut"
         wanted = trainer.evaluate(trainer.train_dataset.select(range(rows)))
         for key in wanted.keys() - {"eval_runtime"}:
             assert metrics[key] == also[key] == pytest.approx(wanted[key], rel=1e-4), key

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from tests.processes import alone, in_two_processes
+from tests.processes import in_two_processes, single_process
 from trl_trustkl.errors import NonFiniteRewardError, RewardError, SaveError
 from trl_trustkl.parallel.processes import Processes
 
@@ -41,7 +41,7 @@ def processes(monkeypatch):
     assert {"all_gather", "all_reduce", "all_gather_object", "broadcast_object_list", "barrier"} <= set(names)
     for name in names:
         monkeypatch.setattr(dist, name, fail)
-    return alone()
+    return single_process()
 
 
 def test_one_process_is_the_first_the_main_and_the_only_one(processes):
@@ -157,7 +157,7 @@ def test_two_processes_get_the_sum_and_the_moments_of_all_values(said):
     total = BOTH[0]["values"] + BOTH[1]["values"]
     for rank, each in enumerate(said):
         assert each["sum"] == total.tolist()
-        assert each["given"] == BOTH[rank]["values"].tolist(), "the sum was written into what was given"
+        assert each["given"] == BOTH[rank]["values"].tolist(), "the sum overwrote the argument"
         mean, var = each["moments"]
         assert mean == pytest.approx(statistics.mean(pooled), rel=1e-12)
         assert var == pytest.approx(statistics.variance(pooled), rel=1e-12)

@@ -21,7 +21,7 @@ EOS, V, H, N = 2, 37, 16, 29
 
 
 class WithLora(nn.Module):
-    """A frozen projection with a low-rank one beside it."""
+    """The sum of a frozen projection and a low-rank one."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def dense_columns(
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", HEADS)
-def test_values_and_gradients_in_chunks_are_those_of_the_whole(kind, precision, small_chunks):
+def test_values_and_gradients_in_chunks_equal_the_dense_ones(kind, precision, small_chunks):
     """With temperature and soft-capping; gradients accumulate over two backward passes."""
     dtype, autocast, near = PRECISIONS[precision]
     results = []
@@ -119,7 +119,7 @@ def test_a_head_in_half_precision_does_not_lose_the_chunks_it_adds_up(monkeypatc
     assert (head.weight.grad.float() - wide.weight.grad).norm() < 4e-3 * wide.weight.grad.norm()
 
 
-def test_a_trained_parameter_that_the_head_does_not_use_is_left_alone(small_chunks):
+def test_a_trained_parameter_that_the_head_does_not_use_gets_no_gradient(small_chunks):
     head = nn.Linear(H, V)
     head.spare = nn.Parameter(torch.ones(1))
     token_statistics(torch.randn(9, H), torch.zeros(9, dtype=torch.long), head, vocab_size=V).logp.sum().backward()

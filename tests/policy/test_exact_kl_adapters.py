@@ -30,7 +30,7 @@ def on(*modules: str, **more: Any) -> dict[str, Any]:
 
 
 ADAPTED: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
-    "the head alone": (tiny.llama, lambda: {"peft_config": tiny.lora(target_modules=["lm_head"])}),
+    "only the head": (tiny.llama, lambda: {"peft_config": tiny.lora(target_modules=["lm_head"])}),
     "the head, soft-capped": (tiny.gemma2, lambda: on("lm_head")),
     "the head, tied": (tied, lambda: on("lm_head")),
     "the head, DoRA": (tiny.llama, lambda: on("lm_head", use_dora=True)),
@@ -38,7 +38,7 @@ ADAPTED: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "embeddings, tied": (tied, lambda: on("embed_tokens")),
     "a few tokens": (tiny.llama, lambda: on(trainable_token_indices=[5, 6, 7])),
     "a few tokens, tied": (tied, lambda: on(trainable_token_indices=[5, 6, 7])),
-    "came with it on the head": (
+    "given with the model, on the head": (
         lambda: get_peft_model(tiny.llama(), on("lm_head")["peft_config"]), lambda: {"peft_config": None},
     ),
     "everything, tied": (tied, lambda: {"peft_config": None}),

@@ -56,7 +56,7 @@ def test_the_longest_rows_come_first():
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_prompt_does_not_depend_on_the_padding_beside_it(tmp_path, family):
+def test_a_prompt_does_not_depend_on_its_padding(tmp_path, family):
     """Log-probabilities of the same responses to the same prompt, in a batch without and with a longer prompt."""
     dataset = Dataset.from_dict({"prompt": ["w3 w4"] * 8 + ["w3 w4", "w1 " * 30] * 4})
     trainer = watched(
@@ -88,7 +88,7 @@ def test_a_padding_token_without_an_embedding_changes_no_number(tmp_path):
     assert torch.equal(runs[0].scored.logp, runs[1].scored.logp)
 
 
-def test_prompts_from_one_token_to_the_whole_context_share_a_batch(tmp_path):
+def test_prompts_from_one_token_to_the_full_context_share_a_batch(tmp_path):
     lengths = [1, 122, 3, 60, 1, 2, 122, 1]  # 6 more tokens fill a context of 128
     dataset = Dataset.from_dict({"prompt": [" ".join(["w1"] * length) for length in lengths]})
     trainer = tiny.trainer(tmp_path, train_dataset=dataset, changes={"max_steps": 1})

@@ -107,7 +107,7 @@ def test_full_fine_tuning_moves_the_model_and_not_the_reference(tmp_path, family
     assert same(before, dict(trainer.reference.model.named_parameters()))
 
 
-def test_a_reference_model_of_its_own_is_used_and_stays(tmp_path):
+def test_a_separate_reference_model_is_used_and_does_not_change(tmp_path):
     reference = tiny.llama(seed=7)
     before = trained_weights(reference)
     _, records = run(tmp_path, ref_model=reference, changes={"learning_rate": 1e-2})

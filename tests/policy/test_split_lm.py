@@ -66,12 +66,12 @@ def test_a_soft_cap_by_an_unknown_name_is_noticed_while_logits_are_small():
     assert not SplitLM(model).chunked
 
 
-def test_noise_that_cannot_be_switched_off_is_refused(tmp_path):
+def test_noise_that_cannot_be_switched_off_is_rejected(tmp_path):
     with pytest.raises(ModelError, match="two passes over the same tokens differ"):
         tiny.trainer(tmp_path, families.build("Falcon", **families.NOISE["Falcon"]), peft_config=None)
 
 
-def test_no_forward_pass_keeps_all_hidden_states_or_logits_of_the_whole_rollout(tmp_path, monkeypatch):
+def test_no_forward_pass_keeps_all_hidden_states_or_logits_of_the_entire_rollout(tmp_path, monkeypatch):
     trainer = watched(tmp_path, changes={"max_steps": 1})
     asked = set()
     for module in (trainer.model.split_lm.backbone, trainer.model.split_lm.causal):

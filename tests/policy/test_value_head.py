@@ -37,7 +37,7 @@ def no_advantages(advantages: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["full", "peft"])
-def test_a_value_model_of_its_own_learns_and_leaves_the_policy_alone(tmp_path, kind):
+def test_a_separate_value_model_learns_and_leaves_the_policy_unchanged(tmp_path, kind):
     value = value_model(kind)
     before = trained_weights(value)
     trainer = watched(tmp_path, value_model=value, changes={"vf_coef": 1.0, "learning_rate": 1e-2})

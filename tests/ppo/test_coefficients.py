@@ -57,7 +57,7 @@ def test_a_fixed_coefficient_follows_the_configuration(tmp_path):
     assert three(of) == (0.5, 0.0, 1.0), "a change of the configuration by a callback has no effect"
 
 
-def test_a_coefficient_that_a_controller_moves_does_not_follow_the_configuration(tmp_path):
+def test_a_coefficient_that_a_controller_changes_does_not_follow_the_configuration(tmp_path):
     args = tiny.config(tmp_path, **MOVING)
     of = Coefficients(args)
     args.kl_coef, args.trust_coef = 5.0, 6.0
@@ -83,7 +83,7 @@ def test_the_trust_regions_controllers_see_what_was_proposed(tmp_path):
     assert other.trust < one.trust and other.lr_factor > one.lr_factor
 
 
-def test_a_refused_update_moves_the_anchors_controller_alone(tmp_path):
+def test_a_rejected_update_changes_only_the_anchors_coefficient(tmp_path):
     of, apart = (coefficients(tmp_path, **MOVING) for _ in range(2))
     before = of.state_dict()
     of.update(record(5.0, 0.5, refused="panic_kl"), EPISODES)
@@ -95,7 +95,7 @@ def test_a_refused_update_moves_the_anchors_controller_alone(tmp_path):
 
 
 @pytest.mark.parametrize("kl", [math.nan, math.inf, -math.inf])
-def test_a_kl_that_is_not_finite_moves_nothing(kl, tmp_path):
+def test_a_kl_that_is_not_finite_leaves_the_coefficients_unchanged(kl, tmp_path):
     of = coefficients(tmp_path, **MOVING)
     before = of.state_dict()
     of.update(record(kl, kl), EPISODES)
@@ -103,18 +103,18 @@ def test_a_kl_that_is_not_finite_moves_nothing(kl, tmp_path):
 
 
 def test_a_kl_below_zero_by_rounding_counts_as_zero(tmp_path):
-    told: list[tuple[float, int]] = []
+    received: list[tuple[float, int]] = []
 
-    class Told:
+    class Receiver:
         def update(self, state: Any, *, kl: float, episodes: int) -> Any:
-            told.append((kl, episodes))
+            received.append((kl, episodes))
             return state
 
     of = coefficients(tmp_path, **MOVING)
-    of.kl_controller = of.trust_controller = of.lr_controller = Told()
+    of.kl_controller = of.trust_controller = of.lr_controller = Receiver()
     of.update(record(-1e-6, -1e-7), EPISODES)
     of.update(record(0.5, 0.25), EPISODES)
-    assert told == [(0.0, EPISODES)] * 3 + [(0.5, EPISODES), (0.25, EPISODES), (0.25, EPISODES)]
+    assert received == [(0.0, EPISODES)] * 3 + [(0.5, EPISODES), (0.25, EPISODES), (0.25, EPISODES)]
 
 
 @pytest.mark.parametrize("changes", [MOVING, SCHEDULE, {}])

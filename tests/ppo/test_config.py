@@ -233,7 +233,7 @@ def test_a_plain_yaml_file_of_transformers_is_read(tmp_path):
     assert_has(config, OPTIONS)
 
 
-def test_a_name_that_does_not_exist_is_refused_on_the_command_line(tmp_path, capsys):
+def test_an_unknown_name_is_rejected_on_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         HfArgumentParser(TrustKLPPOConfig).parse_args_into_dataclasses(
             ["--output_dir", str(tmp_path), "--clip_rule", "pp0"]
@@ -242,7 +242,7 @@ def test_a_name_that_does_not_exist_is_refused_on_the_command_line(tmp_path, cap
     assert "--clip_rule" in error and "pp0" in error and "rollback" in error
 
 
-def test_a_configuration_survives_the_way_through_a_dict(tmp_path):
+def test_a_configuration_can_be_converted_to_a_dict_and_back(tmp_path):
     first = tiny.config(tmp_path, **{name: value for name, value in OPTIONS.items() if name != "stop_token"})
     kept = first.to_dict()
     assert json.loads(json.dumps(kept)) == kept
@@ -271,8 +271,10 @@ def test_the_controller_is_built_from_its_fields(tmp_path):
     settings = {"kl_controller": "adaptive", "kl_target": 4.0, "kl_coef": 0.3}
     assert tiny.config(tmp_path, **settings).build_kl_controller() == AdaptiveKL(0.3, 4.0, horizon=10_000)
     assert tiny.config(tmp_path, **settings, kl_horizon=50).build_kl_controller() == AdaptiveKL(0.3, 4.0, horizon=50)
-    told = tiny.config(tmp_path, **settings, kl_controller_kwargs={"horizon": 70, "clip": 0.4}).build_kl_controller()
-    assert told == AdaptiveKL(0.3, 4.0, horizon=70, clip=0.4)
+    controller = tiny.config(
+        tmp_path, **settings, kl_controller_kwargs={"horizon": 70, "clip": 0.4}
+    ).build_kl_controller()
+    assert controller == AdaptiveKL(0.3, 4.0, horizon=70, clip=0.4)
 
 
 @pytest.mark.parametrize(("high", "expected"), [(None, 0.1), (0.3, 0.3)])

@@ -153,7 +153,7 @@ def test_mini_batches_that_do_not_divide_the_batch_are_answered_with_the_arithme
 
 @pytest.mark.parametrize("prefix", ["kl", "trust"])
 @pytest.mark.parametrize("controller", ["adaptive", "threshold", "pid", "dual"])
-def test_a_controller_that_multiplies_refuses_a_coefficient_of_0(tmp_path, prefix, controller):
+def test_a_controller_that_multiplies_rejects_a_coefficient_of_0(tmp_path, prefix, controller):
     settings = {"controller": controller, "target": 1.0, "coef": 0.0}
     with pytest.raises(ConfigError) as error:
         tiny.config(tmp_path, **{f"{prefix}_{name}": value for name, value in settings.items()})
@@ -218,14 +218,14 @@ def test_options_that_contradict_each_other_are_both_named(tmp_path, settings, p
         (3, ("a dict, or a JSON object",)),
     ],
 )
-def test_arguments_that_are_neither_a_dict_nor_json_are_refused(tmp_path, field, value, pieces):
+def test_arguments_that_are_neither_a_dict_nor_json_are_rejected(tmp_path, field, value, pieces):
     with pytest.raises(ConfigError) as error:
         tiny.config(tmp_path, **{field: value})
     assert_says(error, f"`{field}`", value, *pieces)
 
 
 @pytest.mark.parametrize("name", ["file", "file/run", ""])
-def test_an_output_folder_that_cannot_be_one_is_refused_before_the_run(tmp_path, name):
+def test_an_invalid_output_folder_is_rejected_before_the_run(tmp_path, name):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"`output_dir` got .* must be a folder") as error:
         tiny.config(tmp_path / name if name else "")

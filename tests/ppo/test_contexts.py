@@ -142,7 +142,7 @@ def test_a_rollout_without_a_context_trains_as_one_with_it(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [Watched, Own])
-def test_a_batch_of_an_evaluation_has_a_context_of_its_own(kind, tmp_path):
+def test_an_evaluation_batch_has_a_separate_context(kind, tmp_path):
     trainer = tiny.trainer(tmp_path, kind=kind, changes={"per_device_eval_batch_size": 3}, eval_dataset=tiny.prompts(7))
     metrics = trainer.evaluate()
     own = [context for phase, context, _ in trainer.seen if phase == "scored"]

@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import nn
 
 from tests import tiny
-from tests.processes import alone
+from tests.processes import single_process
 from tests.tiny import EOS
 from tests.watched import run, watched, without_seconds
 from trl_trustkl import load_records
@@ -47,11 +47,11 @@ def test_an_evaluation_can_be_repeated(tmp_path):
 
 
 class Toy:
-    """An evaluator of prompts of token ids. The score of a prompt is its first token, and none for an odd one."""
+    """An evaluator of prompts of token ids. The score of a prompt is its first token; an odd first token has no score."""
 
     def __init__(self, *, index: int = 0, count: int = 1) -> None:
         self.batches: list[tuple[int, list[int]]] = []
-        processes = alone()
+        processes = single_process()
         processes.index, processes.count, processes.is_main = index, count, index == 0
         self.model = nn.Linear(1, 1).eval()
         models = SimpleNamespace(trained=self.model, tokenizer=tiny.tokenizer(), stop_ids=[EOS])
@@ -117,7 +117,7 @@ def test_text_in_printed_samples_is_escaped(capsys):
     assert printed.endswith('completion "a \\"b\\"\\n"\n') and printed.startswith("score -0.500  prompt [{")
 
 
-def test_a_dataset_is_given_or_named_or_the_trainers():
+def test_a_dataset_is_given_or_named_or_that_of_the_trainer():
     own, other = {"few": object(), "more": object()}, object()
     assert chosen_dataset(other, own) is other and chosen_dataset(None, own) is own
     assert chosen_dataset("more", own) is one_dataset("more", own) is own["more"]

@@ -17,7 +17,7 @@ def test_no_evaluation_set_is_an_error_of_evaluate(tmp_path):
     assert_says(error, "`eval_dataset`", "None", "give one")
 
 
-def test_one_of_several_evaluation_sets_goes_by_its_name(tmp_path):
+def test_one_of_several_evaluation_sets_is_chosen_by_its_name(tmp_path):
     trainer = tiny.trainer(tmp_path, eval_dataset={"few": tiny.prompts(2), "more": tiny.prompts(5)})
     few = trainer.evaluate("few")
     assert few["eval_score"] == trainer.evaluate()["eval_few_score"]

@@ -1,4 +1,4 @@
-"""The loop over updates: what callbacks ask for, the order of events, and checkpoints."""
+"""The loop over updates: what callbacks request, the order of events, and checkpoints."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_an_evaluation_at_the_start_comes_first_and_not_again_after_a_resume(tmp
     assert other.events["step"] == 1 and not any(event.startswith("evaluate") for event in other.events)
 
 
-def test_the_cache_is_emptied_as_often_as_asked(tmp_path, monkeypatch):
+def test_the_cache_is_emptied_as_often_as_configured(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(loop, "clear_device_cache", lambda: calls.append(1))
     run(tmp_path, changes={"torch_empty_cache_steps": 2, "max_steps": 4})
@@ -133,7 +133,7 @@ def test_on_step_end_comes_after_the_record(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["head", "model"])
-def test_a_checkpoint_holds_the_value_and_the_controller_beside_the_policy(tmp_path, value):
+def test_a_checkpoint_holds_the_policy_the_value_and_the_controller(tmp_path, value):
     from safetensors.torch import load_file
 
     changes = {"save_strategy": "steps", "save_steps": 2, "kl_controller": "adaptive", "kl_target": 1.0}

@@ -131,7 +131,7 @@ def test_k3_in_the_loss_is_the_forward_kl_and_in_the_reward_what_that_leaves_of_
 
 
 def test_a_partial_gradient_is_wrong_by_tens_of_per_cent(config):
-    """For one policy, theory gives errors of 69 % for exact in the reward and 41 % for k2 in the loss; here are ten."""
+    """For one policy, theory gives errors of 69 % for exact in the reward and 41 % for k2 in the loss; ten policies here."""
     in_reward, in_loss = [], []
     for seed in range(10):
         world = tables(seed)
@@ -167,7 +167,7 @@ def test_the_single_step_has_the_closed_forms(config, name, options, placement):
 
 @pytest.mark.parametrize("rule", ["none", "ppo"])
 @every_placement
-def test_the_clip_rule_leaves_the_first_step_alone(config, rule, placement):
+def test_the_clip_rule_does_not_change_the_first_step(config, rule, placement):
     world = tables(6)
     gradient = anchor_gradient(config("k3", placement, clip_rule=rule), world)
     assert_same(gradient, Tree(world).terms("k3")[placement])

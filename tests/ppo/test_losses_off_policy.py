@@ -85,7 +85,7 @@ def test_in_a_single_step_the_weighted_loss_term_is_the_one_on_policy(config, na
 
 @pytest.mark.parametrize("placement", ["loss", "both"])
 @every_estimator
-def test_the_weight_leaves_the_table_as_it_is(config, name, options, placement):
+def test_the_weight_does_not_change_the_table(config, name, options, placement):
     """At w = 1 it changes nothing. A weight with a gradient would add the term of the reward to that of the loss."""
     world = tables(15)
     gradient = anchor_gradient(config(name, placement, kl_estimator_kwargs=options, kl_offpolicy=True), world)

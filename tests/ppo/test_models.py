@@ -58,20 +58,20 @@ def test_models_that_do_not_fit_are_named(tmp_path, arguments, pieces):
     assert_says(error, *pieces)
 
 
-def test_a_reward_model_beside_reward_functions_is_refused(tmp_path):
+def test_a_reward_model_together_with_reward_functions_is_rejected(tmp_path):
     with pytest.raises(ConfigError) as error:
         tiny.trainer(tmp_path, reward_model=tiny.scalar_model(tiny.llama()))
     assert_says(error, "`reward_model`", "`reward_funcs`", "both", "put the model into `reward_funcs`")
 
 
-def test_the_model_as_its_own_reference_is_refused(tmp_path):
+def test_the_model_as_its_own_reference_is_rejected(tmp_path):
     model = tiny.llama()
     with pytest.raises(ModelError) as error:
         tiny.trainer(tmp_path, model, ref_model=model)
     assert_says(error, "`ref_model`", "the model itself", "a copy, or None")
 
 
-def test_a_configuration_of_another_trainer_is_refused(tmp_path):
+def test_a_configuration_of_another_trainer_is_rejected(tmp_path):
     with pytest.raises(ConfigError, match="`args` got TrainingArguments; it must be a TrustKLPPOConfig"):
         TrustKLPPOTrainer(
             args=transformers.TrainingArguments(tmp_path, use_cpu=True),

@@ -95,7 +95,7 @@ def test_a_step_that_the_loss_scaler_skipped_is_not_counted(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("rate", [None, 0.0, 0.5])
-def test_the_value_has_a_learning_rate_of_its_own(tmp_path, rate):
+def test_the_value_has_a_separate_learning_rate(tmp_path, rate):
     trainer = watched(tmp_path, changes={"value_learning_rate": rate, "max_steps": 1})
     before = trained_weights(trainer.model.value)
     trainer.train()
@@ -106,7 +106,7 @@ def test_the_value_has_a_learning_rate_of_its_own(tmp_path, rate):
 
 
 @pytest.mark.parametrize("target", [1e-4, 10.0], ids=["slower", "faster"])
-def test_the_factor_multiplies_the_schedule_and_leaves_it_and_the_value_alone(target, tmp_path):
+def test_the_factor_scales_the_policys_learning_rate_and_changes_neither_schedule_nor_value(target, tmp_path):
     updates = 5
     changes = {
         "max_steps": updates,

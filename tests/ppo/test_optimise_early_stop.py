@@ -88,7 +88,7 @@ def stepwise(folder: Any, **changes: Any) -> Stepwise:
 def test_the_check_is_the_exact_kl_of_the_mini_batch_just_stepped(tmp_path):
     trainer = stepwise(tmp_path, trust_stop=1e9)
     trainer.train()
-    assert len(trainer.checks) == 5, "there is no check after the last of the six steps"
+    assert len(trainer.checks) == 5, "the checks are not those after the first five of six steps"
     assert [indices for indices, _, _ in trainer.checks] == trainer.stepped[:5]
     for indices, measured, dense in trainer.checks:
         assert len(indices) == 2 and not measured.complete
@@ -110,10 +110,10 @@ def test_an_update_stops_at_the_first_check_over_the_limit(tmp_path):
         assert trust["stopped"] and trust["epochs"] == pytest.approx((first + 1) / 2)
     trainer = stepwise(tmp_path / "equal", trust_stop=max(kls))
     trainer.train()
-    assert not load_records(tmp_path / "equal")[0]["trust"]["stopped"], "a KL at the limit is within it"
+    assert not load_records(tmp_path / "equal")[0]["trust"]["stopped"], "a KL equal to the limit stopped the update"
 
 
-def test_a_check_that_is_no_number_stops_the_update(tmp_path):
+def test_a_check_that_is_nan_stops_the_update(tmp_path):
     trainer = stepwise(tmp_path, trust_stop=1e9)
     trainer._measure = lambda batch, indices: Stepwise._measure(trainer, batch, indices)._replace(
         kl=math.nan if trainer.optimising else 0.0

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
     ],
     ids=["made before the adapter", "a class"],
 )
-def test_an_optimizer_that_would_train_nothing_is_refused(tmp_path, optimizer, pieces):
+def test_an_optimizer_that_would_train_nothing_is_rejected(tmp_path, optimizer, pieces):
     model = tiny.llama()
     with pytest.raises(ConfigError) as error:
         tiny.trainer(tmp_path, model, optimizers=(optimizer(model), None))
@@ -33,7 +33,7 @@ def test_an_optimizer_that_would_train_nothing_is_refused(tmp_path, optimizer, p
 
 @pytest.mark.parametrize("scheduled", [True, False])
 @pytest.mark.parametrize("peft", [True, False], ids=["lora", "full"])
-def test_an_optimizer_of_ones_own_trains_the_value_too(tmp_path, peft, scheduled):
+def test_a_custom_optimizer_trains_the_value_too(tmp_path, peft, scheduled):
     model = tiny.adapted() if peft else tiny.llama()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0) if scheduled else None

@@ -51,7 +51,7 @@ def test_an_anchor_whose_gradient_is_not_the_kls_is_named_once(tmp_path, caplog,
     assert kind is None or f"kl_placement={placement!r} is a {kind} anchor" in said[0]
     caplog.clear()
     setup.warn_of_gradient(tiny.config(tmp_path, kl_estimator=estimator, kl_placement=placement, kl_coef=0.0))
-    assert not caplog.records, "there is no anchor"
+    assert not caplog.records, "a warning without an anchor"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.mark.parametrize(("position", "expected"), [("after_eos", [3, 5]), ("eos", [2, 5])])
-def test_the_score_lands_where_it_is_asked_to(tmp_path, position, expected):
+def test_the_score_is_placed_where_configured(tmp_path, position, expected):
     changes = {"max_steps": 1, "score_position": position, "kl_coef": 0.0, "gamma": 1.0, "lam": 0.0}
     trainer, _ = run(tmp_path, changes=changes, reward_funcs=lambda prompts, completions: [5.0] * 8,
                      script=[ENDED, CUT])  # fmt: skip

@@ -63,7 +63,7 @@ def test_whitening_scales_score_and_anchor_alike_wherever_the_anchor_is(
 
 @whitenings
 @pytest.mark.parametrize("name", ["k1", "k3", "exact"])
-def test_with_whitening_an_exact_anchor_alone_still_points_along_the_gradient_of_the_kl(
+def test_with_whitening_an_exact_anchor_without_a_score_points_along_the_gradient_of_the_kl(
     config, name, whiten_advantages, whiten_rewards
 ):
     world = tables(10)

@@ -24,14 +24,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")
         {"auto_find_batch_size": True},
     ],
 )
-def test_other_kernels_and_loops_are_refused_and_not_ignored(tmp_path, changes):
+def test_other_kernels_and_loops_are_rejected_and_not_ignored(tmp_path, changes):
     with pytest.raises(
         NotAvailableYetError, match=rf"`{next(iter(changes)).removesuffix('_backend').removesuffix('_mode')}`"
     ):
         tiny.config(tmp_path, **changes)
 
 
-def test_a_compiling_launcher_is_refused(tmp_path, monkeypatch):
+def test_a_launcher_that_compiles_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     with pytest.raises(NotAvailableYetError, match="dynamo_backend"):
         tiny.config(tmp_path)
@@ -49,7 +49,7 @@ def test_a_compiling_launcher_is_refused(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_optimizers_and_schedules_that_cannot_work_are_refused_before_the_run(tmp_path, changes, pieces):
+def test_optimizers_and_schedules_that_cannot_work_are_rejected_before_the_run(tmp_path, changes, pieces):
     with pytest.raises(NotAvailableYetError) as error:
         tiny.config(tmp_path, **changes)
     assert all(piece in str(error.value) for piece in pieces), str(error.value)
@@ -67,14 +67,14 @@ def assert_says_what_works(error: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "changes"), ASKED)
-def test_sharding_asked_for_in_the_configuration_is_refused(tmp_path, name, changes):
+def test_sharding_requested_in_the_configuration_is_rejected(tmp_path, name, changes):
     with pytest.raises(NotAvailableYetError) as error:
         tiny.config(tmp_path, **changes)
     assert_says_what_works(error, name)
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
-def test_sharding_asked_for_by_the_launcher_is_refused(tmp_path, name, monkeypatch):
+def test_sharding_requested_by_the_launcher_is_rejected(tmp_path, name, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
     with pytest.raises(NotAvailableYetError) as error:
         tiny.config(tmp_path)
@@ -82,7 +82,7 @@ def test_sharding_asked_for_by_the_launcher_is_refused(tmp_path, name, monkeypat
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
-def test_an_accelerator_that_shards_is_refused(tmp_path, name, monkeypatch):
+def test_an_accelerator_that_shards_is_rejected(tmp_path, name, monkeypatch):
     made = TrustKLPPOTrainer.create_accelerator_and_postprocess
 
     def sharding(self: Any) -> None:

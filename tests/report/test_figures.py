@@ -15,7 +15,7 @@ from trl_trustkl.report import read_run
 from trl_trustkl.report.figures import FIGURES, draw, envelope
 
 
-def test_figures_are_written_in_both_inks_and_as_pictures(ordinary: Path) -> None:
+def test_figures_are_written_as_light_and_dark_svg_and_as_png(ordinary: Path) -> None:
     folder = ordinary.parent / "figures"
     for name in FIGURES:
         light, dark = ((folder / f"{name}{ink}.svg").read_text("utf-8") for ink in ("", "-dark"))
@@ -42,7 +42,7 @@ def test_equal_records_give_equal_figures(tmp_path: Path) -> None:
     assert [figure.svg for figure in first] == [figure.svg for figure in second]
 
 
-def test_drawing_leaves_pyplot_alone(tmp_path: Path) -> None:
+def test_drawing_does_not_affect_pyplot(tmp_path: Path) -> None:
     folder = run_folder(tmp_path)
     code = f"""
 import sys, matplotlib

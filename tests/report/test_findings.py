@@ -152,7 +152,7 @@ def test_the_present_learning_rate_is_what_a_decaying_schedule_began_with(run_of
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize("name", FINDINGS)
-def test_a_short_run_or_one_without_numbers_is_no_crash(run_of, name: str, count: int) -> None:
+def test_a_short_run_or_one_without_numbers_does_not_crash(run_of, name: str, count: int) -> None:
     nothing = {
         "score": None,
         "anchor__share": None,
@@ -166,7 +166,7 @@ def test_a_short_run_or_one_without_numbers_is_no_crash(run_of, name: str, count
 # -- records of TRL's trainers -------------------------------------------------------------------------------------------
 
 
-def test_what_is_unknown_is_no_finding(tmp_path):
+def test_unknown_values_cause_no_finding(tmp_path):
     unknown = {"trust__gated": None, "anchor__kl": None, "anchor__coef": 0.0, "gradient__scale": None, "entropy": None}
     run = trl_run(tmp_path, **unknown, lr=lambda p: 1e-3 if p < 0.5 else 1e-6)
     assert find(run) == []
@@ -178,7 +178,7 @@ def test_what_is_unknown_is_no_finding(tmp_path):
     assert "nothing" not in words["What limited the updates"] and "–" not in " ".join(words.values())
 
 
-def test_one_update_without_a_clip_ratio_is_enough_to_say_nothing_of_all(tmp_path):
+def test_clip_never_binds_is_not_found_if_one_update_lacks_a_clip_ratio(tmp_path):
     idle = {"trust__gated": lambda p: None if p == 1 else 0.0, "anchor__gradient": "exact"}
     assert "clip_never_binds" not in {finding.name for finding in find(trl_run(tmp_path, **idle))}
 

@@ -107,7 +107,7 @@ def test_sections_and_their_order(ordinary: Path) -> None:
     assert "trust_max_kl=0.005" in text
 
 
-def test_the_data_of_a_figure_is_the_figure(ordinary: Path) -> None:
+def test_the_images_of_the_page_are_the_figure_files(ordinary: Path) -> None:
     page = Page(ordinary.read_text("utf-8"))
     sources = [a["src"] for tag, a in page.elements if tag == "img" and a["class"] == "light"]
     svgs = [base64.b64decode((source or "").partition(",")[2]).decode() for source in sources]

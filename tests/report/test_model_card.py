@@ -48,7 +48,7 @@ def test_every_saved_model_says_how_far_it_moved(tmp_path):
         assert {"trl", "ppo"} <= set(front["tags"]) if folder == "." else "tags" in front
 
 
-def test_a_card_reads_no_completions_of_which_a_long_run_has_many(tmp_path):
+def test_a_model_card_does_not_read_the_completions(tmp_path):
     trainer = tiny.trainer(tmp_path, changes={"max_steps": 1})
     trainer.train()
     (tmp_path / "completions.jsonl").write_text("not read\n")
@@ -81,7 +81,7 @@ def test_the_section_is_replaced_and_never_repeated():
     assert with_section("# Model\n", "x").startswith("# Model\n\n" + START)
 
 
-def test_a_run_that_saves_nothing_leaves_a_card_but_no_readme_of_yours(tmp_path):
+def test_a_run_that_saves_nothing_writes_a_card_and_overwrites_no_other_readme(tmp_path):
     tiny.trainer(tmp_path / "new", changes={"max_steps": 1}).train()
     assert "nats per response" in parts(tmp_path / "new" / "README.md")[1]
     assert "report.html" not in (tmp_path / "new" / "README.md").read_text("utf-8")  # this run rendered no report

@@ -79,7 +79,7 @@ def test_a_broken_completion_is_named_too(tmp_path: Path) -> None:
         read_run(with_line(tmp_path, b'{"update": 1, "prompt": "p"}\n', "completions.jsonl"))
 
 
-def test_a_last_line_cut_short_is_left_out_and_told(tmp_path: Path) -> None:
+def test_a_truncated_last_line_is_left_out_and_noted(tmp_path: Path) -> None:
     folder = run_folder(tmp_path)
     content = (folder / "bounds.jsonl").read_bytes()
     (folder / "bounds.jsonl").write_bytes(content[:-100])
@@ -88,7 +88,7 @@ def test_a_last_line_cut_short_is_left_out_and_told(tmp_path: Path) -> None:
     assert run.notes == ["bounds.jsonl: the last line, 12, is cut short and was left out."]
 
 
-def test_numbers_that_are_not_finite_are_missing_and_told(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_missing_and_noted(tmp_path: Path) -> None:
     folder = write_run(tmp_path, rows_of(4, trust__kl=float("inf"), score=float("nan")))
     run = read_run(folder)
     assert np.isnan(run.records[0].trust.kl) and run.records[0].score is None
@@ -107,7 +107,7 @@ def test_unknown_keys_blank_lines_and_optional_keys_are_no_error(tmp_path: Path)
     assert len(run.records) == 3 and run.records[0].trust.limit is None and run.notes == [] and run.completions == []
 
 
-def test_a_record_out_of_order_is_sorted_and_told(tmp_path: Path) -> None:
+def test_a_record_out_of_order_is_sorted_and_noted(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path, [*rows_of(3), *rows_of(2, score=0.9)]))
     assert [record.update for record in run.records] == [1, 2, 3] and run.records[0].score == 0.9
     assert "not in order" in run.notes[0]

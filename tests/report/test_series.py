@@ -23,7 +23,7 @@ from trl_trustkl.report.series import (
 )
 
 
-def test_shares_are_those_on_record_and_derived_where_there_are_none(run_of) -> None:
+def test_shares_are_read_from_the_record_or_derived_if_missing(run_of) -> None:
     said = {"anchor": 0.1, "clip": 0.05, "penalty": 0.4, "stop": 0.3, "backtrack": 0.2, "grad_norm": 0.15, "lr": 0.25}
     changes = {"trust__stopped": True, "trust__epochs": 1.0, "gradient__scale": 0.5}
     recorded = shares(run_of(shares=lambda p: said if p > 0.5 else None, **changes).records)
@@ -44,7 +44,7 @@ def test_the_distance_is_the_exact_kl_or_the_estimate_where_there_is_none(run_of
     assert distance(records).tolist() == [2, 2, 3, 3]
 
 
-def test_records_of_trl_trainers_are_told_by_what_they_lack(tmp_path, run_of) -> None:
+def test_records_of_trl_trainers_are_recognised_by_their_missing_keys(tmp_path, run_of) -> None:
     assert is_from_trl_logs(trl_run(tmp_path).records)
     assert not is_from_trl_logs(run_of().records)
     assert not is_from_trl_logs(run_of(2, trust__kl=None, anchor__kl_exact=None).records)

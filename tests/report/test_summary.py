@@ -25,7 +25,7 @@ def test_which_mechanism_bound_how_many(run_of) -> None:
     )
 
 
-def test_where_the_anchor_stood(run_of) -> None:
+def test_the_summary_of_the_anchor(run_of) -> None:
     said = words(run_of(anchor__kl_exact=lambda p: 9.0 if p > 0.6 else 1.0, anchor__coef=lambda p: p))["The anchor"]
     assert "averaged 9 nats per response over the last 4 updates, above its target of 6 (150 % of it)" in said
     assert "β went from 0.0833 to 1" in said
@@ -59,20 +59,20 @@ def test_what_is_guaranteed_and_what_is_not(run_of) -> None:
 
 @pytest.mark.parametrize("rule", ["sapo", "dppo_tv", "dppo_kl", "gspo", "none"])
 @pytest.mark.parametrize("end", [0.2, None])
-def test_no_range_of_ratios_is_told_of_a_rule_without_one(run_of, rule: str, end: float | None) -> None:
+def test_no_range_of_ratios_is_reported_for_a_rule_without_one(run_of, rule: str, end: float | None) -> None:
     run = run_of(trust__rule=rule, trust__low=end, trust__high=end, trust__max_ratio=99.0)
     assert FINDINGS["ratio_far_outside"](run) is None
-    told = " ".join([*words(run).values(), *(cell for row in settings(run).rows for cell in row)])
-    assert "clip range" not in told and "[0.8, 1.2]" not in told and "nan" not in told
+    shown = " ".join([*words(run).values(), *(cell for row in settings(run).rows for cell in row)])
+    assert "clip range" not in shown and "[0.8, 1.2]" not in shown and "nan" not in shown
 
 
-def test_refused_updates_are_told(run_of) -> None:
+def test_rejected_updates_are_reported(run_of) -> None:
     said = words(run_of(refused=lambda p: "not finite" if p == 1 else None, score=rising))
     assert "The mean score rose: 0.325 over the first third" in said["Outcome"]
     assert said["Outcome"].endswith("1 update was rejected; the parameters were left unchanged.")
 
 
-def test_a_refused_update_is_neither_bound_nor_shortened(run_of) -> None:
+def test_a_rejected_update_is_neither_bound_nor_shortened(run_of) -> None:
     """Records of earlier versions may name a mechanism for an update that was rolled back."""
     run = run_of(
         refused=lambda p: "too far" if p == 1 else None,
@@ -88,7 +88,7 @@ def test_a_refused_update_is_neither_bound_nor_shortened(run_of) -> None:
     assert all(values[-1] == 0 for values in shares(run.records).values())
 
 
-def test_an_anchor_that_is_unknown_is_not_called_off(tmp_path):
+def test_an_unknown_anchor_is_not_reported_as_off(tmp_path):
     run = trl_run(tmp_path, anchor__coef=None)
     assert "β was 0" not in words(run)["The anchor"]
     assert json.loads((tmp_path / "run" / "bounds.jsonl").read_text().splitlines()[0])["anchor"]["coef"] is None

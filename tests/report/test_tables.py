@@ -21,7 +21,7 @@ def test_completions_at_start_middle_and_end(tmp_path: Path) -> None:
     assert [moment.when for moment in moments(read_run(run_folder(tmp_path, 1)))] == ["start"]
 
 
-def test_a_long_completion_is_cut_and_its_length_told(tmp_path: Path) -> None:
+def test_a_long_completion_is_cut_and_its_length_stated(tmp_path: Path) -> None:
     rows = [{**SAMPLE_KEYS, "completion": "<b>" * 4_000_000}]
     page = render_report(write_run(tmp_path, rows_of(1), rows))
     assert page.stat().st_size < 2_000_000

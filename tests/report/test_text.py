@@ -5,7 +5,7 @@ from __future__ import annotations
 from trl_trustkl.report.text import count, number, one_line, percent, shortened, visible
 
 
-def test_characters_that_act_are_shown_instead() -> None:
+def test_control_characters_are_shown_as_text() -> None:
     assert visible("a\x1b[31mb\x00\x9b") == "a\\x1b[31mb\\x00\\x9b"
     assert visible("\u202eabc\u2066\u200f\ufeff") == "\\u202eabc\\u2066\\u200f\\ufeff"
     assert visible("\ud800 \U000e0041") == "\\ud800 \\U000e0041"

@@ -41,7 +41,7 @@ class Dictated:
         self.calls.append("close")
 
 
-def test_a_run_with_an_engine_of_the_users_own(tmp_path):
+def test_a_run_with_a_custom_engine(tmp_path):
     mine: RolloutEngine = Dictated()
     fresh: list[bool] = []
     trainer = tiny.trainer(tmp_path, changes={"max_steps": 3, "stop_token": "eos"})

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
         ("use_cache", "leave it out"),
     ],
 )
-def test_generation_kwargs_that_the_trainer_owns_are_refused(tmp_path, key, fix, as_json):
+def test_generation_kwargs_that_the_trainer_sets_are_rejected(tmp_path, key, fix, as_json):
     with pytest.raises(ConfigError) as error:
         tiny.config(tmp_path, generation_kwargs=f'{{"{key}": 1}}' if as_json else {key: 1})
     assert_says(error, "`generation_kwargs`", repr(key), fix)

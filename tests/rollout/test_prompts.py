@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 CHAT = [{"role": "user", "content": "w1 w2"}]
 
 
-def test_text_and_messages_are_told_apart_and_encoded():
+def test_text_and_messages_are_distinguished_and_encoded():
     tokenizer = tiny.tokenizer()
     assert is_chat(CHAT) and not is_chat("w1") and not is_chat(None)
     assert tokenizer.decode(encode_prompt("w1 w2", tokenizer)).split()[-2:] == ["w1", "w2"]
@@ -160,7 +160,7 @@ def test_prompts_are_given_back_as_the_dataset_has_them_or_decoded():
     assert prompt_texts(without, tiny.tokenizer()) == ["w3", "w1 w2"]
 
 
-def test_every_pass_is_a_new_permutation_that_depends_on_the_seed_alone():
+def test_every_pass_is_a_new_permutation_that_depends_only_on_the_seed():
     order = PromptOrder(10, 3, seed=5)
     passes = [[row for update in range(3 * i, 3 * i + 3) for row in order.rows(update)] for i in range(4)]
     assert all(len(set(rows)) == 9 and set(rows) <= set(range(10)) for rows in passes)

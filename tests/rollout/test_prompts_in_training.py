@@ -18,7 +18,7 @@ from trl_trustkl.rollout.prompts import PromptOrder
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def test_every_pass_over_the_dataset_has_an_order_of_its_own(tmp_path):
+def test_every_pass_over_the_dataset_has_a_different_order(tmp_path):
     trainer, _ = run(tmp_path, changes={"max_steps": 4})
     prompts = [[row["wanted"] for row in rollout.rows] for rollout in trainer.seen["rollout"]]
     first, second = prompts[0] + prompts[1], prompts[2] + prompts[3]
@@ -26,7 +26,7 @@ def test_every_pass_over_the_dataset_has_an_order_of_its_own(tmp_path):
     assert first != second
 
 
-def test_every_pass_of_every_seed_has_an_order_of_its_own():
+def test_every_pass_of_every_seed_has_a_different_order():
     orders = [tuple(PromptOrder(64, 64, seed).rows(update)) for seed in (42, 43, 44) for update in range(3)]
     assert len(set(orders)) == 9 and all(sorted(order) == list(range(64)) for order in orders)
     assert PromptOrder(64, 16, 42).rows(5) == PromptOrder(64, 64, 42).rows(1)[16:32]

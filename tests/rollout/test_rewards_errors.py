@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 NAN, INF = math.nan, math.inf
 
 
-def test_a_text_too_long_for_a_reward_model_with_a_tokenizer_of_its_own_is_named(tmp_path):
+def test_a_text_too_long_for_a_reward_model_with_another_tokenizer_is_named(tmp_path):
     judge = tiny.short_gpt2(transformers.GPT2ForSequenceClassification)
     trainer = tiny.trainer(tmp_path, reward_funcs=judge, reward_processing_classes=tiny.tokenizer())
     with pytest.raises(RewardError) as error:
@@ -89,13 +89,13 @@ async def gives_up(prompts, completions, **_):
     raise asyncio.CancelledError
 
 
-def test_an_async_reward_function_that_gives_up_has_failed(tmp_path):
+def test_an_async_reward_function_that_is_cancelled_has_failed(tmp_path):
     with pytest.raises(RewardError, match="`gives_up` raised CancelledError"):
         tiny.trainer(tmp_path, reward_funcs=gives_up).train()
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_what_a_reward_function_does_to_its_arguments_reaches_nothing_else(tmp_path, chat):
+def test_a_reward_function_that_changes_its_arguments_affects_nothing_else(tmp_path, chat):
     seen = []
 
     def vandal(prompts, completions, completion_ids, wanted, trainer_state, **_):
@@ -138,7 +138,7 @@ def test_what_a_reward_function_does_to_its_arguments_reaches_nothing_else(tmp_p
         ({"reward_funcs": 3}, ("`reward_funcs`", "3", "a callable, a reward model or the name of one")),
     ],
 )
-def test_rewards_that_do_not_match_their_settings_are_refused(tmp_path, arguments, pieces):
+def test_rewards_that_do_not_match_their_settings_are_rejected(tmp_path, arguments, pieces):
     with pytest.raises(ConfigError) as error:
         tiny.trainer(tmp_path, **arguments)
     assert_says(error, *pieces)
@@ -152,7 +152,7 @@ def test_a_reward_model_with_a_smaller_vocabulary_asks_for_its_tokenizer(tmp_pat
 
 @pytest.mark.parametrize("own_tokenizer", [True, False])
 @pytest.mark.parametrize("kind", ["classifier", "language model"])
-def test_a_reward_model_of_several_labels_is_refused_whichever_might_be_meant(tmp_path, kind, own_tokenizer):
+def test_a_reward_model_of_several_labels_is_rejected(tmp_path, kind, own_tokenizer):
     """The first label of a sentiment classifier is usually the negative one."""
     config = copy.deepcopy(tiny.llama().config)
     config.num_labels = 2

@@ -86,7 +86,7 @@ def test_a_reward_model_reads_the_policys_tokens_up_to_the_last_one_that_counts(
         assert float(scored.scores[i]) == pytest.approx(float(expected), abs=1e-4)
 
 
-def test_a_reward_model_with_a_tokenizer_of_its_own_gets_the_text(tmp_path):
+def test_a_reward_model_with_another_tokenizer_gets_the_text(tmp_path):
     """Its vocabulary is the policy's in another order, so that only re-encoding the text gives the right scores."""
     own = tiny.tokenizer()
     texts = []
@@ -127,7 +127,7 @@ def test_a_reward_model_of_a_chat_gets_the_full_conversation(tmp_path):
     assert len(calls) == 8 and all([m["role"] for m in messages] == ["user", "assistant"] for messages in calls)
 
 
-def test_a_chat_template_alone_writes_the_special_tokens_of_a_conversation():
+def test_only_the_chat_template_adds_special_tokens_to_a_conversation():
     tokenizer = tiny.tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     reward = rewards.RewardModel(tiny.scalar_model(tiny.llama()), tokenizer)

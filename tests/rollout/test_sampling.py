@@ -27,7 +27,7 @@ PROMPTS = Prompts(IDS, IDS != 0, [{"row": 0}, {"row": 1}], UpdateContext(update=
         (None, 7, True, [7]),
     ],
 )
-def test_stop_tokens_are_those_asked_for_or_all_that_are_declared(stop_token, stop_token_id, text, expected):
+def test_stop_tokens_are_those_configured_or_all_that_are_declared(stop_token, stop_token_id, text, expected):
     model, args = tiny.llama(), SimpleNamespace(stop_token=stop_token, stop_token_id=stop_token_id)
     model.generation_config.eos_token_id = [6, 5]
     assert stop_ids(model, tiny.tokenizer(), args, text=text) == expected

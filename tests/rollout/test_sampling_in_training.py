@@ -12,7 +12,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.mark.parametrize(("settings", "stops"), [({}, False), ({"stop_token": "eos"}, True)])
-def test_prompts_of_token_ids_stop_only_where_asked_to(tmp_path, settings, stops):
+def test_prompts_of_token_ids_stop_only_if_configured(tmp_path, settings, stops):
     changes = {"max_steps": 2, "response_length": 12} | settings
     trainer, records = run(tmp_path, changes=changes, train_dataset=tiny.id_prompts())
     rollout = trainer.seen["rollout"][0]
@@ -27,7 +27,7 @@ def test_prompts_of_token_ids_stop_only_where_asked_to(tmp_path, settings, stops
 
 
 @pytest.mark.parametrize("stop_token_id", [7, 9])
-def test_a_stop_token_of_ones_own_ends_responses(tmp_path, stop_token_id):
+def test_a_custom_stop_token_ends_responses(tmp_path, stop_token_id):
     trainer, records = run(tmp_path, changes={"stop_token_id": stop_token_id, "response_length": 20})
     rollout = trainer.seen["rollout"][0]
     ended = (rollout.response_ids == stop_token_id) & rollout.response_mask

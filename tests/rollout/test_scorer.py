@@ -81,7 +81,7 @@ def test_the_total_is_added_in_float64():
     assert_equal(scores([says(2.0**40, 0, 0), says(1, 1, 1), says(-(2.0**40), 0, 0)]).total, 1, 1, 1)
 
 
-def test_none_counts_nothing_and_none_from_all_is_no_score():
+def test_none_adds_nothing_and_none_from_all_functions_is_no_score():
     found = scores([says(1, None, None), says(None, 5, None)], [2.0, 3.0])
     assert_equal(found.total, 2, 15, math.nan)
     assert found.by_function == {"says": [1.0, None, None], "says_2": [None, 5.0, None]}
@@ -145,7 +145,7 @@ class Fails:
         return [1.0] * 3
 
 
-def test_a_function_that_fails_is_asked_again_after_longer_and_longer():
+def test_a_function_that_fails_is_retried_after_increasing_delays():
     waited, function, other = [], Fails(8), Fails(0)
     found = scores([other, function], retries=8, wait=lambda seconds: waited.append(seconds))
     assert_equal(found.total, 2, 2, 2)

@@ -27,7 +27,7 @@ def failing(times: int) -> Callable:
     return flaky
 
 
-def test_a_reward_function_is_tried_again_as_often_as_asked(tmp_path, monkeypatch):
+def test_a_reward_function_is_retried_as_often_as_configured(tmp_path, monkeypatch):
     waited: list[float] = []
     monkeypatch.setattr(StopRequest, "wait", lambda self, seconds: waited.append(seconds))
     tiny.trainer(tmp_path / "a", changes={"reward_retries": 3}, reward_funcs=failing(3)).train()

@@ -32,7 +32,7 @@ def engine(model: Any = None, **changes: Any) -> TransformersEngine:
 
 
 def dense_logps(model: Any, prompt: Tensor, response: Tensor) -> Tensor:
-    """log π over the vocabulary at each token of a response, [t, V], from a forward pass over this row alone."""
+    """log π over the vocabulary at each token of a response, [t, V], from a forward pass over only this row."""
     with torch.no_grad():
         logits = model(input_ids=torch.cat([prompt, response]).unsqueeze(0)).logits[0]
     return (logits[len(prompt) - 1 : -1].double() / TEMPERATURE).log_softmax(-1)
@@ -90,7 +90,7 @@ def test_log_probabilities_of_filtered_sampling_are_those_of_the_filtered_distri
         torch.testing.assert_close(logps.double(), wanted, rtol=0, atol=1e-5)
 
 
-def test_samples_follow_from_the_seed_alone():
+def test_samples_depend_only_on_the_seed():
     one, other = engine(), engine()
     first = one.generate(PROMPTS, seed=1)
     torch.manual_seed(123)

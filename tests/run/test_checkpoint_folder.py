@@ -38,7 +38,7 @@ def test_a_folder_is_complete_with_a_manifest_of_its_files(tmp_path):
     assert list(files) == ["part/file"] and files["part/file"]["size"] == 1
     (folder / "part" / "file").write_text("b")
     assert checkpoint.damage(folder) == "part/file is not what was written"
-    assert checkpoint.damage(folder, thorough=False) is None, "digests were compared although sizes were asked for"
+    assert checkpoint.damage(folder, thorough=False) is None, "digests were compared although only sizes were requested"
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("of torch"), ValueError("no")])
@@ -164,7 +164,7 @@ def test_a_fresh_run_moves_old_checkpoints_aside(run_copy):
     ]
 
 
-def test_no_more_checkpoints_are_kept_than_asked_for_and_the_last_complete_one_is(tmp_path):
+def test_at_most_the_configured_number_of_checkpoints_is_kept_and_the_last_complete_one_is(tmp_path):
     build(tmp_path, save_steps=1, save_total_limit=2).train()
     assert names(tmp_path) == ["checkpoint-5", "checkpoint-6"]
     (tmp_path / "checkpoint-6" / "optimizer.pt").unlink()

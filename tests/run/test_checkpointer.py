@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.processes import alone
+from tests.processes import single_process
 from trl_trustkl.errors import CheckpointError, SaveError
 from trl_trustkl.run import checkpoint_folder, checkpointer
 from trl_trustkl.run.checkpointer import POLICY_FILE, RNG_FILE, RUN_FILE, VALUE_FILE, Checkpointer
@@ -60,7 +60,7 @@ class Run:
         self.optimizer = Toy(None if fresh else {"state": {0: {"step": torch.tensor(3.0), "bits": BITS}}, "lr": 0.1})
         self.rng = Toy(None if fresh else [[1, 2], [3, 4]])
         self.files: dict[str, torch.Tensor] | None = None
-        self.checkpointer = Checkpointer(self.parts(), alone(), self.write_model, writes=True)
+        self.checkpointer = Checkpointer(self.parts(), single_process(), self.write_model, writes=True)
 
     def parts(self) -> dict[str, Any]:
         return {
@@ -176,7 +176,7 @@ def test_a_process_that_does_not_write_takes_part_and_leaves_nothing(tmp_path):
             asked.append(True)  # where several processes gather their states
             return super().state_dict()
 
-    silent = Checkpointer({RNG_FILE: Asked([])}, alone(), lambda folder: asked.append(folder), writes=False)
+    silent = Checkpointer({RNG_FILE: Asked([])}, single_process(), lambda folder: asked.append(folder), writes=False)
     silent.save(tmp_path / "checkpoint-1")
     assert asked == [True] and contents(tmp_path) == {}
 
@@ -201,11 +201,11 @@ def failing(kind: str, tmp_path: Path) -> Checkpointer:
         parts["optimizer.pt"] = Broken(lambda: None)
     elif kind == "safetensors":
         parts[VALUE_FILE] = Broken({"no": torch.eye(3).to_sparse()})
-    return Checkpointer(parts, alone(), fail if kind == "model" else run.write_model, writes=True)
+    return Checkpointer(parts, single_process(), fail if kind == "model" else run.write_model, writes=True)
 
 
 @pytest.mark.parametrize("kind", ["model", "json", "torch", "safetensors"])
-def test_of_a_checkpoint_that_fails_nothing_is_left(kind, tmp_path):
+def test_a_checkpoint_that_fails_leaves_no_files(kind, tmp_path):
     Run(1).checkpointer.save(tmp_path / "checkpoint-1")
     Run(2).checkpointer.save(tmp_path / "checkpoint-2")
     before = contents(tmp_path)
@@ -234,7 +234,7 @@ def test_a_checkpoint_takes_the_place_of_one_of_the_same_update(tmp_path):
         (lambda weights: weights.update({"1.bias": torch.zeros(2).half()}), "float16.*float32"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_by_their_file(change, message, tmp_path):
+def test_weights_that_do_not_fit_are_rejected_and_their_file_named(change, message, tmp_path):
     Run(1).checkpointer.save(tmp_path / "checkpoint-1")
     file = tmp_path / "checkpoint-1" / POLICY_FILE
     found = load_file(file)
@@ -245,14 +245,14 @@ def test_weights_that_do_not_fit_are_refused_by_their_file(change, message, tmp_
     assert error.match(message)
 
 
-def test_a_file_of_weights_that_is_not_there_is_no_part_to_pass_over(tmp_path):
+def test_a_missing_file_of_weights_is_an_error(tmp_path):
     Run(1).checkpointer.save(tmp_path / "checkpoint-1")
     (tmp_path / "checkpoint-1" / VALUE_FILE).unlink()
     with pytest.raises(CheckpointError, match="lacks trained weights"):
         Run(2).checkpointer.load(tmp_path / "checkpoint-1", VALUE_FILE)
 
 
-def test_a_file_that_is_not_json_is_refused(tmp_path):
+def test_a_file_that_is_not_json_is_rejected(tmp_path):
     Run(1).checkpointer.save(tmp_path / "checkpoint-1")
     (tmp_path / "checkpoint-1" / RUN_FILE).write_text("{")
     with pytest.raises(CheckpointError, match=f"{RUN_FILE} cannot be read"):
@@ -260,14 +260,14 @@ def test_a_file_that_is_not_json_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", [POLICY_FILE, VALUE_FILE, checkpointer.OPTIMIZER_NAME])
-def test_a_damaged_file_is_refused_by_its_name(name, tmp_path):
+def test_a_damaged_file_is_rejected_and_named(name, tmp_path):
     Run(1).checkpointer.save(tmp_path / "checkpoint-1")
     (tmp_path / "checkpoint-1" / name).write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
         Run(2).checkpointer.load(tmp_path / "checkpoint-1", name)
 
 
-def test_a_state_that_its_part_cannot_take_is_refused_by_its_file(tmp_path):
+def test_a_state_that_its_part_cannot_load_is_rejected_and_its_file_named(tmp_path):
     Run(1).checkpointer.save(tmp_path / "checkpoint-1")
     run = Run(2)
     run.run.load_state_dict = lambda state: state["missing"]
@@ -275,7 +275,7 @@ def test_a_state_that_its_part_cannot_take_is_refused_by_its_file(tmp_path):
         run.checkpointer.load(tmp_path / "checkpoint-1", RUN_FILE)
 
 
-def test_a_run_state_that_is_no_object_is_none_of_ours(tmp_path):
+def test_a_run_state_that_is_not_a_json_object_is_rejected(tmp_path):
     folder = tmp_path / "checkpoint-1"
     checkpoint = Run(1)
     checkpoint.run.value = [1]
@@ -287,7 +287,7 @@ def test_a_run_state_that_is_no_object_is_none_of_ours(tmp_path):
 # -- which checkpoint to resume from -----------------------------------------------------------------------------------
 
 
-def test_a_fresh_run_is_asked_for_by_nothing(tmp_path):
+def test_none_and_false_start_a_new_run(tmp_path):
     run = Run(1)
     run.checkpointer.save(tmp_path / "checkpoint-1")
     assert run.checkpointer.find(None, tmp_path) is None and run.checkpointer.find(False, tmp_path) is None
@@ -303,7 +303,7 @@ def test_true_finds_the_last_complete_checkpoint_by_its_number(tmp_path):
     assert run.checkpointer.find(True, tmp_path / "elsewhere") is None
 
 
-def test_a_path_finds_itself_or_says_what_it_lacks(tmp_path):
+def test_a_path_is_used_or_the_error_says_what_is_missing(tmp_path):
     run = Run(1)
     run.checkpointer.save(tmp_path / "checkpoint-1")
     for wanted in (tmp_path / "checkpoint-1", str(tmp_path / "checkpoint-1")):
@@ -315,7 +315,7 @@ def test_a_path_finds_itself_or_says_what_it_lacks(tmp_path):
         run.checkpointer.find(tmp_path, tmp_path)
 
 
-def test_a_checkpoint_of_the_model_alone_cannot_be_gone_on_from(tmp_path):
+def test_a_checkpoint_of_only_the_model_cannot_be_resumed_from(tmp_path):
     run = Run(1)
     run.run.value = copy.copy(NUMBERS) | {"resumable": False}
     run.checkpointer.save(tmp_path / "checkpoint-1")
@@ -337,7 +337,7 @@ def populated(tmp_path: Path) -> Run:
 
 
 @pytest.mark.parametrize(("resumed", "stay"), [(None, []), (2, [1, 2]), (3, [1, 2, 3])])
-def test_checkpoints_that_a_run_does_not_go_on_from_move_aside(resumed, stay, tmp_path):
+def test_checkpoints_that_a_run_does_not_resume_from_are_moved_aside(resumed, stay, tmp_path):
     run = populated(tmp_path)
     before = contents(tmp_path)
     run.checkpointer.prepare_output(tmp_path, None if resumed is None else tmp_path / f"checkpoint-{resumed}")
@@ -350,7 +350,7 @@ def test_checkpoints_that_a_run_does_not_go_on_from_move_aside(resumed, stay, tm
     assert moved == before
 
 
-def test_a_run_that_goes_on_in_another_folder_takes_the_records_along(tmp_path):
+def test_a_run_resumed_in_another_folder_copies_the_records(tmp_path):
     run, output = populated(tmp_path / "old"), tmp_path / "new"
     lines = "".join(json.dumps({"update": number}) + "\n" for number in (1, 2, 3))
     (tmp_path / "old" / "bounds.jsonl").write_text(lines)
@@ -361,7 +361,7 @@ def test_a_run_that_goes_on_in_another_folder_takes_the_records_along(tmp_path):
     assert (tmp_path / "old" / "checkpoint-3").exists()
 
 
-def test_a_full_disk_is_found_at_once(tmp_path, monkeypatch):
+def test_a_full_disk_is_detected_immediately(tmp_path, monkeypatch):
     def fail(dir: Path) -> None:
         raise OSError(28, "No space left on device", str(dir))
 
@@ -373,7 +373,7 @@ def test_a_full_disk_is_found_at_once(tmp_path, monkeypatch):
     assert contents(tmp_path) == before and (tmp_path / ".unfinished-checkpoint-4").exists()
 
 
-def test_a_folder_that_cannot_be_written_into_is_found_at_once(tmp_path):
+def test_an_unwritable_folder_is_detected_immediately(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SaveError, match="cannot be written into"):
         Run(1).checkpointer.prepare_output(tmp_path / "file", None)

@@ -19,7 +19,7 @@ def test_a_path_that_is_no_checkpoint_is_an_error(tmp_path):
         build(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
-def test_a_checkpoint_of_the_model_alone_cannot_be_resumed_from(tmp_path):
+def test_a_checkpoint_of_only_the_model_cannot_be_resumed_from(tmp_path):
     build(tmp_path, save_only_model=True, max_steps=2).train()
     assert not (tmp_path / "checkpoint-2" / "optimizer.pt").exists()
     for wanted in (True, tmp_path / "checkpoint-2"):
@@ -46,7 +46,7 @@ def test_nothing_of_a_checkpoint_is_unpickled(run_copy, monkeypatch):
     assert loaded
 
 
-def test_what_is_saved_holds_no_token(tmp_path):
+def test_saved_files_hold_no_hub_token(tmp_path):
     build(tmp_path, hub_token="hf_secret", max_steps=2).train()
     texts = [path.read_text() for path in (tmp_path / "checkpoint-2").glob("*.json")]
     assert texts and not any("hf_secret" in text for text in texts)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests import survival, tiny
-from tests.processes import alone
+from tests.processes import single_process
 from trl_trustkl import load_records
 from trl_trustkl.errors import NonFiniteRewardError, RefusedError, RewardError
 from trl_trustkl.run import checkpoint_folder as checkpoint
@@ -23,7 +23,7 @@ from trl_trustkl.types import UpdateContext
 
 
 def handling(stop: StopRequest | None = None, count: int = 1) -> FailureHandling:
-    processes = alone()
+    processes = single_process()
     processes.count = count
     return FailureHandling(StopRequest(60.0) if stop is None else stop, processes)
 
@@ -43,7 +43,7 @@ def context(*, training: bool = True) -> UpdateContext:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_scores_that_come_are_handed_on(training):
+def test_scores_are_passed_on(training):
     of, scores = context(training=training), object()
     assert handling().score(of, lambda: scores) is scores and of.rejected is None
 
@@ -113,7 +113,7 @@ class Update:
             self.raised = raised
 
 
-def test_an_update_that_ends_well_is_left_alone():
+def test_an_update_that_ends_without_an_error_is_not_rolled_back():
     ended = Update(handling(), None)
     assert ended.called == [] and ended.raised is None
 
@@ -139,7 +139,7 @@ def test_an_update_whose_reward_fails_after_a_signal_is_only_rolled_back():
 
 
 @pytest.mark.parametrize(("count", "called"), [(1, ["save"]), (2, [])])
-def test_an_evaluation_that_fails_after_its_update_takes_nothing_back(count, called):
+def test_an_evaluation_that_fails_after_its_update_rolls_nothing_back(count, called):
     error = RewardError("no answer")
     ended = Update(handling(count=count), error, finished=True)
     assert ended.called == called and ended.raised is error
@@ -154,7 +154,7 @@ def test_other_errors_leave_an_update_as_they_find_it(error):
 # -- signals -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_signal_that_came_is_known():
+def test_the_received_signal_is_reported():
     stop = StopRequest(60.0)
     with stop:
         parts = handling(stop)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from tests.processes import alone
+from tests.processes import single_process
 from trl_trustkl.errors import SaveError
 from trl_trustkl.run.recorder import Recorder
 
@@ -30,7 +30,7 @@ class FullDisk(Keeps):
 
 
 def recorder(callbacks: list[Any], *, main: bool = True) -> Recorder:
-    processes = alone()
+    processes = single_process()
     processes.is_main = main
     return Recorder(lambda: callbacks, processes)
 
@@ -42,7 +42,7 @@ def test_every_callback_with_the_method_gets_the_record():
     assert one.got == other.got == [wanted]
 
 
-def test_no_callback_need_have_the_method():
+def test_callbacks_without_the_method_are_allowed():
     recorder([TrainerCallback()]).write(RECORD, COMPLETIONS, **WHERE)
     recorder([]).write(RECORD, COMPLETIONS, **WHERE)
 
@@ -64,7 +64,7 @@ def test_a_record_that_cannot_be_written_raises():
     assert len(kept.got) == 1
 
 
-def test_what_else_a_callback_raises_is_its_own():
+def test_other_errors_of_a_callback_are_not_converted():
     class Wrong(Keeps):
         def on_record(self, *args: Any, **kwargs: Any) -> None:
             raise ZeroDivisionError

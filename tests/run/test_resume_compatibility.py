@@ -90,7 +90,7 @@ def test_every_setting_is_either_harmless_or_compared(tmp_path):
     assert not list(settings.differences(now, now, args))
 
 
-def test_a_field_that_a_checkpoint_does_not_know_yet_counts_as_its_default(tmp_path):
+def test_a_field_missing_from_a_checkpoint_counts_as_its_default(tmp_path):
     args = tiny.config(tmp_path, panic_kl=2.0)
     now = settings.compared(args)
     old = {name: value for name, value in now.items() if name != "panic_kl"}

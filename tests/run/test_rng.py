@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.processes import alone
+from tests.processes import single_process
 from trl_trustkl.run import rng
 
 
@@ -24,7 +24,7 @@ def test_one_seed_for_each_combination_of_keys():
     seeds = [rng.mixed_seed(*each) for each in keys]
     assert len(set(seeds)) == len(keys) and all(0 <= seed < 2**63 for seed in seeds)
     assert seeds == [rng.mixed_seed(*each) for each in keys]
-    assert rng.mixed_seed(1, torch.tensor(2)) == rng.mixed_seed(1, 2), "the type of a number is part of its seed"
+    assert rng.mixed_seed(1, torch.tensor(2)) == rng.mixed_seed(1, 2), "the seed depends on the type of a number"
 
 
 def test_each_use_of_random_numbers_has_a_separate_stream():
@@ -49,16 +49,16 @@ def test_draws_inside_a_seeded_block_depend_on_the_seed_and_leave_the_state_outs
 def test_the_states_of_a_process_come_back_from_a_file(drawn):
     for _ in range(drawn):
         draws()
-    states = json.loads(json.dumps(rng.ProcessRandomStates(alone()).state_dict()))
+    states = json.loads(json.dumps(rng.ProcessRandomStates(single_process()).state_dict()))
     wanted = [draws(), draws()]
     for again in (draws(), draws()):
         assert again not in wanted
-    rng.ProcessRandomStates(alone()).load_state_dict(states)
+    rng.ProcessRandomStates(single_process()).load_state_dict(states)
     assert [draws(), draws()] == wanted
 
 
 def test_each_process_restores_its_own_state():
-    processes = alone()
+    processes = single_process()
     states = []
     for seed in (1, 2):
         torch.manual_seed(seed)

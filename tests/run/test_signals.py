@@ -50,8 +50,8 @@ def test_an_update_beyond_its_grace_period_is_given_up_and_the_one_before_it_sav
     assert survival.same(uninterrupted_run, tmp_path)
 
 
-def test_what_a_given_up_update_did_is_undone_before_it_is_saved(uninterrupted_run, tmp_path):
-    """Without a checkpoint of the update before, one is saved from the state that is rolled back."""
+def test_an_update_that_is_given_up_is_rolled_back_before_the_save(uninterrupted_run, tmp_path):
+    """If there is no checkpoint of the previous update, one is saved from the state after the rollback."""
     trainer = build(tmp_path, grace_seconds=0.0, save_strategy="no")
     with pytest.raises(Interrupted), counted(trainer, -1, terminate) as seen:
         step = torch.optim.AdamW.step
@@ -76,7 +76,7 @@ def test_what_a_given_up_update_did_is_undone_before_it_is_saved(uninterrupted_r
     ).read_text()
 
 
-def test_ctrl_c_has_its_own_exit_status_and_a_second_one_stops_at_once(uninterrupted_run, tmp_path):
+def test_ctrl_c_has_a_separate_exit_status_and_a_second_one_stops_immediately(uninterrupted_run, tmp_path):
     with (
         pytest.raises(Interrupted) as ended,
         counted(trainer := build(tmp_path), ("score", 0), lambda name: os.kill(os.getpid(), signal.SIGINT)),
@@ -97,7 +97,7 @@ def load_records_or_none(folder: Path) -> list[dict[str, Any]]:
     return load_records(folder) if (folder / "bounds.jsonl").exists() else []
 
 
-def test_the_handlers_are_there_only_while_a_run_is_and_only_in_the_main_thread():
+def test_the_handlers_are_installed_only_during_a_run_and_only_in_the_main_thread():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopRequest(1.0):
         assert signal.getsignal(signal.SIGTERM) != before[0]
@@ -124,7 +124,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-def test_transformers_own_handler_of_sigterm_does_not_get_in_the_way(tmp_path):
+def test_the_sigterm_handler_of_transformers_does_not_interfere(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     trainer = build(tmp_path, enable_jit_checkpoint=True, max_steps=1)
     trainer.train()

@@ -40,7 +40,7 @@ def test_a_log_has_the_mean_of_numbers_and_the_latest_of_everything_else():
     progress = filled()
     logs = progress.flush(3)
     assert logs == {"kl": 3.0, "count": 11 / 3, "stopped": True, "binding": "lr", "score": 0.25, "late": [1]}
-    assert logs["stopped"] is True, "truth values are no numbers"
+    assert logs["stopped"] is True, "a truth value was averaged as a number"
     assert progress.logged_step == 3 and progress.last_loss == 0.125 and progress.rejections == (2, 0)
 
 
@@ -92,7 +92,7 @@ class Piece:
         self.value = state[self.name]
 
 
-def test_the_pieces_of_a_run_stand_side_by_side_and_each_finds_its_own():
+def test_the_pieces_of_a_run_are_saved_together_and_each_loads_its_state():
     saved = RunState([Piece("a", [1, 2]), Piece("b", None), filled()])
     state = through_json(saved.state_dict())
     assert state.keys() == {"format", "a", "b", "refusals", "metrics", "logged_step", "last_loss"}
@@ -172,7 +172,7 @@ def test_callbacks_may_come_and_go(after):
     ]
 
 
-def test_the_states_of_callbacks_are_those_of_now():
+def test_the_states_of_callbacks_are_saved_as_they_are_now():
     callback = Counts(1)
     part = TransformersState(advanced(), lambda: [callback])
     part.state_dict()

@@ -21,7 +21,7 @@ def test_our_base_has_the_fields_and_defaults_of_trls():
     assert set(mine) - set(inherited) == set(TRL_FIELDS) - set(inherited)
 
 
-def test_our_base_equals_trls_own_configuration_field_by_field():
+def test_our_base_equals_trls_configuration_field_by_field():
     ppo = pytest.importorskip("trl.experimental.ppo", reason="TRL 1.13 removed its PPO trainer")
     theirs, mine = fields(ppo.PPOConfig), fields(ppo_base.PPOConfig)
     assert theirs.keys() == mine.keys()

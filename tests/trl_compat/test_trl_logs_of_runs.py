@@ -1,4 +1,4 @@
-"""Runs of TRL's trainers: the records of their logs, and a report without claims that are not on record."""
+"""Runs of TRL's trainers: the records of their logs, and a report that claims only what the records show."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_stock_ppo(tmp_path):
 
 
 @KINDS
-def test_its_report(kind, tmp_path, capsys):
+def test_the_report_of_a_run(kind, tmp_path, capsys):
     recorded(controlled(kind, tmp_path, max_steps=6))
     assert main(["report", str(tmp_path)]) == 0
     capsys.readouterr()

@@ -38,7 +38,9 @@ def test_the_kl_of_grpo_is_a_token_mean_of_k3_at_every_micro_step():
     assert 'self._metrics[mode]["kl"].append(global_masked_mean(per_token_kl))' in loss
     k3 = r"torch\.exp\(ref_per_token_logps - per_token_logps\) - \(ref_per_token_logps - per_token_logps\) - 1"
     assert re.search(k3, loss)
-    assert 'reduce(torch.stack([local_sum, local_count]), reduction="sum")' in loss, "no longer reduced over processes"
+    assert 'reduce(torch.stack([local_sum, local_count]), reduction="sum")' in loss, (
+        "the KL is no longer reduced over processes"
+    )
     assert re.search(r"use_bias_correction_kl:\s+per_token_kl = per_token_kl \* coef_1", loss)
 
 
@@ -80,7 +82,7 @@ def test_states_of_callbacks_in_checkpoints():
     assert "self.state.stateful_callbacks[cb_name] = cb_state" in source(Trainer._save_checkpoint)
     loaded = TrainerState(stateful_callbacks={"AdaptiveKLState": {"args": {}, "attributes": {"saved": {}}}})
     assert loaded.stateful_callbacks == {"AdaptiveKLState": {"args": {}, "attributes": {"saved": {}}}}
-    # rebuilt from the checkpoint alone, which is why the state is a separate callback
+    # rebuilt from only the checkpoint, which is why the state is a separate callback
     assert "type(callback)(**args)" in source(Trainer._load_callback_state)
 
 

@@ -1,4 +1,4 @@
-"""The PPO classes come from TRL where the installed version has them, and else from `ppo_base`."""
+"""The PPO classes come from TRL where the installed version has them, and otherwise from `ppo_base`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def imported_anew() -> ModuleType:
     return module
 
 
-def test_the_classes_are_trls_where_it_has_them():
+def test_the_classes_are_those_of_trl_if_it_has_them():
     ppo = pytest.importorskip("trl.experimental.ppo", reason="TRL 1.13 removed its PPO trainer")
     assert version.PPOConfig is ppo.PPOConfig and version.PPOTrainer is ppo.PPOTrainer
 
 
-def test_the_classes_are_ours_where_trl_has_none(monkeypatch):
+def test_the_classes_are_those_of_this_package_if_trl_has_none(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl.experimental.ppo", None)
     module = imported_anew()
     assert module.PPOConfig is ppo_base.PPOConfig and module.PPOTrainer is ppo_base.PPOTrainer

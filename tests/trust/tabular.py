@@ -79,7 +79,7 @@ class Tabular:
         return [*self.policy.parameters(), *self.value.parameters()]
 
     def everything(self) -> list[Any]:
-        """A copy of all that a snapshot covers: the parameters, the optimizer's state of them, and its settings."""
+        """A copy of all that a snapshot covers: the parameters, their optimizer state, and the optimizer's settings."""
         state = [self.optimizer.state.get(parameter, {}) for parameter in self.covered]
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         return [*copies(self.covered), *flat(state), *flat(settings)]

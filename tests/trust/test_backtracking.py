@@ -97,7 +97,7 @@ def test_any_shape_ends_within_the_limit_and_not_at_0_where_there_is_more(shape)
 
 
 @pytest.mark.parametrize("proposed", [math.nan, math.inf])
-def test_a_proposal_that_is_no_number_counts_as_too_much(proposed):
+def test_a_proposal_that_is_not_finite_counts_as_over_the_limit(proposed):
     curve = Curve(lambda a: proposed if a > 0.4 else a * a)
     found = curve.shorten(LIMIT)
     assert curve.set[0] == 0.5 and 0 < found.scale <= 0.4 and found.measured <= LIMIT

@@ -15,7 +15,7 @@ from trl_trustkl.types import Measurement, MicroBatch, PolicySnapshot, Rollout, 
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_measurement_is_numpys(seed):
+def test_the_measurement_equals_that_of_numpy(seed):
     rng = np.random.default_rng(seed)
     kl, tv = rng.exponential(size=(5, 7)), rng.uniform(size=(5, 7))
     log_ratio = rng.normal(scale=3.0, size=(5, 7))
@@ -40,7 +40,7 @@ def test_the_measurement_of_nothing_is_that_of_no_change():
     assert set(got.ratio_quantiles.values()) == {1.0}
 
 
-def test_the_measurement_neither_overflows_nor_hides_what_is_no_number():
+def test_the_measurement_neither_overflows_nor_hides_nan():
     mask = torch.ones(1, 3, dtype=torch.bool)
     huge = measurement(mask.float(), mask.float(), torch.tensor([[0.0, 1.0, 5e4]]), mask, complete=True)
     assert math.isfinite(huge.max_ratio) and huge.max_ratio > 1e300

@@ -44,7 +44,7 @@ def test_both_ends_of_the_line_are_exact_and_points_between_are_between(dtype):
             torch.testing.assert_close(p.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 
-def test_a_line_is_not_moved_by_what_moves_the_parameters():
+def test_a_path_does_not_change_when_the_parameters_do():
     params = parameters(torch.float32)
     start = [p.detach().clone() for p in params]
     line = ParameterPath(params)
@@ -57,14 +57,14 @@ def test_a_line_is_not_moved_by_what_moves_the_parameters():
     assert all(map(torch.equal, params, start))
 
 
-def test_a_line_restores_its_start_whatever_the_parameters_are():
+def test_a_path_restores_its_start_whatever_the_parameters_are():
     params = parameters(torch.bfloat16)
     start = [p.detach().clone() for p in params]
     line = ParameterPath(params)
     with torch.no_grad():
         for p in params:
             p.fill_(math.nan)
-    line.set_scale(0.5)  # takes the present parameters, which are NaN, for the end of the path
+    line.set_scale(0.5)  # the end of the path is then the current parameters, which are NaN
     line.set_scale(0.0)
     assert all(map(torch.equal, params, start))
     moved(params)
@@ -87,7 +87,7 @@ def test_the_ends_of_a_path_are_bit_exact_where_a_weight_is_not_finite_or_a_nega
 
 @WITH
 @pytest.mark.parametrize("steps_before", [0, 2])
-def test_a_restored_run_goes_on_as_if_the_update_had_never_been(optimizer, steps_before):
+def test_after_a_rollback_training_continues_as_if_the_update_had_not_happened(optimizer, steps_before):
     toy, untouched = Tabular(optimizer), Tabular(optimizer)
     for _ in range(steps_before):
         toy.step()
@@ -125,7 +125,7 @@ def test_a_restored_update_takes_the_optimizers_settings_back():
     assert same(toy.everything(), before), "the first restore gave out the saved settings themselves"
 
 
-def test_a_snapshot_shares_no_memory_with_what_it_was_taken_of():
+def test_a_snapshot_shares_no_memory_with_the_parameters():
     toy = Tabular("adamw")
     toy.step()
     snapshot, before = toy.snapshot(), toy.everything()
@@ -137,7 +137,7 @@ def test_a_snapshot_shares_no_memory_with_what_it_was_taken_of():
     assert same(toy.everything(), before)
 
 
-def test_a_second_enforcement_moves_along_the_path_of_its_own_update():
+def test_a_second_enforcement_moves_along_the_path_of_the_second_update():
     parameter = torch.nn.Parameter(torch.zeros(1))
     path = ParameterPath([parameter])
     for end in (1.0, 10.0):
