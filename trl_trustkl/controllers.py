@@ -8,9 +8,9 @@ The caller chooses the units: `kl` and `target` in nats per response for the anc
 the rules only use their quotient. `update` applies the published rule to the KL it is given; a negative estimate is a KL
 below the target. Every controller raises DataError for a KL that is not finite.
 
-A coefficient stays within [`min_coef`, `max_coef`]. What a state holds is clamped too, so nothing winds up: a coefficient
-that was saturated for a thousand updates leaves the clamp on the first update whose KL calls for it. `min_coef` must be
-above 0 for the rules that multiply, because they can never leave 0.
+A coefficient stays within [`min_coef`, `max_coef`]. What a state holds is clamped too, so there is no integral windup: a
+coefficient that was saturated for a thousand updates leaves the limit at the first update whose KL requires it. `min_coef`
+must be above 0 for the rules that multiply, because they can never leave 0.
 """
 
 from __future__ import annotations

@@ -104,7 +104,8 @@ def option_names(function: Callable[..., object]) -> list[str]:
 
 
 def check_options(field: str, name: str, valid: Iterable[str], given: Iterable[str]) -> None:
-    """ConfigError unless every name in `given` is an option of `name`; `field` is where the user wrote them."""
+    """ConfigError unless every name in `given` is an option of `name`; `field` is the field of the configuration that holds
+    them."""
     valid = list(valid)
     for option in given:
         if not valid:

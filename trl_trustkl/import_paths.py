@@ -17,7 +17,7 @@ from .errors import ConfigError, did_you_mean
 def load_function(field: str, path: str, valid: str) -> Callable[..., Any]:
     """The function that `module:function`, `module.function` or `path/to/file.py:function` names.
 
-    ConfigError where there is none: `field` is where the user wrote the path, `valid` what it may hold.
+    ConfigError if there is none. `field` is the field that holds the path, `valid` describes its valid values.
     """
     place, _, name = path.rpartition(":" if ":" in path else ".")
     module = _module(field, path, place, valid)

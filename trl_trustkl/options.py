@@ -1,4 +1,4 @@
-"""The options of a configuration: what is declared of a field beside its type and default, and the checks made from it."""
+"""The options of a configuration: declarations of fields in addition to type and default, and the checks derived from them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ NOT_NEGATIVE, COUNT_OR_0 = (Range(f"{kind} >= 0", lambda x: x >= 0) for kind in 
 
 
 class Option(NamedTuple):
-    """What is declared of a field beside its type, default and help text."""
+    """The properties of a field in addition to its type, default and help text."""
 
     unit: str = ""
     off: str = ""  # the value that turns the mechanism off
     range: Range | None = None
-    fix: str = ""  # what to do instead of going beyond the range
-    names: Collection[str] = ()  # allowed beside those of the type: what is registered
+    fix: str = ""  # the fix that an error suggests for a value outside the range
+    names: Collection[str] = ()  # registered names, allowed in addition to those of the type
     group: str = ""  # the section of the documentation; "" for a field that other documentation describes
 
 

@@ -26,7 +26,7 @@ class Meaning(NamedTuple):
 
 
 # fmt: off
-# The meanings are a table, and stay beside their fields.
+# The meanings form a table and stay on the lines of their fields.
 
 class AnchorRecord(NamedTuple):
     estimator: Annotated[str, Meaning("`kl_estimator`: the formula of the anchor.")]

@@ -7,7 +7,8 @@ A·∇log π, the plain policy gradient. ConfigError for a range or an option th
 
 `gated` is the share of a token's gradient that the rule removed: clamp(1 − g/g', 0, 1), with g = ∂objective/∂log_ratio
 and g' the same without the rule, w·A. For the sequence rules (gspo, gmpo) g' keeps the sequence's weight, so that
-`gated` is about the range only. Each rule computes it beside its objective. It carries no gradient, and is 0 where A = 0.
+`gated` is about the range only. Each rule computes it together with its objective. It carries no gradient, and is 0 where
+A = 0.
 
 No rule here bounds the policy: at w = 1 each of them passes the full gradient, and the optimizer determines the length of
 the step. They only gate the gradient of tokens that have already moved.

@@ -68,7 +68,7 @@ class UpdateContext:
     enforcement: Enforcement | None = None
 
     def taken_snapshot(self) -> Snapshot:
-        """The snapshot; ValueError where `optimise` took none."""
+        """The snapshot; ValueError if `optimise` did not take one."""
         if self.snapshot is None:
             raise ValueError("`optimise` took no snapshot of the update; an override must call super().optimise")
         return self.snapshot

@@ -21,7 +21,7 @@ def words(run: Run) -> dict[str, str]:
 def test_which_mechanism_bound_how_many(run_of) -> None:
     said = words(run_of(binding=lambda p: "clip" if p > 0.3 else "none"))
     assert said["What limited the updates"] == (
-        "Of 12 updates, the mechanism that took the largest share was the clip in 9 and none (every share was below 1 %) in 3."
+        "The mechanism with the largest share was the clip in 9 of 12 updates and none (every share was below 1 %) in 3."
     )
 
 
@@ -82,7 +82,7 @@ def test_a_rejected_update_is_neither_bound_nor_shortened(run_of) -> None:
     )
     said = words(run)
     assert said["What limited the updates"].endswith(
-        "was the clip in 11 and none, because the update was rejected, in 1."
+        "was the clip in 11 of 12 updates and none, because the update was rejected, in 1."
     )
     assert "shortened" not in said["The largest update"]
     assert all(values[-1] == 0 for values in shares(run.records).values())

@@ -66,7 +66,7 @@ def load_models(options: Options) -> dict[str, Any]:
     }
     training.model_init_kwargs = None  # only for the policy; a reward model is loaded with its own configuration
     tokenizer_settings = {key: settings[key] for key in ("revision", "trust_remote_code") if key in settings}
-    beside = {key: value for key, value in settings.items() if key != "revision"}
+    shared = {key: value for key, value in settings.items() if key != "revision"}
     quantized = {"quantization_config": config} if (config := get_quantization_config(model)) is not None else {}
     with _as_error(ModelError, "model_name_or_path", name):
         loaded = {
@@ -76,11 +76,11 @@ def load_models(options: Options) -> dict[str, Any]:
         }
     if script.ref_model:
         with _as_error(ModelError, "ref_model", script.ref_model):
-            loaded["ref_model"] = AutoModelForCausalLM.from_pretrained(script.ref_model, **beside, **quantized)
+            loaded["ref_model"] = AutoModelForCausalLM.from_pretrained(script.ref_model, **shared, **quantized)
     if script.value_model:
         with _as_error(ModelError, "value_model", script.value_model):
             loaded["value_model"] = AutoModelForSequenceClassification.from_pretrained(
-                script.value_model, num_labels=1, **beside
+                script.value_model, num_labels=1, **shared
             )
     return loaded
 
@@ -111,7 +111,7 @@ def _reward_model(field: str, name: str) -> tuple[Any, Any]:
 
 @contextmanager
 def _as_error(kind: type[TrustKLError], field: str, value: str) -> Iterator[None]:
-    """Raise a library's error about something it cannot load as a `kind`, with the field that asked for it."""
+    """Raise a library's error about something it cannot load as a `kind`, with the field that names it."""
     try:
         yield
     except TrustKLError:

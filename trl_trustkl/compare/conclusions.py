@@ -78,7 +78,7 @@ def basis(results: Sequence[Result], last: int) -> str:
 
 
 def gap(first: Result, second: Result, metric: str) -> Gap | None:
-    """From `first` to `second`; None if one of them lacks the metric."""
+    """The difference of a metric from `first` to `second`; None if one of them lacks it."""
     a, b = (_known(result, metric) for result in (first, second))
     difference = mean(b) - mean(a)
     if not math.isfinite(difference):
@@ -187,7 +187,7 @@ def _values(metric: str, first: float, second: float, between: str) -> str:
 
 
 def separate_effects(of: Corners) -> str:
-    """Said only if each mechanism made its difference with and without the other."""
+    """A sentence on the separate effects of anchor and clip; empty unless each has its effect with and without the other."""
     anchor = [gap(of.both, of.clip, "kl"), gap(of.anchor, of.neither, "kl")]
     clip = [gap(of.both, of.anchor, "update_kl"), gap(of.clip, of.neither, "update_kl")]
     if not all(found is not None and found.sign > 0 for found in anchor + clip):

@@ -22,7 +22,7 @@ from .child import DONE_FILE, SETTINGS_FILE, write
 from .settings import Comparison, slug
 
 LOG_FILE = "run.log"
-GRACE = 10.0  # seconds that a run has to end after it was told to
+GRACE = 10.0  # seconds that a run may take to end after SIGTERM
 
 
 class Job(NamedTuple):

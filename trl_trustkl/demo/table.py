@@ -12,7 +12,8 @@ from ..records import BoundRecord
 
 
 class LiveReport(BoundReportCallback):
-    """Also shows a table of the updates, and below it a progress bar while `progress` is entered as a context."""
+    """A BoundReportCallback that also shows a table of the updates, and below it a progress bar while `progress` is entered
+    as a context."""
 
     def __init__(self, console: Console, total: int) -> None:
         super().__init__(report=True)

@@ -1,9 +1,9 @@
 """LoRA's forward pass in fewer operations.
 
-PEFT copies the result of the base layer, scales the product of the adapter, adds the two, and checks many options in
-between. Here the scaling is applied to the narrow intermediate result, and the second product is added to the base
-layer's result. The numbers are the same up to rounding. Sampling token by token gains most, because a call costs more than
-its arithmetic there.
+PEFT copies the result of the base layer, scales the product of the adapter, adds the two, and checks many options on the
+way. Here the scaling is applied to the narrow intermediate result, and the second product is added to the base
+layer's result. The numbers are the same up to rounding. The speed-up is largest when sampling token by token, where the
+overhead of a call exceeds its arithmetic.
 """
 
 from __future__ import annotations

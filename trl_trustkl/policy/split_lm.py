@@ -58,7 +58,7 @@ class SplitLM:
     """A causal language model as a backbone (tokens to hidden states) and a head (hidden states to logits).
 
     It is not a module and registers nothing. If the head does not reproduce the model's logits, which the constructor
-    tests, the complete forward pass takes the backbone's place, its logits stand in for the hidden states, and a warning
+    tests, the complete forward pass is used instead of the backbone, and its logits instead of the hidden states, and a warning
     is logged.
     """
 

@@ -184,7 +184,7 @@ def scaled_learning_rate(optimizer: Any, policy: Sequence[nn.Parameter], factor:
 
 
 def not_finite(batch: Batch) -> str | None:
-    """Why no step can be made from this batch, the same on every process; None if one can."""
+    """The reason why no step can be made with this batch, the same on every process; None if a step can be made."""
     anchor = batch.anchor
     if anchor.coef and not (math.isfinite(anchor.kl) and math.isfinite(anchor.kl_exact)):
         return "the KL to the reference is not finite"
@@ -194,7 +194,8 @@ def not_finite(batch: Batch) -> str | None:
 def adopt(optimizer: Any, model: PolicyAndValue, *, rate: float | None, scheduled: bool) -> None:
     """Check that a given optimizer has the policy's parameters, and add the value's.
 
-    They are added as a separate group with `value_learning_rate`, or to the first group where a scheduler counts the groups.
+    They are added as a separate group with `value_learning_rate`, or to the first group if the scheduler depends on the
+    number of groups.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(

@@ -273,7 +273,9 @@ class TrustKLPPOTrainer(PPOTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save only the policy (an adapter as an adapter), ready for `from_pretrained`."""
-        super(PPOTrainer, self).save_model(output_dir, _internal_call)  # the one of TRL 1.12's PPO is for its loop
+        super(PPOTrainer, self).save_model(
+            output_dir, _internal_call
+        )  # TRL 1.12's PPO trainer overrides this for its loop
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:

@@ -304,7 +304,7 @@ def render(name: str, kind: Kind, records: Records) -> Drawn:
     # With the salt, equal records give equal bytes.
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(vector, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    figure.set_layout_engine("none")  # reuse the layout, which is half of the cost
+    figure.set_layout_engine("none")  # reuse the layout: computing it takes half of the time
     figure.savefig(pixels, format="png", dpi=160, facecolor="white")
     return Drawn(name, kind.title, kind.caption, vector.getvalue(), pixels.getvalue())
 

@@ -1,4 +1,4 @@
-"""Findings: what in a run's records calls for a change of configuration, with the evidence and the change.
+"""Findings: problems that a run's records show, each with the evidence and a change of the configuration.
 
 Each is a function of a run that returns a `Finding`, or None if the records do not show it or the run is too short to tell.
 """

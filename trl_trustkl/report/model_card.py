@@ -31,7 +31,7 @@ _FOLLOWING = re.compile(r"^#+ Citations?$", re.MULTILINE)
 
 
 def with_section(card: str, section: str) -> str:
-    """The card with the section in place of an earlier one, or else before its citations or at its end."""
+    """The card with the section, which replaces an earlier one, or else is inserted before the citations or at the end."""
     block = f"\n\n{START}\n{section.strip()}\n{END}\n\n"
     card, replaced = _SECTION.subn(lambda _: block, card, count=1)
     if not replaced:
@@ -52,7 +52,7 @@ def section(records: Sequence[BoundRecord], args: Any, report: str | None = None
 
 
 def written(create: Callable[[], None]) -> bool:
-    """Whether TRL's card could be created: its template needs a package that TRL does not always ask for."""
+    """Whether TRL's card could be created: its template needs a package that TRL does not always require."""
     try:
         create()
     except ModuleNotFoundError as error:

@@ -67,8 +67,12 @@ def outcome(run: Run) -> str:
 def binding(run: Run) -> str:
     """In how many updates each mechanism took the largest share."""
     most = Counter("refused" if r.refused is not None else r.binding for r in run.records).most_common()
-    parts = [f"{MECHANISMS.get(name, shortened(name, 40))} in {times:,}" for name, times in most]
-    text = f"Of {count(len(run.records), 'update')}, the mechanism that took the largest share was {listed(parts)}."
+    (first, times), *others = [(MECHANISMS.get(name, shortened(name, 40)), times) for name, times in most]
+    parts = [
+        f"{first} in {times:,} of {count(len(run.records), 'update')}",
+        *(f"{name} in {n:,}" for name, n in others),
+    ]
+    text = f"The mechanism with the largest share was {listed(parts)}."
     anchored = (column(run.records, "anchor.coef") > 0).any()
     if anchored and not np.isfinite(column(run.records, "anchor.share")).any():
         text += " The anchor is not among them: its share is not on record."

@@ -43,7 +43,7 @@ def markdown(text: str) -> str:
 
 
 def shortened(text: str, limit: int) -> str:
-    """At most `limit` characters of the text, then how many were left out."""
+    """At most `limit` characters of the text, followed by the number of characters left out."""
     return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit:,} more characters)"
 
 

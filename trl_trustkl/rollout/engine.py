@@ -26,8 +26,7 @@ class RolloutEngine(Protocol):
     """Samples responses from the policy, with sampling settings that are fixed when it is built.
 
     The trainer calls `check` at the beginning of a run, `sync` before every rollout, and `close` at the end of the run,
-    also if it fails. Another run begins with `check` again. An evaluation outside of a run only calls `sync` and
-    `generate`.
+    also if it fails. Each run calls `check` first. An evaluation outside a run calls only `sync` and `generate`.
     """
 
     def check(self) -> None:

@@ -188,7 +188,11 @@ def _call(func: Callable, prompts: list[Any], completions: list[Any], keywords: 
         parameters = {}
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         keywords = {name: value for name, value in keywords.items() if name in parameters}
-    deep = ("prompts", "completions", "completion_ids")  # a column of the dataset may hold what has no deep copy
+    deep = (
+        "prompts",
+        "completions",
+        "completion_ids",
+    )  # a column of the dataset may hold objects that cannot be deep-copied
     given = {
         name: copy.deepcopy(value) if name in deep else copy.copy(value)
         for name, value in {**keywords, "prompts": prompts, "completions": completions}.items()

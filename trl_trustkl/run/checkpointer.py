@@ -93,7 +93,7 @@ class Checkpointer:
                     self.parts[name].load_state_dict(state)
                 except CheckpointError as error:
                     raise CheckpointError(f"{folder / name}: {error}") from None
-                except Exception as error:  # from the part, or from a library that it reads with
+                except Exception as error:  # raised by the part or by a library that it uses for reading
                     raise _unreadable(folder / name, error) from error
 
     def find(self, wanted: str | os.PathLike[str] | bool | None, output_dir: Path) -> Path | None:
@@ -174,7 +174,7 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
 
 
 def _model_files(path: Path) -> list[Path]:
-    """The model's files of weights beside `policy.safetensors`; none for any other file."""
+    """The model's weight files in the same folder, if the file is `policy.safetensors`; none otherwise."""
     return sorted(path.parent.glob("model*.safetensors")) if path.name == POLICY_FILE else []
 
 

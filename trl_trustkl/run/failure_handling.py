@@ -53,7 +53,7 @@ class FailureHandling:
         """Run an update in the block completely or not at all: an abandoned update is rolled back.
 
         Args:
-            finished: whether the update has ended, so that an error comes from what followed it.
+            finished: whether the update had ended; an error then comes from what ran after it.
             roll_back: rolls the update back.
             save: saves the last finished update; called before the error of a reward function is raised.
         """

@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Module(nn.Module):
-    """nn.Module, of which a type checker reports attributes that a class neither assigns nor declares.
+    """nn.Module for which a type checker reports attributes that a class neither assigns nor declares.
 
     To a checker, `nn.Module.__getattr__` makes any name a tensor or a module, misspelt ones included. The annotations below
     hide that method from it, and have no other effect.

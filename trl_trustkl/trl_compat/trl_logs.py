@@ -66,7 +66,7 @@ def record_of(args: Any, state: TrainerState, logs: Mapping[str, Any]) -> BoundR
     A record covers what one log covers: an update with `logging_steps=1`. GRPO and RLOO log nats per token; KL and target
     are multiplied by the mean length, so that they are nats per response as in every record. `trust.gated` is the share of
     tokens (RLOO: of responses) that the clip left without a gradient, not weighted by the advantage. `binding` is the
-    largest of the known shares, and "unknown" where these are all below 1 % and another one is not known.
+    largest of the known shares, or "unknown" if all known shares are below 1 % and at least one share is unknown.
     """
     kind = kind_of(args)
     if kind is None or _TRAINING[kind] not in logs:
@@ -104,7 +104,8 @@ def _known(logs: Mapping[str, Any], key: str) -> float:
 
 
 def _latest(state: TrainerState, logs: Mapping[str, Any], key: str) -> float:
-    """A number of these logs, or of the last that had it: a step that reuses a generation does not log it again."""
+    """A number from these logs, or from the most recent logs that had it: a step that reuses a generation does not log it
+    again."""
     return _known(next((each for each in (logs, *reversed(state.log_history)) if key in each), {}), key)
 
 

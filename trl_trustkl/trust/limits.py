@@ -41,7 +41,7 @@ class TrustRegion:
             measure: measures the batch under the current parameters. It must return the same on every process, because
                 each process decides by itself.
             proposed: the result of `measure` before enforcement.
-            rejected: why the update was already rolled back, or None.
+            rejected: the reason if the update was already rolled back, else None.
         """
         limit = self.limits.max_kl
         if (reason := self._reason_to_reject(proposed)) is not None:
