@@ -93,10 +93,12 @@ bad_mask = st.one_of(
     st.just([0.5, 1.0, 1.0]),
     st.just([1, None, 1]),
 )
+# Arrow ends a column's name at the first NUL, so that datasets itself rejects such a name.
+names_of_columns = text.filter(lambda t: t not in ("prompt", "input_ids") and "\x00" not in t)
 bad_columns = st.one_of(
     st.builds(lambda bad: {"input_ids": [bad]}, bad_ids),
     st.builds(lambda bad: {"input_ids": [[3, 4, 5]], "attention_mask": [bad]}, bad_mask),
-    st.builds(lambda name: {name: ["w1 w2"]}, text.filter(lambda t: t not in ("prompt", "input_ids"))),
+    st.builds(lambda name: {name: ["w1 w2"]}, names_of_columns),
     st.builds(lambda bad: {"prompt": ["w1", bad]}, st.none() | st.sampled_from(["", " ", "\n"])),
     st.builds(lambda bad: {"prompt": [[{"role": "user", "content": "w1"}], bad]}, st.none() | st.just([])),
     st.sampled_from([{"prompt": []}, {"input_ids": []}, {}, {"prompt": [1, 2]}, {"prompt": [1.5]}, {"prompt": [True]}]),
@@ -111,11 +113,11 @@ def quiet_datasets():
 
 
 def test_invalid_datasets_are_rejected(record_property, quiet_datasets):
-    room = token_limits(tiny.llama(), {})
+    limits = token_limits(tiny.llama(), {})
 
     def attempt(columns: dict[str, Any]) -> None:
         dataset = tokenize_prompts(datasets.Dataset.from_dict(columns), TOKENIZER, name="train_dataset")
-        check_prompts(dataset, room, 6, name="train_dataset")
+        check_prompts(dataset, limits, 6, name="train_dataset")
 
     record_property("rejected", len(check_rejected(bad_columns, attempt, DataError, 150)))
     nothing = (
