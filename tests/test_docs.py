@@ -124,6 +124,7 @@ def errors_of(folder: Path) -> list[Any]:
         lambda: tiny.config(folder, kl_target=6.0),
         lambda: tiny.config(folder, **anchor),
         lambda: tiny.config(folder, trust_max_kl=0.1, measure_fraction=0.5),
+        lambda: tiny.trainer(folder, peft_config=tiny.lora(init_lora_weights=False)),
         lambda: tiny.trainer(folder, quantised, peft_config=None),
         lambda: tiny.trainer(folder, processing_class=None),
         lambda: tiny.trainer(
@@ -160,7 +161,7 @@ def test_settings_named_in_the_text_are_settings() -> None:
     """`field=value` in code style."""
     others = {
         "use_cpu", "reward_model", "reward_funcs", "value_model", "ref_model", "peft_config", "callbacks",
-        "resume_from_checkpoint", "adap_kl_ctrl", "kl_penalty", "early_stopping", "weights_only",
+        "resume_from_checkpoint", "init_lora_weights", "adap_kl_ctrl", "kl_penalty", "early_stopping", "weights_only",
     }  # fmt: skip
     wrong = []
     for page, text in TEXTS.items():

@@ -39,6 +39,29 @@ def test_a_model_by_name_is_loaded_with_its_tokenizer(tmp_path):
     )
 
 
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_an_adapter_by_name_is_trained_on_its_base_model(tmp_path, with_tokenizer):
+    """As the policy, with the tokenizer of its folder or of its base model, and as the reference."""
+    tiny.llama().save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / ("sft" if with_tokenizer else "base"))
+    tiny.tuned(AutoModelForCausalLM.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / "sft")
+    trainer, records = run(
+        tmp_path / "run",
+        str(tmp_path / "sft"),
+        processing_class=None,
+        ref_model=str(tmp_path / "sft"),
+        peft_config=None,
+        changes={"model_init_kwargs": {"dtype": "float32"}, "max_steps": 1},
+    )
+    assert (
+        records[0]["anchor"]["kl_exact"] == pytest.approx(0.0, abs=1e-9)
+        and trainer.processing_class.eos_token_id == EOS
+    )
+    assert isinstance(trainer.model.policy, PeftModel) and not trainable(trainer.reference.model)
+    with pytest.raises(ModelError, match="already has an adapter; leave `peft_config` out"):
+        tiny.trainer(tmp_path / "twice", str(tmp_path / "sft"))
+
+
 def test_an_adapter_by_another_name_is_trained_and_an_unknown_name_is_answered_with_those_that_exist(tmp_path):
     model = get_peft_model(tiny.llama(), tiny.lora(), adapter_name="sft")
     trainer, records = run(tmp_path / "run", model, peft_config=None, changes={"max_steps": 1})

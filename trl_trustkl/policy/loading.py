@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import ConfigError, ModelError, shown
 from .quantization import is_quantized, unpack_4bit_weights
@@ -23,8 +24,37 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropo
 _NOISE = ("layerdrop", "jitter_noise", "input_jitter_noise", "moe_jitter_eps")
 
 
-def load_causal_lm(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(name, **(init_kwargs or {}))
+def load_causal_lm(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedModel | PeftModel:
+    """The model of that name. The name of an adapter gives its base model with the adapter, ready to train."""
+    kwargs = init_kwargs or {}
+    base = base_of_adapter(name, kwargs)
+    if base is None:
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    of_adapter = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
+    of_base = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
+    model = AutoModelForCausalLM.from_pretrained(base, **of_base)
+    return PeftModel.from_pretrained(model, name, is_trainable=True, **of_adapter)
+
+
+_HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
+
+
+def base_of_adapter(name: str, init_kwargs: dict[str, Any]) -> str | None:
+    """The base model that the adapter of that name was trained on; None if `name` is not that of an adapter."""
+    options = {key: init_kwargs[key] for key in _HUB_OPTIONS if key in init_kwargs}
+    if find_adapter_config_file(name, **options) is None:
+        return None
+    return str(PeftConfig.from_pretrained(name, **options).base_model_name_or_path)
+
+
+def load_tokenizer(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of that name; the base model's for an adapter that was saved without one."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        if (base := base_of_adapter(name, init_kwargs or {})) is None:
+            raise
+        return AutoTokenizer.from_pretrained(base)
 
 
 def load_scalar_model(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedModel:
@@ -51,13 +81,13 @@ def load_policy(
     model: str | PreTrainedModel | PeftModel,
     processing_class: PreTrainedTokenizerBase | None,
     args: Any,
-    peft_config: PeftConfig | None,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """The policy, ready to train, and its tokenizer with a padding token; both are loaded if `model` is a name."""
+    """The policy, without dropout and with unpacked weights, and its tokenizer, with a padding token; both are loaded if
+    `model` is a name."""
     if processing_class is None:
         if not isinstance(model, str):
             raise ModelError("`processing_class` got None; it is optional only when `model` is a name.")
-        processing_class = AutoTokenizer.from_pretrained(model)
+        processing_class = load_tokenizer(model, args.model_init_kwargs)
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise ModelError(f"`processing_class` got {type(processing_class).__name__}; it must be a tokenizer.")
     if isinstance(model, str):
@@ -82,13 +112,15 @@ def load_policy(
             )
         processing_class.pad_token = processing_class.eos_token  # safe, because padding is always masked
     model.config.get_text_config().pad_token_id = processing_class.pad_token_id
-    return prepare_policy(model, peft_config, args), processing_class
+    unpack_4bit_weights(model)
+    disable_dropout(model)
+    return model, processing_class
 
 
 def prepare_policy(
     model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: Any
 ) -> PreTrainedModel | PeftModel:
-    """The policy ready to train: quantised weights unpacked, adapter added, dropout off, gradient checkpointing on."""
+    """The policy ready to train: adapter added, dropout off, gradient checkpointing on."""
     if peft_config is not None:
         if not isinstance(peft_config, PeftConfig):
             raise ModelError(
@@ -103,7 +135,6 @@ def prepare_policy(
         raise ModelError(
             "`model` is quantised and has no adapter: its weights cannot be trained; pass `peft_config=LoraConfig(...)`."
         )
-    unpack_4bit_weights(model)
     if peft_config is not None:
         model = get_peft_model(model, peft_config)
     if isinstance(model, PeftModel):

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, ModelError
 from ..types import MicroBatch, PolicySnapshot
+from . import probes
 from .loading import disable_dropout
 from .split_lm import OutputHead, SplitLM
 
@@ -21,7 +22,11 @@ REFERENCE_ADAPTER = "trustkl_ref"
 
 
 class Reference:
-    """π_ref, frozen for the entire run: `model`, else the policy with `adapter`, else the policy with its adapters disabled."""
+    """π_ref, frozen for the entire run: `model`, else the policy with `adapter`, else the policy with its adapters disabled.
+
+    Parameters of the policy that are trained outside of its adapter, such as the biases of `LoraConfig(bias="all")`, have
+    the values that they had at construction. `is_start`: whether π_ref is the policy as it is at construction.
+    """
 
     def __init__(
         self,
@@ -29,7 +34,10 @@ class Reference:
         split_lm: SplitLM,
         model: PreTrainedModel | PeftModel | None = None,
         adapter: str | None = None,
+        *,
+        is_start: bool = False,
     ) -> None:
+        self.is_start = is_start
         self.policy = policy
         self.model = model
         self.adapter = adapter
@@ -43,6 +51,7 @@ class Reference:
         head = self.split_lm.head
         adapted = isinstance(head, OutputHead) and next(head.projection.children(), None) is not None
         self._head_has_adapter = model is None and adapted
+        self._outside = [] if model is not None else [(p, p.detach().clone()) for p in trained_outside_adapters(policy)]
 
     @torch.no_grad()
     def snapshot(self, micro: MicroBatch) -> PolicySnapshot:
@@ -62,17 +71,15 @@ class Reference:
             yield
             return
         assert isinstance(self.policy, PeftModel)  # the reference of any other policy is a separate model
-        if self.adapter is None:
-            with self.policy.disable_adapter():
+        current = [parameter.data for parameter, _ in self._outside]
+        for parameter, start in self._outside:
+            parameter.data = start.to(parameter.device)
+        try:
+            with disabled(self.policy) if self.adapter is None else activated(self.policy, self.adapter):
                 yield
-        else:
-            trained = self.policy.active_adapter
-            self.policy.set_adapter(self.adapter)
-            try:
-                yield
-            finally:
-                self.policy.set_adapter(trained)
-                freeze_adapter(self.policy, self.adapter)
+        finally:
+            for (parameter, _), data in zip(self._outside, current, strict=True):
+                parameter.data = data
 
 
 def build_reference(
@@ -81,15 +88,19 @@ def build_reference(
     ref_model: PreTrainedModel | PeftModel | None,
     *,
     ref_adapter_name: str | None,
-    new_adapter: bool,
+    start: Tensor | None,
 ) -> Reference:
     """The reference by the first rule that applies.
 
     1. A `ref_model` is used as it is.
     2. Full fine-tuning uses a frozen copy of the model.
     3. The adapter `ref_adapter_name` is frozen and used.
-    4. If the trainer added the policy's adapter (`new_adapter`), the adapter is disabled.
-    5. An adapter that the policy came with gets a frozen clone, so that the KL starts at 0.
+    4. The adapter that the trainer added is disabled. `start` are the logits of `probes.logits` before it was added, None
+       if the policy came with its adapter.
+    5. An adapter that the policy came with gets a frozen clone, so that the KL starts at 0. So does one whose
+       initialisation rewrote the base model (PiSSA, OLoRA): without it, the policy is not the model that was passed.
+
+    Raises ModelError for a new adapter with which the policy does not start as the model that was passed.
     """
     if ref_model is not None:
         if ref_adapter_name is not None:
@@ -109,24 +120,70 @@ def build_reference(
             raise ConfigError(f"`ref_adapter_name` got {ref_adapter_name!r}, but the model has no adapters.")
         clone = copy.deepcopy(policy).requires_grad_(False)
         clone.gradient_checkpointing_disable()
-        return Reference(policy, split_lm, clone)
+        return Reference(policy, split_lm, clone, is_start=True)
     if ref_adapter_name is not None:
         if ref_adapter_name not in policy.peft_config:
             raise ConfigError(
                 f"`ref_adapter_name` got {ref_adapter_name!r}; the model's adapters are {sorted(policy.peft_config)}."
             )
         freeze_adapter(policy, ref_adapter_name)
-    elif not new_adapter:
-        ref_adapter_name = REFERENCE_ADAPTER
-        clone_adapter(policy, policy.active_adapter, ref_adapter_name)
-    return Reference(policy, split_lm, adapter=ref_adapter_name)
+        return Reference(policy, split_lm, adapter=ref_adapter_name)
+    if start is not None and _base_is(policy, start):
+        return Reference(policy, split_lm, is_start=True)
+    clone_adapter(policy, policy.active_adapter, REFERENCE_ADAPTER)
+    return Reference(policy, split_lm, adapter=REFERENCE_ADAPTER, is_start=True)
+
+
+def _base_is(policy: PeftModel, start: Tensor) -> bool:
+    """Whether the policy with its new adapter disabled is the model before it, as it is with the adapter."""
+    tolerance = 1e-4 if start.dtype in (torch.float32, torch.float64) else 0.05
+    if not probes.close(probes.logits(policy), start, tolerance):
+        kind = type(policy.active_peft_config).__name__
+        settings = {
+            k: v for k, v in policy.active_peft_config.to_dict().items() if k.startswith("init_") and v is not True
+        }
+        raise ModelError(
+            f"`peft_config` is a {kind} whose new adapter changes the model before the first step"
+            + "".join(f" ({name}={value!r})" for name, value in settings.items())
+            + ": the policy would not start at its reference. Use an initialisation that keeps the model, such as "
+            "LoraConfig(init_lora_weights=True), or pass the `ref_model` that the KL is measured to."
+        )
+    with disabled(policy):
+        return probes.close(probes.logits(policy), start, tolerance)
+
+
+@contextmanager
+def disabled(policy: PeftModel) -> Iterator[None]:
+    """The policy with its adapters disabled."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Careful, disabling adapter layers with bias")  # see `Reference`
+        with policy.disable_adapter():
+            yield
+
+
+@contextmanager
+def activated(policy: PeftModel, adapter: str) -> Iterator[None]:
+    """The policy with a frozen adapter in the place of the trained one."""
+    trained = policy.active_adapter
+    policy.set_adapter(adapter)
+    try:
+        yield
+    finally:
+        policy.set_adapter(trained)
+        freeze_adapter(policy, adapter)
 
 
 def clone_adapter(policy: PeftModel, source: str, target: str) -> None:
     """Add a frozen adapter `target` that equals `source`."""
+    config = copy.deepcopy(policy.peft_config[source])
+    # The weights are copied: an initialisation of the clone must not rewrite the base model again, and PEFT allows only one
+    # adapter that trains biases.
+    for name, value in (("init_lora_weights", True), ("bias", "none")):
+        if hasattr(config, name):
+            setattr(config, name, value)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        policy.add_adapter(target, policy.peft_config[source])
+        policy.add_adapter(target, config)
         # PEFT finds the parameters and buffers of every adapter method; not all of their names contain ".{source}.".
         weights = get_peft_model_state_dict(policy, adapter_name=source, save_embedding_layers=False)
         set_peft_model_state_dict(policy, weights, adapter_name=target)
@@ -138,5 +195,19 @@ def clone_adapter(policy: PeftModel, source: str, target: str) -> None:
 def freeze_adapter(policy: PeftModel, adapter: str) -> None:
     """Freeze an adapter, which `set_adapter` made trainable when it activated it."""
     for name, weight in policy.named_parameters():
-        if f".{adapter}." in name or name.endswith(f".{adapter}"):
+        if _belongs_to(name, adapter):
             weight.requires_grad_(False)
+
+
+def trained_outside_adapters(policy: PreTrainedModel | PeftModel) -> list[nn.Parameter]:
+    """The trained parameters of a policy with adapters that belong to the base model."""
+    adapters = policy.peft_config if isinstance(policy, PeftModel) else {}
+    return [
+        weight
+        for name, weight in policy.named_parameters()
+        if weight.requires_grad and not any(_belongs_to(name, adapter) for adapter in adapters)
+    ]
+
+
+def _belongs_to(name: str, adapter: str) -> bool:
+    return f".{adapter}." in name or name.endswith(f".{adapter}")

@@ -19,6 +19,7 @@ from ..types import Head, MicroBatch
 from . import cpu, lora
 from .loading import trainable
 from .micro_batches import positions
+from .probes import as_in_training, close, token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class SplitLM:
         with torch.no_grad(), as_in_training(self.causal):
             self.chunked = self.backbone is not None and self._reproduces_logits()
             states, again, flipped = (self._states_after_padding(flip) for flip in (False, False, True))
-        if _differ(states, again):
+        if not close(again, states, 1e-3):
             raise ModelError(
                 f"`{name}` is a {kind} for which two passes over the same tokens differ in training mode, so that no ratio or "
                 "divergence is meaningful. Set every source of randomness to 0 in its configuration, such as "
@@ -91,27 +92,23 @@ class SplitLM:
                 f"{name}: the logits of {kind} are not its output head applied to its hidden states; exact divergences are "
                 "computed from the complete forward pass, with the logits [b, t, V] of one micro-batch at a time."
             )
-        if _differ(states, flipped):
+        if not close(flipped, states, 1e-3):
             logger.warning(
                 f"{name}: {kind} does not ignore padding: its results for a prompt depend on the lengths of the other prompts "
                 "of the batch, in generation, training and measurement. Use prompts of one length, or avoid padding with "
                 "per_device_train_batch_size=1 and local_rollout_forward_batch_size=1."
             )
 
-    def _token_ids(self, count: int) -> Tensor:
-        device = next(self.causal.parameters()).device
-        return torch.arange(1, count + 1, device=device).unsqueeze(0) % self.vocab_size
-
     def _states_after_padding(self, flip: bool) -> Tensor:
         """The states of 4 tokens after 4 masked ones, in reverse order with `flip`."""
-        ids = self._token_ids(8)
+        ids = token_ids(self.causal, 8)
         if flip:
             ids = torch.cat([ids[:, :4].flip(1), ids[:, 4:]], dim=1)
         mask = torch.arange(8, device=ids.device).unsqueeze(0) >= 4
         return self.hidden({"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions(mask)}, 4)[0]
 
     def _reproduces_logits(self) -> bool:
-        ids = self._token_ids(4)
+        ids = token_ids(self.causal, 4)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         try:
             states = self.backbone(**inputs).last_hidden_state
@@ -122,9 +119,7 @@ class SplitLM:
         self.hidden_size = int(states.shape[-1])  # of the value's input; OPT-350m, for example, projects its states
         # Relative to the largest logit: while logits are small, a missing soft cap changes them little.
         tolerance = 1e-3 if logits.dtype in (torch.float16, torch.bfloat16) else 1e-5
-        return logits.shape == expected.shape and bool(
-            (logits - expected).abs().max() <= tolerance * expected.abs().max()
-        )
+        return logits.shape == expected.shape and close(logits, expected, tolerance)
 
     def hidden(self, inputs: dict[str, Tensor], first: int) -> tuple[Tensor, Tensor]:
         """The inputs of the head and of the value at the positions from `first` on: [b, t + 1, H or V], [b, t + 1, H]."""
@@ -143,11 +138,6 @@ class SplitLM:
     def frozen_head(self) -> Head:
         """The head with its current weights, which later updates of the model do not change."""
         return self.head.frozen() if isinstance(self.head, OutputHead) else self.head
-
-
-def _differ(states: Tensor, others: Tensor) -> bool:
-    """Whether the difference is more than rounding; without an influence of padding it is exactly 0."""
-    return bool((states - others).abs().max() > 1e-3 * states.abs().max())
 
 
 def model_inputs(micro: MicroBatch) -> tuple[dict[str, Tensor], int]:
@@ -179,14 +169,3 @@ def faster_kernels(model: nn.Module, input_ids: Tensor, lora_layers: Sequence[An
     else:
         with lora.short_forward(lora_layers), cpu.attention_kernel(input_ids):
             yield
-
-
-@contextmanager
-def as_in_training(model: nn.Module) -> Iterator[None]:
-    """`model` in train mode, since the kernels of a forward pass depend on it (`quantization.unpack_4bit_weights`)."""
-    was_training = model.training
-    model.train()
-    try:
-        yield
-    finally:
-        model.train(was_training)

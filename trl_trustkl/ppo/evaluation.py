@@ -15,7 +15,7 @@ from datasets import Dataset
 from ..errors import ConfigError, RewardError, unknown_name
 from ..masking import masked_sum
 from ..parallel.processes import Processes
-from ..policy.split_lm import as_in_training
+from ..policy.probes import as_in_training
 from ..rollout.prompts import Collator, prepare_datasets, prompt_texts
 from ..rollout.sampling import ends_with_stop
 from ..run.failure_handling import raised_on_all

@@ -9,7 +9,7 @@ from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..errors import ConfigError, ModelError
-from ..policy import loading
+from ..policy import loading, probes
 from ..policy.reference import Reference, build_reference
 from ..policy.value_head import PolicyAndValue
 from ..rollout import sampling
@@ -61,7 +61,9 @@ def prepare(
     if reward_model is not None and reward_funcs is not None:
         raise ConfigError("`reward_model` and `reward_funcs` were both given; put the model into `reward_funcs`.")
     set_seed(args.seed)  # adapters and value heads are initialised randomly
-    policy, tokenizer = loading.load_policy(model, tokenizer, args, peft_config)
+    policy, tokenizer = loading.load_policy(model, tokenizer, args)
+    start = None if peft_config is None else probes.logits(policy)
+    policy = loading.prepare_policy(policy, peft_config, args)
     if hasattr(policy, "add_model_tags"):
         policy.add_model_tags(tags)
     init_kwargs = args.arguments("model_init_kwargs")
@@ -74,7 +76,7 @@ def prepare(
     if isinstance(ref_model, str):
         ref_model = loading.load_causal_lm(ref_model, init_kwargs)
     reference = build_reference(
-        policy, trained.split_lm, ref_model, ref_adapter_name=args.ref_adapter_name, new_adapter=peft_config is not None
+        policy, trained.split_lm, ref_model, ref_adapter_name=args.ref_adapter_name, start=start
     )
     limits = token_limits(policy, {"ref_model": reference.model, "value_model": value, **token_readers(funcs)})
     train, evaluation = prepare_datasets(train, evaluation, tokenizer, limits, args)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import TrainerState
 
 from ..advantages import value_positions
+from ..errors import ModelError
+from ..masking import masked_mean
 from ..parallel.processes import Processes
 from ..policy.forward import ForwardPass
 from ..policy.micro_batches import longest_first, micro_batch
@@ -21,6 +23,9 @@ from ..run.failure_handling import FailureHandling
 from ..types import MicroBatch, PolicySnapshot, Rollout, Scored, UpdateContext
 from .config import TrustKLPPOConfig
 from .models import Models
+
+LARGEST_KL_AT_THE_START = 0.01
+"""In nats per token: rounding in bf16 stays below it, where an adapter is disabled instead of a model copied."""
 
 _TOKEN_COLUMNS = ("logp", "ref_logp", "ref_kl", "entropy")
 
@@ -40,6 +45,7 @@ class Scoring:
     scorer: Scorer
     failures: FailureHandling
     micro_batch_size: int
+    _checked_start: bool = field(default=False, init=False)
 
     def score(self, rollout: Rollout, context: UpdateContext, state: TrainerState) -> Scored:
         """The scored rollout; `state` is passed to the reward functions."""
@@ -59,6 +65,10 @@ class Scoring:
             for name, column in columns.items():
                 column[micro.rows, : micro.response_ids.shape[1]] = getattr(out, name).float()
             values[micro.rows, : out.values.shape[1]] = out.values.float()
+        if context.training and not self._checked_start:
+            self._checked_start = True
+            if context.update == 0 and self.models.reference.is_start:
+                self._check_start(columns["ref_kl"], rollout.response_mask)
         completions, scores = self._scores(rollout, context, state)
         mask = rollout.response_mask & ~scores.isnan().unsqueeze(-1)
         value_mask = value_positions(mask, self.args.score_position)
@@ -74,6 +84,16 @@ class Scoring:
             ref_snapshots=ref_snapshots if self.args.anchor_in_loss and self.args.exact_anchor else None,
             **columns,
         )
+
+    def _check_start(self, ref_kl: Tensor, mask: Tensor) -> None:
+        """Raise ModelError on all processes if the policy is not its reference before the first step."""
+        kl = float(masked_mean(ref_kl, mask))
+        if self.processes.any(kl > LARGEST_KL_AT_THE_START):  # one that is not finite is a rejected update
+            raise ModelError(
+                f"before the first step the KL to the reference is {kl:.3g} nats per token; it must be 0, because the "
+                "reference is the policy as the trainer got it. Either the policy was changed after the trainer was built, or "
+                "`model` or `peft_config` computes something else in each pass. Another reference is passed as `ref_model`."
+            )
 
     def _micro_batches(self, rollout: Rollout, update: int) -> list[MicroBatch]:
         """Micro-batches, each trimmed to its longest row.

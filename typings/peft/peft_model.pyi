@@ -12,6 +12,10 @@ class PeftModel(nn.Module):
     __getattr__: Callable[..., Any]
     peft_config: dict[str, PeftConfig]
     active_adapter: str
+    @classmethod
+    def from_pretrained(
+        cls, model: nn.Module, model_id: str, *, is_trainable: bool = ..., **kwargs: Any
+    ) -> PeftModel: ...
     @property
     def active_peft_config(self) -> PeftConfig: ...
     def get_base_model(self) -> PreTrainedModel: ...
