@@ -172,6 +172,27 @@ class AdaptiveKL(_CoefController):
         error = _clamp(kl / self.target - 1, -self.clip, self.clip)
         return coef * (1 + error * episodes / self.horizon)
 
+    def largest_change(self, episodes: float) -> float:
+        """The largest relative change of β by one update of `episodes` responses. From 1 on it could take β to 0."""
+        return self.clip * episodes / self.horizon
+
+    def horizon_warning(self, episodes: float, updates: int) -> str | None:
+        """Why the horizon does not suit a run of `updates` updates of `episodes` responses each; None if it does."""
+        change, total = self.largest_change(episodes), self.largest_change(episodes * updates)
+        sizes = f"horizon={self.horizon:g} with clip={self.clip:g}"
+        if change > 0.5:
+            return (
+                f"{sizes} lets one update of {episodes:g} responses change the coefficient by up to {change:.0%} "
+                f"({self.clip:g} × {episodes:g} / {self.horizon:g}), so that it may oscillate; a horizon of {2 * episodes:g} "
+                f"limits this to {self.clip / 2:.0%}."
+            )
+        if total < 0.1:
+            return (
+                f"{sizes} lets the {updates} updates of this run, of {episodes:g} responses each, change the coefficient by "
+                f"{total:.1%} at most: the target has hardly any effect. A few hundred suit a short run."
+            )
+        return None
+
 
 @dataclass(frozen=True)
 class ThresholdKL(_CoefController):

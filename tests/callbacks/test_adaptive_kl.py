@@ -98,6 +98,21 @@ def test_episodes_are_those_of_an_update(kind, tmp_path):
         assert after == pytest.approx(coef * (1 + error * 8 / 40), rel=1e-12)  # 4 × 2 responses a step
 
 
+def test_a_horizon_that_does_not_suit_the_run_is_rejected_or_named(tmp_path, caplog):
+    """With 8 responses a step, of which a clip of 0.5 takes half in one update at a horizon of 8."""
+    with pytest.raises(ConfigError, match="`horizon` got 4; it must be above 4, clip × responses of a step = 0.5 × 8"):
+        controlled("grpo", tmp_path, AdaptiveKL(coef=0.1, target=TARGET, horizon=4, clip=0.5)).train()
+    for horizon, said in (
+        (6, "by up to 67%"),
+        (40, None),
+        (1000, "5 updates of this run, of 8 responses each, change"),
+    ):
+        caplog.clear()
+        controlled("grpo", tmp_path, AdaptiveKL(coef=0.1, target=TARGET, horizon=horizon, clip=0.5)).train()
+        messages = [each.getMessage() for each in caplog.records if "AdaptiveKLCallback: horizon" in each.getMessage()]
+        assert len(messages) == (said is not None) and all(said in message for message in messages)
+
+
 @KINDS
 def test_a_kl_below_zero_counts_as_zero(kind, tmp_path):
     recorder = Recorder()

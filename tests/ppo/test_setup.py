@@ -40,6 +40,24 @@ def test_a_horizon_is_checked_against_the_responses_of_all_processes(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"kl_horizon": 3}, "one update of 8 responses change the coefficient by up to 53% (0.2 × 8 / 3)"),
+        ({"kl_horizon": 4}, None),
+        ({"max_steps": 30}, "the 30 updates of this run, of 8 responses each, change the coefficient by 0.5% at most"),
+        ({"kl_horizon": 480, "max_steps": 30}, None),
+        ({"kl_controller": "pid"}, None),
+    ],
+)
+def test_a_horizon_that_does_not_suit_the_run_is_named(tmp_path, caplog, changes, said):
+    args = tiny.config(tmp_path, **{"kl_controller": "adaptive", "kl_target": 1.0, "max_steps": 30} | changes)
+    setup.warn_of_horizons(args, setup.set_batch_sizes(args, rows=21, processes=1))
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == (said is not None)
+    assert said is None or (messages[0].startswith("kl_controller='adaptive': horizon=") and said in messages[0])
+
+
+@pytest.mark.parametrize(
     ("estimator", "placement", "kind"),
     [("k3", "reward", "biased"), ("exact", "loss", "partial"), ("k1", "reward", None), ("exact", "both", None)],
 )

@@ -25,6 +25,7 @@ def args_of(config: Any = GRPOConfig, **changes: Any) -> Any:
         ({}, "ppo", 0.2, 0.2),
         ({"epsilon_high": 0.28, "loss_type": "dr_grpo"}, "ppo", 0.2, 0.28),
         ({"importance_sampling_level": "sequence"}, "gspo", 0.2, 0.2),
+        ({"delta": 4.0}, "dual", 0.2, 0.2),
         ({"loss_type": "cispo", "epsilon_high": 5.0}, "cispo", math.nan, 4.0),
         ({"loss_type": "sapo"}, "sapo", math.nan, math.nan),
     ],
@@ -63,7 +64,9 @@ def test_kinds_and_episodes():
         RLOOConfig, per_device_train_batch_size=8, gradient_accumulation_steps=3, num_iterations=2, num_generations=2
     )
     assert kind_of(args) == "rloo" and kind_of(args_of()) == "grpo" and kind_of(object()) is None
-    assert [episodes_seen(args, step) for step in (0, 1, 2)] == [0, 12, 24]
+    assert [episodes_seen(args, step) for step in range(4)] == [0, 24, 24, 48]
+    longer = args_of(RLOOConfig, per_device_train_batch_size=8, steps_per_generation=4, num_generations=2)
+    assert [episodes_seen(longer, step) for step in (0, 1, 4, 5)] == [0, 32, 32, 64]
     assert kind_of(tiny.config("none")) is None
 
 

@@ -71,12 +71,27 @@ def test_steps_that_reuse_a_generation_are_recorded_too(kind, tmp_path):
     trainer = controlled(kind, tmp_path, num_iterations=2, max_steps=4)
     rows = recorded(trainer)
     assert [row["score"] is None for row in rows] == [False, True, False, True]
-    assert rows[1]["length"] == rows[0]["length"] and [row["episode"] for row in rows] == [4, 8, 12, 16]
+    assert rows[1]["length"] == rows[0]["length"] and [row["episode"] for row in rows] == [8, 8, 16, 16]
     assert (rows[1]["anchor"]["kl"] is None) == (kind == "rloo"), (
         "RLOO measures the KL of a generation, GRPO that of a step"
     )
     assert all(row["anchor"]["coef"] in logged(trainer, "kl/coef") for row in rows)
     assert rows[1]["trust"]["gated"] is not None
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("settings", "updates"),
+    [({"logging_steps": 2}, [2, 4, 5]), ({"logging_steps": 5}, [5]), ({"logging_strategy": "no"}, [5])],
+)
+def test_the_last_steps_are_recorded_whatever_the_logging_steps(kind, settings, updates, tmp_path):
+    """Their record has the mean of their metrics, as that of a run which logs each step."""
+    each = recorded(trainer_of(kind, tmp_path / "each", max_steps=5, learning_rate=0.0))
+    rows = recorded(trainer_of(kind, tmp_path / "some", max_steps=5, learning_rate=0.0, **settings))
+    assert [row["update"] for row in rows] == updates and rows[-1]["episode"] == each[-1]["episode"]
+    last = each[(updates[-2] if len(updates) > 1 else 0) :]
+    for key in ("score", "length"):
+        assert rows[-1][key] == pytest.approx(sum(row[key] for row in last) / len(last))
 
 
 def test_without_an_anchor(tmp_path):

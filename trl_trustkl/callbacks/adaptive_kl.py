@@ -9,9 +9,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from ..controllers import Controller, ControllerState
-from ..errors import ConfigError
-from ..trl_compat.trl_logs import COEF, KL, KL_METRIC, TARGET, Kind, episodes_seen, kind_of, writes_records
+from ..controllers import AdaptiveKL, Controller, ControllerState
+from ..errors import ConfigError, out_of_range
+from ..trl_compat.trl_logs import COEF, KL, KL_METRIC, TARGET, Kind, kind_of, responses_per_step, writes_records
 from ..trl_compat.trl_trainers import TRLTrainer
 
 logger = logging.get_logger(__name__)
@@ -83,10 +83,23 @@ class AdaptiveKLCallback(TrainerCallback):
         # A state that was loaded, or made before this callback was added, may lack the entry that saving expects.
         self._restore(state.stateful_callbacks.setdefault(AdaptiveKLState.__name__, AdaptiveKLState().state()), state)
         self._apply()
+        self._check_horizon(state.max_steps)
         if self.kind == "ppo":
             # To the front, because `on_log` has to add its values before the trackers read the logs.
             callbacks.remove(self)
             callbacks.insert(0, self)
+
+    def _check_horizon(self, steps: int) -> None:
+        controller: object = self.controller
+        if not isinstance(controller, AdaptiveKL):
+            return
+        responses = responses_per_step(self.trainer.args)
+        if controller.largest_change(responses) >= 1:
+            clip, shortest = controller.clip, controller.clip * responses
+            valid = f"above {shortest:g}, clip × responses of a step = {clip:g} × {responses:g}"
+            raise out_of_range("horizon", controller.horizon, valid)
+        if (warning := controller.horizon_warning(responses, steps)) is not None:
+            logger.warning(f"AdaptiveKLCallback: {warning}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.kind == "ppo":
@@ -126,7 +139,8 @@ class AdaptiveKLCallback(TrainerCallback):
         if target is not None:
             logged[TARGET] = float(target)
         if math.isfinite(kl):
-            episodes = episodes_seen(self.trainer.args, step) - episodes_seen(self.trainer.args, self.step)
+            each = responses_per_step(self.trainer.args)
+            episodes = math.floor(step * each) - math.floor(self.step * each)
             self.state = self.controller.update(self.state, kl=max(0.0, kl), episodes=episodes)
             self.step = step
             self._apply()

@@ -27,7 +27,7 @@ from .evaluation import Evaluator
 from .models import Models
 from .optimise import Optimisation, adopt
 from .scoring import Scoring
-from .setup import set_batch_sizes, warn_of_gradient
+from .setup import set_batch_sizes, warn_of_gradient, warn_of_horizons
 
 
 class Parts:
@@ -57,6 +57,7 @@ class Parts:
         self.models = models
         self.processes = processes = Processes(accelerator)
         self.sizes = set_batch_sizes(args, rows=len(models.train), processes=processes.count)
+        warn_of_horizons(args, self.sizes)
         for model in (models.reference.model, *(getattr(func, "model", None) for func in models.reward_funcs)):
             if model is not None and not is_quantized(model):  # a quantized model is on its device already
                 model.to(processes.device)

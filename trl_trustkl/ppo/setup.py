@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from transformers.utils import logging
 
+from ..controllers import AdaptiveKL
 from ..divergences import gradient_kind
 from ..records import BoundRecord
 from .config import TrustKLPPOConfig
@@ -58,6 +59,15 @@ def warn_of_gradient(args: TrustKLPPOConfig) -> None:
             f"{_GRADIENT_WARNINGS[kind]}. kl_estimator='k1' with kl_placement='reward', and 'exact' with 'both', have the "
             "gradient of the KL divergence. The record's anchor/gradient says which kind a run used."
         )
+
+
+def warn_of_horizons(args: TrustKLPPOConfig, sizes: BatchSizes) -> None:
+    """Warn about an adaptive controller whose horizon is too short or too long for the run."""
+    for name, controller in (("kl", args.build_kl_controller()), ("trust", args.build_trust_controller())):
+        adaptive = isinstance(controller, AdaptiveKL)
+        warning = controller.horizon_warning(sizes.batch, sizes.updates) if adaptive else None
+        if warning is not None:
+            logger.warning(f"{name}_controller='adaptive': {warning}")
 
 
 def warn_of_sampler(record: BoundRecord, args: TrustKLPPOConfig) -> bool:

@@ -54,22 +54,36 @@ def kind_of(args: Any) -> Kind | None:
     return next((kind for kind, config in kinds.items() if isinstance(args, config)), None)
 
 
-def episodes_seen(args: TRLConfig, step: int) -> int:
-    """Responses sampled up to optimizer step `step` (of PPO: update); one that is used repeatedly counts once."""
+def responses_per_step(args: TRLConfig) -> float:
+    """Responses sampled for one optimizer step (of PPO: update), on average: `num_iterations` steps share them."""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return step * batch // getattr(args, "num_iterations", 1)
+    return batch / getattr(args, "num_iterations", 1)
+
+
+def episodes_seen(args: TRLConfig, step: int) -> int:
+    """Responses sampled by optimizer step `step` (of PPO: update); one that is used repeatedly counts once.
+
+    GRPO and RLOO sample a generation batch for `steps_per_generation` micro-batches, and use it `num_iterations` times.
+    """
+    accumulated = args.gradient_accumulation_steps
+    generation = getattr(args, "steps_per_generation", None) or accumulated
+    generations = math.ceil(step * accumulated / (generation * getattr(args, "num_iterations", 1)))
+    return generations * generation * args.per_device_train_batch_size * args.world_size
 
 
 def record_of(args: Any, state: TrainerState, logs: Mapping[str, Any]) -> BoundRecord | None:
     """The record of what a trainer of TRL has logged, or None where `logs` is not of training or not of such a trainer.
 
-    A record covers what one log covers: an update with `logging_steps=1`. GRPO and RLOO log nats per token; KL and target
-    are multiplied by the mean length, so that they are nats per response as in every record. `trust.gated` is the share of
-    tokens (RLOO: of responses) that the clip left without a gradient, not weighted by the advantage. `binding` is the
-    largest of the known shares, or "unknown" if all known shares are below 1 % and at least one share is unknown.
+    A record covers what one log covers: an update with `logging_steps=1`. If `logging_steps` does not divide the number of
+    steps, the log that ends the run covers the last ones, without learning rate and gradient norm.
+
+    GRPO and RLOO log nats per token; KL and target are multiplied by the mean length, so that they are nats per response as
+    in every record. `trust.gated` is the share of tokens (RLOO: of responses) that the clip left without a gradient, not
+    weighted by the advantage. `binding` is the largest of the known shares, or "unknown" if all known shares are below
+    1 % and at least one share is unknown.
     """
     kind = kind_of(args)
-    if kind is None or _TRAINING[kind] not in logs:
+    if kind is None or not (_TRAINING[kind] in logs or _of_last_steps(kind, logs)):
         return None
     ppo = kind == "ppo"
     score, step_time = _known(logs, "objective/scores" if ppo else "reward"), _known(logs, "step_time")
@@ -95,6 +109,15 @@ def record_of(args: Any, state: TrainerState, logs: Mapping[str, Any]) -> BoundR
         seconds={} if math.isnan(step_time) else {"total": step_time},
         anchor=anchor, trust=trust, value=value, gradient=gradient, sampler=SamplerRecord(kl=None), binding=binding,
     )  # fmt: skip
+
+
+def _of_last_steps(kind: Kind, logs: Mapping[str, Any]) -> bool:
+    """Whether the log that ends a run of GRPO or RLOO has the metrics of steps since the last log of training."""
+    return (
+        kind != "ppo"
+        and "train_runtime" in logs
+        and any(key.startswith(("clip_ratio", "completions/")) for key in logs)
+    )
 
 
 def _known(logs: Mapping[str, Any], key: str) -> float:
@@ -149,7 +172,9 @@ def _clip(kind: Kind, args: TRLConfig) -> tuple[str, float, float]:
     loss = args.loss_type if kind == "grpo" else "grpo"
     if loss in _CLIPS:
         sequences = kind == "grpo" and args.importance_sampling_level == "sequence"
-        return "gspo" if sequences else "ppo", args.epsilon, high
+        # GRPO's `delta` caps the ratio of tokens with a negative advantage, as dual-clip PPO does.
+        token_rule = "ppo" if getattr(args, "delta", None) is None else "dual"
+        return "gspo" if sequences else token_rule, args.epsilon, high
     # CISPO's epsilon_high is the largest weight itself, not its distance from 1.
     return loss, math.nan, high - 1.0 if loss == "cispo" else math.nan
 
