@@ -35,6 +35,7 @@ DESIGN_FIELDS: dict[str, Any] = {
     "kl_horizon": 10_000,
     "clip_rule": "ppo",
     "clip_kwargs": None,
+    "loss_aggregation": None,
     "cliprange_high": None,
     "clip_value": True,
     "trust_coef": 0.0,

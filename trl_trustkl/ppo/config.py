@@ -27,7 +27,7 @@ from ..rollout.generation_options import check_generation_kwargs
 from ..surrogates import SURROGATES, WITHOUT_RANGE, ClipRuleName, build_surrogate
 from ..trl_compat import ppo_base
 from ..trl_compat.version import PPOConfig
-from .losses import Penalties
+from .losses import Aggregation, Penalties
 from .unsupported import reject_unsupported
 
 logger = logging.get_logger(__name__)
@@ -85,6 +85,10 @@ class TrustKLPPOConfig(PPOConfig):
     clip_rule: ClipRuleName = _trust(
         "ppo", "Rule that clips the policy's update; 'none' for no clipping.", off='"none"', names=SURROGATES)
     clip_kwargs: dict | str | None = _trust(None, "Its arguments, as a dict or JSON.")
+    loss_aggregation: Aggregation | None = _trust(
+        None, "How the loss is averaged: 'token_mean' over all tokens; 'sequence_mean' over the tokens of each response, then "
+        "over responses; 'sequence_sum' as that, with the sum over a response divided by response_length. None: "
+        "'sequence_mean' for gspo and gmpo, as in their papers, else 'token_mean'.")
     cliprange: float = _trust(
         *_trl("cliprange"), unit="1", off='clip_rule="none"', range=Range("in (0, 1)", lambda x: 0 < x < 1),
         fix="Use clip_rule='none' to turn clipping off.")
@@ -266,6 +270,11 @@ class TrustKLPPOConfig(PPOConfig):
     def anchor_in_loss(self) -> bool:
         return self.anchored and self.kl_placement != "reward"
 
+    @property
+    def aggregation(self) -> Aggregation:
+        """`loss_aggregation`, with the default of the clip rule."""
+        return self.loss_aggregation or ("sequence_mean" if self.clip_rule in ("gspo", "gmpo") else "token_mean")
+
     def build_surrogate(self):
         return build_surrogate(self.clip_rule, low=self.low, high=self.high, kwargs=self.arguments("clip_kwargs"))
 
@@ -324,7 +333,7 @@ class TrustKLPPOConfig(PPOConfig):
         """ConfigError if one update of `episodes` responses could change the sign of an adaptive coefficient."""
         for prefix in ("kl", "trust"):
             controller = self._controller(prefix)
-            if not isinstance(controller, AdaptiveKL) or controller.horizon > controller.clip * episodes:
+            if not isinstance(controller, AdaptiveKL) or controller.largest_change(episodes) < 1:
                 continue
             plain = prefix == "kl" and "horizon" not in (self.kl_controller_kwargs or {})
             raise out_of_range(

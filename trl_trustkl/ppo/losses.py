@@ -1,15 +1,15 @@
 """The loss of one micro-batch, and the sums from which its statistics are computed.
 
-The loss of a mini-batch is a mean over its tokens in all micro-batches and processes. Each micro-batch adds its sum divided
-by the mini-batch's count, so that the result does not depend on the split. Statistics are summed likewise, and divided at
-the end.
+The loss of a mini-batch is a mean over its tokens, or over its responses, in all micro-batches and processes. Each micro-batch
+adds its sum divided by the mini-batch's count, so that the result does not depend on the split. Statistics are summed
+likewise, and divided at the end.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..masking import masked_sum
 from ..surrogates import Surrogate
 from ..types import Batch, EpochStats, MicroBatch, TokenOutputs
 
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
 Rule = Callable[..., Surrogate]
 Estimator = Callable[[Tensor, Tensor], Tensor]
 
@@ -54,16 +55,35 @@ class LossSums(NamedTuple):
     ratio: Tensor
     squared_ratio: Tensor
     tokens: Tensor
+    terms: Tensor
     value_loss: Tensor
     value_gated: Tensor
     positions: Tensor
 
 
 class LossScale(NamedTuple):
-    """Tokens and value positions of a mini-batch in all processes, by which its sums are divided."""
+    """The counts of a mini-batch in all processes by which its sums are divided: terms of the policy's loss (tokens, or
+    responses; see `token_weights`) and value positions."""
 
-    tokens: float
+    terms: float
     positions: float
+
+
+def token_weights(
+    mask: Tensor, aggregation: Aggregation, length: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """The weights [b, t] of the tokens in a loss, and the number of terms that the weighted sum is divided by.
+
+    token_mean: the mean over all tokens. sequence_mean: the mean over the tokens of each response, then over the responses
+    (GSPO, arXiv 2507.18071; GMPO, arXiv 2507.20673; GRPO, arXiv 2402.03300). sequence_sum: the sum over the tokens of each
+    response, divided by the constant `length`, then the mean over the responses (Dr. GRPO, arXiv 2503.20783). A response
+    without a token that counts is no term.
+    """
+    weights = mask.to(dtype)
+    if aggregation == "token_mean":
+        return weights, mask.sum()
+    lengths = mask.sum(1, keepdim=True).clamp(min=1) if aggregation == "sequence_mean" else length
+    return weights / lengths, mask.any(1).sum()
 
 
 def micro_loss(
@@ -73,37 +93,41 @@ def micro_loss(
     scale: LossScale,
     *,
     rule: Rule,
+    aggregation: Aggregation = "token_mean",
+    length: int = 1,
     vf_coef: float,
     value_range: float | None,
     penalties: Penalties,
 ) -> tuple[Tensor, LossSums]:
-    """The micro-batch's share of the mini-batch's loss, and its sums. The value is not clipped where `value_range` is None."""
-    length = out.logp.shape[1]
-    old_logp = batch.scored.logp[micro.rows, :length]
-    advantages = batch.advantages[micro.rows, :length]
-    mask = batch.scored.loss_mask[micro.rows, :length]
+    """The micro-batch's share of the mini-batch's loss, and its sums. The value is not clipped where `value_range` is None.
+    `aggregation` and `length` are those of `token_weights`."""
+    columns = out.logp.shape[1]
+    old_logp = batch.scored.logp[micro.rows, :columns]
+    advantages = batch.advantages[micro.rows, :columns]
+    mask = batch.scored.loss_mask[micro.rows, :columns]
+    weights, terms = token_weights(mask, aggregation, length, out.logp.dtype)
     log_ratio = out.logp - old_logp
     surrogate = rule(log_ratio, advantages, mask, old_logp=old_logp)
-    policy = -masked_sum(surrogate.objective, mask)
-    penalty = kl_terms(out, old_logp, batch.scored.ref_logp[micro.rows, :length], mask, penalties)
+    policy = -masked_sum(surrogate.objective * weights, mask)
+    penalty = kl_terms(out, old_logp, batch.scored.ref_logp[micro.rows, :columns], weights, penalties)
 
-    width = min(length + 1, batch.returns.shape[1])
+    width = min(columns + 1, batch.returns.shape[1])
     returns = batch.returns[micro.rows, :width]
     old_values = batch.scored.values[micro.rows, :width]
     value_mask = batch.scored.value_mask[micro.rows, :width]
     squared, clipped = value_loss(out.values[:, :width], old_values, returns, value_range)
     value = 0.5 * masked_sum(squared, value_mask)
 
-    loss = (policy + penalty) / max(scale.tokens, 1.0) + vf_coef * value / max(scale.positions, 1.0)
+    loss = (policy + penalty) / max(scale.terms, 1.0) + vf_coef * value / max(scale.positions, 1.0)
     gated = surrogate.gated
     with torch.no_grad():
         ratio = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
-        weight = ratio * advantages.abs()
+        weight = weights * ratio * advantages.abs()
         sums = LossSums(
             policy_loss=policy.detach(),
             weight=masked_sum(weight, mask),
             # λ·|w − 1| is the penalty's gradient with respect to the log-ratio, where w·A is the surrogate's.
-            pull=penalties.trust_coef * masked_sum((ratio - 1).abs(), mask),
+            pull=penalties.trust_coef * masked_sum(weights * (ratio - 1).abs(), mask),
             gated=masked_sum(gated * weight, mask),
             gated_low=masked_sum(gated * weight, mask & (log_ratio < 0)),
             gated_high=masked_sum(gated * weight, mask & (log_ratio > 0)),
@@ -112,6 +136,7 @@ def micro_loss(
             ratio=masked_sum(ratio, mask),
             squared_ratio=masked_sum(ratio**2, mask),
             tokens=mask.sum(),
+            terms=terms,
             value_loss=value.detach(),
             value_gated=masked_sum(clipped.float(), value_mask),
             positions=value_mask.sum(),
@@ -119,8 +144,8 @@ def micro_loss(
     return loss, sums
 
 
-def kl_terms(out: TokenOutputs, old_logp: Tensor, ref_logp: Tensor, mask: Tensor, penalties: Penalties) -> Tensor:
-    """The KL terms of the loss, summed over the micro-batch's tokens."""
+def kl_terms(out: TokenOutputs, old_logp: Tensor, ref_logp: Tensor, weights: Tensor, penalties: Penalties) -> Tensor:
+    """The KL terms of the loss, summed with the `weights` of the tokens, 0 for one that does not count."""
     total = out.logp.new_zeros(())
     if penalties.anchor_coef:
         estimator = penalties.anchor_estimator
@@ -128,12 +153,12 @@ def kl_terms(out: TokenOutputs, old_logp: Tensor, ref_logp: Tensor, mask: Tensor
         assert anchor is not None  # the forward pass computed it
         if penalties.anchor_offpolicy:
             anchor = anchor * (out.logp - old_logp).detach().clamp(max=LARGEST_LOG_RATIO).exp()
-        total = total + penalties.anchor_coef * masked_sum(anchor, mask)
+        total = total + penalties.anchor_coef * masked_sum(anchor * weights, weights > 0)
     if penalties.trust_coef:
         estimator = penalties.trust_estimator
         trust = out.old_kl if estimator is None else estimator(old_logp, out.logp)
         assert trust is not None  # the forward pass computed it
-        total = total + penalties.trust_coef * masked_sum(trust, mask)
+        total = total + penalties.trust_coef * masked_sum(trust * weights, weights > 0)
     return total
 
 
@@ -156,7 +181,7 @@ def epoch_stats(total: Tensor) -> EpochStats:
 
     ratio = share(s["ratio"], s["tokens"])
     return EpochStats(
-        policy_loss=share(s["policy_loss"], s["tokens"]),
+        policy_loss=share(s["policy_loss"], s["terms"]),
         value_loss=share(s["value_loss"], s["positions"]),
         gated=share(s["gated"], s["weight"]),
         gated_low=share(s["gated_low"], s["weight"]),

@@ -20,7 +20,7 @@ from ..run.failure_handling import reject
 from ..trust.snapshot import UpdateSnapshot
 from ..types import Batch, PolicySnapshot, TokenOutputs, UpdateStats
 from .config import TrustKLPPOConfig
-from .losses import LossScale, LossSums, Penalties, Rule, epoch_stats, micro_loss
+from .losses import LossScale, LossSums, Penalties, Rule, epoch_stats, micro_loss, token_weights
 
 
 class Optimisation:
@@ -135,14 +135,17 @@ class Optimisation:
         """Accumulate the mini-batch's gradient; returns its sums on this process."""
         scored, total = batch.scored, self._zero_sums()
         rows = torch.cat([scored.micro_batches[index].rows for index in mini])
-        counts = torch.stack([scored.loss_mask[rows].sum(), scored.value_mask[rows].sum()])
+        aggregation, length = self.args.aggregation, self.args.response_length
+        _, terms = token_weights(scored.loss_mask[rows], aggregation, length)
+        counts = torch.stack([terms, scored.value_mask[rows].sum()])
         scale = LossScale(*self.processes.sum(counts.double()).tolist())
         for index in mini:
             # Gradients are synchronised in the backward pass of the last micro-batch.
             with nullcontext() if index == mini[-1] else self.accelerator.no_sync(self.model):
                 loss, sums = micro_loss(
                     self._forward(batch, index, penalties), scored.micro_batches[index], batch, scale, rule=rule,
-                    vf_coef=self.args.vf_coef, value_range=self.args.value_range, penalties=penalties,
+                    aggregation=aggregation, length=length, vf_coef=self.args.vf_coef,
+                    value_range=self.args.value_range, penalties=penalties,
                 )  # fmt: skip
                 # Gradients are averaged over processes; the loss is already divided by the count of all of them.
                 self.accelerator.backward(loss * self.processes.count)
