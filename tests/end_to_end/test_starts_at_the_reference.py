@@ -131,8 +131,9 @@ def test_an_adapter_that_changes_the_model_is_an_error_without_a_reference(tmp_p
     assert load_records(tmp_path)[0]["anchor"]["kl_exact"] > 0.01
 
 
-def test_a_base_model_that_cannot_be_had_back_is_an_error(tmp_path, monkeypatch):
-    """As LoftQ's, which rounds the base model: neither with the adapter nor without it is the policy the model."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_base_model_that_cannot_be_had_back_is_an_error(tmp_path, monkeypatch, dtype):
+    """As LoftQ's, or PiSSA's in bf16, which round it: neither with the adapter nor without it is the policy the model."""
 
     def rounded(model: Any, config: Any) -> Any:
         with torch.no_grad():
@@ -141,8 +142,11 @@ def test_a_base_model_that_cannot_be_had_back_is_an_error(tmp_path, monkeypatch)
         return get_peft_model(model, config)
 
     monkeypatch.setattr(loading, "get_peft_model", rounded)
-    with pytest.raises(ModelError, match="is a LoraConfig whose new adapter changes the model before the first step"):
-        tiny.trainer(tmp_path)
+    with pytest.raises(
+        ModelError, match="is a LoraConfig whose new adapter changes the model before the first"
+    ) as error:
+        tiny.trainer(tmp_path, tiny.llama().to(dtype))
+    assert ("load it in float32" in str(error.value)) == (dtype is torch.bfloat16)
 
 
 def test_a_policy_that_is_changed_before_the_first_step_is_an_error(tmp_path):
