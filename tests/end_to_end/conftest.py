@@ -37,6 +37,7 @@ def ours(tmp_path):
         trainer.script = script
         if adapter:
             stock_ppo.fill_adapter(trainer.model.policy)
+            trainer.reference.is_start = False  # as with TRL's trainer, the policy starts away from its reference
         return stock_ppo.run(trainer)
 
     return go
