@@ -20,9 +20,9 @@ def test_a_file_is_replaced_completely_or_not_at_all(tmp_path: Path, durable: bo
         raise KeyboardInterrupt
     assert path.read_bytes() == "π".encode() and os.listdir(tmp_path) == ["page.html"]
     with replacing(path, durable=durable) as file:
-        file.write(b"whole")
+        file.write(b"complete")
         assert path.read_bytes() == "π".encode()
-    assert path.read_bytes() == b"whole" and os.listdir(tmp_path) == ["page.html"]
+    assert path.read_bytes() == b"complete" and os.listdir(tmp_path) == ["page.html"]
 
 
 @pytest.mark.parametrize("durable", [False, True])

@@ -179,7 +179,7 @@ def advantages_by_hand(
     args, scores, coef = t.args, t.batch.scored.scores.double(), t.batch.anchor.coef
     linear = t.old.value.linear
     counted = [i for i in range(len(responses)) if not scores[i].isnan()]
-    whole: dict[int, Tensor] = {}
+    complete: dict[int, Tensor] = {}
     pull: dict[int, Tensor] = {}
     errors, returns = [], []
     for i in counted:
@@ -200,12 +200,12 @@ def advantages_by_hand(
         part = torch.stack([sum(decay ** (k - s) * paid[k] for k in range(s, steps)) for s in range(steps)])
         returns.append(total + value[:-1])
         errors.append(total)
-        whole[i], pull[i] = total[:length], part[:length]
+        complete[i], pull[i] = total[:length], part[:length]
     means = [
         torch.stack([p[s] for p in pull.values() if len(p) > s]).mean() for s in range(max(map(len, pull.values())))
     ]
     anchor = torch.cat([p - torch.stack(means[: len(p)]) for p in pull.values()])
-    everything = torch.cat([*whole.values()])
+    everything = torch.cat([*complete.values()])
     both = anchor.abs().sum() + (everything - anchor).abs().sum()
     share = None if args.kl_placement == "loss" else anchor.abs().sum() / both
     explained = 1 - torch.cat(errors).var() / torch.cat(returns).var()
@@ -213,7 +213,7 @@ def advantages_by_hand(
     if not args.whiten_advantages:
         mean, spread = torch.zeros(()), torch.ones(())
     return (
-        [(whole[i] - mean) / spread if i in whole else torch.zeros(0) for i in range(len(responses))],
+        [(complete[i] - mean) / spread if i in complete else torch.zeros(0) for i in range(len(responses))],
         explained,
         share,
         float(1 / spread),

@@ -119,14 +119,14 @@ def test_a_kl_below_zero_by_rounding_counts_as_zero(tmp_path):
 
 @pytest.mark.parametrize("changes", [MOVING, SCHEDULE, {}])
 def test_the_states_come_back_from_a_file(changes, tmp_path):
-    whole, resumed = (coefficients(tmp_path, **changes) for _ in range(2))
+    complete, resumed = (coefficients(tmp_path, **changes) for _ in range(2))
     for kl in (5.0, 0.3, 7.0):
-        whole.update(record(kl, kl / 100), EPISODES)
-    resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())) | {"of another part": 1})
-    assert three(resumed) == three(whole) and resumed.state_dict() == whole.state_dict()
+        complete.update(record(kl, kl / 100), EPISODES)
+    resumed.load_state_dict(json.loads(json.dumps(complete.state_dict())) | {"of another part": 1})
+    assert three(resumed) == three(complete) and resumed.state_dict() == complete.state_dict()
     for kl in (1.0, 9.0):
-        for each in (whole, resumed):
+        for each in (complete, resumed):
             each.update(record(kl, kl / 100), EPISODES)
-    assert three(resumed) == three(whole) and resumed.state_dict() == whole.state_dict()
+    assert three(resumed) == three(complete) and resumed.state_dict() == complete.state_dict()
     if changes:
-        assert three(whole) != three(coefficients(tmp_path, **changes))
+        assert three(complete) != three(coefficients(tmp_path, **changes))

@@ -41,12 +41,12 @@ def test_every_mini_batch_of_every_epoch_makes_one_optimizer_step(
 def test_micro_batches_change_the_memory_and_not_the_step(tmp_path):
     one_step = {"num_ppo_epochs": 1, "num_mini_batches": 1, "max_steps": 1, "optim": "sgd", "learning_rate": 0.1}
     undivided = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-    split, whole = (
+    split, complete = (
         trained_weights(run(tmp_path / name, changes=one_step | changes, script=[ENDED, CUT])[0].model)
-        for name, changes in (("split", {}), ("whole", undivided))
+        for name, changes in (("split", {}), ("complete", undivided))
     )
     for name, weight in split.items():
-        torch.testing.assert_close(weight, whole[name], rtol=0, atol=1e-5)
+        torch.testing.assert_close(weight, complete[name], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("limit", [0.05, 0.0, None, 1e9])

@@ -148,8 +148,8 @@ def test_a_token_that_a_reward_model_does_not_know_is_named():
 
 def test_conversations_are_read_through_the_template_or_line_by_line():
     assert as_text("w1 ", "w2", tiny.tokenizer()) == "w1 w2"
-    whole = as_text(CHAT, ANSWER, tiny.tokenizer())
-    assert " ".join(whole.split()) == "<bos> user w1 <eos> <bos> assistant w2 <eos>"
+    complete = as_text(CHAT, ANSWER, tiny.tokenizer())
+    assert " ".join(complete.split()) == "<bos> user w1 <eos> <bos> assistant w2 <eos>"
     assert as_text(CHAT, ANSWER, tiny.tokenizer(chat=False)) == "w1\nw2"
     assert as_completion("w2", CHAT) == ANSWER and as_completion("w2", "w1") == "w2"
 
