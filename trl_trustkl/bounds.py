@@ -115,7 +115,7 @@ def _trust_record(
 # functions raise ConfigError for an argument out of its range.
 
 _RANGES = {
-    "horizon": Range("an integer of tokens >= 1", lambda x: x >= 1 and x % 1 == 0),
+    "horizon": Range("an integer >= 1", lambda x: x >= 1 and x % 1 == 0),
     "tv_max": Range("a number from 0 to 1", lambda x: 0 <= x <= 1),
     "epsilon": Range("a number in [0, 1)", lambda x: 0 <= x < 1),
     "gamma": Range("a number in [0, 1)", lambda x: 0 <= x < 1),

@@ -146,7 +146,7 @@ def test_two_bound_report_callbacks_are_rejected(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"report_every": 0}, "`report_every` got 0; it must be an integer of updates >= 1, or None"),
+        ({"report_every": 0}, "`report_every` got 0; it must be a number of updates >= 1, or None"),
         ({"report_every": True}, "`report_every` got True"),
         ({"report_every": 2.5}, "`report_every` got 2.5"),
         ({"report": "yes"}, "`report` got 'yes'; it must be True, False or None"),

@@ -132,7 +132,7 @@ def test_an_adapter_that_changes_the_model_is_an_error_without_a_reference(tmp_p
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_base_model_that_cannot_be_had_back_is_an_error(tmp_path, monkeypatch, dtype):
+def test_a_base_model_that_cannot_be_recovered_is_an_error(tmp_path, monkeypatch, dtype):
     """As LoftQ's, or PiSSA's in bf16, which round it: neither with the adapter nor without it is the policy the model."""
 
     def rounded(model: Any, config: Any) -> Any:

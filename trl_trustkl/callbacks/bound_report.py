@@ -52,7 +52,7 @@ class BoundReportCallback(TrainerCallback):
         if report_every is not None and (
             isinstance(report_every, bool) or not isinstance(report_every, int) or report_every < 1
         ):
-            raise out_of_range("report_every", report_every, "an integer of updates >= 1, or None")
+            raise out_of_range("report_every", report_every, "a number of updates >= 1, or None")
         if report_every is not None and report is False:
             raise ConfigError(
                 f"`report_every` got {report_every} with report=False, which renders no report; leave one of them None."

@@ -30,21 +30,23 @@ def load_causal_lm(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedM
     base = base_of_adapter(name, kwargs)
     if base is None:
         return AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    of_adapter = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
     of_base = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
     model = AutoModelForCausalLM.from_pretrained(base, **of_base)
-    return PeftModel.from_pretrained(model, name, is_trainable=True, **of_adapter)
-
-
-_HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
+    return PeftModel.from_pretrained(model, name, is_trainable=True, **_hub_options(kwargs))
 
 
 def base_of_adapter(name: str, init_kwargs: dict[str, Any]) -> str | None:
     """The base model that the adapter of that name was trained on; None if `name` is not that of an adapter."""
-    options = {key: init_kwargs[key] for key in _HUB_OPTIONS if key in init_kwargs}
+    options = _hub_options(init_kwargs)
     if find_adapter_config_file(name, **options) is None:
         return None
     return str(PeftConfig.from_pretrained(name, **options).base_model_name_or_path)
+
+
+def _hub_options(init_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that say where the files of an adapter are."""
+    names = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
+    return {name: init_kwargs[name] for name in names if name in init_kwargs}
 
 
 def load_tokenizer(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedTokenizerBase:
@@ -131,12 +133,11 @@ def prepare_policy(
                 "`peft_config` was given with a model that already has an adapter; leave `peft_config` out to continue "
                 "training that adapter, or merge it first with model.merge_and_unload()."
             )
+        model = get_peft_model(model, peft_config)
     elif is_quantized(model) and not isinstance(model, PeftModel):
         raise ModelError(
             "`model` is quantised and has no adapter: its weights cannot be trained; pass `peft_config=LoraConfig(...)`."
         )
-    if peft_config is not None:
-        model = get_peft_model(model, peft_config)
     if isinstance(model, PeftModel):
         if model.active_peft_config.is_prompt_learning:
             raise ModelError(
