@@ -45,13 +45,7 @@ NEUTRAL = {
     "optim": "sgd",
     "learning_rate": 0.02,
     "max_grad_norm": 0.0,
-    "bf16": False,
-    "use_cpu": True,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "disable_tqdm": True,
+    **tiny.QUIET,
     "num_sample_generations": 0,
 }
 

@@ -92,6 +92,17 @@ def gemma2(seed: int = 0) -> Gemma2ForCausalLM:
 
 FAMILIES = {"llama": llama, "gpt2": gpt2, "gemma2": gemma2}
 
+QUIET = {
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+}
+"""A run in float32 on a CPU that saves nothing, for the configuration of any trainer."""
+
 LIMIT = 0.02
 FAST = {
     "learning_rate": 5e-2,
@@ -192,13 +203,7 @@ def config(output_dir: Any, **changes: Any):
         "response_length": 6,
         "temperature": 1.0,
         "learning_rate": 1e-3,
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
+        **QUIET,
         "num_sample_generations": 0,
     }
     return TrustKLPPOConfig(**settings | changes)

@@ -60,13 +60,7 @@ def trainer_of(kind: str, folder: Any, **changes: Any) -> Any:
         "beta": 0.1,
         "learning_rate": 2e-2,
         "lr_scheduler_type": "constant",
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
+        **tiny.QUIET,
     }
     trainer, config = TRAINERS[kind]
     return trainer(
@@ -104,13 +98,7 @@ def trl_ppo(folder: Any, **changes: Any) -> Any:
         "vf_coef": 0.5,
         "optim": "sgd",
         "learning_rate": 0.02,
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
+        **tiny.QUIET,
         "num_sample_generations": 0,
     }
     policy, tokenizer = tiny.llama(), tiny.tokenizer()

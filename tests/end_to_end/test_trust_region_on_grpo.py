@@ -130,12 +130,7 @@ def grpo(folder: Any, *, lora: bool, **changes: Any) -> GRPOTrainer:
         "temperature": 0.8,
         "learning_rate": 0.1 if lora else 0.02,
         "lr_scheduler_type": "constant",
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
+        **tiny.QUIET,
     }
     return GRPOTrainer(
         model=tiny.llama(), reward_funcs=tiny.good_words, args=GRPOConfig(**settings | changes),

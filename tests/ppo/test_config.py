@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 from trl import TrlParser
 
 from tests import tiny
+from tests.cli.training import flags
 from tests.trl_fields import TRL_FIELDS, default, fields
 from trl_trustkl import TrustKLPPOConfig
 from trl_trustkl.advantages import ScorePosition
@@ -185,22 +186,14 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def as_flags(options: dict[str, Any]) -> list[str]:
-    flags = []
-    for name, value in options.items():
-        texts = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        flags += [f"--{name}", *map(str, texts)]
-    return flags
-
-
 def assert_has(config: TrustKLPPOConfig, options: dict[str, Any]) -> None:
     assert {name: getattr(config, name) for name in options} == options
 
 
 @pytest.mark.parametrize("parser", [HfArgumentParser, TrlParser])
 def test_the_command_line_sets_every_kind_of_field(tmp_path, parser):
-    flags = as_flags({"output_dir": tmp_path} | OPTIONS)
-    arguments = {"args": flags} if parser is HfArgumentParser else {"args": flags, "return_remaining_strings": False}
+    words = flags({"output_dir": tmp_path} | OPTIONS)
+    arguments = {"args": words} if parser is HfArgumentParser else {"args": words, "return_remaining_strings": False}
     if parser is HfArgumentParser:
         (config,) = parser(TrustKLPPOConfig).parse_args_into_dataclasses(**arguments)
     else:
