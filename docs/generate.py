@@ -87,6 +87,25 @@ def configuration() -> str:
     return "\n".join(f"## {title}\n\n{table(head, rows[group])}" for group, title in _SECTIONS.items())
 
 
+def trl_configuration() -> str:
+    """The fields that are added to TRL's configurations of GRPO and RLOO."""
+    from trl_trustkl.grpo.config import TrustRegionFields
+    from trl_trustkl.options import about
+
+    hints = typing.get_type_hints(TrustRegionFields)
+    rows = [
+        (
+            f"`{each.name}`",
+            _default(each),
+            about(each).unit,
+            about(each).off and f"`{about(each).off}`",
+            _meaning(each, hints[each.name]),
+        )
+        for each in dataclasses.fields(TrustRegionFields)
+    ]
+    return table(("field", "default", "unit", "off", "meaning"), rows)
+
+
 def _is_number(hint: Any) -> bool:
     return bool({int, float} & {hint, *typing.get_args(hint)})
 
@@ -284,7 +303,7 @@ def contributing() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     each.__name__: each
     for each in (
-        configuration, inherited, options, record, completions, estimators, rules,
+        configuration, trl_configuration, inherited, options, record, completions, estimators, rules,
         controllers, gradients, bounds, others, memory, commands, contributing,
     )
 }  # fmt: skip

@@ -248,6 +248,7 @@ def update(
         value_mask=value_mask,
         scores=scores,
         completions=[],
+        rewards={},
         **columns,
     )
     processes = Processes(OneProcess())

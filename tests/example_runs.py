@@ -21,12 +21,13 @@ HEALTHY: Row = {
     "refused": None, "seconds": {"generate": 3.0, "score": 2.0, "optimise": 5.0, "measure": 1.0, "total": 11.0},
     "anchor": {
         "estimator": "k1", "placement": "reward", "gradient": "exact", "coef": 0.05, "target": 6.0, "kl": 5.8,
-        "kl_exact": 6.0, "kl_stderr": 0.3, "share": 0.2,
+        "kl_exact": 6.0, "kl_stderr": 0.3, "kl_per_token": 0.29, "target_per_token": None, "share": 0.2,
     },
     "trust": {
         "rule": "ppo", "low": 0.2, "high": 0.2, "gated": 0.1, "gated_low": 0.04, "gated_high": 0.06, "coef": 0.0,
-        "epochs": 2.0, "stopped": False, "kl": 0.01, "kl_max": 0.3, "kl_proposed": 0.01, "tv": 0.05, "max_ratio": 2.0,
-        "ratio_quantiles": QUANTILES, "scale": None, "tries": 0, "limit": None, "guaranteed": None,
+        "epochs": 2.0, "stopped": False, "kl": 0.01, "kl_max": 0.3, "kl_response_max": 0.5, "kl_proposed": 0.01,
+        "tv": 0.05, "max_ratio": 2.0, "ratio_quantiles": QUANTILES, "scale": None, "tries": 0, "limit": None,
+        "guaranteed": None,
     },
     "value": {"clip": 0.2, "gated": 0.05, "explained_variance": 0.4},
     "gradient": {"norm": 0.5, "max_norm": 1.0, "scale": 1.0},
@@ -63,7 +64,8 @@ def trl_rows(count: int = 12, **changes: Any) -> list[Row]:
     unknown = {
         "anchor__kl_exact": None, "anchor__kl_stderr": None, "anchor__share": None, "anchor__estimator": "k3",
         "anchor__placement": "loss", "anchor__gradient": "partial", "trust__kl": None, "trust__kl_max": None,
-        "trust__kl_proposed": None, "trust__tv": None, "trust__max_ratio": None, "trust__ratio_quantiles": {},
+        "trust__kl_response_max": None, "trust__kl_proposed": None, "trust__tv": None, "trust__max_ratio": None,
+        "trust__ratio_quantiles": {},
         "value__clip": None, "value__gated": None, "value__explained_variance": None, "sampler__kl": None,
         "trust__epochs": 1.0, "binding": "unknown",
     }  # fmt: skip
@@ -103,10 +105,11 @@ def record(update: int = 1, **changes: Any) -> BoundRecord:
     """The record of a healthy update, with changes of its fields."""
     trust = {
         "rule": "ppo", "low": 0.2, "high": 0.2, "gated": 0.25, "gated_low": 0.1, "gated_high": 0.15, "coef": 0.0,
-        "epochs": 2.0, "stopped": False, "kl": 0.03, "kl_max": 1.0, "kl_proposed": 0.03, "tv": 0.1, "max_ratio": 9.5,
-        "ratio_quantiles": {"0.5": 1.0}, "scale": None, "tries": 0, "limit": None, "guaranteed": None,
+        "epochs": 2.0, "stopped": False, "kl": 0.03, "kl_max": 1.0, "kl_response_max": 1.5, "kl_proposed": 0.03,
+        "tv": 0.1, "max_ratio": 9.5, "ratio_quantiles": {"0.5": 1.0}, "scale": None, "tries": 0, "limit": None,
+        "guaranteed": None,
     }  # fmt: skip
-    anchor = AnchorRecord("k1", "reward", "exact", 0.05, 6.0, 5.5, 5.6, 0.3, 0.2)
+    anchor = AnchorRecord("k1", "reward", "exact", 0.05, 6.0, 5.5, 5.6, 0.3, 0.2, kl_per_token=0.27)
     settings = {
         "update": update, "episode": 16 * update, "score": 0.4, "length": 20.0, "eos_rate": 0.1, "entropy": 2.5,
         "lr": 1e-3, "refused": None, "seconds": {"total": 1.0}, "anchor": anchor, "trust": TrustRecord(**trust),

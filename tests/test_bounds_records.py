@@ -19,7 +19,7 @@ IDLE = EpochStats(
 )  # fmt: skip
 
 
-ANCHOR = AnchorMeasurement(coef=0.05, kl=5.5, kl_exact=5.0, kl_stderr=0.4, share=0.0)
+ANCHOR = AnchorMeasurement(coef=0.05, kl=5.5, kl_exact=5.0, kl_stderr=0.4, share=0.0, kl_per_token=0.27)
 
 
 STATS = UpdateStats(
@@ -28,7 +28,14 @@ STATS = UpdateStats(
 
 
 MEASURED = Measurement(
-    kl=0.02, kl_max=0.3, tv=0.05, max_ratio=7.0, ratio_quantiles={"0.5": 1.0}, tokens=64, complete=True
+    kl=0.02,
+    kl_max=0.3,
+    kl_response_max=0.5,
+    tv=0.05,
+    max_ratio=7.0,
+    ratio_quantiles={"0.5": 1.0},
+    tokens=64,
+    complete=True,
 )
 
 
@@ -36,7 +43,8 @@ OFF = Enforcement(kl_proposed=0.02, scale=None, tries=0, limit=None)
 
 
 SUMMARY = RolloutSummary(
-    score=0.6, length=20.5, eos_rate=0.25, entropy=2.5, sampler_kl=1e-6, explained_variance=0.4
+    score=0.6, length=20.5, eos_rate=0.25, entropy=2.5, sampler_kl=1e-6, explained_variance=0.4,
+    rewards={"judge": 0.6},
 )  # fmt: skip
 
 
@@ -132,15 +140,16 @@ def test_a_record_holds_what_was_measured() -> None:
     line = record(args(), Enforcement(0.09, scale=0.4, tries=3, limit=0.03), update)
     assert (line.update, line.episode, line.lr, line.refused, line.seconds) == (3, 48, 1e-4, None, {"total": 1.5})
     assert (line.score, line.length, line.eos_rate, line.entropy) == (0.6, 20.5, 0.25, 2.5)
-    assert line.anchor == ("k3", "reward", "biased", 0.05, 6.0, 5.5, 5.0, 0.4, 0.25)
+    assert line.anchor == ("k3", "reward", "biased", 0.05, 6.0, 5.5, 5.0, 0.4, 0.25, 0.27, None)
     assert line.trust._asdict() == {
         "rule": "ppo", "low": 0.2, "high": 0.28, "gated": 0.2, "gated_low": 0.15, "gated_high": 0.05, "coef": 0.7,
         "epochs": 1.5, "stopped": True, "kl": 0.02, "kl_max": 0.3, "kl_proposed": 0.09, "tv": 0.05, "max_ratio": 7.0,
         "ratio_quantiles": {"0.5": 1.0}, "scale": 0.4, "tries": 3, "limit": 0.03, "guaranteed": 0.03,
+        "kl_response_max": 0.5,
     }  # fmt: skip
     assert line.value == (0.2, 0.3, 0.4)
     assert line.gradient == (2.0, 1.0, 1.0)
-    assert line.sampler == (1e-6,)
+    assert line.sampler == (1e-6,) and line.rewards == {"judge": 0.6}
     assert line.binding == "backtrack"
     assert line.shares == pytest.approx({
         "anchor": 0.25, "clip": 0.2, "penalty": 0.0, "stop": 0.25, "backtrack": 0.6, "grad_norm": 0.0, "lr": 0.0,

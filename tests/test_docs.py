@@ -162,6 +162,7 @@ def test_settings_named_in_the_text_are_settings() -> None:
     others = {
         "use_cpu", "reward_model", "reward_funcs", "value_model", "ref_model", "peft_config", "callbacks",
         "resume_from_checkpoint", "init_lora_weights", "adap_kl_ctrl", "kl_penalty", "early_stopping", "weights_only",
+        "beta", "num_iterations", "steps_per_generation", "every", "max_kl",
     }  # fmt: skip
     wrong = []
     for page, text in TEXTS.items():

@@ -35,7 +35,7 @@ LAYERS = (
     ("parallel", "policy"),
     ("report", "rollout", "run", "trust", "trust_region"),
     ("callbacks",),
-    ("ppo",),
+    ("ppo", "grpo"),
     ("compare",),
     ("cli", "demo", "__main__"),
 )
@@ -43,6 +43,7 @@ LAYERS = (
 package's own `__init__`, which loads what is above the mathematics on first use, is in none."""
 
 UNNAMED_ON_PURPOSE = {
+    "callbacks.trust_region.on_epoch_end": "transformers calls it",
     "cli.train_help._format_action_invocation": "argparse calls it",
     "cli.train_help._get_help_string": "argparse calls it",
     "ppo.trainer._save": "transformers calls it",

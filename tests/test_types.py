@@ -18,7 +18,7 @@ def scored(context: UpdateContext | None) -> Scored:
     ids, mask = torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool)
     column = torch.zeros(1, 2)
     rollout = Rollout(ids, mask, ids, mask, context=context)
-    return Scored(rollout, [], [], column, column, column, column, column, mask, mask, column[:, 0], [])
+    return Scored(rollout, [], [], column, column, column, column, column, mask, mask, column[:, 0], [], {})
 
 
 def test_the_snapshot_of_a_context_is_the_one_taken_or_an_error():

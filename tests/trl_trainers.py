@@ -48,7 +48,16 @@ KINDS = pytest.mark.parametrize("kind", TRAINERS)
 
 
 def trainer_of(kind: str, folder: Any, **changes: Any) -> Any:
-    """TRL's trainer of this kind, "grpo" or "rloo"; `changes` go to its configuration."""
+    """TRL's trainer of this kind, "grpo" or "rloo"; `changes` go to its configuration, and arguments to the trainer."""
+    arguments = {
+        "model": tiny.llama(),
+        "reward_funcs": tiny.good_words,
+        "train_dataset": tiny.prompts(),
+        "eval_dataset": tiny.prompts(4),
+        "processing_class": tiny.tokenizer(),
+        "peft_config": tiny.lora(),
+    }
+    arguments |= {name: changes.pop(name) for name in (*arguments, "callbacks") if name in changes}
     settings = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
@@ -63,10 +72,7 @@ def trainer_of(kind: str, folder: Any, **changes: Any) -> Any:
         **tiny.QUIET,
     }
     trainer, config = TRAINERS[kind]
-    return trainer(
-        model=tiny.llama(), reward_funcs=tiny.good_words, args=config(**settings | changes), eval_dataset=tiny.prompts(4),
-        train_dataset=tiny.prompts(), processing_class=tiny.tokenizer(), peft_config=tiny.lora(),
-    )  # fmt: skip
+    return trainer(args=config(**settings | changes), **arguments)
 
 
 def controlled(kind: str, folder: Any, controller: Any = DUAL, **changes: Any) -> Any:

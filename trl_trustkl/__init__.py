@@ -13,7 +13,9 @@ from . import controllers, divergences, surrogates, trust_region
 from .records import load_records
 
 if TYPE_CHECKING:
-    from .callbacks import AdaptiveKLCallback, BoundReportCallback
+    from .callbacks import AdaptiveKLCallback, BoundReportCallback, TrustRegionCallback
+    from .grpo.config import TrustKLGRPOConfig, TrustKLRLOOConfig
+    from .grpo.trainer import TrustKLGRPOTrainer, TrustKLRLOOTrainer
     from .ppo.config import TrustKLPPOConfig
     from .ppo.trainer import TrustKLPPOTrainer
 
@@ -21,12 +23,16 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "AdaptiveKLCallback": ".callbacks", "BoundReportCallback": ".callbacks",
+    "TrustRegionCallback": ".callbacks",
+    "TrustKLGRPOConfig": ".grpo.config", "TrustKLRLOOConfig": ".grpo.config",
+    "TrustKLGRPOTrainer": ".grpo.trainer", "TrustKLRLOOTrainer": ".grpo.trainer",
     "TrustKLPPOConfig": ".ppo.config", "TrustKLPPOTrainer": ".ppo.trainer",
 }  # fmt: skip
 
 __all__ = [
-    "AdaptiveKLCallback", "BoundReportCallback", "TrustKLPPOConfig", "TrustKLPPOTrainer",
-    "controllers", "divergences", "load_records", "surrogates", "trust_region",
+    "AdaptiveKLCallback", "BoundReportCallback", "TrustKLGRPOConfig", "TrustKLGRPOTrainer", "TrustKLPPOConfig",
+    "TrustKLPPOTrainer", "TrustKLRLOOConfig", "TrustKLRLOOTrainer",
+    "TrustRegionCallback", "controllers", "divergences", "load_records", "surrogates", "trust_region",
 ]  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def build_record(args: Any, *, update: int, episode: int, lr: float, lr_factor: 
         lr=lr, refused=refused, seconds=seconds,
         anchor=AnchorRecord(
             args.kl_estimator, args.kl_placement, gradient_kind(args.kl_estimator, args.kl_placement),
-            target=args.kl_target, **anchor._asdict(),
+            target=args.kl_target, target_per_token=None, **anchor._asdict(),
         ),
         trust=_trust_record(args, trust_coef, stats, measured, enforcement),
         value=ValueRecord(args.value_range, stats.total.value_gated, rollout.explained_variance),
@@ -81,6 +81,7 @@ def build_record(args: Any, *, update: int, episode: int, lr: float, lr_factor: 
         sampler=SamplerRecord(kl=rollout.sampler_kl),
         binding="none" if shares is None else binding(shares),
         shares=shares,
+        rewards=rollout.rewards,
     )  # fmt: skip
 
 
@@ -96,7 +97,8 @@ def _trust_record(
         coef=coef,
         epochs=args.num_ppo_epochs * stats.steps / stats.planned_steps,
         stopped=stats.stopped,
-        kl=measured.kl, kl_max=measured.kl_max, kl_proposed=enforcement.kl_proposed, tv=measured.tv,
+        kl=measured.kl, kl_max=measured.kl_max, kl_response_max=measured.kl_response_max,
+        kl_proposed=enforcement.kl_proposed, tv=measured.tv,
         max_ratio=measured.max_ratio, ratio_quantiles=measured.ratio_quantiles,
         scale=enforcement.scale, tries=enforcement.tries, limit=enforcement.limit,
         guaranteed=guaranteed(measured, enforcement),

@@ -78,13 +78,18 @@ def dict_fields(config: type) -> list[str]:
     return [each.name for each, hint in typed_fields(config) if about(each).group and dict in typing.get_args(hint)]
 
 
-def check_options(args: Any) -> None:
-    """ConfigError for the first field whose value is not of its type, or not in its range. JSON becomes a dict."""
+def check_options(args: Any, *, of_others: bool = True) -> None:
+    """ConfigError for the first field whose value is not of its type, or not in its range. JSON becomes a dict.
+
+    of_others: whether fields that were not declared by `option` with a group are checked too.
+    """
     for name in dict_fields(args.__class__):
         if getattr(args, name) is not None:
             setattr(args, name, _as_dict(name, getattr(args, name)))
     for each, hint in typed_fields(args.__class__):
         value, own = getattr(args, each.name), about(each)
+        if not (of_others or own.group):
+            continue
         default = each.default_factory() if each.default_factory is not MISSING else each.default
         if (value is None and (default is None or fits(None, hint))) or (isinstance(value, str) and value in own.names):
             continue

@@ -34,7 +34,8 @@ class AnchorRecord(NamedTuple):
     gradient: Annotated[str, Meaning(
         "What the anchor's gradient is: `exact`, `partial`, `biased` or `zero` ([table](mathematics.md#gradients)).")]
     coef: Annotated[float, Meaning("The coefficient β that this update used.")]
-    target: Annotated[float | None, Meaning("`kl_target`, or `null`.", "nats/response")]
+    target: Annotated[float | None, Meaning(
+        "`kl_target`, or `null`; with GRPO and RLOO the target per token × the mean length.", "nats/response")]
     kl: Annotated[float, Meaning(
         "KL(π_old‖π_ref) at rollout by the estimator; from samples it may be negative.", "nats/response")]
     kl_exact: Annotated[float, Meaning(
@@ -43,6 +44,10 @@ class AnchorRecord(NamedTuple):
         "Standard error of `anchor/kl_exact` over the responses of the batch.", "nats/response")]
     share: Annotated[float | None, Meaning(
         "The anchor's share of the absolute advantage, before whitening; `null` with `kl_placement=\"loss\"`.", "share")]
+    kl_per_token: Annotated[float | None, Meaning(
+        "`anchor/kl` as a mean over tokens: the unit of GRPO and RLOO.", "nats/token")] = None
+    target_per_token: Annotated[float | None, Meaning(
+        "The target where it is given per token, as with GRPO and RLOO; else `null`.", "nats/token")] = None
 
 
 class TrustRecord(NamedTuple):
@@ -71,6 +76,8 @@ class TrustRecord(NamedTuple):
     guaranteed: Annotated[float | None, Meaning(
         "**Guaranteed**: a number only where `trust_max_kl` was enforced on the complete batch; then `trust/kl` is within it.",
         "nats/token")]
+    kl_response_max: Annotated[float | None, Meaning(
+        "The largest sum of KL(π_old‖π) over one response.", "nats/response")] = None
 
 
 class ValueRecord(NamedTuple):
@@ -117,6 +124,8 @@ class BoundRecord(NamedTuple):
     shares: Annotated[dict[str, float] | None, Meaning(
         "The share of the update that each of these mechanisms took; `null` for an update that was rejected. (That of the "
         "penalty is its part of the pull on the sampled tokens.)", "share")] = None
+    rewards: Annotated[dict[str, float | None] | None, Meaning(
+        "Mean reward of each reward function, by its name.", "the reward's")] = None
 # fmt: on
 
 

@@ -104,14 +104,14 @@ class Rollout(NamedTuple):
 class MicroBatch(NamedTuple):
     """Some rows of a rollout, trimmed to their longest prompt and response; fixed for the entire update.
 
-    rows: [b] indices into the rollout. input_ids, attention_mask, position_ids: [b, p + t]. response_ids,
-    response_mask: [b, t].
+    rows: [b] indices into the rollout. input_ids, attention_mask, position_ids: [b, p + t]; position_ids is None where the
+    model counts positions itself. response_ids, response_mask: [b, t].
     """
 
     rows: Tensor
     input_ids: Tensor
     attention_mask: Tensor
-    position_ids: Tensor
+    position_ids: Tensor | None
     response_ids: Tensor
     response_mask: Tensor
 
@@ -120,8 +120,8 @@ class TokenOutputs(NamedTuple):
     """The results of one forward pass at a micro-batch's response tokens, [b, t] each unless stated.
 
     logp: log π(token). values: [b, t + 1], the value before each token and after the last. hidden: [N, H], the states
-    that predict the N tokens that count. entropy: of π. ref_logp: log π_ref(token); ref_kl: exact KL(π‖π_ref). old_kl,
-    old_tv: exact KL(π_old‖π) and total variation. The last five are None unless requested.
+    that predict the N tokens that count. entropy: of π. ref_logp: log π_ref(token); ref_kl: exact KL(π‖π_ref). old_logp:
+    log π_old(token); old_kl, old_tv: exact KL(π_old‖π) and total variation. The last six are None unless requested.
     """
 
     logp: Tensor
@@ -130,6 +130,7 @@ class TokenOutputs(NamedTuple):
     entropy: Tensor | None = None
     ref_logp: Tensor | None = None
     ref_kl: Tensor | None = None
+    old_logp: Tensor | None = None
     old_kl: Tensor | None = None
     old_tv: Tensor | None = None
 
@@ -141,7 +142,7 @@ class Scored(NamedTuple):
     where the loss does not need it. logp, ref_logp: log-probabilities of the sampled tokens. ref_kl: exact KL(π_old‖π_ref)
     per context. entropy: of π_old. values: V(state before the token). loss_mask: tokens that get a gradient (the response
     mask without the rows that have no reward). value_mask: positions whose value is trained. scores: [B], NaN where no
-    function gave a reward.
+    function gave a reward. rewards: those of each function, [B], NaN where it gave none.
     """
 
     rollout: Rollout
@@ -156,6 +157,7 @@ class Scored(NamedTuple):
     value_mask: Tensor
     scores: Tensor
     completions: list[str]
+    rewards: dict[str, Tensor]
     ref_snapshots: list[PolicySnapshot] | None = None
 
     @property
@@ -192,7 +194,7 @@ class AnchorMeasurement(NamedTuple):
 
     coef: the coefficient used. kl: mean by the configured estimator. kl_exact: mean of the exact KL(π‖π_ref) summed over
     a response; kl_stderr: its standard error over responses. share: Σ|A_anchor| / Σ(|A_anchor| + |A_score|) before
-    whitening, None where the anchor is not in the reward.
+    whitening, None where the anchor is not in the reward. kl_per_token: mean over tokens by the configured estimator.
     """
 
     coef: float
@@ -200,6 +202,7 @@ class AnchorMeasurement(NamedTuple):
     kl_exact: float
     kl_stderr: float
     share: float | None
+    kl_per_token: float
 
 
 class EpochStats(NamedTuple):
@@ -242,6 +245,7 @@ class RolloutSummary(NamedTuple):
     score: mean over the rows that have one, None where none has. length: mean response tokens. eos_rate: share of
     responses that ended with a stop token. entropy: of π_old, nats per token. sampler_kl: k3 of the sampler against the
     training forward pass, nats per token, None without `sampler_logp`. explained_variance: of the returns, by the value.
+    rewards: the mean reward of each function, None where it gave none.
     """
 
     score: float | None
@@ -250,17 +254,20 @@ class RolloutSummary(NamedTuple):
     entropy: float
     sampler_kl: float | None
     explained_variance: float
+    rewards: dict[str, float | None]
 
 
 class Measurement(NamedTuple):
     """The batch under the new policy against π_old, gathered from all processes; nats per token.
 
-    kl: mean exact KL(π_old‖π) over the measured contexts; kl_max: the largest. tv: mean total variation. max_ratio and
-    ratio_quantiles: of π/π_old at the sampled tokens. tokens: contexts measured; complete: whether these were all.
+    kl: mean exact KL(π_old‖π) over the measured contexts; kl_max: the largest; kl_response_max: the largest sum over one
+    response. tv: mean total variation. max_ratio and ratio_quantiles: of π/π_old at the sampled tokens. tokens: contexts
+    measured; complete: whether these were all.
     """
 
     kl: float
     kl_max: float
+    kl_response_max: float
     tv: float
     max_ratio: float
     ratio_quantiles: dict[str, float]

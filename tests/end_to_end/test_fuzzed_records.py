@@ -43,7 +43,7 @@ def misfit(hint: Any) -> st.SearchStrategy[Any]:
         return st.one_of(other, text, st.integers(), st.booleans(), st.none())
     if hint == dict[str, float]:
         return st.one_of(other, text, st.integers(), st.booleans(), st.none(), st.just({"0.5": "much"}))
-    if dict[str, float] in parts:
+    if any(typing.get_origin(part) is dict for part in parts):
         return st.one_of(other, text, st.integers(), st.booleans(), st.just({"0.5": "much"}))
     if bool in parts:
         return st.one_of(other, text, st.integers(), st.none(), st.just({}))

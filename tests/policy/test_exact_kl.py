@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_trustkl.policy import exact_kl
-from trl_trustkl.policy.exact_kl import token_statistics
+from trl_trustkl.policy.exact_kl import spread, token_statistics
 from trl_trustkl.policy.split_lm import OutputHead
 from trl_trustkl.types import PolicySnapshot
 
@@ -124,3 +124,8 @@ def test_a_trained_parameter_that_the_head_does_not_use_gets_no_gradient(small_c
     head.spare = nn.Parameter(torch.ones(1))
     token_statistics(torch.randn(9, H), torch.zeros(9, dtype=torch.long), head, vocab_size=V).logp.sum().backward()
     assert head.weight.grad.abs().sum() > 0 and not head.spare.grad
+
+
+def test_spread_puts_values_at_the_positions_of_the_mask():
+    mask = torch.tensor([[True, False, True], [False, True, False]])
+    assert spread(torch.tensor([1.0, 2.0, 3.0]), mask).tolist() == [[1, 0, 2], [0, 3, 0]]

@@ -13,6 +13,7 @@ from tests import families, tiny
 from tests.dense import dense_logps
 from tests.watched import run, watched
 from trl_trustkl.errors import ModelError
+from trl_trustkl.policy.loading import trainable
 from trl_trustkl.policy.split_lm import SplitLM
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -64,6 +65,31 @@ def test_a_soft_cap_by_an_unknown_name_is_noticed_while_logits_are_small():
     plain = super(Capped, model).forward(input_ids=ids).logits
     assert plain.abs().max() > 0.5 and (model(input_ids=ids).logits - plain).abs().max() < 1e-3
     assert not SplitLM(model).chunked
+
+
+def patched(model: Any) -> Any:
+    """The model with a forward pass assigned to its head, as TRL does for `cast_lm_head_to_fp32`."""
+    head = model.lm_head
+    head.forward = lambda hidden: torch.nn.functional.linear(hidden.float(), head.weight.float(), head.bias)
+    return model
+
+
+@pytest.mark.parametrize(
+    "build",
+    [tiny.llama, lambda: patched(tiny.llama()), lambda: tiny.tuned(target_modules=["lm_head"])],
+    ids=["plain", "patched", "adapter"],
+)
+def test_a_frozen_head_keeps_the_weights_of_its_time(build):
+    lm, hidden = SplitLM(model := build()), torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    frozen = lm.frozen_head()
+    before = lm.head(hidden).detach()
+    torch.testing.assert_close(frozen(hidden), before, atol=0, rtol=0)
+    with torch.no_grad():
+        for weight in trainable(model):
+            weight.mul_(1.5)
+    assert not torch.allclose(lm.head(hidden), before)
+    torch.testing.assert_close(frozen(hidden), before, atol=0, rtol=0)
+    assert not any(weight.requires_grad for weight in frozen.parameters())
 
 
 def test_noise_that_cannot_be_switched_off_is_rejected(tmp_path):

@@ -15,7 +15,7 @@ from tests.weights import same, trained_weights
 from trl_trustkl import load_records
 from trl_trustkl.errors import ModelError
 from trl_trustkl.policy.loading import trainable
-from trl_trustkl.policy.value_head import PolicyAndValue, ValueHead, ValueModel, spread
+from trl_trustkl.policy.value_head import PolicyAndValue, ValueHead, ValueModel
 from trl_trustkl.types import Batch, Scored
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -95,8 +95,3 @@ def test_a_value_model_of_several_labels_is_rejected():
     ids = torch.arange(1, 5).unsqueeze(0)
     with pytest.raises(ModelError, match="returns 2 numbers per position; it must return 1"):
         value({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 1)
-
-
-def test_spread_puts_values_at_the_positions_of_the_mask():
-    mask = torch.tensor([[True, False, True], [False, True, False]])
-    assert spread(torch.tensor([1.0, 2.0, 3.0]), mask).tolist() == [[1, 0, 2], [0, 3, 0]]

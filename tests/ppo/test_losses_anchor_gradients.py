@@ -235,6 +235,7 @@ def descend(args: Any, *, steps: int, lr: float = 0.05) -> tuple[list[float], Te
         value_mask=mask,
         scores=column[:, 0],
         completions=[],
+        rewards={},
     )
     processes, rule = Processes(OneProcess()), args.build_surrogate()
     theta = start.log().requires_grad_()

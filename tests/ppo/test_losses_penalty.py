@@ -11,7 +11,8 @@ from tests.dense import dense_kl, dense_logps
 from tests.tiny import FAST, LIMIT
 from trl_trustkl import load_records
 from trl_trustkl.divergences import ESTIMATORS
-from trl_trustkl.policy.loading import disable_dropout, trainable
+from trl_trustkl.policy.dropout import disable_dropout
+from trl_trustkl.policy.loading import trainable
 from trl_trustkl.policy.micro_batches import micro_batch
 from trl_trustkl.policy.value_head import PolicyAndValue
 from trl_trustkl.ppo.losses import Penalties, kl_terms

@@ -17,7 +17,7 @@ from tests.weights import same, trained_weights
 from trl_trustkl import load_records
 from trl_trustkl.controllers import LearningRateByKL
 from trl_trustkl.policy import loading
-from trl_trustkl.ppo.optimise import Optimisation, not_finite, scaled_learning_rate, separate_value
+from trl_trustkl.ppo.optimise import Optimisation, not_finite, separate_value
 from trl_trustkl.types import AnchorMeasurement
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -169,16 +169,6 @@ def test_the_values_parameters_move_into_groups_with_their_own_learning_rate():
         assert third["weight_decay"] == second["weight_decay"] != first["weight_decay"]
 
 
-def test_the_policys_learning_rate_is_scaled_only_inside_the_context():
-    optimizer, policy, value = two_groups()
-    separate_value(optimizer, value, rate=None)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    with pytest.raises(RuntimeError, match="step"), scaled_learning_rate(optimizer, policy, 0.5):
-        assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.1, 0.2]
-        raise RuntimeError("step")
-    assert [group["lr"] for group in optimizer.param_groups] == rates
-
-
 @pytest.mark.parametrize(
     ("coef", "kl", "kl_exact", "finite", "reason"),
     [
@@ -190,5 +180,5 @@ def test_the_policys_learning_rate_is_scaled_only_inside_the_context():
     ],
 )
 def test_a_batch_that_is_not_finite_is_rejected_before_its_first_step(coef, kl, kl_exact, finite, reason):
-    batch = SimpleNamespace(anchor=AnchorMeasurement(coef, kl, kl_exact, 0.0, None), finite=finite)
+    batch = SimpleNamespace(anchor=AnchorMeasurement(coef, kl, kl_exact, 0.0, None, 0.0), finite=finite)
     assert not_finite(batch) == reason

@@ -13,12 +13,15 @@ from tests.watched import run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 RECORD = {
-    "": "update episode score length eos_rate entropy lr refused seconds anchor trust value gradient sampler binding shares",
+    "": (
+        "update episode score length eos_rate entropy lr refused seconds anchor trust value gradient sampler binding shares "
+        "rewards"
+    ),
     "seconds": "generate score optimise measure total",
-    "anchor": "estimator placement gradient coef target kl kl_exact kl_stderr share",
+    "anchor": "estimator placement gradient coef target kl kl_exact kl_stderr kl_per_token target_per_token share",
     "trust": (
-        "rule low high gated gated_low gated_high coef epochs stopped kl kl_max kl_proposed tv max_ratio "
-        "ratio_quantiles scale tries limit guaranteed"
+        "rule low high gated gated_low gated_high coef epochs stopped kl kl_max kl_response_max kl_proposed tv "
+        "max_ratio ratio_quantiles scale tries limit guaranteed"
     ),
     "value": "clip gated explained_variance",
     "gradient": "norm max_norm scale",

@@ -107,6 +107,22 @@ def test_unknown_keys_blank_lines_and_optional_keys_are_no_error(tmp_path: Path)
     assert len(run.records) == 3 and run.records[0].trust.limit is None and run.notes == [] and run.completions == []
 
 
+LATER = ("shares", "rewards", "anchor.kl_per_token", "anchor.target_per_token", "trust.kl_response_max")
+"""Keys that records of earlier versions do not have."""
+
+
+def test_records_of_earlier_versions_are_readable(tmp_path: Path) -> None:
+    rows = rows_of(3)
+    for row in rows:
+        for key in LATER:
+            *path, last = key.split(".")
+            (row[path[0]] if path else row).pop(last, None)
+    folder = write_run(tmp_path, rows)
+    record = read_run(folder).records[0]
+    assert record.shares is record.rewards is record.anchor.kl_per_token is record.trust.kl_response_max is None
+    assert render_report(folder).exists()
+
+
 def test_a_record_out_of_order_is_sorted_and_noted(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path, [*rows_of(3), *rows_of(2, score=0.9)]))
     assert [record.update for record in run.records] == [1, 2, 3] and run.records[0].score == 0.9

@@ -69,11 +69,11 @@ class Batch:
     def compare(self, micro: MicroBatch, old: PolicySnapshot) -> TokenOutputs:
         assert any(micro is each and old is other for each, other in zip(self.micros, self.old, strict=True))
         length = micro.response_ids.shape[1]
-        logp, kl, tv = (each[micro.rows, :length] for each in (self.logp, self.kl, self.tv))
-        return TokenOutputs(logp, values=torch.zeros(0), hidden=torch.zeros(0), old_kl=kl, old_tv=tv)
+        logp, old_logp, kl, tv = (each[micro.rows, :length] for each in (self.logp, self.old_logp, self.kl, self.tv))
+        return TokenOutputs(logp, torch.zeros(0), hidden=torch.zeros(0), old_logp=old_logp, old_kl=kl, old_tv=tv)
 
     def measured(self, **options: Any) -> Measurement:
-        return measure(self.compare, self.micros, self.old, self.old_logp.float(), self.mask, **options)
+        return measure(self.compare, self.micros, self.old, self.mask, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

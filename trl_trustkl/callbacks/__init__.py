@@ -5,5 +5,6 @@ Does not depend on the PPO trainer: imports only `report`, `run`, `trust` and th
 
 from .adaptive_kl import AdaptiveKLCallback
 from .bound_report import BoundReportCallback
+from .trust_region import TrustRegionCallback
 
-__all__ = ["AdaptiveKLCallback", "BoundReportCallback"]
+__all__ = ["AdaptiveKLCallback", "BoundReportCallback", "TrustRegionCallback"]

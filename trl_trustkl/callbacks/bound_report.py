@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,13 @@ class BoundReportCallback(TrainerCallback):
         self.rendered: Path | None = None
         self._warned = False
         self._shown = False
+        self._reads_logs = True
+
+    def take_records(self) -> Callable[[], None]:
+        """Make no records from the logs of TRL's trainers, because a callback such as TrustRegionCallback passes its own, until
+        the returned function is called."""
+        self._reads_logs = False
+        return partial(setattr, self, "_reads_logs", True)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -100,7 +108,9 @@ class BoundReportCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, logs: dict[str, Any], **_: Any
     ) -> None:
         """Write a record of what one of TRL's trainers logs."""
-        if state.is_world_process_zero and (record := trl_logs.record_of(args, state, logs)) is not None:
+        if not (self._reads_logs and state.is_world_process_zero):
+            return
+        if (record := trl_logs.record_of(args, state, logs)) is not None:
             self.on_record(args, state, control, record=record, completions=[])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -31,12 +31,23 @@ class TokenStatistics(NamedTuple):
     entropy: Tensor | None = None
     ref_logp: Tensor | None = None
     ref_kl: Tensor | None = None
+    old_logp: Tensor | None = None
     old_kl: Tensor | None = None
     old_tv: Tensor | None = None
 
+    def spread(self, mask: Tensor) -> TokenStatistics:
+        """The same as [b, t] each: the N tokens are those under `mask`, and elsewhere it is 0."""
+        columns = {name: spread(column, mask) for name, column in self._asdict().items() if column is not None}
+        return TokenStatistics(**columns)
 
-_CONSTANT = ("ref_logp", "old_tv")
-"""Statistics without a gradient: `ref_logp` depends only on the reference, and `old_tv` is only a measurement."""
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """Values [N] of the tokens under the mask as [b, t], 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+_CONSTANT = ("ref_logp", "old_logp", "old_tv")
+"""Statistics without a gradient: a log-probability of a snapshot depends on that only, and `old_tv` is a measurement."""
 
 
 def token_statistics(
@@ -53,9 +64,9 @@ def token_statistics(
     """Log-probabilities of `targets` [N] from `hidden` [N, H], and further statistics of the same logits.
 
     Every distribution is softmax(logits / temperature). entropy: in nats. With `ref`: log π_ref(target) and the exact
-    KL(π‖π_ref). With `old`: the exact KL(π_old‖π) and the total variation. Gradients flow to `hidden` and to the trainable
-    parameters in `head.parameters()`, never to a snapshot. Chunk boundaries depend only on N and V, so that two passes over
-    the same tokens do the same arithmetic.
+    KL(π‖π_ref). With `old`: log π_old(target), the exact KL(π_old‖π) and the total variation. Gradients flow to `hidden` and
+    to the trainable parameters in `head.parameters()`, never to a snapshot. Chunk boundaries depend only on N and V, so that
+    two passes over the same tokens do the same arithmetic.
     """
     snapshots = {name: snapshot for name, snapshot in (("ref", ref), ("old", old)) if snapshot is not None}
     plan = _Plan(head, vocab_size, temperature, entropy, snapshots)
@@ -175,6 +186,7 @@ def _block(
         out["ref_kl"] = divergences.exact_from_logps("kl", logps, ref_logps)
     if "old" in snapshots:
         old_logps = torch.log_softmax(snapshots["old"][rows], -1)
+        out["old_logp"] = old_logps.gather(-1, target).squeeze(-1)
         out["old_kl"] = divergences.exact_from_logps("kl", old_logps, logps)
         out["old_tv"] = divergences.exact_from_logps("tv", old_logps, logps.detach())
     return out

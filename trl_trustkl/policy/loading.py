@@ -1,4 +1,4 @@
-"""Loading of models, and preparation for training: adapter, quantised weights, dropout, gradient checkpointing."""
+"""Loading of models, and preparation for training: adapter, quantised weights, gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import ConfigError, ModelError, shown
+from .dropout import disable_dropout
 from .quantization import is_quantized, unpack_4bit_weights
-
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-_NOISE = ("layerdrop", "jitter_noise", "input_jitter_noise", "moe_jitter_eps")
 
 
 def load_causal_lm(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedModel | PeftModel:
@@ -184,20 +182,6 @@ def prepare_value_model(model: Any, args: Any) -> PreTrainedModel | PeftModel | 
     if not trainable(model):
         raise ModelError("`value_model` has no trainable parameter; load its adapter with is_trainable=True.")
     return model
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout and noise of training to 0: otherwise the ratio would not be 1 before the first step.
-
-    Besides dropout modules these are rates that other modules keep: of attention dropout, of skipped layers, and of the
-    noise on an expert's input.
-    """
-    for module in model.modules():
-        if isinstance(module, _DROPOUTS):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("dropout" in name or name in _NOISE):
-                setattr(module, name, 0.0)
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:

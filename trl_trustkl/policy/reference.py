@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..errors import ConfigError, ModelError
 from ..types import MicroBatch, PolicySnapshot
 from . import probes
-from .loading import disable_dropout
+from .dropout import disable_dropout
 from .split_lm import OutputHead, SplitLM
 
 REFERENCE_ADAPTER = "trustkl_ref"
@@ -25,7 +25,8 @@ class Reference:
     """π_ref, frozen for the entire run: `model`, else the policy with `adapter`, else the policy with its adapters disabled.
 
     Parameters of the policy that are trained outside of its adapter, such as the biases of `LoraConfig(bias="all")`, have
-    the values that they had at construction. `is_start`: whether π_ref is the policy as it is at construction.
+    the values that they had at construction. `is_start`: whether π_ref is the policy as it is at construction. `ref_lm`:
+    the passes of `model`; None for those of a SplitLM.
     """
 
     def __init__(
@@ -36,12 +37,13 @@ class Reference:
         adapter: str | None = None,
         *,
         is_start: bool = False,
+        ref_lm: SplitLM | None = None,
     ) -> None:
         self.is_start = is_start
         self.policy = policy
         self.model = model
         self.adapter = adapter
-        self.split_lm = SplitLM(model, name="ref_model") if model is not None else split_lm
+        self.split_lm = split_lm if model is None else ref_lm or SplitLM(model, name="ref_model")
         if self.split_lm.vocab_size != split_lm.vocab_size:
             raise ModelError(
                 f"`ref_model` has {self.split_lm.vocab_size} vocabulary entries and the policy {split_lm.vocab_size}; "
@@ -72,6 +74,7 @@ class Reference:
             return
         assert isinstance(self.policy, PeftModel)  # the reference of any other policy is a separate model
         current = [parameter.data for parameter, _ in self._outside]
+        trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         for parameter, start in self._outside:
             parameter.data = start.to(parameter.device)
         try:
@@ -80,6 +83,9 @@ class Reference:
         finally:
             for (parameter, _), data in zip(self._outside, current, strict=True):
                 parameter.data = data
+            self.policy.requires_grad_(False)  # PEFT trains the complete adapter after it was disabled or replaced
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
 
 def build_reference(

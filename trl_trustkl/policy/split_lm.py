@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
@@ -28,7 +29,7 @@ class OutputHead:
     """Hidden states to logits as the model computes them: projection, scaling, soft-capping."""
 
     def __init__(self, projection: nn.Module, config: Any) -> None:
-        self.projection = projection
+        self.projection: Any = projection
         self.softcap = getattr(config, "final_logit_softcapping", getattr(config, "logits_soft_cap", None))
         self.divisor = getattr(config, "logits_scaling", None)
         self.factor = getattr(config, "logit_scale", None)
@@ -51,8 +52,29 @@ class OutputHead:
         if not trainable(self.projection):
             return self
         clone = copy.copy(self)
-        clone.projection = copy.deepcopy(self.projection).requires_grad_(False)
+        clone.projection = _AtWeights(self.projection)
         return clone
+
+
+class _AtWeights:
+    """A module as it computes with its weights of now.
+
+    It calls the module itself: in a copy, a forward pass that was assigned to the module, as TRL does for
+    `cast_lm_head_to_fp32`, would compute with the module's own weights.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._weights = {
+            name: weight.detach().clone() for name, weight in module.named_parameters() if weight.requires_grad
+        }
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = functional_call(self._module, self._weights, (hidden,))
+        return logits
+
+    def parameters(self) -> Iterator[Tensor]:
+        return iter(self._weights.values())
 
 
 class SplitLM:
@@ -143,7 +165,10 @@ class SplitLM:
 def model_inputs(micro: MicroBatch) -> tuple[dict[str, Tensor], int]:
     """The arguments of a backbone, and the first position whose state predicts a response token."""
     first = micro.input_ids.shape[1] - micro.response_ids.shape[1] - 1
-    return {name: getattr(micro, name) for name in ("input_ids", "attention_mask", "position_ids")}, first
+    inputs = {"input_ids": micro.input_ids, "attention_mask": micro.attention_mask}
+    if micro.position_ids is not None:
+        inputs["position_ids"] = micro.position_ids
+    return inputs, first
 
 
 def accepted(module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -124,16 +124,10 @@ class PolicyAndValue(Module):
             ref=ref,
             old=old,
         )
-        columns = {name: spread(column, mask) for name, column in token._asdict().items() if column is not None}
         value = self._values(inputs, first, features) if values else features.new_zeros(features.shape[:2])
-        return TokenOutputs(values=value, hidden=hidden.detach(), **columns)
+        return TokenOutputs(values=value, hidden=hidden.detach(), **token.spread(mask)._asdict())
 
     def _values(self, inputs: dict[str, Tensor], first: int, features: Tensor) -> Tensor:
         if isinstance(self.value, ValueHead):
             return self.value(features.detach() if self.detach_value else features)
         return self.value(inputs, first)
-
-
-def spread(values: Tensor, mask: Tensor) -> Tensor:
-    """Values [N] of the tokens under the mask as [b, t], 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..policy.loading import trainable
 from ..policy.value_head import PolicyAndValue
 from ..run import rng
 from ..run.failure_handling import reject
+from ..trust.learning_rate import scaled_learning_rate
 from ..trust.snapshot import UpdateSnapshot
 from ..types import Batch, PolicySnapshot, TokenOutputs, UpdateStats
 from .config import TrustKLPPOConfig
@@ -169,21 +170,6 @@ class Optimisation:
         if self.accelerator.scaler is not None and parameters is self.policy_parameters:
             self.accelerator.unscale_gradients()
         return float(nn.utils.clip_grad_norm_(parameters, self.args.norm_limit or math.inf))
-
-
-@contextmanager
-def scaled_learning_rate(optimizer: Any, policy: Sequence[nn.Parameter], factor: float) -> Iterator[None]:
-    """Multiply the policy's scheduled learning rate by a factor inside the block; the schedule does not see it."""
-    of_policy = {id(p) for p in policy}
-    groups = [g for g in optimizer.param_groups if any(id(p) in of_policy for p in g["params"])]
-    scheduled = [group["lr"] for group in groups]
-    for group in groups:
-        group["lr"] = group["lr"] * factor
-    try:
-        yield
-    finally:
-        for group, rate in zip(groups, scheduled, strict=True):
-            group["lr"] = rate
 
 
 def not_finite(batch: Batch) -> str | None:

@@ -24,18 +24,24 @@ def summary(batch: Batch, parts: Parts) -> RolloutSummary:
     scored, rollout, gather = batch.scored, batch.scored.rollout, parts.processes.gather
     mask, scores = gather(rollout.response_mask), gather(scored.scores)
     ended = ends_with_stop(rollout.response_ids, rollout.response_mask, parts.models.stop_ids)
-    known = scores[~scores.isnan()]
     sampler_kl = None
     if rollout.sampler_logp is not None:
         sampler_kl = float(masked_mean(k3(gather(rollout.sampler_logp), gather(scored.logp)), mask))
     return RolloutSummary(
-        score=float(known.mean()) if len(known) else None,
+        score=_mean(scores),
         length=float(mask.sum(-1).float().mean()),
         eos_rate=float(gather(ended).float().mean()),
         entropy=float(masked_mean(gather(scored.entropy), mask)),
         sampler_kl=sampler_kl,
+        rewards={name: _mean(gather(rewards)) for name, rewards in scored.rewards.items()},
         explained_variance=explained_variance(gather(scored.values), gather(batch.returns), gather(scored.value_mask)),
     )
+
+
+def _mean(rewards: torch.Tensor) -> float | None:
+    """Of the rewards that are not NaN; None if there are none."""
+    known = rewards[~rewards.isnan()]
+    return float(known.mean()) if len(known) else None
 
 
 def record(

@@ -69,7 +69,7 @@ class Scoring:
             self._checked_start = True
             if context.update == 0 and self.models.reference.is_start:
                 self._check_start(columns["ref_kl"], rollout.response_mask)
-        completions, scores = self._scores(rollout, context, state)
+        completions, scores, rewards = self._scores(rollout, context, state)
         mask = rollout.response_mask & ~scores.isnan().unsqueeze(-1)
         value_mask = value_positions(mask, self.args.score_position)
         return Scored(
@@ -81,6 +81,7 @@ class Scoring:
             value_mask=value_mask,
             scores=scores,
             completions=completions,
+            rewards=rewards,
             ref_snapshots=ref_snapshots if self.args.anchor_in_loss and self.args.exact_anchor else None,
             **columns,
         )
@@ -110,8 +111,11 @@ class Scoring:
             micro_batch(rollout, rows) for rows in order.to(rollout.response_ids.device).split(self.micro_batch_size)
         ]
 
-    def _scores(self, rollout: Rollout, context: UpdateContext, state: TrainerState) -> tuple[list[str], Tensor]:
-        """The completions as text, and their scores less `missing_eos_penalty`; NaN where no function gave a reward."""
+    def _scores(
+        self, rollout: Rollout, context: UpdateContext, state: TrainerState
+    ) -> tuple[list[str], Tensor, dict[str, Tensor]]:
+        """The completions as text, their scores less `missing_eos_penalty`, NaN where no function gave a reward, and the
+        rewards of each function."""
         ids = [row[mask].tolist() for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
         texts = self.models.tokenizer.batch_decode(ids, skip_special_tokens=True)
         prompts = prompt_texts(rollout, self.models.tokenizer)
@@ -125,4 +129,9 @@ class Scoring:
         if self.args.missing_eos_penalty is not None:
             ended = ends_with_stop(rollout.response_ids, rollout.response_mask, self.models.stop_ids)
             scores = torch.where(ended, scores, scores - self.args.missing_eos_penalty)
-        return texts, scores
+        by_function = {} if found is None else found.by_function
+        rewards = {
+            name: none.new_tensor([torch.nan if reward is None else reward for reward in each])
+            for name, each in by_function.items()
+        }
+        return texts, scores, rewards

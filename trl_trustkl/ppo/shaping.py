@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..advantages import anchor_part, anchor_rewards, anchor_share, gae, place_scores
-from ..masking import masked_sum, weighing_factor, whiten
+from ..masking import weighing_factor, whiten
 from ..parallel.processes import Processes
-from ..types import AnchorMeasurement, Batch, Scored
+from ..trust.measurement import anchor_measurement
+from ..types import Batch, Scored
 from .config import TrustKLPPOConfig
 
 
@@ -37,7 +36,13 @@ def shaped(scored: Scored, args: TrustKLPPOConfig, processes: Processes, *, kl_c
         scored,
         torch.where(mask, advantages, 0.0),
         returns,
-        _anchor(scored, divergence, kl_coef, share, processes),
+        anchor_measurement(
+            processes.gather(divergence),
+            processes.gather(scored.ref_kl),
+            processes.gather(scored.rollout.response_mask),
+            coef=kl_coef,
+            share=share,
+        ),
         advantage_scale=float(scale),
         trust_coef=trust_coef,
         finite=bool(processes.gather(advantages + returns).isfinite().all()),
@@ -51,13 +56,3 @@ def _anchor_share(
     part = gae(rewards, gamma=args.gamma, lam=args.lam)
     part = anchor_part(part, mask, processes.gather(part), mask_of_all)
     return anchor_share(processes.gather(part), processes.gather(advantages), mask_of_all)
-
-
-def _anchor(
-    scored: Scored, estimate: Tensor, coef: float, share: float | None, processes: Processes
-) -> AnchorMeasurement:
-    mask = processes.gather(scored.rollout.response_mask)
-    exact = masked_sum(processes.gather(scored.ref_kl), mask, dim=1).double()
-    error = float(exact.std() / math.sqrt(len(exact))) if len(exact) > 1 else math.nan
-    sampled = float(masked_sum(processes.gather(estimate), mask, dim=1).double().mean())
-    return AnchorMeasurement(coef=coef, kl=sampled, kl_exact=float(exact.mean()), kl_stderr=error, share=share)

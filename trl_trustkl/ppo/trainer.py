@@ -202,7 +202,7 @@ class TrustKLPPOTrainer(PPOTrainer):
         """Measure some of the micro-batches under the current policy; a guarantee needs all of them."""
         scored = batch.scored
         return measure(
-            self.parts.forward.compare, scored.micro_batches, scored.old_snapshots, scored.logp,
+            self.parts.forward.compare, scored.micro_batches, scored.old_snapshots,
             scored.rollout.response_mask, gather=self.parts.processes.gather, indices=indices,
         )  # fmt: skip
 

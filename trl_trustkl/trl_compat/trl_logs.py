@@ -7,7 +7,8 @@ of it. What they do not log is NaN or None here, and null in `bounds.jsonl`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from transformers import TrainerState
@@ -28,6 +29,9 @@ rloo: per token. k1 = log π_old − log π_ref, averaged over the tokens of a g
 penalty in the reward is β times its sum over a response.)
 ppo: per response. By `kl_estimator` (k1 or k3) at rollout, summed over a response, averaged over the last batch.
 """
+
+ESTIMATOR: dict[Kind, Literal["k1", "k3"]] = {"grpo": "k3", "rloo": "k1"}
+"""The estimator of that KL; PPO's is an option."""
 
 KL, TARGET, COEF = "kl/measured", "kl/target", "kl/coef"
 """What `AdaptiveKLCallback` adds to a trainer's logs: the KL and its target in the unit of `KL_METRIC`, and the coefficient
@@ -85,21 +89,25 @@ def record_of(args: Any, state: TrainerState, logs: Mapping[str, Any]) -> BoundR
     kind = kind_of(args)
     if kind is None or not (_TRAINING[kind] in logs or _of_last_steps(kind, logs)):
         return None
+    return record_of_update(kind, args, logs, update=state.global_step, history=state.log_history)
+
+
+def record_of_update(
+    kind: Kind, args: Any, logs: Mapping[str, Any], *, update: int, history: Sequence[Mapping[str, Any]] = ()
+) -> BoundRecord:
+    """The record of the numbers in `logs`; see `record_of`. history: earlier logs, where these lack a number that stays."""
     ppo = kind == "ppo"
     score, step_time = _known(logs, "objective/scores" if ppo else "reward"), _known(logs, "step_time")
-    length = _latest(state, logs, "completions/mean_length")
-    coef = _latest(state, logs, COEF)
+    length = _latest(history, logs, "completions/mean_length")
+    coef = _latest(history, logs, COEF)
     if math.isnan(coef):
         coef = args.kl_coef if ppo else args.beta
     anchor = _anchor(kind, args, logs, coef, 1.0 if ppo else length)
     trust, gradient = _trust(kind, args, logs), _gradient(kind, args, logs)
     value = ValueRecord(args.cliprange_value if ppo else None, _known(logs, "val/clipfrac_avg"), math.nan)
     shares = {"anchor": 0.0 if coef == 0 else math.nan, "clip": trust.gated, "grad_norm": 1.0 - gradient.scale}
-    binding = bounds.binding(shares)
-    if binding == "none" and any(map(math.isnan, shares.values())):
-        binding = "unknown"
     return BoundRecord(
-        update=state.global_step, episode=episodes_seen(args, state.global_step),
+        update=update, episode=episodes_seen(args, update),
         score=None if math.isnan(score) else score,
         length=length,
         eos_rate=1.0 - _known(logs, "completions/clipped_ratio"),
@@ -107,8 +115,21 @@ def record_of(args: Any, state: TrainerState, logs: Mapping[str, Any]) -> BoundR
         lr=_known(logs, "lr" if ppo else "learning_rate"),
         refused=None,
         seconds={} if math.isnan(step_time) else {"total": step_time},
-        anchor=anchor, trust=trust, value=value, gradient=gradient, sampler=SamplerRecord(kl=None), binding=binding,
+        anchor=anchor, trust=trust, value=value, gradient=gradient, sampler=SamplerRecord(kl=None),
+        binding=binding(shares), rewards=_rewards(logs),
     )  # fmt: skip
+
+
+def binding(shares: Mapping[str, float]) -> str:
+    """The mechanism with the largest of the known shares; "unknown" if these are below 1 % and a share is NaN."""
+    known = bounds.binding(dict(shares))
+    return "unknown" if known == "none" and any(map(math.isnan, shares.values())) else known
+
+
+def _rewards(logs: Mapping[str, Any]) -> dict[str, float | None] | None:
+    """The mean reward of each function, which GRPO and RLOO log as `rewards/NAME/mean`."""
+    named = {key.split("/", 1)[1].rpartition("/")[0]: key for key in logs if re.fullmatch("rewards/.+/mean", key)}
+    return {name: None if math.isnan(_known(logs, key)) else _known(logs, key) for name, key in named.items()} or None
 
 
 def _of_last_steps(kind: Kind, logs: Mapping[str, Any]) -> bool:
@@ -126,24 +147,26 @@ def _known(logs: Mapping[str, Any], key: str) -> float:
     return math.nan if value is None else float(value)
 
 
-def _latest(state: TrainerState, logs: Mapping[str, Any], key: str) -> float:
+def _latest(history: Sequence[Mapping[str, Any]], logs: Mapping[str, Any], key: str) -> float:
     """A number from these logs, or from the most recent logs that had it: a step that reuses a generation does not log it
     again."""
-    return _known(next((each for each in (logs, *reversed(state.log_history)) if key in each), {}), key)
+    return _known(next((each for each in (logs, *reversed(history)) if key in each), {}), key)
 
 
 def _anchor(kind: Kind, args: TRLConfig, logs: Mapping[str, Any], coef: float, per_response: float) -> AnchorRecord:
     """per_response: the factor that makes the logged KL nats per response."""
-    target = _known(logs, TARGET) * per_response
-    estimator, placement = {"grpo": ("k3", "loss"), "rloo": ("k1", "reward")}.get(kind) or (args.kl_estimator, "reward")
+    ppo, target, kl = kind == "ppo", _known(logs, TARGET), _known(logs, KL_METRIC[kind])
+    estimator, placement = args.kl_estimator if ppo else ESTIMATOR[kind], "loss" if kind == "grpo" else "reward"
     # Multiplied by the ratio, k3 has the gradient of the KL on the contexts of the batch, as an exact KL in the loss has.
     corrected = getattr(args, "use_bias_correction_kl", False)
     return AnchorRecord(
         estimator, placement, gradient=gradient_kind("exact" if corrected else estimator, placement),
         coef=coef,
-        target=None if math.isnan(target) else target,
-        kl=_known(logs, KL_METRIC[kind]) * per_response,
-        kl_exact=math.nan, kl_stderr=math.nan, share=None,
+        target=None if math.isnan(target) else target * per_response,
+        kl=kl * per_response, kl_exact=math.nan, kl_stderr=math.nan,
+        kl_per_token=math.nan if ppo else kl,
+        target_per_token=None if ppo or math.isnan(target) else target,
+        share=None,
     )  # fmt: skip
 
 
@@ -159,7 +182,8 @@ def _trust(kind: Kind, args: TRLConfig, logs: Mapping[str, Any]) -> TrustRecord:
         coef=0.0,
         epochs=float(args.num_ppo_epochs if kind == "ppo" else args.num_iterations),
         stopped=False,
-        kl=math.nan, kl_max=math.nan, kl_proposed=math.nan, tv=math.nan, max_ratio=math.nan, ratio_quantiles={},
+        kl=math.nan, kl_max=math.nan, kl_response_max=math.nan, kl_proposed=math.nan, tv=math.nan, max_ratio=math.nan,
+        ratio_quantiles={},
         scale=None, tries=0, limit=None, guaranteed=None,
     )  # fmt: skip
 

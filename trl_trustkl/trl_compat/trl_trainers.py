@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
+from accelerate import Accelerator
+from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
@@ -15,9 +17,12 @@ class TRLConfig(Protocol):
     gradient_accumulation_steps: int
     world_size: int
     max_grad_norm: float | None
+    torch_compile: bool
     # -- GRPO and RLOO
     beta: float
     num_iterations: int
+    steps_per_generation: int
+    generation_batch_size: int
     epsilon: float
     epsilon_high: float | None
     # -- GRPO
@@ -40,3 +45,21 @@ class TRLTrainer(Protocol):
     _metrics: dict[str, dict[str, list[float]]]
 
     def add_callback(self, callback: TrainerCallback) -> None: ...
+
+
+class GenerationTrainer(TRLTrainer, Protocol):
+    """GRPOTrainer or RLOOTrainer, which train on batches that they generate."""
+
+    model: Any
+    ref_model: Any
+    accelerator: Accelerator
+    optimizer: Any
+    temperature: float
+    reward_func_names: list[str]
+    reward_weights: Tensor
+    is_in_train: bool
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
+    _buffered_inputs: list[dict[str, Tensor]] | None
+    _step: int
+    _logs: dict[str, Any]

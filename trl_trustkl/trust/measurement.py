@@ -9,17 +9,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..masking import masked_mean
-from ..types import Measurement, MicroBatch, PolicySnapshot
+from ..masking import masked_mean, masked_sum
+from ..types import AnchorMeasurement, Measurement, MicroBatch, PolicySnapshot
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
 class Comparison(Protocol):
-    """The tokens of a micro-batch under a policy and π_old, [b, t] each: log π(token), exact KL(π_old‖π), total variation."""
+    """The tokens of a micro-batch under a policy and π_old, [b, t] each: log π(token), log π_old(token), exact KL(π_old‖π),
+    total variation."""
 
     @property
     def logp(self) -> Tensor: ...
+    @property
+    def old_logp(self) -> Tensor | None: ...
     @property
     def old_kl(self) -> Tensor | None: ...
     @property
@@ -30,7 +33,6 @@ def measure(
     compare: Callable[[MicroBatch, PolicySnapshot], Comparison],
     micro_batches: Sequence[MicroBatch],
     old: Sequence[PolicySnapshot],
-    old_logp: Tensor,
     response_mask: Tensor,
     *,
     gather: Callable[[Tensor], Tensor] = lambda rows: rows,
@@ -41,23 +43,46 @@ def measure(
     Args:
         compare: compares the current policy with π_old on a micro-batch.
         micro_batches, old: the micro-batches that π_old was evaluated on, and π_old at the tokens of each.
-        old_logp, response_mask: log π_old of the sampled tokens, and their mask, [B, T].
+        response_mask: the tokens that count, [B, T].
         gather: gathers rows from all processes, such as `Processes.gather`; by default there is one process.
         indices: of the micro-batches to measure; None for all, which a guarantee requires.
     """
     mask = torch.zeros_like(response_mask)
-    logp, kl, tv = (torch.zeros_like(old_logp) for _ in range(3))
+    kl, tv, log_ratio = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
     for index in range(len(micro_batches)) if indices is None else indices:
         micro = micro_batches[index]
         out = compare(micro, old[index])
         length = micro.response_ids.shape[1]
         mask[micro.rows, :length] = micro.response_mask
-        for column, values in ((logp, out.logp), (kl, out.old_kl), (tv, out.old_tv)):
-            assert values is not None
+        assert out.old_logp is not None and out.old_kl is not None and out.old_tv is not None
+        for column, values in (
+            (kl, out.old_kl),
+            (tv, out.old_tv),
+            (log_ratio, out.logp.float() - out.old_logp.float()),
+        ):
             column[micro.rows, :length] = values.float()
     mask = gather(mask)
     complete = bool((mask == gather(response_mask)).all())
-    return measurement(gather(kl), gather(tv), gather(logp - old_logp), mask, complete=complete)
+    return measurement(gather(kl), gather(tv), gather(log_ratio), mask, complete=complete)
+
+
+def anchor_measurement(
+    estimate: Tensor, exact: Tensor, mask: Tensor, *, coef: float, share: float | None = None
+) -> AnchorMeasurement:
+    """The anchor of a batch from an estimate of KL(π‖π_ref) at each token and the exact KL of each context, [B, T] each.
+
+    The arguments are gathered from all processes.
+    """
+    sums = masked_sum(exact, mask, dim=1).double()
+    error = float(sums.std() / math.sqrt(len(sums))) if len(sums) > 1 else math.nan
+    return AnchorMeasurement(
+        coef=coef,
+        kl=float(masked_sum(estimate, mask, dim=1).double().mean()),
+        kl_exact=float(sums.mean()),
+        kl_stderr=error,
+        share=share,
+        kl_per_token=float(masked_mean(estimate.double(), mask)),
+    )
 
 
 def measurement(kl: Tensor, tv: Tensor, log_ratio: Tensor, mask: Tensor, *, complete: bool) -> Measurement:
@@ -68,7 +93,7 @@ def measurement(kl: Tensor, tv: Tensor, log_ratio: Tensor, mask: Tensor, *, comp
     """
     count = int(mask.sum())
     if count == 0:
-        return Measurement(0.0, 0.0, 0.0, 1.0, {str(q): 1.0 for q in QUANTILES}, 0, complete)
+        return Measurement(0.0, 0.0, 0.0, 0.0, 1.0, {str(q): 1.0 for q in QUANTILES}, 0, complete)
     kls, ratios = kl[mask].double(), log_ratio[mask].double()
     levels = torch.tensor(QUANTILES, dtype=torch.float64, device=ratios.device)
     # The exponential is monotonic, so the quantiles are computed in log space.
@@ -76,6 +101,7 @@ def measurement(kl: Tensor, tv: Tensor, log_ratio: Tensor, mask: Tensor, *, comp
     return Measurement(
         kl=float(kls.mean()),
         kl_max=float(kls.max()),
+        kl_response_max=float(masked_sum(kl.double(), mask, dim=1).max()),
         tv=float(masked_mean(tv.double(), mask)),
         max_ratio=_exp(ratios.max().unsqueeze(0))[0],
         ratio_quantiles=dict(zip(map(str, QUANTILES), quantiles, strict=True)),

@@ -1,0 +1,183 @@
+"""What a TrustRegionCallback rejects at its construction, with messages that say what to do."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from tests import tiny
+from tests.trl_trainers import KINDS, trainer_of
+from trl_trustkl import TrustRegionCallback
+from trl_trustkl.callbacks.trust_region_checks import check_kl_of_nothing, check_options, check_stop, checked_kind
+from trl_trustkl.errors import ConfigError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+LIMITS = ("max_kl", "stop", "lr_target", "panic_kl")
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory) -> Any:
+    return trainer_of("grpo", tmp_path_factory.mktemp("checks"))
+
+
+@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize("value", [0, 0.0, -0.01, math.nan, math.inf, -math.inf, True, "0.01", "none", [0.01], 10**400])
+def test_a_limit_must_be_a_positive_number(name, value, trainer):
+    callbacks = list(trainer.callback_handler.callbacks)
+    with pytest.raises(ConfigError) as error:
+        TrustRegionCallback(trainer, **{name: value})
+    assert str(error.value).startswith(f"`{name}` got ")
+    assert "it must be a positive number of nats per token, or None. None turns it off." in str(error.value)
+    assert trainer.callback_handler.callbacks == callbacks, "the trainer was changed"
+
+
+@pytest.mark.parametrize("limit", [1e-12, 1, 0.01, 1e300])
+def test_every_positive_number_is_a_limit(limit):
+    check_options(dict.fromkeys(LIMITS, limit), "generation", True)
+    check_options(dict.fromkeys(LIMITS), "generation", False)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"every": "steps"}, "`every` got 'steps'; it must be one of 'generation', 'step'. Did you mean 'step'?"),
+        ({"every": None}, "`every` got None; it must be one of"),
+        ({"every": ["step"]}, "`every` got ['step']"),
+        (
+            {"every": "step"},
+            "`every` got 'step' without a limit that could hold after each step; set max_kl or panic_kl",
+        ),
+        ({"every": "step", "stop": 0.1, "lr_target": 0.1}, "`every` got 'step' without a limit"),
+        ({"anchor": None}, "`anchor` got None; it must be True or False."),
+        ({"anchor": 1}, "`anchor` got 1; it must be True or False."),
+        ({"anchor": "yes"}, "`anchor` got 'yes'"),
+    ],
+)
+def test_another_option_of_a_wrong_value(options, said, trainer):
+    with pytest.raises(ConfigError) as error:
+        TrustRegionCallback(trainer, **options)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("limit", ["max_kl", "panic_kl"])
+def test_limits_that_can_hold_after_each_step(limit):
+    check_options(dict.fromkeys(LIMITS) | {limit: 0.1}, "step", True)
+
+
+@KINDS
+def test_the_kinds_of_trainers(kind, tmp_path):
+    assert checked_kind(trainer_of(kind, tmp_path)) == kind
+
+
+def others(folder: Any) -> dict[str, Any]:
+    common = {"output_dir": str(folder), "report_to": "none", "bf16": False, "use_cpu": True}
+    data = tiny.prompts().rename_column("prompt", "text")
+    return {
+        "Trainer": Trainer(tiny.llama(), TrainingArguments(**common)),
+        "SFTTrainer": SFTTrainer(
+            model=tiny.llama(), args=SFTConfig(**common), train_dataset=data, processing_class=tiny.tokenizer()
+        ),
+        "object": object(),
+        "NoneType": None,
+    }
+
+
+@pytest.mark.parametrize("name", ["Trainer", "SFTTrainer", "object", "NoneType"])
+def test_a_trainer_without_generation_batches(name, tmp_path):
+    trainer = others(tmp_path)[name]
+    with pytest.raises(ConfigError) as error:
+        TrustRegionCallback(trainer, max_kl=0.1)
+    assert str(error.value) == (
+        f"`trainer` got a {name}, which makes no generation batches; it must be TRL's GRPOTrainer or RLOOTrainer."
+    )
+
+
+def test_a_trainer_with_the_configuration_of_grpo_that_keeps_no_batch(trainer):
+    with pytest.raises(ConfigError, match="`trainer` got a SimpleNamespace, which makes no generation batches"):
+        checked_kind(SimpleNamespace(args=trainer.args))
+
+
+def test_the_ppo_trainer_of_this_package_has_its_own_limits(tmp_path):
+    with pytest.raises(
+        ConfigError, match="which has its own trust region. Set trust_max_kl, trust_stop, trust_lr_target"
+    ):
+        TrustRegionCallback(tiny.trainer(tmp_path), max_kl=0.1)
+
+
+@pytest.mark.parametrize(("flag", "engine"), [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")])
+def test_sharded_parameters(flag, engine, trainer, monkeypatch):
+    monkeypatch.setattr(trainer, flag, True)
+    with pytest.raises(ConfigError, match=f"under {engine}, which shards the parameters.*with several under DDP"):
+        TrustRegionCallback(trainer)
+
+
+def test_a_trainer_that_is_training(trainer, monkeypatch):
+    monkeypatch.setattr(trainer, "is_in_train", True)
+    with pytest.raises(ConfigError, match="that is training; add the callback before train"):
+        TrustRegionCallback(trainer)
+
+
+def test_a_model_without_trainable_parameters(tmp_path):
+    frozen = trainer_of("grpo", tmp_path)
+    frozen.model.requires_grad_(False)
+    with pytest.raises(ConfigError, match="whose model has no trainable parameter; there is no update to limit"):
+        TrustRegionCallback(frozen)
+
+
+def of_batches(steps_per_generation: int, num_iterations: int, accumulation: int, scaler: Any = None) -> Any:
+    args = SimpleNamespace(
+        steps_per_generation=steps_per_generation,
+        num_iterations=num_iterations,
+        gradient_accumulation_steps=accumulation,
+    )
+    return SimpleNamespace(args=args, accelerator=SimpleNamespace(scaler=scaler))
+
+
+@pytest.mark.parametrize(
+    ("batches", "said"),
+    [
+        (
+            (2, 1, 2),
+            "it ends the steps on a generation batch early, and there is only one. Use max_kl, or num_iterations=2",
+        ),
+        ((1, 1, 2), "and there is only one"),
+        ((1, 2, 2), "and there is only one"),
+        ((1, 2, 4), "and there is only one"),
+        ((3, 1, 2), "an optimizer step then uses two generation batches, of which it cannot drop one"),
+        ((2, 3, 4), "an optimizer step then uses two generation batches"),
+        ((2, 2, 2, object()), "with fp16=True, whose gradient scaler rejects a step without gradients; use bf16=True"),
+    ],
+)
+def test_an_early_stop_that_has_no_effect_or_cannot_be_made(batches, said):
+    with pytest.raises(ConfigError) as error:
+        check_stop(0.1, of_batches(*batches))
+    assert str(error.value).startswith("`stop` got 0.1 with ") and said in str(error.value)
+    if len(batches) == 3:
+        generation, iterations, accumulation = batches
+        fields = f"num_iterations={iterations}, steps_per_generation={generation} and "
+        assert f"{fields}gradient_accumulation_steps={accumulation}" in str(error.value)
+
+
+@pytest.mark.parametrize("batches", [(2, 2, 2), (4, 1, 2), (4, 3, 2), (1, 2, 1), (1, 4, 2)])
+def test_an_early_stop_that_can_be_made(batches):
+    check_stop(0.1, of_batches(*batches))
+
+
+def test_an_early_stop_without_an_effect_is_an_error_at_construction(trainer):
+    with pytest.raises(ConfigError, match="`stop` got 0.1 with num_iterations=1, steps_per_generation=2 and"):
+        TrustRegionCallback(trainer, stop=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kl", "usable"), [(0.0, True), (1e-6, True), (2e-4, False), (math.nan, False), (math.inf, False)]
+)
+def test_the_kl_between_equal_policies_must_be_small(kl, usable):
+    reason = check_kl_of_nothing(kl, tiny.llama())
+    assert (reason is None) == usable
+    if reason is not None:
+        assert "two forward passes of LlamaForCausalLM" in reason and f"a KL of {kl:.3g} nats per token" in reason

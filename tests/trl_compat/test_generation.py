@@ -1,0 +1,253 @@
+"""What TRL's trainers keep of a generation batch, against a simulation of how they use it, and against real trainers."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+import random
+from collections import defaultdict, deque
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+from trl import GRPOTrainer, RLOOTrainer
+
+from tests import tiny
+from tests.trl_trainers import KINDS, trainer_of
+from trl_trustkl.errors import ModelError
+from trl_trustkl.trl_compat import generation
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+GRID = list(itertools.product(range(1, 5), range(1, 4), range(1, 7)))
+"""steps_per_generation, num_iterations, gradient_accumulation_steps."""
+
+
+def simulated(
+    kind: type, steps_per_generation: int, num_iterations: int, accumulation: int, passes: int
+) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+    """For each pass that TRL's own `_prepare_inputs` prepares: the generation batch that it uses, the micro-batch of it, and
+    (end, index) as this package computes them after the pass."""
+    count = itertools.count()
+    args = SimpleNamespace(
+        steps_per_generation=steps_per_generation,
+        num_iterations=num_iterations,
+        gradient_accumulation_steps=accumulation,
+    )
+    trainer = SimpleNamespace(
+        args=args, model=SimpleNamespace(training=True), num_iterations=num_iterations, _step=0, _buffered_inputs=None,
+        _generate_and_score_completions=lambda batch: {"batch": torch.full((steps_per_generation,), next(count))},
+    )  # fmt: skip
+    prepare = inspect.unwrap(kind._prepare_inputs)
+    batches, parts, found = [], [], []
+    for _ in range(passes):
+        inputs = prepare(trainer, {})
+        batches.append(int(inputs["batch"]))
+        parts.append(next(i for i, each in enumerate(trainer._buffered_inputs) if each is inputs))
+        trainer._step += 1  # as `training_step` does
+        assert generation.passes(trainer) == len(batches)
+        found.append((generation.end_of_generation(trainer), generation.current_micro_batch(trainer)))
+    return batches, parts, found
+
+
+@pytest.mark.parametrize("kind", [GRPOTrainer, RLOOTrainer])
+def test_ends_of_windows_and_micro_batches_are_those_of_trls_own_passes(kind):
+    for each in GRID:
+        passes = 2 * math.lcm(each[0] * each[1], each[2])
+        batches, parts, found = simulated(kind, *each, passes)
+        last = {batch: number for number, batch in enumerate(batches, start=1)}
+        assert [end for end, _ in found] == [last[batch] for batch in batches], each
+        assert [index for _, index in found] == parts, each
+        args = SimpleNamespace(steps_per_generation=each[0], num_iterations=each[1])
+        assert generation.passes_per_generation(SimpleNamespace(args=args)) == batches.count(0), each
+
+
+def test_steps_are_shared_where_a_step_uses_a_batch_with_another_one_and_with_another_step():
+    shared = []
+    for each in GRID:
+        size, accumulation = each[0] * each[1], each[2]
+        batches, _, _ = simulated(GRPOTrainer, *each, 2 * math.lcm(size, accumulation))
+        steps = [set(batches[i : i + accumulation]) for i in range(0, len(batches), accumulation)]
+        used = [sum(batch in step for step in steps) for batch in range(max(batches) + 1)]
+        expected = any(len(step) > 1 and any(used[batch] > 1 for batch in step) for step in steps)
+        args = SimpleNamespace(
+            steps_per_generation=each[0], num_iterations=each[1], gradient_accumulation_steps=each[2]
+        )
+        assert generation.steps_are_shared(SimpleNamespace(args=args)) == expected, each
+        shared.append(expected)
+    assert 10 < sum(shared) < len(shared) - 10
+
+
+# -- the batch ---------------------------------------------------------------------------------------------------------
+
+
+def part(first: int, **more: Any) -> dict[str, Any]:
+    """A micro-batch of TRL with two rows."""
+    return {
+        "prompt_ids": torch.tensor([[0, 3 + first], [4, 5]]), "prompt_mask": torch.tensor([[0, 1], [1, 1]]),
+        "completion_ids": torch.tensor([[6, 7, 8], [9, 2, 0]]), "completion_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+    } | more  # fmt: skip
+
+
+def test_micro_batches_have_trls_tokens_padding_and_order():
+    tools = torch.tensor([[1, 0, 1], [1, 1, 1]])
+    trainer = SimpleNamespace(_buffered_inputs=[part(0), part(1, tool_mask=tools)])
+    first, second = generation.micro_batches(trainer)
+    assert first.rows.tolist() == [0, 1] and second.rows.tolist() == [2, 3]
+    assert first.input_ids.tolist() == [[0, 3, 6, 7, 8], [4, 5, 9, 2, 0]] and first.position_ids is None
+    assert first.attention_mask.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+    assert first.response_ids.tolist() == [[6, 7, 8], [9, 2, 0]] and second.input_ids[0, 1] == 4
+    assert first.response_mask.tolist() == [[True, True, True], [True, True, False]]
+    assert second.response_mask.tolist() == [[True, False, True], [True, True, False]], "a tool's output counts"
+    assert second.attention_mask.tolist() == first.attention_mask.tolist(), "a tool's output is not seen"
+
+
+def test_no_batch_yet_and_a_batch_with_images():
+    assert generation.micro_batches(SimpleNamespace(_buffered_inputs=None)) == []
+    with pytest.raises(ModelError, match="the generation batch has images.*train on prompts of text, or remove"):
+        generation.micro_batches(SimpleNamespace(_buffered_inputs=[part(0, pixel_values=torch.zeros(2, 3))]))
+
+
+def test_what_generates():
+    args = SimpleNamespace(steps_per_generation=1)
+    kept = {"_buffered_inputs": None, "_step": 0, "_metrics": {}, "_logs": {}}
+    assert generation.generates(SimpleNamespace(args=args, **kept))
+    assert not generation.generates(SimpleNamespace(args=SimpleNamespace(), **kept))
+    for name in kept:
+        assert not generation.generates(SimpleNamespace(args=args, **{k: v for k, v in kept.items() if k != name}))
+    assert not generation.generates(None)
+
+
+class Passes(TrainerCallback):
+    """The inputs of each pass of a real trainer, and what this package reads of its state after it."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.inputs, self.ends = trainer, [], []
+        compute = trainer._compute_loss
+
+        def keep(model: Any, inputs: Any) -> Any:
+            self.inputs.append(inputs)
+            return compute(model, inputs)
+
+        trainer._compute_loss = keep
+
+    def after(self) -> None:
+        trainer = self.trainer
+        micro = generation.micro_batches(trainer)[generation.current_micro_batch(trainer)]
+        inputs = self.inputs[-1]
+        ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+        assert torch.equal(micro.input_ids, ids) and torch.equal(micro.attention_mask, mask)
+        self.ends.append(generation.end_of_generation(trainer))
+
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        self.after()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.after()
+
+
+@KINDS
+def test_the_micro_batch_of_a_pass_is_the_one_that_the_trainer_passed_to_its_loss(kind, tmp_path):
+    trainer = trainer_of(
+        kind, tmp_path, steps_per_generation=3, num_iterations=2, num_generations=2, max_steps=5, learning_rate=1e-3
+    )
+    assert generation.generates(trainer)
+    passes = Passes(trainer)
+    trainer.add_callback(passes)
+    trainer.train()
+    assert passes.ends == [6] * 6 + [12] * 4
+
+
+# -- metrics and completions -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_value_of_a_metric_is_read_exactly_once(seed):
+    """In any order of passes, readings and logs, as long as what was measured is read before it is logged."""
+    chance = random.Random(seed)
+    trainer = SimpleNamespace(_metrics={"train": defaultdict(list), "eval": defaultdict(list)})
+    trainer._metrics["train"]["kl"].append(-1.0)
+    metrics = generation.NewMetrics(trainer)
+    assert metrics.take() == {"kl": [-1.0]} and metrics.take() == {}
+    number, read, wanted = itertools.count(), defaultdict(list), defaultdict(list)
+    for _ in range(200):
+        for name in chance.sample(["kl", "reward", "entropy"], chance.randint(0, 3)):
+            wanted[name].append(float(next(number)))
+            trainer._metrics["train"][name].append(wanted[name][-1])
+        trainer._metrics["eval"]["kl"].append(math.nan)
+        if chance.random() < 0.7:
+            found = metrics.take()
+            assert all(found.values()), "an empty list"
+            for name, values in found.items():
+                read[name].extend(values)
+            if chance.random() < 0.4:
+                trainer._metrics["train"].clear()  # as after a log
+    for name, values in metrics.take().items():
+        read[name].extend(values)
+    assert read == wanted
+
+
+def logs(prompts: list, completions: list, rewards: dict[str, list[float]], count: int) -> Any:
+    """A trainer with these logs, of which the last `count` are of its last batch."""
+    return SimpleNamespace(
+        args=SimpleNamespace(generation_batch_size=count),
+        reward_func_names=list(rewards),
+        reward_weights=torch.tensor([1.0, 0.5][: len(rewards)]),
+        _logs={
+            "prompt": deque(prompts), "completion": deque(completions),
+            "rewards": {name: deque(values) for name, values in rewards.items()},
+        },
+    )  # fmt: skip
+
+
+def test_completions_are_the_last_rows_with_their_weighted_rewards():
+    rewards = {"one": [9.0, 1.0, math.nan, 3.0, math.nan], "two": [9.0, 2.0, 4.0, math.nan, math.nan]}
+    trainer = logs(list("pqrst"), list("abcde"), rewards, count=4)
+    assert generation.completions(trainer) == [("q", "b", 2.0), ("r", "c", 2.0), ("s", "d", 3.0), ("t", "e", None)]
+
+
+def test_conversations_are_lines_of_text():
+    image = [{"type": "image"}, {"type": "text", "text": "what is it?"}]
+    prompt = [{"role": "system", "content": "be brief"}, {"role": "user", "content": image}]
+    answer = [{"role": "assistant", "content": None}, {"role": "tool", "content": "42"}]
+    (row,) = generation.completions(logs([prompt], [answer], {"one": [0.5]}, count=1))
+    assert row == ("system: be brief\nuser: <image> what is it?", "assistant: \ntool: 42", 0.5)
+
+
+def none_for_short(prompts: list, completions: list, **_: Any) -> list[float | None]:
+    return [None if len(text.split()) % 2 else 1.0 for text in completions]
+
+
+@KINDS
+def test_completions_of_a_real_trainer(kind, tmp_path):
+    """Also in the second generation, and after an evaluation, whose rows go to the same logs."""
+    trainer = trainer_of(
+        kind, tmp_path, max_steps=3, reward_weights=[1.0, 0.25], eval_strategy="steps", eval_steps=1,
+        reward_funcs=[tiny.good_words, none_for_short],
+    )  # fmt: skip
+    generated: list[tuple[list[str], list[str]]] = []
+    found: list[Any] = []
+    calculate = trainer._calculate_rewards
+
+    def keep(inputs: Any, prompts: Any, completions: Any, *rest: Any) -> Any:
+        if trainer.model.training:
+            generated.append((list(prompts), list(completions)))
+        return calculate(inputs, prompts, completions, *rest)
+
+    trainer._calculate_rewards = keep
+
+    class Reads(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            found.append(generation.completions(trainer))
+
+    trainer.add_callback(Reads())
+    trainer.train()
+    assert len(found) == len(generated) == 3
+    for rows, (prompts, texts) in zip(found, generated, strict=True):
+        assert [(row.prompt, row.completion) for row in rows] == list(zip(prompts, texts, strict=True))
+        first, second = tiny.good_words(prompts, texts), none_for_short(prompts, texts)
+        weighted = [a + 0.25 * (b or 0.0) for a, b in zip(first, second, strict=True)]
+        assert [row.score for row in rows] == pytest.approx(weighted)
+    assert any(score is None for _, texts in generated for score in none_for_short([], texts))

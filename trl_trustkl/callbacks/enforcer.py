@@ -1,0 +1,81 @@
+"""Measurement and enforcement of the trust region on the generation batches of GRPO and RLOO."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from ..policy.loading import trainable
+from ..policy.observed_lm import ObservedLM
+from ..trl_compat.trl_trainers import GenerationTrainer
+from ..trust.limits import Limits, TrustRegion
+from ..trust.snapshot import UpdateSnapshot
+from ..types import Enforcement, Measurement
+from .window import Window
+
+NO_TOKENS = "no token of the generation batch counts, so that its KL(π_old‖π) cannot be measured"
+
+
+class Enforcer:
+    """Measures windows, and holds `limits` on them; without limits it only measures."""
+
+    def __init__(self, trainer: GenerationTrainer, model: ObservedLM, limits: Limits) -> None:
+        self._trainer = trainer
+        self._model = model
+        self._region = TrustRegion(limits)
+        self.limited = limits.max_kl is not None or limits.panic_kl is not None
+        self._snapshot: UpdateSnapshot | None = None
+
+    def take_snapshot(self) -> None:
+        """Keep the current state: an update is shortened towards it, or rolled back to it."""
+        if self.limited:
+            self._snapshot = UpdateSnapshot(trainable(self._trainer.model), [], self._trainer.optimizer)
+
+    def drop_snapshot(self) -> None:
+        """Free the memory of the snapshot."""
+        self._snapshot = None
+
+    def enforce(self, windows: Sequence[Window]) -> None:
+        """Hold the limits on these windows together: the largest of their KLs decides."""
+        tried: list[list[Measurement]] = []
+
+        def measure() -> Measurement:
+            tried.append([window.measure() for window in windows])
+            return max(tried[-1], key=lambda found: (not math.isfinite(found.kl), found.kl, found.tokens))
+
+        with self.measuring(windows):
+            proposed = measure()
+            found = Enforcement(proposed.kl, None, 0, None, proposed)
+            if self._snapshot is not None:
+                found = self._enforced(self._snapshot, measure, proposed)
+        after = next(each for each in reversed(tried) if any(measured is found.measured for measured in each))
+        for window, before, measured in zip(windows, tried[0], after, strict=True):
+            window.enforcement = found._replace(kl_proposed=before.kl, measured=measured)
+
+    def _enforced(
+        self, snapshot: UpdateSnapshot, measure: Callable[[], Measurement], proposed: Measurement
+    ) -> Enforcement:
+        groups = self._trainer.optimizer.param_groups
+        scheduled = [group["lr"] for group in groups]
+        if proposed.tokens == 0:
+            snapshot.restore()
+        found = self._region.enforce(snapshot, measure, proposed, rejected=None if proposed.tokens else NO_TOKENS)
+        for group, rate in zip(groups, scheduled, strict=True):
+            group["lr"] = rate  # a rollback restores that of the window's start, and the scheduler would not notice
+        return found
+
+    def measure(self, window: Window) -> Measurement:
+        """The window under the current policy."""
+        with self.measuring([window]):
+            return window.measure()
+
+    @contextmanager
+    def measuring(self, windows: Sequence[Window]) -> Iterator[None]:
+        """The model as it is measured. The time inside is added to that of the windows."""
+        started = time.perf_counter()
+        with self._model.without_noise():
+            yield
+        for window in windows:
+            window.seconds += (time.perf_counter() - started) / len(windows)

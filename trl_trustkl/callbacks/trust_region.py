@@ -1,0 +1,382 @@
+"""TrustRegionCallback: a measured and enforced trust region for TRL's GRPO and RLOO trainers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, Literal
+
+from peft import PeftModel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from ..controllers import LearningRateByKL
+from ..divergences import ESTIMATORS
+from ..errors import ConfigError, ModelError
+from ..parallel.processes import Processes
+from ..policy.dropout import has_noise
+from ..policy.loading import trainable
+from ..policy.observed_lm import ObservedLM
+from ..policy.reference import Reference
+from ..records import BoundRecord
+from ..run.recorder import Recorder
+from ..trl_compat import generation, trl_logs
+from ..trl_compat.trl_trainers import GenerationTrainer
+from ..trust.learning_rate import scaled_learning_rate
+from ..trust.limits import Limits
+from .adaptive_kl import AdaptiveKLCallback
+from .bound_report import is_report, report_of
+from .enforcer import Enforcer
+from .trust_region_checks import check_kl_of_nothing, check_options, check_stop, checked_kind
+from .window import Window
+from .window_record import completion_rows, enforced, tracked, window_record
+
+
+class TrustRegionState(TrainerCallback, ExportableState):
+    """Holds the state of a `TrustRegionCallback` in checkpoints. A `TrustRegionCallback` adds it to its trainer.
+
+    It is a separate callback, because transformers may rebuild such callbacks from the checkpoint, and a checkpoint cannot
+    hold the trainer that a `TrustRegionCallback` needs.
+    """
+
+    def __init__(self) -> None:
+        self.lr_factor = 1.0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"lr_factor": self.lr_factor}}
+
+
+class TrustRegionCallback(TrainerCallback):
+    """Measures every update of TRL's GRPO or RLOO trainer exactly, and keeps it within limits.
+
+        trainer = GRPOTrainer(...)
+        trainer.add_callback(TrustRegionCallback(trainer, max_kl=0.01))
+
+    With TRL's defaults the ratio of these trainers is always 1, so that their clipping never acts. Here the divergence
+    KL(π_old‖π) of each update is computed over the vocabulary, and an update that exceeds a limit is shortened or rolled
+    back. A *window* consists of the optimizer steps on one generation batch; π_old is the policy that generated it. The
+    limits are on the mean over all completion tokens with a loss, in nats per token, under the forward pass that TRL trains:
+    its padding, temperature and precision, with dropout off. Nothing of TRL is replaced or wrapped.
+
+    Args:
+        trainer: the trainer that the callback is added to.
+        max_kl: hard limit of KL(π_old‖π), held at the end of each window, and before the model is saved, by backtracking on
+            the segment from π_old to the proposed policy.
+        stop: the remaining steps of a window make no change once KL(π_old‖π) exceeds this. Their passes still run, so that no
+            time is saved.
+        lr_target: the learning rate is multiplied by a factor that brings the proposed KL(π_old‖π) near this. The
+            scheduler does not notice.
+        panic_kl: a window is rolled back, with the optimizer's state, if it exceeds this before any backtracking.
+        every: "generation" holds max_kl and panic_kl at the end of a window, "step" after each of its optimizer steps as
+            well. Where optimizer steps share generation batches, as with steps_per_generation=3 and
+            gradient_accumulation_steps=2, and with enable_jit_checkpoint, they always hold after each step.
+        anchor: whether the exact KL(π_old‖π_ref) is measured too, also with beta=0. π_ref is TRL's: the model with its adapter
+            disabled (or with the adapter "ref"), else `ref_model`; without one it is not measured.
+
+    With max_kl or panic_kl, a window whose KL is not finite, or in which no token counts, is rolled back.
+
+    The numbers are added to TRL's logs as `trust/…` and `anchor/…`, and a `BoundReportCallback` of the same trainer writes a
+    record for each generation batch. Several processes (DDP) measure and decide together. State for resuming is saved in
+    checkpoints.
+
+    Raises ConfigError for an option out of range and for a trainer that it does not support: one without generation batches,
+    under FSDP or DeepSpeed, or one that is training. Raises ModelError if the model's passes are random even without dropout.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        *,
+        max_kl: float | None = None,
+        stop: float | None = None,
+        lr_target: float | None = None,
+        panic_kl: float | None = None,
+        every: Literal["generation", "step"] = "generation",
+        anchor: bool = True,
+    ) -> None:
+        limits = {"max_kl": max_kl, "stop": stop, "lr_target": lr_target, "panic_kl": panic_kl}
+        check_options(limits, every, anchor)
+        self.kind = checked_kind(trainer)
+        self.trainer: GenerationTrainer = trainer
+        self._check_added(0)
+        if stop is not None:
+            check_stop(stop, trainer)
+        self.stop = stop
+        self.shared_steps = generation.steps_are_shared(trainer)
+        self.processes = Processes(trainer.accelerator)
+        self.model = ObservedLM(trainer.model, autocast=trainer.accelerator.autocast, temperature=trainer.temperature)
+        self.reference = _reference(trainer, self.model) if anchor else None
+        self._enforcer = Enforcer(trainer, self.model, Limits(max_kl, panic_kl))
+        saves_any_time = getattr(trainer.args, "enable_jit_checkpoint", False)  # a checkpoint on SIGTERM
+        needs_every_step = self._enforcer.limited and (self.shared_steps or saves_any_time)
+        self.every_step = every == "step" or needs_every_step
+        self.lr_controller = None if lr_target is None else LearningRateByKL(lr_target)
+        self._recorder = Recorder(lambda: trainer.callback_handler.callbacks, self.processes)
+        self._before_save = _BeforeSave(self)
+        self._rates = ExitStack()
+        self._run = ExitStack()
+        self._training = False
+        self._reset()
+        if self.lr_controller is not None:
+            self._lr_state = self.lr_controller.init()
+            if self._stored() is None:
+                trainer.add_callback(TrustRegionState())
+            self._store()
+
+    def _reset(self) -> None:
+        self._windows: list[Window] = []
+        self._closed: list[tuple[Window, int]] = []  # windows that ended, by the number of steps made, not yet recorded
+        self._batch: object = None
+        self._enforcer.drop_snapshot()
+        self._metrics = generation.NewMetrics(self.trainer)
+        self._may_reuse = not has_noise(self.trainer.model) and not self.trainer.args.torch_compile
+        self._checked = False
+        self._held = False
+
+    def _check_added(self, count: int) -> None:
+        if sum(isinstance(each, TrustRegionCallback) for each in self.trainer.callback_handler.callbacks) > count:
+            raise ConfigError(
+                "The trainer got two TrustRegionCallbacks; both would enforce limits. Add one with all limits."
+            )
+
+    # -- the run -------------------------------------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        callbacks = self.trainer.callback_handler.callbacks
+        own: object = self.trainer.args
+        if args is not own or self not in callbacks:
+            raise ConfigError("`trainer` is not the trainer that this TrustRegionCallback was added to; give that one.")
+        self._check_added(1)
+        if (count := sum(map(is_report, callbacks))) > 1:
+            raise ConfigError(
+                f"The trainer got {count} BoundReportCallbacks; each would write every record. Give yours in `callbacks` when "
+                "the trainer is built, or call trainer.remove_callback(BoundReportCallback) before you add it."
+            )
+        self._rates.close()  # of a run that an error ended
+        self._run.close()
+        self._reset()
+        self._metrics.take()
+        self._restore(state)
+        self._run.callback(self.model.watch())
+        self.trainer.add_callback(self._before_save)
+        self._run.callback(callbacks.remove, self._before_save)
+        if (report := report_of(callbacks)) is not None:
+            self._run.callback(report.take_records())
+        self._training = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._end_windows(state.global_step)
+        self._write(args, state, control)
+        self._run.close()
+        self._training = False
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._write(args, state, control)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._after_pass()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._after_pass()
+        optimizer, windows = self.trainer.optimizer, self._windows
+        for window in windows:
+            if not window.old:
+                with self._enforcer.measuring([window]):
+                    self._fix_old_policy(window)
+        if self.shared_steps:
+            self._enforcer.take_snapshot()
+        if any(window.stopped for window in windows):
+            optimizer.zero_grad()
+        factor = 1.0 if self.lr_controller is None else self._lr_state.coef
+        for window in windows:
+            window.begin_step(lr=optimizer.param_groups[0]["lr"], lr_factor=factor)
+        self._rates.enter_context(scaled_learning_rate(optimizer, trainable(self.trainer.model), factor))
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._rates.close()
+        ended = [window for window in self._windows if window.ends_at <= generation.passes(self.trainer)]
+        if self.every_step or ended:
+            self._enforcer.enforce(self._windows if self.every_step else ended)
+        self._held = self.every_step  # the limits, on windows that have not ended
+        if self.stop is not None:
+            for window in self._windows:
+                if window not in ended and not window.stopped:
+                    found = enforced(window)[1] if self.every_step else self._enforcer.measure(window)
+                    window.stopped = not found.kl <= self.stop
+        self._end(ended, update=state.global_step + 1)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, logs: dict[str, Any], **_: Any
+    ) -> None:
+        if self._training:
+            self._write(args, state, control, grad_norm=logs.get("grad_norm"))
+
+    def after_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        """End the windows that are left if the run ends; otherwise see `before_save`."""
+        if control.should_training_stop:
+            self._end_windows(state.global_step)
+        self.before_save(args, control)
+        if not control.should_log:
+            self._write(args, state, control)
+
+    def before_save(self, args: TrainingArguments, control: TrainerControl) -> None:
+        """Enforce the limits on windows that have not ended if the model may be saved now."""
+        windows = [window for window in self._windows if window.steps]
+        if windows and self._enforcer.limited and not self._held and _may_save(args, control):
+            self._enforcer.enforce(windows)
+            self._held = True
+
+    # -- a window ------------------------------------------------------------------------------------------------------
+
+    def _after_pass(self) -> None:
+        """Keep what the training pass that was just made shows: a new generation batch, its metrics, its hidden states."""
+        if not self._training:
+            raise ConfigError(
+                "This TrustRegionCallback was added after training began, in the middle of a window; add it before train()."
+            )
+        trainer = self.trainer
+        if trainer._buffered_inputs is not self._batch:
+            self._batch = trainer._buffered_inputs
+            if not self._windows and not self.shared_steps:
+                self._enforcer.take_snapshot()
+            self._windows.append(
+                Window(
+                    self.model, self.processes, generation.micro_batches(trainer),
+                    ends_at=generation.end_of_generation(trainer), coef=trainer.beta,
+                    completions=generation.completions(trainer) if self.processes.is_main else [],
+                )
+            )  # fmt: skip
+        window = self._windows[-1]
+        window.add_pass(self._metrics.take())
+        index = generation.current_micro_batch(trainer)
+        states = self.model.states_of_training(window.micro_batches[index])
+        if self._may_reuse and states is not None and not window.steps:
+            window.states[index] = states
+
+    def _fix_old_policy(self, window: Window) -> None:
+        window.fix_old_policy()
+        if not self._checked:
+            self._check_start(window)
+        if self.reference is not None:
+            window.measure_anchor(self.reference, ESTIMATORS[trl_logs.ESTIMATOR[self.kind]])
+
+    def _check_start(self, window: Window) -> None:
+        """Check that KL(π_old‖π_old) is 0. If it is not with the states of training's passes, they are not used."""
+        found = window.measure()
+        if found.kl_max != 0.0 and self._may_reuse:
+            self._may_reuse = False
+            window.fix_old_policy()
+            found = window.measure()
+        self._checked = found.tokens > 0
+        if (reason := check_kl_of_nothing(found.kl, self.model.causal)) is not None:
+            raise ModelError(reason)
+
+    def _end_windows(self, update: int) -> None:
+        """End the windows that are left when the run ends."""
+        windows = [window for window in self._windows if window.steps]
+        if windows:
+            if not self.every_step:
+                self._enforcer.enforce(windows)
+            self._end(windows, update=update)
+
+    def _end(self, windows: Sequence[Window], *, update: int) -> None:
+        """Log the windows, which were enforced, and pass their KL to the controller of the learning rate."""
+        metrics = self.trainer._metrics["train"]
+        for window in windows:
+            window.release()
+            for name, value in tracked(self._record(window, update)).items():
+                metrics[name].append(value)
+            self._closed.append((window, update))
+        self._windows = [window for window in self._windows if window not in windows]
+        if not self._windows:
+            self._enforcer.drop_snapshot()
+        found = [enforcement for enforcement, measured in map(enforced, windows) if measured.tokens]
+        kls = [each.kl_proposed for each in found if not each.rejected and math.isfinite(each.kl_proposed)]
+        if self.lr_controller is not None and kls:
+            episodes = len(windows) * self.trainer.args.generation_batch_size
+            self._lr_state = self.lr_controller.update(self._lr_state, kl=max(0.0, *kls), episodes=episodes)
+            self._store()
+
+    def _record(self, window: Window, update: int, grad_norm: float | None = None) -> BoundRecord:
+        callbacks = self.trainer.callback_handler.callbacks
+        controllers = [each.controller for each in callbacks if isinstance(each, AdaptiveKLCallback)]
+        target = getattr(controllers[0], "target", None) if controllers else None
+        known = grad_norm if window.steps == 1 else None
+        return window_record(self.kind, self.trainer.args, window, update=update, target=target, grad_norm=known)
+
+    def _write(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, grad_norm: float | None = None
+    ) -> None:
+        """Pass the records of the windows that ended to the callbacks."""
+        closed, self._closed = self._closed, []
+        for window, update in closed:
+            record = self._record(window, update, grad_norm)
+            self._recorder.write(record, completion_rows(window, update), args=args, state=state, control=control)
+
+    def _restore(self, state: TrainerState) -> None:
+        """Restore the state of a checkpoint; a run that does not resume has that of its start."""
+        if self.lr_controller is None:
+            return
+        # A state that was loaded may lack the entry that saving expects.
+        entry = state.stateful_callbacks.setdefault(TrustRegionState.__name__, TrustRegionState().state())
+        self._lr_state = self.lr_controller.init()._replace(coef=entry["attributes"]["lr_factor"])
+        self._store()
+
+    def _store(self) -> None:
+        """Store the factor of the learning rate for checkpoints."""
+        if (stored := self._stored()) is not None:
+            stored.lr_factor = self._lr_state.coef
+
+    def _stored(self) -> TrustRegionState | None:
+        callbacks = self.trainer.callback_handler.callbacks
+        return next((each for each in callbacks if isinstance(each, TrustRegionState)), None)
+
+
+class _BeforeSave(TrainerCallback):
+    """The last callback of the run, so that it sees whether any other requested a save or the end."""
+
+    def __init__(self, callback: TrustRegionCallback) -> None:
+        self._callback = callback
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._callback.after_step(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._callback.after_step(args, state, control)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._callback.before_save(args, control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._callback.before_save(args, control)
+
+
+def _may_save(args: TrainingArguments, control: TrainerControl) -> bool:
+    return control.should_save or (control.should_evaluate and args.save_strategy == "best")
+
+
+def _reference(trainer: GenerationTrainer, model: ObservedLM) -> Reference | None:
+    """TRL's reference; None where TRL has none."""
+    policy = trainer.model
+    if isinstance(policy, PeftModel):
+        return Reference(policy, model, adapter="ref" if "ref" in policy.peft_config else None)
+    if trainer.ref_model is None:
+        return None
+    ref_model = trainer.accelerator.unwrap_model(trainer.ref_model)
+    ref_lm = ObservedLM(ref_model, autocast=model.autocast, temperature=model.temperature, name="ref_model")
+    return Reference(policy, model, ref_model, ref_lm=ref_lm)

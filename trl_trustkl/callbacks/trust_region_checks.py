@@ -1,0 +1,94 @@
+"""What a TrustRegionCallback cannot work with, as errors at its construction."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError, is_finite, out_of_range, unknown_name
+from ..policy.loading import trainable
+from ..trl_compat import generation, trl_logs
+from ..trl_compat.trl_logs import Kind
+from ..trl_compat.trl_trainers import GenerationTrainer
+
+EVERY = ("generation", "step")
+
+
+def check_options(limits: dict[str, Any], every: Any, anchor: Any) -> None:
+    """ConfigError for a limit that is not a positive number, or another option of a wrong value."""
+    for name, value in limits.items():
+        if value is not None and not (is_finite(value) and value > 0):
+            raise out_of_range(name, value, "a positive number of nats per token, or None", "None turns it off.")
+    if every not in EVERY:
+        raise unknown_name("every", every, EVERY)
+    if not isinstance(anchor, bool):
+        raise out_of_range("anchor", anchor, "True or False")
+    if every == "step" and limits["max_kl"] is None and limits["panic_kl"] is None:
+        raise ConfigError(
+            "`every` got 'step' without a limit that could hold after each step; set max_kl or panic_kl, or leave "
+            "every='generation'."
+        )
+
+
+def checked_kind(trainer: Any) -> Kind:
+    """The trainer's kind. ConfigError for one that the callback cannot work with."""
+    name, args = type(trainer).__name__, getattr(trainer, "args", None)
+    if trl_logs.writes_records(args):
+        raise ConfigError(
+            f"`trainer` got a {name}, which has its own trust region. Set trust_max_kl, trust_stop, trust_lr_target or "
+            "panic_kl in its TrustKLPPOConfig instead."
+        )
+    kind = trl_logs.kind_of(args)
+    if kind not in ("grpo", "rloo") or not generation.generates(trainer):
+        raise ConfigError(
+            f"`trainer` got a {name}, which makes no generation batches; it must be TRL's GRPOTrainer or RLOOTrainer."
+        )
+    for flag, engine in (("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")):
+        if getattr(trainer, flag):
+            raise ConfigError(
+                f"`trainer` got a {name} under {engine}, which shards the parameters; this version of TrustRegionCallback "
+                "needs all of them on each process. Train with one process, or with several under DDP."
+            )
+    if trainer.is_in_train:
+        raise ConfigError(f"`trainer` got a {name} that is training; add the callback before train() is called.")
+    if not trainable(trainer.model):
+        raise ConfigError(
+            f"`trainer` got a {name} whose model has no trainable parameter; there is no update to limit."
+        )
+    return kind
+
+
+def check_stop(stop: float, trainer: GenerationTrainer) -> None:
+    """ConfigError for a trainer in which an early stop has no effect, or whose steps cannot be dropped."""
+    args = trainer.args
+    steps = f"num_iterations={args.num_iterations}, steps_per_generation={args.steps_per_generation} and "
+    steps += f"gradient_accumulation_steps={args.gradient_accumulation_steps}"
+    if generation.steps_are_shared(trainer):
+        raise ConfigError(
+            f"`stop` got {stop:g} with {steps}: an optimizer step then uses two generation batches, of which it cannot drop "
+            "one. Make one of steps_per_generation × num_iterations and gradient_accumulation_steps a multiple of the other, "
+            "or use max_kl."
+        )
+    if generation.passes_per_generation(trainer) <= args.gradient_accumulation_steps:
+        raise ConfigError(
+            f"`stop` got {stop:g} with {steps}: it ends the steps on a generation batch early, and there is only one. Use "
+            "max_kl, or num_iterations=2 or more."
+        )
+    if trainer.accelerator.scaler is not None:
+        raise ConfigError(
+            f"`stop` got {stop:g} with fp16=True, whose gradient scaler rejects a step without gradients; use bf16=True, or "
+            "max_kl."
+        )
+
+
+def check_kl_of_nothing(kl: float, model: nn.Module) -> str | None:
+    """Why a KL between two passes under the same parameters is too large for a measurement; None if it is not."""
+    if math.isfinite(kl) and kl <= 1e-4:
+        return None
+    return (
+        f"two forward passes of {type(model).__name__} over the same tokens under the same parameters differ by a KL of "
+        f"{kl:.3g} nats per token, although its dropout is off while measuring: no divergence of an update could be measured. "
+        "Set every source of randomness to 0 in the model's configuration."
+    )

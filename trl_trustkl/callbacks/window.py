@@ -1,0 +1,114 @@
+"""One generation batch of GRPO or RLOO, while the trainer makes optimizer steps on it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..parallel.processes import Processes
+from ..policy.observed_lm import ObservedLM
+from ..policy.reference import Reference
+from ..trl_compat.generation import Completion
+from ..trust.measurement import anchor_measurement, measure
+from ..types import AnchorMeasurement, Enforcement, Measurement, MicroBatch, PolicySnapshot
+
+
+class Window:
+    """A generation batch from the first optimizer step on it to the last, under the one policy π_old that generated it.
+
+    Args:
+        model: the policy. processes: those of the run; each has a part of the batch.
+        micro_batches: of this process, in the trainer's order.
+        ends_at: the number of training passes after which the batch is not used any more.
+        coef: the coefficient β of the anchor that the steps use.
+        completions: the rows of the batch as text, of all processes.
+    """
+
+    def __init__(
+        self,
+        model: ObservedLM,
+        processes: Processes,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        ends_at: int,
+        coef: float,
+        completions: Sequence[Completion],
+    ) -> None:
+        self._model = model
+        self._processes = processes
+        self.micro_batches = micro_batches
+        self.ends_at = ends_at
+        self.coef = coef
+        self.completions = completions
+        self.mask = self._mask()
+        self.states: dict[int, Tensor] = {}
+        self.old: list[PolicySnapshot] = []
+        self.metrics: defaultdict[str, list[float]] = defaultdict(list)
+        self.passes = 0
+        self.epochs = 0.0
+        self.steps = 0
+        self.dropped_steps = 0
+        self.stopped = False
+        self.lr = 0.0
+        self.lr_factor = 1.0
+        self.seconds = 0.0
+        self.anchor: AnchorMeasurement | None = None
+        self.enforcement: Enforcement | None = None
+
+    def _mask(self) -> Tensor:
+        """The response tokens that count, [B, T] with the T of the process with the longest response."""
+        masks = [micro.response_mask for micro in self.micro_batches]
+        length = self._processes.max(max(mask.shape[1] for mask in masks))
+        mask = masks[0].new_zeros(sum(map(len, masks)), length)
+        for micro in self.micro_batches:
+            mask[micro.rows, : micro.response_mask.shape[1]] = micro.response_mask
+        return mask
+
+    def add_pass(self, metrics: Mapping[str, Sequence[float]]) -> None:
+        """Count a training pass over one of the micro-batches, with what the trainer measured in it."""
+        self.passes += 1
+        for name, values in metrics.items():
+            self.metrics[name].extend(values)
+
+    def begin_step(self, *, lr: float, lr_factor: float) -> None:
+        """Count an optimizer step; the rates are those of the first. `epochs` are the passes of the steps that are made."""
+        if not self.steps:
+            self.lr, self.lr_factor = lr, lr_factor
+        self.steps += 1
+        self.dropped_steps += self.stopped
+        if not self.stopped:
+            self.epochs = self.passes / len(self.micro_batches)
+
+    def release(self) -> None:
+        """Free the memory of π_old, after the last measurement."""
+        self.old = []
+
+    def fix_old_policy(self) -> None:
+        """Make the current policy π_old: its states are those in `states`, and come from a pass where they are missing."""
+        head = self._model.frozen_head()
+        self.old = [
+            PolicySnapshot(self.states[i] if i in self.states else self._model.hidden_states(micro), head)
+            for i, micro in enumerate(self.micro_batches)
+        ]
+        self.states = {}
+
+    def measure_anchor(self, reference: Reference, estimator: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Measure KL(π_old‖π_ref), if any token counts: exactly, and by `estimator(logp, ref_logp)` at the sampled tokens."""
+        estimate, exact = (torch.zeros(self.mask.shape, device=self.mask.device) for _ in range(2))
+        for micro, old in zip(self.micro_batches, self.old, strict=True):
+            out = self._model.to_reference(micro, old, reference.snapshot(micro))
+            assert out.ref_logp is not None and out.ref_kl is not None
+            length = micro.response_ids.shape[1]
+            estimate[micro.rows, :length] = estimator(out.logp.float(), out.ref_logp.float())
+            exact[micro.rows, :length] = out.ref_kl.float()
+        gather = self._processes.gather
+        mask = gather(self.mask)
+        if mask.any():
+            self.anchor = anchor_measurement(gather(estimate), gather(exact), mask, coef=self.coef)
+
+    def measure(self) -> Measurement:
+        """KL(π_old‖π) and ratios of the current policy, over the batch of all processes."""
+        return measure(self._model.compare, self.micro_batches, self.old, self.mask, gather=self._processes.gather)

@@ -1,0 +1,89 @@
+"""The record of a generation batch of GRPO or RLOO, from what TRL logged and what was measured."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .. import bounds, records
+from ..records import BoundRecord
+from ..trl_compat import trl_logs
+from ..trl_compat.trl_logs import Kind
+from ..types import Enforcement, Measurement
+from .window import Window
+
+
+def window_record(
+    kind: Kind, args: Any, window: Window, *, update: int, target: float | None, grad_norm: float | None = None
+) -> BoundRecord:
+    """The record of a window that was measured and enforced.
+
+    TRL's metrics are averaged over the window's passes. update: optimizer steps made. target: of the controller of β, nats
+    per token. grad_norm: of the window's only step, before clipping; None where it is unknown.
+    """
+    enforcement, measured = enforced(window)
+    record = trl_logs.record_of_update(kind, args, _logs(window, target, grad_norm), update=update)
+    trust = record.trust._replace(
+        epochs=window.epochs, stopped=window.dropped_steps > 0,
+        scale=enforcement.scale, tries=enforcement.tries, limit=enforcement.limit,
+    )  # fmt: skip
+    if measured.tokens:
+        trust = trust._replace(
+            kl=measured.kl, kl_max=measured.kl_max, kl_response_max=measured.kl_response_max,
+            kl_proposed=enforcement.kl_proposed, tv=measured.tv, max_ratio=measured.max_ratio,
+            ratio_quantiles=measured.ratio_quantiles, guaranteed=bounds.guaranteed(measured, enforcement),
+        )  # fmt: skip
+    anchor = record.anchor._replace(coef=window.coef)
+    if window.anchor is not None:
+        anchor = anchor._replace(
+            kl=window.anchor.kl, kl_exact=window.anchor.kl_exact, kl_stderr=window.anchor.kl_stderr,
+            kl_per_token=window.anchor.kl_per_token,
+        )  # fmt: skip
+    elif not measured.tokens:
+        anchor = anchor._replace(kl=math.nan, kl_per_token=math.nan)
+    shares = {
+        "anchor": 0.0 if window.coef == 0 else math.nan,
+        "clip": trust.gated,
+        "stop": window.dropped_steps / window.steps,
+        "backtrack": 0.0 if trust.scale is None else 1.0 - trust.scale,
+        "grad_norm": 1.0 - record.gradient.scale,
+        "lr": max(0.0, 1.0 - window.lr_factor),
+    }
+    return record._replace(
+        lr=window.lr * window.lr_factor,
+        refused=enforcement.rejected,
+        seconds={"measure": window.seconds, "total": sum(window.metrics["step_time"]) + window.seconds},
+        anchor=anchor,
+        trust=trust,
+        binding="none" if enforcement.rejected is not None else trl_logs.binding(shares),
+    )
+
+
+def enforced(window: Window) -> tuple[Enforcement, Measurement]:
+    """The window's enforcement, and the batch after it."""
+    assert window.enforcement is not None and window.enforcement.measured is not None
+    return window.enforcement, window.enforcement.measured
+
+
+def _logs(window: Window, target: float | None, grad_norm: float | None) -> dict[str, float | None]:
+    """What TRL would log of the window's passes alone: the mean of each metric, None where every value is NaN."""
+    logs: dict[str, float | None] = {trl_logs.TARGET: target, trl_logs.COEF: window.coef, "grad_norm": grad_norm}
+    for name, values in window.metrics.items():
+        known = [value for value in values if not math.isnan(value)]
+        logs.setdefault(name, sum(known) / len(known) if known else None)
+    return logs
+
+
+def completion_rows(window: Window, update: int) -> list[dict[str, Any]]:
+    """The rows of `completions.jsonl`. TRL keeps no likelihood of a row under the reference."""
+    rows = [{"update": update, **each._asdict(), "ref_logp": None} for each in window.completions]
+    return [records.as_dict(row) for row in rows]
+
+
+def tracked(record: BoundRecord) -> dict[str, float]:
+    """The numbers of the anchor and the trust region, by the names under which they are logged."""
+    return {
+        name: float(value)
+        for name, value in records.flatten(record).items()
+        if name.startswith(("trust/", "anchor/")) and isinstance(value, (int, float)) and not isinstance(value, bool)
+    }

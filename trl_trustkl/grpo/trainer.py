@@ -1,0 +1,75 @@
+"""TrustKLGRPOTrainer and TrustKLRLOOTrainer: TRL's trainers with the callbacks of this package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trl import GRPOTrainer, RLOOTrainer
+
+from ..callbacks import AdaptiveKLCallback, BoundReportCallback, TrustRegionCallback
+from ..callbacks.bound_report import report_of
+from ..errors import ConfigError
+from .config import TrustKLGRPOConfig, TrustKLRLOOConfig, build_kl_controller
+
+
+class TrustKLGRPOTrainer(GRPOTrainer):
+    """TRL's `GRPOTrainer` with a trust region, a controller of `beta`, and a record of what bounded each update.
+
+    It has the arguments of `GRPOTrainer`; `args` is a [`TrustKLGRPOConfig`]. It adds a `TrustRegionCallback`, a
+    `BoundReportCallback` unless `callbacks` has one, and with a `kl_controller` an `AdaptiveKLCallback`. Nothing else is
+    changed.
+
+    Raises ConfigError for another kind of configuration, and where these callbacks do.
+    """
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **options: Any) -> None:
+        args = checked(args, TrustKLGRPOConfig, default=f"{_name_of(model)}-GRPO")
+        super().__init__(model, reward_funcs, args, *others, **options)
+        add_callbacks(self, args)
+
+
+class TrustKLRLOOTrainer(RLOOTrainer):
+    """TRL's `RLOOTrainer` with a trust region, a controller of `beta`, and a record of what bounded each update.
+
+    It has the arguments of `RLOOTrainer`; `args` is a [`TrustKLRLOOConfig`]. See `TrustKLGRPOTrainer`.
+    """
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **options: Any) -> None:
+        args = checked(args, TrustKLRLOOConfig, default=f"{_name_of(model)}-RLOO")
+        super().__init__(model, reward_funcs, args, *others, **options)
+        add_callbacks(self, args)
+
+
+def checked(args: Any, kind: type[Any], *, default: str) -> Any:
+    """The configuration; one with the default settings and that output folder for None."""
+    if args is None:
+        return kind(default)
+    if not isinstance(args, kind):
+        raise ConfigError(
+            f"`args` got a {type(args).__name__}; it must be a {kind.__name__}, which has the same fields and those of the "
+            "trust region."
+        )
+    return args
+
+
+def _name_of(model: Any) -> str:
+    """The last part of a model's name, as TRL names the output folder."""
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    return str(name).rstrip("/").split("/")[-1]
+
+
+def add_callbacks(trainer: Any, args: TrustKLGRPOConfig | TrustKLRLOOConfig) -> None:
+    """Add the callbacks that the configuration describes."""
+    if report_of(trainer.callback_handler.callbacks) is None:
+        trainer.add_callback(BoundReportCallback())
+    if args.kl_controller != "fixed":
+        trainer.add_callback(AdaptiveKLCallback(build_kl_controller(args, args.beta), trainer=trainer))
+    trainer.add_callback(
+        TrustRegionCallback(
+            trainer,
+            max_kl=args.trust_max_kl,
+            stop=args.trust_stop,
+            lr_target=args.trust_lr_target,
+            panic_kl=args.panic_kl,
+        )
+    )

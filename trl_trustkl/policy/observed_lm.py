@@ -1,0 +1,138 @@
+"""A language model that another trainer trains: the hidden states of the trainer's passes, and of equal passes made here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..types import MicroBatch, PolicySnapshot
+from .dropout import noise_places, without_dropout
+from .exact_kl import TokenStatistics, token_statistics
+from .probes import as_in_training
+from .split_lm import SplitLM
+
+
+class ObservedLM(SplitLM):
+    """A model whose hidden states are read by a hook on its backbone while the complete model is called.
+
+    The complete model, with the wrappers and adapters around its backbone, is what its trainer calls. `hidden_states` makes
+    such a call with the model's own kernels, so that its result equals that of the trainer's pass. The calls that compute
+    something belong into the context `without_noise`.
+
+    Args:
+        model: the model that the trainer calls.
+        autocast: the context of the trainer's passes.
+        temperature: the number by which the trainer divides logits.
+        name: of the model, in messages.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        *,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        temperature: float,
+        name: str = "model",
+    ) -> None:
+        self._noise = noise_places(model)
+        # Accelerate may have put autocast around the model's forward pass; the backbone alone is then tested under it too.
+        prepared = hasattr(model, "_original_forward")
+        with without_dropout(self._noise), autocast() if prepared else nullcontext():
+            super().__init__(model, name=name)
+        self.model = model
+        self.autocast = autocast
+        self.temperature = temperature
+        self._states: Tensor | None = None
+        self._options: dict[str, Any] = {"use_cache": False}
+        if self.chunked and "logits_to_keep" in inspect.signature(self.causal.forward).parameters:
+            self._options["logits_to_keep"] = 1  # the logits themselves are not read
+
+    def watch(self) -> Callable[[], None]:
+        """Keep the states of each training pass, which `states_of_training` returns, until the returned function is called.
+
+        To be called when training begins, because a trainer may add noise then, as by `neftune_noise_alpha`.
+        """
+        self._noise = noise_places(self.model)
+        if not self.chunked:
+            return lambda: None
+
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            if torch.is_grad_enabled():  # else a pass of generation, evaluation or measurement
+                self._states = _last_states(output).detach()
+
+        return self.backbone.register_forward_hook(keep).remove
+
+    def states_of_training(self, micro: MicroBatch) -> Tensor | None:
+        """The states [N, H] that predict the N response tokens, from the last training pass; None if that pass had another
+        shape than the micro-batch, or was read before."""
+        states, self._states = self._states, None
+        rows, length = micro.input_ids.shape
+        if states is None or states.shape[0] != rows or states.shape[1] < length:
+            return None
+        return _of_response(states, micro)
+
+    @contextmanager
+    def without_noise(self) -> Iterator[None]:
+        """The model as in training, but without gradients and without dropout.
+
+        Autocast is entered for each pass: it keeps its casts of trained weights until it is left, and later passes would
+        compute with those even if the weights have changed.
+        """
+        in_training = nullcontext() if self.model.training else as_in_training(self.model)
+        with torch.no_grad(), without_dropout(self._noise), in_training:
+            yield
+
+    def hidden_states(self, micro: MicroBatch) -> Tensor:
+        """The states [N, H] (or logits [N, V] without a separate head) that predict the N response tokens."""
+        states: list[Tensor] = []
+        inputs = {"input_ids": micro.input_ids, "attention_mask": micro.attention_mask}
+        if not self.chunked:
+            with self.autocast():
+                return _of_response(self.model(**inputs, **self._options).logits, micro)
+        hook = self.backbone.register_forward_hook(lambda module, args, output: states.append(_last_states(output)))
+        try:
+            with self.autocast():
+                self.model(**inputs, **self._options)
+        finally:
+            hook.remove()
+        return _of_response(states[-1], micro)
+
+    def compare(self, micro: MicroBatch, old: PolicySnapshot) -> TokenStatistics:
+        """Log-probabilities under the current policy and π_old, exact KL(π_old‖π) and total variation, [b, t] each."""
+        return self._statistics(micro, PolicySnapshot(self.hidden_states(micro), self.head), old=old)
+
+    def to_reference(self, micro: MicroBatch, policy: PolicySnapshot, ref: PolicySnapshot) -> TokenStatistics:
+        """Log-probabilities under a snapshot and the reference, and the exact KL(snapshot‖reference), [b, t] each."""
+        return self._statistics(micro, policy, ref=ref)
+
+    def _statistics(
+        self,
+        micro: MicroBatch,
+        policy: PolicySnapshot,
+        *,
+        ref: PolicySnapshot | None = None,
+        old: PolicySnapshot | None = None,
+    ) -> TokenStatistics:
+        mask = micro.response_mask
+        with self.autocast():
+            return token_statistics(
+                policy.hidden, micro.response_ids[mask], policy.head, vocab_size=self.vocab_size,
+                temperature=self.temperature, ref=ref, old=old,
+            ).spread(mask)  # fmt: skip
+
+
+def _last_states(output: Any) -> Tensor:
+    """The hidden states after the last layer, from the output of a backbone."""
+    return output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+
+
+def _of_response(states: Tensor, micro: MicroBatch) -> Tensor:
+    """The states [N, ·] that predict the response tokens, from those of all positions, which virtual tokens may precede."""
+    return states[:, -micro.response_ids.shape[1] - 1 : -1][micro.response_mask]
