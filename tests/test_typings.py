@@ -171,7 +171,7 @@ PLANTS = (
     Plant(
         "callbacks/bound_report.py", "state.is_world_process_zero", "state.is_word_process_zero", "is_word_process_zero"
     ),
-    Plant("policy/reference.py", "trained = self.policy.", "trained = self.polcy.", "polcy"),
+    Plant("policy/reference.py", "self.policy.requires_grad_(", "self.polcy.requires_grad_(", "polcy"),
     Plant("policy/split_lm.py", "faster_kernels(self.causal,", "faster_kernels(self.cawsal,", "cawsal"),
     Plant("policy/value_head.py", "temperature=self.temperature", "temperature=self.temprature", "temprature"),
     Plant("ppo/config.py", "return self.cliprange", "return self.clipranje", "clipranje"),

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
 from tests.trl_trainers import KINDS, trainer_of
 from trl_trustkl import TrustRegionCallback
-from trl_trustkl.callbacks.trust_region_checks import check_kl_of_nothing, check_options, check_stop, checked_kind
+from trl_trustkl.callbacks.trust_region_checks import check_options, check_stop, checked_kind, not_repeatable
 from trl_trustkl.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -116,6 +117,13 @@ def test_sharded_parameters(flag, engine, trainer, monkeypatch):
         TrustRegionCallback(trainer)
 
 
+@pytest.mark.parametrize("name", ["lomo", "adalomo", "galore_adamw_layerwise"])
+def test_an_optimizer_that_steps_within_the_backward_pass(name, trainer, monkeypatch):
+    monkeypatch.setattr(trainer.args, "optim", OptimizerNames(name))
+    with pytest.raises(ConfigError, match="steps within the backward pass .`optim`.*Use 'adamw_torch'"):
+        TrustRegionCallback(trainer)
+
+
 def test_a_trainer_that_is_training(trainer, monkeypatch):
     monkeypatch.setattr(trainer, "is_in_train", True)
     with pytest.raises(ConfigError, match="that is training; add the callback before train"):
@@ -177,7 +185,7 @@ def test_an_early_stop_without_an_effect_is_an_error_at_construction(trainer):
     ("kl", "usable"), [(0.0, True), (1e-6, True), (2e-4, False), (math.nan, False), (math.inf, False)]
 )
 def test_the_kl_between_equal_policies_must_be_small(kl, usable):
-    reason = check_kl_of_nothing(kl, tiny.llama())
+    reason = not_repeatable(kl, tiny.llama())
     assert (reason is None) == usable
     if reason is not None:
         assert "two forward passes of LlamaForCausalLM" in reason and f"a KL of {kl:.3g} nats per token" in reason

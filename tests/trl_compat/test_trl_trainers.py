@@ -9,7 +9,10 @@ from collections import defaultdict
 import pytest
 from transformers import Trainer, TrainerState
 from transformers.trainer_callback import CallbackHandler
-from trl import GRPOTrainer, RLOOTrainer
+from transformers.training_args import OptimizerNames
+from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
+
+from trl_trustkl.trl_compat.trl_trainers import steps_in_backward
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 BOTH = pytest.mark.parametrize("trainer", [GRPOTrainer, RLOOTrainer])
@@ -115,3 +118,15 @@ def test_stock_ppo_logs_once_an_update_and_clips_no_gradient():
     assert "max_grad_norm" not in source(ppo) and "clip_grad" not in source(ppo)
     keys = ("objective/kl", "objective/scores", "policy/clipfrac_avg", "policy/entropy_avg", "val/clipfrac_avg", "lr")
     assert all(f'metrics["{key}"]' in train for key in keys)
+
+
+def test_the_optimizers_that_step_within_the_backward_pass(tmp_path):
+    common = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    found = {name.value for name in OptimizerNames if steps_in_backward(GRPOConfig(optim=name.value, **common))}
+    layerwise = {
+        "galore_adamw_layerwise",
+        "galore_adamw_8bit_layerwise",
+        "galore_adafactor_layerwise",
+        "apollo_adamw_layerwise",
+    }
+    assert found == {"lomo", "adalomo"} | layerwise

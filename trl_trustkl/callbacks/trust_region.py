@@ -28,7 +28,7 @@ from ..trust.limits import Limits
 from .adaptive_kl import AdaptiveKLCallback
 from .bound_report import is_report, report_of
 from .enforcer import Enforcer
-from .trust_region_checks import check_kl_of_nothing, check_options, check_stop, checked_kind
+from .trust_region_checks import check_options, check_stop, checked_kind, not_repeatable
 from .window import Window
 from .window_record import completion_rows, enforced, tracked, window_record
 
@@ -81,7 +81,8 @@ class TrustRegionCallback(TrainerCallback):
     checkpoints.
 
     Raises ConfigError for an option out of range and for a trainer that it does not support: one without generation batches,
-    under FSDP or DeepSpeed, or one that is training. Raises ModelError if the model's passes are random even without dropout.
+    under FSDP or DeepSpeed, with an optimizer that steps within the backward pass, or one that is training. Raises ModelError
+    if the model's passes are random even without dropout.
     """
 
     def __init__(
@@ -281,7 +282,7 @@ class TrustRegionCallback(TrainerCallback):
             window.fix_old_policy()
             found = window.measure()
         self._checked = found.tokens > 0
-        if (reason := check_kl_of_nothing(found.kl, self.model.causal)) is not None:
+        if (reason := not_repeatable(found.kl, self.model.causal)) is not None:
             raise ModelError(reason)
 
     def _end_windows(self, update: int) -> None:

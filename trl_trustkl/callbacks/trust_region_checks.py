@@ -11,7 +11,7 @@ from ..errors import ConfigError, is_finite, out_of_range, unknown_name
 from ..policy.loading import trainable
 from ..trl_compat import generation, trl_logs
 from ..trl_compat.trl_logs import Kind
-from ..trl_compat.trl_trainers import GenerationTrainer
+from ..trl_compat.trl_trainers import GenerationTrainer, steps_in_backward
 
 EVERY = ("generation", "step")
 
@@ -51,6 +51,11 @@ def checked_kind(trainer: Any) -> Kind:
                 f"`trainer` got a {name} under {engine}, which shards the parameters; this version of TrustRegionCallback "
                 "needs all of them on each process. Train with one process, or with several under DDP."
             )
+    if steps_in_backward(trainer.args):
+        raise ConfigError(
+            f"`trainer` got a {name} with an optimizer that steps within the backward pass (`optim`), where no update can be "
+            "measured. Use 'adamw_torch', or 'adamw_8bit' or 'adafactor' for less memory."
+        )
     if trainer.is_in_train:
         raise ConfigError(f"`trainer` got a {name} that is training; add the callback before train() is called.")
     if not trainable(trainer.model):
@@ -83,7 +88,7 @@ def check_stop(stop: float, trainer: GenerationTrainer) -> None:
         )
 
 
-def check_kl_of_nothing(kl: float, model: nn.Module) -> str | None:
+def not_repeatable(kl: float, model: nn.Module) -> str | None:
     """Why a KL between two passes under the same parameters is too large for a measurement; None if it is not."""
     if math.isfinite(kl) and kl <= 1e-4:
         return None

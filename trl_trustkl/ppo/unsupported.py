@@ -8,6 +8,7 @@ from typing import Any
 from accelerate.utils import parse_flag_from_env
 
 from ..errors import NotAvailableYetError, shown
+from ..trl_compat.trl_trainers import steps_in_backward
 
 
 def reject_unsupported(args: Any) -> None:
@@ -64,7 +65,7 @@ def _reject_optimizers(args: Any) -> None:
     """Optimizers whose updates cannot be limited or rolled back, and schedules that wait for a metric."""
     optimizer, schedule = (str(getattr(name, "value", name)) for name in (args.optim, args.lr_scheduler_type))
     why = None
-    if optimizer.startswith(("lomo", "adalomo")) or optimizer.endswith("_layerwise"):
+    if steps_in_backward(args):
         why = "steps within the backward pass, where no gradient norm can be limited and no update rolled back"
     elif optimizer.startswith("schedule_free"):
         why = "trains other weights than those that it saves"

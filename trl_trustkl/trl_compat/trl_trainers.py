@@ -17,6 +17,7 @@ class TRLConfig(Protocol):
     gradient_accumulation_steps: int
     world_size: int
     max_grad_norm: float | None
+    optim: str
     torch_compile: bool
     # -- GRPO and RLOO
     beta: float
@@ -63,3 +64,9 @@ class GenerationTrainer(TRLTrainer, Protocol):
     _buffered_inputs: list[dict[str, Tensor]] | None
     _step: int
     _logs: dict[str, Any]
+
+
+def steps_in_backward(args: TRLConfig) -> bool:
+    """Whether the optimizer steps within the backward pass, so that no event comes before the step."""
+    name = str(getattr(args.optim, "value", args.optim))
+    return name in ("lomo", "adalomo") or name.endswith("_layerwise")
