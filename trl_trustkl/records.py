@@ -119,13 +119,20 @@ class BoundRecord(NamedTuple):
     gradient: GradientRecord
     sampler: SamplerRecord
     binding: Annotated[str, Meaning(
-        "The mechanism with the largest share of the update: `anchor`, `clip`, `penalty`, `stop`, `backtrack`, `grad_norm` "
-        "or `lr`; `none` where all are below 1 %, or the update was rejected.")]
+        "The mechanism that limited the update most: `anchor`, `clip`, `penalty`, `stop`, `backtrack`, `grad_norm`, `lr` or "
+        "`value_clip`. By `counterfactual` where there is one: the mechanism without which the KL would have been largest. "
+        "Otherwise the one with the largest of `shares`, without `grad_norm` under an optimizer that rescales gradients, such "
+        "as Adam. `none` where that is less than 1 % of the update, or the update was rejected.")]
     shares: Annotated[dict[str, float] | None, Meaning(
-        "The share of the update that each of these mechanisms took; `null` for an update that was rejected. (That of the "
-        "penalty is its part of the pull on the sampled tokens.)", "share")] = None
+        "The share of the update in which each of these mechanisms intervened, which need not be the share by which it "
+        "changed the outcome; `null` for an update that was rejected. (That of the penalty is its part of the pull on the "
+        "sampled tokens.)", "share")] = None
     rewards: Annotated[dict[str, float | None] | None, Meaning(
         "Mean reward of each reward function, by its name.", "the reward's")] = None
+    counterfactual: Annotated[dict[str, float | None] | None, Meaning(
+        "**Counterfactual**: the `trust/kl` that the same update would have had without each of these mechanisms or without "
+        "`value_clip`, each left out by itself; `null` for one that is off. `null` but for every `attribution_every`-th update.",
+        "nats/token")] = None
 # fmt: on
 
 
