@@ -35,7 +35,7 @@ from trl_trustkl.run import checkpointer
 UPDATES = 6
 PATIENCE = 120.0
 """Seconds after which a process that says nothing, or does not end, counts as hanging."""
-PHASES = ("rollout", "score", "advantages", "optimise", "measure", "enforce", "record")
+PHASES = ("rollout", "score", "advantages", "optimise", "measure", "enforce", "attribute", "record")
 
 
 class Killed(BaseException):
@@ -57,6 +57,7 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
             "trust_coef": 0.1,
             "trust_target": 0.01,
             "trust_lr_target": 0.01,
+            "attribution_every": 3,
             "kl_placement": "both",
             "kl_estimator": "exact",
         },

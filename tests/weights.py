@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
@@ -28,3 +30,10 @@ class WatchWeights(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self.snapshots.append(trained_weights(model))
+
+
+def optimizer_state(optimizer: Any) -> list[Tensor]:
+    """Copies of the tensors of an optimizer's state, in the order of its parameters."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states = [optimizer.state.get(parameter, {}) for parameter in parameters]
+    return [entry.clone() for state in states for entry in state.values() if isinstance(entry, Tensor)]

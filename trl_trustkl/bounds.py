@@ -26,7 +26,9 @@ BINDING_THRESHOLD = 0.01
 def binding_shares(
     anchor: AnchorMeasurement, stats: UpdateStats, enforcement: Enforcement, lr_factor: float
 ) -> dict[str, float]:
-    """The share of the update each mechanism took, in [0, 1].
+    """The share of the update in which each mechanism intervened, in [0, 1].
+
+    It is no measure of the outcome: under Adam, the factor of `grad_norm` hardly changes the update.
 
     anchor: its share of the absolute advantage. clip: the share of the gradient's weight that the rule gated. penalty:
     Σ λ|w − 1| / Σ (λ|w − 1| + |w·A|), its pull on the sampled tokens against the surrogate's. stop: the share of the
@@ -45,8 +47,22 @@ def binding_shares(
     }
 
 
-def binding(shares: dict[str, float]) -> str:
-    """The mechanism with the largest share, "none" below 1 %; shares of NaN are ignored."""
+def binding(shares: dict[str, float], *, rescaled: bool = False) -> str:
+    """The mechanism with the largest share, "none" below 1 %; shares of NaN are ignored.
+
+    rescaled: whether the optimizer rescales gradients. The factor of `grad_norm` is no share of the update then.
+    """
+    return _largest({name: share for name, share in shares.items() if not (rescaled and name == "grad_norm")})
+
+
+def binding_by_outcome(kl: float, counterfactual: dict[str, float | None]) -> str:
+    """The mechanism without which the KL(π_old‖π) of an update would have been largest, "none" if it would have grown by less
+    than 1 % of that. kl: as it was; counterfactual: without each mechanism."""
+    removed = {name: 1.0 - kl / without for name, without in counterfactual.items() if without}
+    return _largest(removed)
+
+
+def _largest(shares: dict[str, float]) -> str:
     known = {name: share for name, share in shares.items() if share >= BINDING_THRESHOLD}
     return max(known, key=known.__getitem__, default="none")
 
@@ -64,8 +80,9 @@ def guaranteed(measurement: Measurement, enforcement: Enforcement) -> float | No
 
 def build_record(args: Any, *, update: int, episode: int, lr: float, lr_factor: float, trust_coef: float,
                  refused: str | None, seconds: dict[str, float], rollout: RolloutSummary, anchor: AnchorMeasurement,
-                 stats: UpdateStats, measured: Measurement, enforcement: Enforcement) -> BoundRecord:  # fmt: skip
-    """The record of one update; `args` is the run's configuration (a TrustKLPPOConfig)."""
+                 stats: UpdateStats, measured: Measurement, enforcement: Enforcement, rescaled: bool = False,
+                 counterfactual: dict[str, float | None] | None = None) -> BoundRecord:  # fmt: skip
+    """The record of one update; `args` is the run's configuration (a TrustKLPPOConfig). rescaled: see `binding`."""
     shares = None if refused is not None else binding_shares(anchor, stats, enforcement, lr_factor)
     return BoundRecord(
         update=update, episode=episode,
@@ -79,10 +96,19 @@ def build_record(args: Any, *, update: int, episode: int, lr: float, lr_factor: 
         value=ValueRecord(args.value_range, stats.total.value_gated, rollout.explained_variance),
         gradient=GradientRecord(norm=stats.grad_norm, max_norm=args.norm_limit, scale=stats.grad_scale),
         sampler=SamplerRecord(kl=rollout.sampler_kl),
-        binding="none" if shares is None else binding(shares),
+        binding=_binding(shares, measured.kl, counterfactual, rescaled),
         shares=shares,
         rewards=rollout.rewards,
+        counterfactual=counterfactual,
     )  # fmt: skip
+
+
+def _binding(
+    shares: dict[str, float] | None, kl: float, counterfactual: dict[str, float | None] | None, rescaled: bool
+) -> str:
+    if shares is None:
+        return "none"
+    return binding(shares, rescaled=rescaled) if counterfactual is None else binding_by_outcome(kl, counterfactual)
 
 
 def _trust_record(

@@ -130,8 +130,8 @@ class BoundRecord(NamedTuple):
     rewards: Annotated[dict[str, float | None] | None, Meaning(
         "Mean reward of each reward function, by its name.", "the reward's")] = None
     counterfactual: Annotated[dict[str, float | None] | None, Meaning(
-        "**Counterfactual**: the `trust/kl` that the same update would have had without each of these mechanisms or without "
-        "`value_clip`, each left out by itself; `null` for one that is off. `null` but for every `attribution_every`-th update.",
+        "**Counterfactual**: the `trust/kl` that the same update would have had without each of these mechanisms, and "
+        "without `value_clip`; `null` for one that is off. `null` in updates that `attribution_every` leaves out.",
         "nats/token")] = None
 # fmt: on
 

@@ -37,13 +37,17 @@ class Path(Protocol):
     def set_scale(self, scale: float) -> None: ...
 
 
-class Snapshot(Protocol):
-    """The state before an update. `restore` restores everything that the update changed, bit for bit."""
+class Restorable(Protocol):
+    """A state that `restore` restores bit for bit."""
+
+    def restore(self) -> None: ...
+
+
+class Snapshot(Restorable, Protocol):
+    """The state before an update: everything that the update changes."""
 
     @property
     def path(self) -> Path: ...
-
-    def restore(self) -> None: ...
 
 
 @dataclass
@@ -54,6 +58,9 @@ class UpdateContext:
     sampling_seed: seed of this process's random numbers for the rollout. random_states: of the process, before the update.
     episode: responses sampled before the update. seconds: time of each phase. rejected: why the update was rolled back, or
     None. snapshot: None before the first step. enforcement: of the trust region; None before it was enforced.
+
+    attributed: whether the update is rerun without each mechanism. without: the mechanism that is off in such a rerun; None
+    in the update itself. start: the state from which it is rerun. counterfactual: the results of these reruns.
     """
 
     update: int
@@ -66,6 +73,10 @@ class UpdateContext:
     rejected: str | None = None
     snapshot: Snapshot | None = None
     enforcement: Enforcement | None = None
+    attributed: bool = False
+    without: str | None = None
+    start: Restorable | None = None
+    counterfactual: dict[str, float | None] | None = None
 
     def taken_snapshot(self) -> Snapshot:
         """The snapshot; ValueError if `optimise` did not take one."""

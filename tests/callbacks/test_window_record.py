@@ -45,7 +45,7 @@ def args_of(config: Any = GRPOConfig, **changes: Any) -> Any:
 
 
 def made(kind: str = "grpo", config: Any = GRPOConfig, *, settings: Any = None, **changes: Any) -> dict[str, Any]:
-    options = {name: changes.pop(name) for name in ("target", "grad_norm") if name in changes}
+    options = {name: changes.pop(name) for name in ("target", "grad_norm", "rescaled") if name in changes}
     given = {"update": 3, "target": None} | options
     return as_dict(window_record(kind, args_of(config, **settings or {}), Window(**changes), **given))
 
@@ -85,7 +85,11 @@ def test_what_is_not_known_is_null():
     [
         ({}, "backtrack"),
         ({"lr_factor": 0.01, "enforcement": ENFORCEMENT._replace(scale=0.5)}, "lr"),
-        ({"lr_factor": 3.0, "enforcement": ENFORCEMENT._replace(scale=1.0), "grad_norm": 4.0}, "grad_norm"),
+        (
+            {"lr_factor": 3.0, "enforcement": ENFORCEMENT._replace(scale=1.0), "grad_norm": 4.0, "rescaled": False},
+            "grad_norm",
+        ),
+        ({"lr_factor": 3.0, "enforcement": ENFORCEMENT._replace(scale=1.0), "grad_norm": 4.0}, "unknown"),
         ({"steps": 4, "dropped_steps": 3, "enforcement": ENFORCEMENT._replace(scale=None)}, "stop"),
         ({"lr_factor": 1.0, "enforcement": ENFORCEMENT._replace(scale=1.0)}, "unknown"),
         ({"lr_factor": 1.0, "enforcement": ENFORCEMENT._replace(scale=1.0), "coef": 0.0, "grad_norm": 0.1}, "none"),

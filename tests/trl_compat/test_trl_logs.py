@@ -42,7 +42,7 @@ def test_clip_rules_of_grpo(changes, rule, low, high):
     [
         ({"clip_ratio/region_mean": 0.0, "grad_norm": 0.5}, {}, "unknown"),  # the share of the anchor is unknown
         ({"clip_ratio/region_mean": 0.0, "grad_norm": 0.5}, {"beta": 0.0}, "none"),
-        ({"clip_ratio/region_mean": 0.0, "grad_norm": 2.0}, {}, "grad_norm"),
+        ({"clip_ratio/region_mean": 0.0, "grad_norm": 2.0}, {}, "unknown"),  # as under Adam
         ({"clip_ratio/region_mean": 0.05, "grad_norm": 0.5}, {}, "clip"),
         ({"clip_ratio": 0.05, "grad_norm": 0.5}, {}, "clip"),  # the name in Liger's loss
         ({"grad_norm": 0.5}, {"beta": 0.0}, "unknown"),
@@ -51,6 +51,12 @@ def test_clip_rules_of_grpo(changes, rule, low, high):
 )
 def test_binding_from_what_is_known(logs, changes, binding):
     assert record_of(args_of(**changes), TrainerState(global_step=1), {"loss": 0.0} | logs).binding == binding
+
+
+def test_the_norm_of_the_gradient_binds_where_gradients_are_not_rescaled():
+    logs = {"loss": 0.0, "clip_ratio/region_mean": 0.0, "grad_norm": 2.0}
+    record = record_of(args_of(), TrainerState(global_step=1), logs, rescaled=False)
+    assert record is not None and record.binding == "grad_norm"
 
 
 def test_the_gradient_of_grpos_anchor():

@@ -112,6 +112,21 @@ def test_after_a_rollback_training_continues_as_if_the_update_had_not_happened(o
         assert same(*(copies(getattr(each, trained).parameters()) for each in (toy, untouched))), trained
 
 
+@WITH
+def test_a_state_that_another_snapshot_removed_is_restored(optimizer):
+    toy = Tabular(optimizer)
+    before_any_step = toy.snapshot()
+    toy.step()
+    after, expected = toy.snapshot(), toy.everything()
+    before_any_step.restore()
+    after.restore()
+    assert same(toy.everything(), expected)
+    toy.step()
+    before_any_step.restore()
+    after.restore()
+    assert same(toy.everything(), expected), "the restored state shares memory with the snapshot"
+
+
 def test_a_restored_update_takes_the_optimizers_settings_back():
     toy = Tabular("adamw")
     toy.step()

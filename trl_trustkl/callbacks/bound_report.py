@@ -17,6 +17,7 @@ from ..records import BoundRecord
 from ..report import MissingPackageError, render_report
 from ..report.text import visible
 from ..trl_compat import trl_logs
+from ..trust.gradient_scale import rescales_gradients
 from .table import HEADER, line, printer
 
 logger = logging.get_logger(__name__)
@@ -105,12 +106,19 @@ class BoundReportCallback(TrainerCallback):
         self.show(record)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, logs: dict[str, Any], **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        logs: dict[str, Any],
+        optimizer: Any = None,
+        **_: Any,
     ) -> None:
         """Write a record of what one of TRL's trainers logs."""
         if not (self._reads_logs and state.is_world_process_zero):
             return
-        if (record := trl_logs.record_of(args, state, logs)) is not None:
+        if (record := trl_logs.record_of(args, state, logs, rescaled=rescales_gradients(optimizer))) is not None:
             self.on_record(args, state, control, record=record, completions=[])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

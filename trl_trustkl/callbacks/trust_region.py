@@ -23,6 +23,7 @@ from ..records import BoundRecord
 from ..run.recorder import Recorder
 from ..trl_compat import generation, trl_logs
 from ..trl_compat.trl_trainers import GenerationTrainer
+from ..trust.gradient_scale import rescales_gradients
 from ..trust.learning_rate import scaled_learning_rate
 from ..trust.limits import Limits
 from .adaptive_kl import AdaptiveKLCallback
@@ -118,6 +119,7 @@ class TrustRegionCallback(TrainerCallback):
         self._rates = ExitStack()
         self._run = ExitStack()
         self._training = False
+        self._rescaled = True
         self._reset()
         if self.lr_controller is not None:
             self._lr_state = self.lr_controller.init()
@@ -162,6 +164,7 @@ class TrustRegionCallback(TrainerCallback):
         self._metrics.take()
         self._restore(state)
         self._run.callback(self.model.watch())
+        self._rescaled = rescales_gradients(self.trainer.optimizer)
         self.trainer.add_callback(self._before_save)
         self._run.callback(callbacks.remove, self._before_save)
         if (report := report_of(callbacks)) is not None:
@@ -316,7 +319,9 @@ class TrustRegionCallback(TrainerCallback):
         controllers = [each.controller for each in callbacks if isinstance(each, AdaptiveKLCallback)]
         target = getattr(controllers[0], "target", None) if controllers else None
         known = grad_norm if window.steps == 1 else None
-        return window_record(self.kind, self.trainer.args, window, update=update, target=target, grad_norm=known)
+        return window_record(
+            self.kind, self.trainer.args, window, update=update, target=target, rescaled=self._rescaled, grad_norm=known
+        )
 
     def _write(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, grad_norm: float | None = None

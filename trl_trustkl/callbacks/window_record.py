@@ -14,15 +14,23 @@ from .window import Window
 
 
 def window_record(
-    kind: Kind, args: Any, window: Window, *, update: int, target: float | None, grad_norm: float | None = None
+    kind: Kind,
+    args: Any,
+    window: Window,
+    *,
+    update: int,
+    target: float | None,
+    rescaled: bool = True,
+    grad_norm: float | None = None,
 ) -> BoundRecord:
     """The record of a window that was measured and enforced.
 
     TRL's metrics are averaged over the window's passes. update: optimizer steps made. target: of the controller of β, nats
-    per token. grad_norm: of the window's only step, before clipping; None where it is unknown.
+    per token. rescaled: whether the optimizer rescales gradients. grad_norm: of the window's only step, before clipping; None
+    where it is unknown.
     """
     enforcement, measured = enforced(window)
-    record = trl_logs.record_of_update(kind, args, _logs(window, target, grad_norm), update=update)
+    record = trl_logs.record_of_update(kind, args, _logs(window, target, grad_norm), update=update, rescaled=rescaled)
     trust = record.trust._replace(
         epochs=window.epochs, stopped=window.dropped_steps > 0,
         scale=enforcement.scale, tries=enforcement.tries, limit=enforcement.limit,
@@ -55,7 +63,7 @@ def window_record(
         seconds={"measure": window.seconds, "total": sum(window.metrics["step_time"]) + window.seconds},
         anchor=anchor,
         trust=trust,
-        binding="none" if enforcement.rejected is not None else trl_logs.binding(shares),
+        binding="none" if enforcement.rejected is not None else trl_logs.binding(shares, rescaled=rescaled),
     )
 
 

@@ -100,6 +100,11 @@ class PolicyAndValue(Module):
         fully_trained = isinstance(self.value, ValueModel) and not isinstance(self.value.model, PeftModel)
         return [] if fully_trained else trainable(self.value)
 
+    @property
+    def value_trains_policy(self) -> bool:
+        """Whether the value's loss has a gradient with respect to the policy: in a backbone that both use."""
+        return isinstance(self.value, ValueHead) and not self.detach_value
+
     def forward(
         self,
         micro: MicroBatch,

@@ -153,6 +153,9 @@ class TrustKLPPOConfig(PPOConfig):
     measure_fraction: float = _run(
         1.0, "Share of the micro-batches measured after an update.", unit="share",
         range=Range("in (0, 1]", lambda x: 0 < x <= 1), fix="There is no way to turn the measurement off.")
+    attribution_every: int = _run(
+        0, "Every so many updates, rerun the update without each mechanism in turn, and record the KL(π_old‖π) that it would "
+        "have had; 0: never.", unit="updates", off="0", range=COUNT_OR_0, fix="0 turns it off.")
     dataset_num_proc: int | None = _run(*_trl("dataset_num_proc"), unit="processes", range=COUNT)
     local_rollout_forward_batch_size: int = _run(*_trl("local_rollout_forward_batch_size"), unit="prompts", range=COUNT)
     num_sample_generations: int = _run(*_trl("num_sample_generations"), unit="times", off="0")
@@ -275,7 +278,10 @@ class TrustKLPPOConfig(PPOConfig):
         """`loss_aggregation`, with the default of the clip rule."""
         return self.loss_aggregation or ("sequence_mean" if self.clip_rule in ("gspo", "gmpo") else "token_mean")
 
-    def build_surrogate(self):
+    def build_surrogate(self, clip: bool = True):
+        """The rule of `clip_rule`; without `clip` the rule "none"."""
+        if not clip:
+            return build_surrogate("none", low=self.low, high=self.high)
         return build_surrogate(self.clip_rule, low=self.low, high=self.high, kwargs=self.arguments("clip_kwargs"))
 
     def arguments(self, name: str) -> dict[str, Any]:

@@ -12,7 +12,9 @@ def of_update(args: TrustKLPPOConfig, state: OnlineTrainerState, process: int) -
     """The context of the update that begins."""
     step = state.global_step
     seed = rng.mixed_seed(args.seed, rng.RngStream.GENERATE, step, process)
-    return UpdateContext(step, True, seed, episode=state.episode, random_states=rng.capture())
+    every = args.attribution_every
+    attributed = every > 0 and (step + 1) % every == 0
+    return UpdateContext(step, True, seed, episode=state.episode, random_states=rng.capture(), attributed=attributed)
 
 
 def of_evaluation(args: TrustKLPPOConfig, state: OnlineTrainerState, process: int, place: int) -> UpdateContext:

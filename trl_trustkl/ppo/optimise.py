@@ -17,6 +17,8 @@ from ..policy.loading import trainable
 from ..policy.value_head import PolicyAndValue
 from ..run import rng
 from ..run.failure_handling import reject
+from ..trust.attribution import ReplayPoint
+from ..trust.gradient_scale import rescales_gradients
 from ..trust.learning_rate import scaled_learning_rate
 from ..trust.snapshot import UpdateSnapshot
 from ..types import Batch, PolicySnapshot, TokenOutputs, UpdateStats
@@ -42,10 +44,22 @@ class Optimisation:
         self.value_parameters = trainable(model.value)
         self.model: nn.Module = model
         self.optimizer: Any = None
+        self.rescales_gradients = True
 
     def prepare(self, model: nn.Module, optimizer: Any) -> None:
         """Use the model and the optimizer that accelerate wrapped."""
         self.model, self.optimizer = model, optimizer
+        self.rescales_gradients = rescales_gradients(optimizer)
+
+    def replay_point(self, snapshot: UpdateSnapshot | None = None) -> ReplayPoint:
+        """The current state, all of it; `snapshot` is what was taken of it already."""
+        if snapshot is None:
+            snapshot = UpdateSnapshot(self.policy_parameters, self.value_parameters, self.optimizer)
+            return ReplayPoint([snapshot], self.accelerator.scaler)
+        restorable = {id(parameter) for parameter in self.policy_and_value.restorable_value}
+        others = [parameter for parameter in self.value_parameters if id(parameter) not in restorable]
+        snapshots = [snapshot, UpdateSnapshot([], others, self.optimizer)] if others else [snapshot]
+        return ReplayPoint(snapshots, self.accelerator.scaler)
 
     def update(self, batch: Batch, too_far: Callable[[Sequence[int]], bool], *, lr_factor: float) -> UpdateStats:
         """Run the PPO epochs at the policy's scheduled learning rate times `lr_factor`.
@@ -54,9 +68,11 @@ class Optimisation:
         micro-batches just stepped, ends an update early.
         """
         context = batch.context
-        context.snapshot = snapshot = UpdateSnapshot(
-            self.policy_parameters, self.policy_and_value.restorable_value, self.optimizer
-        )
+        if context.without is None:  # a rerun has the update's
+            context.snapshot = snapshot = UpdateSnapshot(
+                self.policy_parameters, self.policy_and_value.restorable_value, self.optimizer
+            )
+            context.start = self.replay_point(snapshot) if context.attributed else None
         reason = not_finite(batch) if context.rejected is None else context.rejected
         if reason is None:
             generator = rng.generator(self.args.seed, rng.RngStream.MINI_BATCHES, context.update, self.processes.index)
@@ -68,7 +84,7 @@ class Optimisation:
         if stats.refused is None and not math.isfinite(stats.total.policy_loss + stats.total.value_loss):
             stats = stats._replace(refused="the loss is not finite")
         if stats.refused is not None:
-            snapshot.restore()
+            context.taken_snapshot().restore()
             reject(context, stats.refused)
         return stats
 
@@ -76,18 +92,21 @@ class Optimisation:
         self, batch: Batch, generator: torch.Generator, too_far: Callable[[Sequence[int]], bool] | None
     ) -> UpdateStats:
         """Run all epochs, unless `too_far` ends them or a step is rejected."""
-        args, planned = self.args, self._planned_steps
-        rule = args.build_surrogate()
-        penalties = args.build_penalties(batch.anchor.coef * batch.advantage_scale, batch.trust_coef)
+        args, planned, without = self.args, self._planned_steps, batch.context.without
+        rule = args.build_surrogate(clip=without != "clip")
+        trust_coef = 0.0 if without == "penalty" else batch.trust_coef
+        penalties = args.build_penalties(batch.anchor.coef * batch.advantage_scale, trust_coef)
+        value_range = None if without == "value_clip" else args.value_range
+        limit = math.inf if without == "grad_norm" else args.norm_limit or math.inf
         norms: list[float] = []
         epochs: list[Tensor] = []
         refused, stopped = None, False
         for epoch in range(args.num_ppo_epochs):
             sums = self._zero_sums()
             for mini in self._mini_batches(len(batch.scored.micro_batches), generator):
-                sums += self._backward(batch, mini, rule, penalties)
-                norm = self._clip(self.policy_parameters)
-                value_norm = self._clip(self.value_parameters)
+                sums += self._backward(batch, mini, rule, penalties, value_range)
+                norm = self._clip(self.policy_parameters, limit)
+                value_norm = self._clip(self.value_parameters, limit)
                 if self.accelerator.scaler is None and not (math.isfinite(norm) and math.isfinite(value_norm)):
                     which = "value's" if math.isfinite(norm) else "policy's"
                     step = f"epoch {epoch + 1}, step {len(norms) + 1} of {planned}"
@@ -105,7 +124,6 @@ class Optimisation:
             epochs.append(self.processes.sum(sums))
             if stopped or refused is not None:
                 break
-        limit = args.norm_limit or math.inf
         scales = [min(1.0, limit / (norm + 1e-6)) for norm in norms]
         return UpdateStats(
             total=epoch_stats(torch.stack(epochs).sum(0)),
@@ -132,7 +150,9 @@ class Optimisation:
         for start in range(0, count, size):
             yield order[start : start + size]
 
-    def _backward(self, batch: Batch, mini: list[int], rule: Rule, penalties: Penalties) -> Tensor:
+    def _backward(
+        self, batch: Batch, mini: list[int], rule: Rule, penalties: Penalties, value_range: float | None
+    ) -> Tensor:
         """Accumulate the mini-batch's gradient; returns its sums on this process."""
         scored, total = batch.scored, self._zero_sums()
         rows = torch.cat([scored.micro_batches[index].rows for index in mini])
@@ -146,7 +166,7 @@ class Optimisation:
                 loss, sums = micro_loss(
                     self._forward(batch, index, penalties), scored.micro_batches[index], batch, scale, rule=rule,
                     aggregation=aggregation, length=length, vf_coef=self.args.vf_coef,
-                    value_range=self.args.value_range, penalties=penalties,
+                    value_range=value_range, penalties=penalties,
                 )  # fmt: skip
                 # Gradients are averaged over processes; the loss is already divided by the count of all of them.
                 self.accelerator.backward(loss * self.processes.count)
@@ -163,13 +183,13 @@ class Optimisation:
             snapshots["old"] = scored.old_snapshots[index]
         return self.model(scored.micro_batches[index], **snapshots)
 
-    def _clip(self, parameters: list[nn.Parameter]) -> float:
-        """Clip the gradients to `max_grad_norm` where it is on; returns the norm before clipping."""
+    def _clip(self, parameters: list[nn.Parameter], limit: float) -> float:
+        """Clip the gradients to the norm `limit`; returns the norm before clipping."""
         if not parameters:
             return 0.0
         if self.accelerator.scaler is not None and parameters is self.policy_parameters:
             self.accelerator.unscale_gradients()
-        return float(nn.utils.clip_grad_norm_(parameters, self.args.norm_limit or math.inf))
+        return float(nn.utils.clip_grad_norm_(parameters, limit))
 
 
 def not_finite(batch: Batch) -> str | None:

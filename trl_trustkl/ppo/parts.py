@@ -21,6 +21,7 @@ from ..run.signals import StopRequest
 from ..run.state import Progress
 from ..trust.limits import Limits, TrustRegion
 from ..types import Prompts, Scored
+from .attribution import Attribution
 from .coefficients import Coefficients
 from .config import TrustKLPPOConfig
 from .evaluation import Evaluator
@@ -81,6 +82,7 @@ class Parts:
         )
         self.optimisation = Optimisation(args, models.trained, accelerator, processes)
         self.coefficients = Coefficients(args)
+        self.attribution = Attribution(args, self.optimisation, self.coefficients, processes)
         self.trust_region = TrustRegion(Limits(args.trust_max_kl, args.panic_kl))
         self.evaluator = Evaluator(args, models, processes, self.collate, score_held_out)
         self.recorder = Recorder(callbacks, processes)

@@ -69,6 +69,8 @@ def record(
         stats=stats,
         measured=measured,
         enforcement=context.enforcement or Enforcement(measured.kl, scale=None, tries=0, limit=None),
+        rescaled=parts.optimisation.rescales_gradients,
+        counterfactual=context.counterfactual,
     )
 
 

@@ -1,13 +1,14 @@
 """TrustKLPPOTrainer: PPO on TRL with every mechanism of the anchor and the trust region as a switch.
 
-One update is rollout → score → advantages → optimise → measure → enforce → record. Each phase is a method that takes a
-NamedTuple and returns one, so that each can be overridden separately.
+One update is rollout → score → advantages → optimise → measure → enforce → attribute → record. Each phase is a method that
+gets what the phases before it returned, so that each can be overridden separately.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,17 +156,21 @@ class TrustKLPPOTrainer(PPOTrainer):
 
     def advantages(self, scored: Scored) -> Batch:
         """Turn the anchor and the score into rewards, and these into advantages."""
-        return shaped(scored, self.args, self.parts.processes, kl_coef=self.kl_coef, trust_coef=self.trust_coef)
+        kl_coef = 0.0 if scored.context.without == "anchor" else self.kl_coef
+        return shaped(scored, self.args, self.parts.processes, kl_coef=kl_coef, trust_coef=self.trust_coef)
 
     def optimise(self, batch: Batch) -> UpdateStats:
         """Run the PPO epochs on this batch; an update with a step that is not finite is rejected and rolled back. Takes the
         snapshot that `enforce` rolls back or scales back to, so an override must call `super().optimise`."""
+        without = batch.context.without
+        limit = None if without == "stop" else self.args.trust_stop
 
         def too_far(mini: Sequence[int]) -> bool:
             self.parts.failures.give_up_if_overdue()
-            return (limit := self.args.trust_stop) is not None and not self._measure(batch, mini).kl <= limit
+            return limit is not None and not self._measure(batch, mini).kl <= limit
 
-        return self.parts.optimisation.update(batch, too_far, lr_factor=self.parts.coefficients.lr_factor)
+        lr_factor = 1.0 if without == "lr" else self.parts.coefficients.lr_factor
+        return self.parts.optimisation.update(batch, too_far, lr_factor=lr_factor)
 
     def measure(self, batch: Batch) -> Measurement:
         """Measure the batch under the new policy: exact KL(π_old‖π), total variation and ratios."""
@@ -182,6 +187,26 @@ class TrustKLPPOTrainer(PPOTrainer):
             reject(context, found.rejected)
         context.enforcement = found
         return found.measured or proposed
+
+    def attribute(self, batch: Batch, stats: UpdateStats, measured: Measurement) -> dict[str, float | None]:
+        """Rerun the update without each mechanism in turn, then put the update back bit for bit.
+
+        Returns by mechanism the KL(π_old‖π) in nats per token that the update would have had after enforcement, the other
+        mechanisms being on; None for a mechanism that is off. `measured` is the update as it was.
+        """
+        return self.parts.attribution.counterfactual(batch, stats, measured, self._kl_of_rerun)
+
+    def _kl_of_rerun(self, batch: Batch, without: str) -> float:
+        """Make the update again, from its start, without a mechanism."""
+        context = replace(batch.context, without=without, rejected=None, enforcement=None)
+        scored = batch.scored._replace(rollout=batch.scored.rollout._replace(context=context))
+        again = self.advantages(scored) if without == "anchor" else batch._replace(scored=scored)
+        self.optimise(again)
+        if context.rejected is not None:
+            return math.nan
+        proposed = self.measure(again)
+        measured = self.enforce(again, proposed)
+        return measured.kl if context.rejected is None else proposed.kl
 
     def record(self, batch: Batch, stats: UpdateStats, measured: Measurement) -> BoundRecord:
         """The record of what bounded this update: gated, measured and guaranteed."""

@@ -96,8 +96,10 @@ class FailureHandling:
 
 
 def reject(context: UpdateContext, reason: str) -> None:
-    """Store why the update is rejected, and log it."""
+    """Store why the update is rejected, and log it unless it is a rerun."""
     context.rejected = reason
+    if context.without is not None:
+        return
     logger.warning(
         f"update {context.update + 1} is rejected: {reason.rstrip('.')}; the parameters are as they were before it."
     )

@@ -38,6 +38,8 @@ HARMLESS = (
     "do_predict", "resume_from_checkpoint", "local_rank", "sft_model_path", "reward_model_path",
     # what a run does when something goes wrong
     "grace_seconds", "max_refused", "reward_retries",
+    # what is recorded
+    "attribution_every",
     # the length of the run, compared as the number of updates; and fields that follow from others and the processes
     "max_steps", "num_train_epochs", "total_episodes", "world_size", "local_batch_size", "micro_batch_size",
     "local_mini_batch_size", "mini_batch_size",

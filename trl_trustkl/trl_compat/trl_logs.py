@@ -75,7 +75,7 @@ def episodes_seen(args: TRLConfig, step: int) -> int:
     return generations * generation * args.per_device_train_batch_size * args.world_size
 
 
-def record_of(args: Any, state: TrainerState, logs: Mapping[str, Any]) -> BoundRecord | None:
+def record_of(args: Any, state: TrainerState, logs: Mapping[str, Any], *, rescaled: bool = True) -> BoundRecord | None:
     """The record of what a trainer of TRL has logged, or None where `logs` is not of training or not of such a trainer.
 
     A record covers what one log covers: an update with `logging_steps=1`. If `logging_steps` does not divide the number of
@@ -84,16 +84,22 @@ def record_of(args: Any, state: TrainerState, logs: Mapping[str, Any]) -> BoundR
     GRPO and RLOO log nats per token; KL and target are multiplied by the mean length, so that they are nats per response as
     in every record. `trust.gated` is the share of tokens (RLOO: of responses) that the clip left without a gradient, not
     weighted by the advantage. `binding` is the largest of the known shares, or "unknown" if all known shares are below
-    1 % and at least one share is unknown.
+    1 % and at least one share is unknown. rescaled: whether the optimizer rescales gradients; see `bounds.binding`.
     """
     kind = kind_of(args)
     if kind is None or not (_TRAINING[kind] in logs or _of_last_steps(kind, logs)):
         return None
-    return record_of_update(kind, args, logs, update=state.global_step, history=state.log_history)
+    return record_of_update(kind, args, logs, update=state.global_step, history=state.log_history, rescaled=rescaled)
 
 
 def record_of_update(
-    kind: Kind, args: Any, logs: Mapping[str, Any], *, update: int, history: Sequence[Mapping[str, Any]] = ()
+    kind: Kind,
+    args: Any,
+    logs: Mapping[str, Any],
+    *,
+    update: int,
+    rescaled: bool,
+    history: Sequence[Mapping[str, Any]] = (),
 ) -> BoundRecord:
     """The record of the numbers in `logs`; see `record_of`. history: earlier logs, where these lack a number that stays."""
     ppo = kind == "ppo"
@@ -116,13 +122,14 @@ def record_of_update(
         refused=None,
         seconds={} if math.isnan(step_time) else {"total": step_time},
         anchor=anchor, trust=trust, value=value, gradient=gradient, sampler=SamplerRecord(kl=None),
-        binding=binding(shares), rewards=_rewards(logs),
+        binding=binding(shares, rescaled=rescaled), rewards=_rewards(logs),
     )  # fmt: skip
 
 
-def binding(shares: Mapping[str, float]) -> str:
-    """The mechanism with the largest of the known shares; "unknown" if these are below 1 % and a share is NaN."""
-    known = bounds.binding(dict(shares))
+def binding(shares: Mapping[str, float], *, rescaled: bool) -> str:
+    """The mechanism with the largest of the known shares; "unknown" if these are below 1 % and a share is NaN. rescaled: see
+    `bounds.binding`."""
+    known = bounds.binding(dict(shares), rescaled=rescaled)
     return "unknown" if known == "none" and any(map(math.isnan, shares.values())) else known
 
 

@@ -67,6 +67,12 @@ class UpdateSnapshot:
             for parameter, state in optimizer.state.items()
             if parameter in self._covered
         }
+        self._devices = {
+            (parameter, name): entry.device
+            for parameter in self._state
+            for name, entry in optimizer.state[parameter].items()
+            if isinstance(entry, Tensor)
+        }
         self._groups = [
             {name: copy.deepcopy(entry) for name, entry in group.items() if name != "params"}
             for group in optimizer.param_groups
@@ -84,10 +90,12 @@ class UpdateSnapshot:
             for name in state.keys() - saved.keys():
                 del state[name]
             for name, entry in saved.items():
-                if isinstance(entry, Tensor):
-                    state[name].copy_(entry)
-                else:
+                if not isinstance(entry, Tensor):
                     state[name] = copy.deepcopy(entry)
+                elif name in state:
+                    state[name].copy_(entry)
+                else:  # it was made since, and removed by another snapshot
+                    state[name] = entry.to(self._devices[parameter, name], copy=True)
         for group, settings in zip(self._optimizer.param_groups, self._groups, strict=True):
             group.update(settings)
         self._optimizer.zero_grad()
