@@ -172,7 +172,7 @@ def test_unknown_values_cause_no_finding(tmp_path):
     assert find(run) == []
     words = dict(summarise(run))
     assert words["What limited the updates"] == (
-        "The mechanism with the largest share was not on record in 12 of 12 updates."
+        "The mechanism that intervened most was not on record in 12 of 12 updates."
     )
     assert words["The anchor"] == "The KL to the reference is not on record; β was 0 throughout."
     assert "nothing" not in words["What limited the updates"] and "–" not in " ".join(words.values())
