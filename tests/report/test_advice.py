@@ -27,3 +27,4 @@ def test_an_anchor_is_weakened_by_its_coefficient_or_by_its_target(run_of) -> No
 def test_updates_are_counted_among_all() -> None:
     assert of_updates(np.array([True, False, True])) == "2 of 3 updates"
     assert of_updates(np.array([True])) == "1 of 1 update"
+    assert of_updates(np.array([False, False]), "attributed update") == "0 of 2 attributed updates"

@@ -111,7 +111,8 @@ def test_a_healthy_run_has_no_finding(run_of) -> None:
 
 
 def test_every_finding_has_a_case() -> None:
-    assert {case[0] for case in CASES} == set(FINDINGS)
+    own = {name for name, of_run in FINDINGS.items() if of_run.__module__ == find.__module__}
+    assert {case[0] for case in CASES} == own
 
 
 @pytest.mark.parametrize(("name", "shows", "near", "evidence", "advice"), CASES, ids=lambda case: str(case)[:24])

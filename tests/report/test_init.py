@@ -47,8 +47,9 @@ NUMBERS = {
 def test_numbers_missing_zero_or_extreme_have_a_report(tmp_path: Path, value: float | None) -> None:
     changes = {prefix + key: value for prefix, keys in NUMBERS.items() for key in keys}
     quantiles = {} if value is None else dict.fromkeys(("0.01", "0.5", "0.99"), value)
-    changes |= {"trust__ratio_quantiles": quantiles, "counterfactual": dict.fromkeys(COUNTERFACTUALS, value)}
-    assert render_report(run_folder(tmp_path, 5, **changes)).exists()
+    without = dict.fromkeys(COUNTERFACTUALS, value)
+    run = run_folder(tmp_path, 5, **changes, trust__ratio_quantiles=quantiles, counterfactual=without)
+    assert render_report(run).exists()
 
 
 def test_ten_thousand_updates_in_ten_seconds_and_five_megabytes(tmp_path: Path) -> None:

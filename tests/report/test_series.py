@@ -113,6 +113,8 @@ def test_no_counterfactual_is_made_up(run_of) -> None:
     records = run_of(2).records
     assert attributed(records) == [] and kl_without(records) == {} == factors(records)
     assert kl_without(run_of(2, counterfactual={"clip": None}).records) == {}
+    rounded = run_of(2, counterfactual={"clip": 0.01}, trust__kl=lambda p: -1e-12 if p < 1 else 0.01).records
+    np.testing.assert_array_equal(factors(rounded)["clip"], [np.nan, 1.0])
     overflown = factors(run_of(1, counterfactual={"clip": 1e300}, trust__kl=1e-300).records)["clip"]
     assert np.isnan(overflown).all()
 

@@ -48,6 +48,6 @@ def weaker_anchor(run: Run) -> str:
     )
 
 
-def of_updates(where: NDArray[np.bool_]) -> str:
+def of_updates(where: NDArray[np.bool_], noun: str = "update") -> str:
     """ "3 of 12 updates"."""
-    return f"{int(where.sum()):,} of {count(len(where), 'update')}"
+    return f"{int(where.sum()):,} of {count(len(where), noun)}"

@@ -12,6 +12,12 @@ from collections.abc import Callable
 import numpy as np
 
 from .advice import FEW, Finding, configured_lr, of_updates, set_lr, weaker_anchor
+from .outcome_findings import (
+    anchor_pulls_more_than_reward,
+    clip_halves_updates,
+    grad_norm_without_effect,
+    updates_go_further,
+)
 from .schema import Run
 from .series import (
     Column,
@@ -324,11 +330,15 @@ FINDINGS: dict[str, Callable[[Run], Finding | None]] = {
     "target_never_reached": target_never_reached,
     "coefficient_pinned": coefficient_pinned,
     "anchor_outweighs": anchor_outweighs,
+    "anchor_pulls_more_than_reward": anchor_pulls_more_than_reward,
     "clip_never_binds": clip_never_binds,
     "ratio_far_outside": ratio_far_outside,
+    "updates_go_further": updates_go_further,
+    "clip_halves_updates": clip_halves_updates,
     "early_stop": early_stop,
     "learning_rate_floor": learning_rate_floor,
     "value_explains_nothing": value_explains_nothing,
+    "grad_norm_without_effect": grad_norm_without_effect,
 }
 """Every finding by name, in the order of a report: from those that spoil a run to those that only slow it down."""
 
