@@ -15,8 +15,9 @@ from trl_trustkl.report.schema import Run
 
 @pytest.fixture(scope="session")
 def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of an ordinary run; tests read it and leave it unchanged."""
-    return render_report(run_folder(tmp_path_factory.mktemp("ordinary"), trust__max_ratio=99.0))
+    """The page of an ordinary run with every figure; tests read it and leave it unchanged."""
+    changes = {"trust__max_ratio": 99.0, "counterfactual": {"anchor": 0.009, "clip": 0.015, "penalty": None}}
+    return render_report(run_folder(tmp_path_factory.mktemp("ordinary"), **changes))
 
 
 @pytest.fixture

@@ -6,13 +6,18 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 from tests.example_runs import run_folder
 from tests.processes import ROOT
 from trl_trustkl.report import read_run
-from trl_trustkl.report.figures import FIGURES, draw, envelope
+from trl_trustkl.report.figures import FIGURES, INK, MECHANISMS, counterfactual, draw, envelope, gated
+from trl_trustkl.report.series import COUNTERFACTUALS
 
 
 def test_figures_are_written_as_light_and_dark_svg_and_as_png(ordinary: Path) -> None:
@@ -25,9 +30,7 @@ def test_figures_are_written_as_light_and_dark_svg_and_as_png(ordinary: Path) ->
 
 
 def test_every_figure_has_labelled_axes_and_one_sentence(tmp_path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    records = read_run(run_folder(tmp_path)).records
+    records = read_run(run_folder(tmp_path, counterfactual={"clip": 0.02})).records
     for name, kind in FIGURES.items():
         figure = Figure()
         kind.draw(figure, records)
@@ -61,3 +64,58 @@ def test_the_envelope_keeps_every_spike() -> None:
     assert len(found.x) == 200 and found.high.max() == 9 and found.low.min() == -9 and not found.median.any()
     gap = np.where(np.arange(10_000) < 5_000, np.nan, 1.0)
     assert np.isfinite(envelope(np.arange(10_000.0), gap, bins=200).median).sum() == 100
+
+
+def lines_of(records: Any) -> dict[str, Any]:
+    """The lines of the figure of counterfactuals by their labels, and its axes."""
+    figure = Figure()
+    counterfactual(figure, records)
+    (axes,) = figure.axes
+    return {str(line.get_label()): line for line in axes.lines} | {"axes": axes}
+
+
+def test_the_kl_without_each_mechanism_that_was_on_is_drawn_at_the_attributed_updates(run_of) -> None:
+    without = {"clip": 0.03, "penalty": None, "grad_norm": 0.01, "value_clip": 0.008}
+    run = run_of(24, counterfactual=lambda p: without if round(24 * p) % 8 == 0 else None, trust__kl=lambda p: p / 100)
+    found = lines_of(run.records)
+    axes = found.pop("axes")
+    assert list(found) == ["as it was", "clip", "gradient norm", "value clip"]
+    assert all(line.get_xdata().tolist() == [8, 16, 24] for line in found.values())
+    np.testing.assert_allclose(found["as it was"].get_ydata(), [1 / 300, 2 / 300, 0.01])
+    assert found["clip"].get_ydata().tolist() == [0.03] * 3 and found["value clip"].get_ydata().tolist() == [0.008] * 3
+    assert axes.get_yscale() == "log" and axes.get_xlim() == (0.5, 24.5)
+    wide = found.pop("as it was")
+    assert wide.get_color() == INK and all(wide.get_linewidth() > 3 * line.get_linewidth() for line in found.values())
+
+
+@pytest.mark.parametrize("count", [1, 2, 700])
+def test_few_and_many_counterfactuals_are_drawn(run_of, count: int) -> None:
+    found = lines_of(run_of(count, counterfactual=dict.fromkeys(COUNTERFACTUALS, 0.02)).records)
+    assert len(found) == 2 + len(COUNTERFACTUALS)
+    assert all(len(line.get_xdata()) == min(count, 120) for name, line in found.items() if name != "axes")
+    assert found["clip"].get_marker() == ("o" if count <= 40 else "None")
+
+
+def test_a_mechanism_has_one_colour_in_both_figures(run_of) -> None:
+    assert list(MECHANISMS) == list(COUNTERFACTUALS)
+    assert len({color for _, color in MECHANISMS.values()}) == len(MECHANISMS)
+    names = [name for name in MECHANISMS if name != "value_clip"]
+    records = run_of(2, counterfactual=dict.fromkeys(names, 0.02), shares=dict.fromkeys(names, 0.1)).records
+    lines, figure = lines_of(records), Figure()
+    gated(figure, records)
+    bars = {str(bar.get_label()): to_hex(bar[0].get_facecolor()) for bar in figure.axes[0].containers}
+    assert len(bars) == 7 and bars == {label: to_hex(lines[label].get_color()) for label in bars}
+
+
+@pytest.mark.parametrize(
+    "counterfactuals",
+    [None, {}, {"clip": None, "anchor": None}, {"clip": 0.0}, {"clip": -1e-9}, {"made up": 1.0}],
+)
+def test_a_figure_applies_to_records_that_have_anything_to_draw(run_of, counterfactuals) -> None:
+    applies = FIGURES["counterfactual"].applies
+    assert not applies(run_of(3, counterfactual=counterfactuals).records)
+    assert applies(run_of(3, counterfactual=lambda p: {"clip": 0.02} if p == 1 else counterfactuals).records)
+
+
+def test_a_figure_that_does_not_apply_is_left_out(run_of) -> None:
+    assert [figure.name for figure in draw(run_of(3).records)] == [name for name in FIGURES if name != "counterfactual"]

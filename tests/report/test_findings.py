@@ -111,7 +111,8 @@ def test_a_healthy_run_has_no_finding(run_of) -> None:
 
 
 def test_every_finding_has_a_case() -> None:
-    assert {case[0] for case in CASES} == set(FINDINGS)
+    own = {name for name, of_run in FINDINGS.items() if of_run.__module__ == find.__module__}
+    assert {case[0] for case in CASES} == own
 
 
 @pytest.mark.parametrize(("name", "shows", "near", "evidence", "advice"), CASES, ids=lambda case: str(case)[:24])
@@ -172,7 +173,7 @@ def test_unknown_values_cause_no_finding(tmp_path):
     assert find(run) == []
     words = dict(summarise(run))
     assert words["What limited the updates"] == (
-        "The mechanism with the largest share was not on record in 12 of 12 updates."
+        "The mechanism that intervened most was not on record in 12 of 12 updates."
     )
     assert words["The anchor"] == "The KL to the reference is not on record; β was 0 throughout."
     assert "nothing" not in words["What limited the updates"] and "–" not in " ".join(words.values())

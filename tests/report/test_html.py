@@ -107,6 +107,15 @@ def test_sections_and_their_order(ordinary: Path) -> None:
     assert "trust_max_kl=0.005" in text
 
 
+def test_interventions_and_outcomes_are_told_apart(ordinary: Path) -> None:
+    """Under Adam, a limit on the gradient's norm intervenes in updates that it does not shorten."""
+    text = " ".join(Page(ordinary.read_text("utf-8")).text.split())
+    assert "The share of an update in which a mechanism intervened" in text
+    assert "What the same update would have done without one mechanism." in text
+    assert "under an optimizer that rescales gradients itself, such as Adam, this hardly changes the update" in text
+    assert not re.search("shortens the update|mechanism took|largest share", text)
+
+
 def test_the_images_of_the_page_are_the_figure_files(ordinary: Path) -> None:
     page = Page(ordinary.read_text("utf-8"))
     sources = [a["src"] for tag, a in page.elements if tag == "img" and a["class"] == "light"]

@@ -13,6 +13,7 @@ from tests.example_runs import completions_of, rows_of, run_folder, write_run
 from tests.pages import Page
 from trl_trustkl import report
 from trl_trustkl.report import MissingPackageError, read_run, render_report
+from trl_trustkl.report.series import COUNTERFACTUALS
 from trl_trustkl.report.tables import ROWS, updates
 
 
@@ -46,7 +47,9 @@ NUMBERS = {
 def test_numbers_missing_zero_or_extreme_have_a_report(tmp_path: Path, value: float | None) -> None:
     changes = {prefix + key: value for prefix, keys in NUMBERS.items() for key in keys}
     quantiles = {} if value is None else dict.fromkeys(("0.01", "0.5", "0.99"), value)
-    assert render_report(run_folder(tmp_path, 5, **changes, trust__ratio_quantiles=quantiles)).exists()
+    without = dict.fromkeys(COUNTERFACTUALS, value)
+    run = run_folder(tmp_path, 5, **changes, trust__ratio_quantiles=quantiles, counterfactual=without)
+    assert render_report(run).exists()
 
 
 def test_ten_thousand_updates_in_ten_seconds_and_five_megabytes(tmp_path: Path) -> None:
@@ -62,6 +65,7 @@ def test_ten_thousand_updates_in_ten_seconds_and_five_megabytes(tmp_path: Path) 
             "scale": min(1.0, b),
         }
         row["gradient"]["norm"] = float(c)
+        row["counterfactual"] = {name: 0.01 * a * (i + 1) for i, name in enumerate(COUNTERFACTUALS)}
     run = write_run(tmp_path, rows, completions_of(rows))
     started = time.process_time()
     page = render_report(run)

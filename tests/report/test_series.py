@@ -7,10 +7,14 @@ import pytest
 
 from tests.example_runs import QUANTILES, trl_run
 from trl_trustkl.report.series import (
+    attributed,
     column,
     distance,
+    factors,
     first_third,
+    geometric_mean,
     is_from_trl_logs,
+    kl_without,
     largest,
     last_third,
     mean,
@@ -85,6 +89,41 @@ def test_the_share_of_an_early_stop_is_that_of_the_epochs_left_out(run_of) -> No
     assert stop_share(run_of(2, **changes).records).tolist() == [0.75, 0.0]
     recorded = run_of(2, **changes, shares={"stop": 0.4})
     assert stop_share(recorded.records).tolist() == [0.4, 0.4]
+
+
+def test_the_kl_without_a_mechanism_is_compared_with_the_kl_as_it_was(run_of) -> None:
+    """The second update has no counterfactual, the fourth none without the anchor; the penalty is off."""
+    without = [
+        {"anchor": 0.005, "clip": 0.02, "penalty": None, "made up": 9.0}, None, {"anchor": 0.0, "clip": 0.04},
+        {"anchor": None, "clip": 0.01},
+    ]  # fmt: skip
+    records = run_of(
+        4, counterfactual=lambda p: without[round(4 * p) - 1], trust__kl=lambda p: 0.01 if p < 1 else 0.0
+    ).records
+    assert [record.update for record in attributed(records)] == [1, 3, 4]
+    found = kl_without(records)
+    assert list(found) == ["anchor", "clip"]
+    np.testing.assert_array_equal(found["anchor"], [0.005, np.nan, 0.0, np.nan])
+    np.testing.assert_array_equal(found["clip"], [0.02, np.nan, 0.04, 0.01])
+    np.testing.assert_array_equal(factors(records)["anchor"], [0.5, np.nan, 0.0, np.nan])
+    np.testing.assert_array_equal(factors(records)["clip"], [2.0, np.nan, 4.0, np.nan])
+
+
+def test_no_counterfactual_is_made_up(run_of) -> None:
+    records = run_of(2).records
+    assert attributed(records) == [] and kl_without(records) == {} == factors(records)
+    assert kl_without(run_of(2, counterfactual={"clip": None}).records) == {}
+    rounded = run_of(2, counterfactual={"clip": 0.01}, trust__kl=lambda p: -1e-12 if p < 1 else 0.01).records
+    np.testing.assert_array_equal(factors(rounded)["clip"], [np.nan, 1.0])
+    overflown = factors(run_of(1, counterfactual={"clip": 1e300}, trust__kl=1e-300).records)["clip"]
+    assert np.isnan(overflown).all()
+
+
+def test_the_geometric_mean_is_not_decided_by_a_single_zero() -> None:
+    assert geometric_mean(np.array([2.0, 8.0, np.nan])) == pytest.approx(4.0)
+    assert geometric_mean(np.array([0.0, 10.0, 10.0, 10.0])) == pytest.approx(1.0)
+    assert geometric_mean(np.array([1e9, 0.1])) == pytest.approx(10.0)
+    assert np.isnan(geometric_mean(np.array([np.nan])))
 
 
 def test_the_likelihood_is_per_token_of_the_updates_that_kept_completions(run_of) -> None:

@@ -21,8 +21,77 @@ def words(run: Run) -> dict[str, str]:
 def test_which_mechanism_bound_how_many(run_of) -> None:
     said = words(run_of(binding=lambda p: "clip" if p > 0.3 else "none"))
     assert said["What limited the updates"] == (
-        "The mechanism with the largest share was the clip in 9 of 12 updates and none (every share was below 1 %) in 3."
+        "The mechanism that intervened most was the clip in 9 of 12 updates and none (every share was below 1 %) in 3."
     )
+
+
+LIMITED = "What limited the updates"
+
+
+def test_the_kl_without_each_mechanism_is_compared_with_the_kl_as_it_was(run_of) -> None:
+    """Geometric means: √(1 · 4) = 2 for the clip, √(0.4 · 0.9) = 0.6 for the anchor, √(2 · 0.5) = 1 for the early stop."""
+    without = [
+        {"anchor": 0.004, "clip": 0.01, "stop": 0.02, "grad_norm": 0.010099, "penalty": None, "value_clip": 0.01},
+        {"anchor": 0.009, "clip": 0.04, "stop": 0.005, "grad_norm": 0.00995, "penalty": None, "value_clip": 0.01},
+    ]
+    said = words(run_of(2, counterfactual=lambda p: without[round(2 * p) - 1], trust__kl=0.01, binding="grad_norm"))
+    assert said[LIMITED] == (
+        "In 2 attributed updates, the KL(π_old‖π) of an update would have been 2 times as large without the clip and 0.6 times "
+        "as large without the anchor (geometric means); without the limit on the gradient's norm or the clip of the value, it "
+        "would have been the same; without the early stop, it would have been the same on average, but not in each update."
+    )
+
+
+@pytest.mark.parametrize(
+    ("kl", "end"),
+    [
+        (0.010099, "without the clip, the KL(π_old‖π) would have been the same."),
+        (0.010101, "the KL(π_old‖π) would have been 1.01 times as large without the clip."),
+        (0.009901, "without the clip, the KL(π_old‖π) would have been the same."),
+        (0.009899, "the KL(π_old‖π) would have been 0.99 times as large without the clip."),
+    ],
+)
+def test_a_kl_within_one_percent_is_the_same(run_of, kl: float, end: str) -> None:
+    assert words(run_of(1, counterfactual={"clip": kl}, trust__kl=0.01))[LIMITED] == f"In 1 attributed update, {end}"
+
+
+def test_the_other_updates_are_described_by_interventions(run_of) -> None:
+    said = words(
+        run_of(
+            counterfactual=lambda p: {"clip": 0.02} if p in (0.5, 1) else None,
+            binding=lambda p: "grad_norm" if p in (0.5, 1) else "anchor",
+        )
+    )
+    assert said[LIMITED] == (
+        "In 2 attributed updates, the KL(π_old‖π) of an update would have been 2 times as large without the clip (geometric "
+        "means). Of the other updates, only interventions are on record, which need not have changed the outcome. The "
+        "mechanism that intervened most was the anchor in 10 of 10 updates."
+    )
+
+
+@pytest.mark.parametrize("counterfactual", [None, {}, {"clip": None}])
+def test_without_a_known_counterfactual_interventions_are_described(run_of, counterfactual) -> None:
+    said = words(run_of(counterfactual=counterfactual, binding="value_clip"))
+    assert said[LIMITED] == "The mechanism that intervened most was the clip of the value in 12 of 12 updates."
+    unknown = words(run_of(counterfactual={"clip": 0.1}, trust__kl=None))
+    assert unknown[LIMITED] == "The mechanism that intervened most was the clip in 12 of 12 updates."
+
+
+@pytest.mark.parametrize(
+    ("binding", "shares", "left_out"),
+    [
+        ("clip", {"clip": 0.2, "grad_norm": 0.3}, True),
+        ("clip", {"clip": 0.2, "grad_norm": 0.2}, False),
+        ("none", {"clip": 0.0, "grad_norm": 0.02}, True),
+        ("none", {"clip": 0.0, "grad_norm": 0.01}, False),
+        ("grad_norm", {"clip": 0.2, "grad_norm": 0.3}, False),
+        ("unknown", {"grad_norm": 0.3}, False),
+        ("clip", None, False),
+    ],
+)
+def test_a_limit_on_the_norm_that_is_not_counted_is_mentioned(run_of, binding, shares, left_out) -> None:
+    said = words(run_of(binding=binding, shares=shares))[LIMITED]
+    assert ("the gradient's norm is not among them: the optimizer rescales gradients itself." in said) == left_out
 
 
 def test_the_summary_of_the_anchor(run_of) -> None:

@@ -21,15 +21,22 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from ..files import write_atomically
 from ..records import BoundRecord
-from .series import Column, column, distance, quantile, shares, token_range
+from .series import Column, attributed, column, distance, kl_without, quantile, shares, token_range
 
 Records = Sequence[BoundRecord]
 
 BLUE, ORANGE, GREEN, RED, SKY, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7"
+YELLOW = "#f0e442"
 INK, INK_ON_DARK = "#42474d", "#c3c8ce"
 EARLY_TO_LATE = LinearSegmentedColormap.from_list("early_to_late", [SKY, PURPLE, RED])
 POINTS = 300  # bins of a long line
 LARGEST = 1e30  # a larger number is drawn here: axes overflow before floats do
+MECHANISMS = {
+    "anchor": ("anchor", BLUE), "clip": ("clip", ORANGE), "penalty": ("penalty", SKY), "stop": ("early stop", GREEN),
+    "backtrack": ("backtracking", RED), "grad_norm": ("gradient norm", PURPLE), "lr": ("learning rate", INK),
+    "value_clip": ("value clip", YELLOW),
+}  # fmt: skip
+"""The label and the colour of each mechanism."""
 
 
 class Drawn(NamedTuple):
@@ -47,11 +54,13 @@ class Drawn(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """A figure's title, the sentence that says how to read it, and the function that draws it."""
+    """A figure's title, the sentence that says how to read it, the function that draws it, and whether there is anything to
+    draw."""
 
     title: str
     caption: str
     draw: Callable[[Figure, Records], None]
+    applies: Callable[[Records], bool] = lambda records: True
 
 
 # -- many updates on few pixels ----------------------------------------------------------------------------------------
@@ -202,23 +211,40 @@ def trust_region(figure: Figure, records: Records) -> None:
 
 
 def gated(figure: Figure, records: Records) -> None:
-    looks = {
-        "anchor": ("anchor", BLUE), "clip": ("clip", ORANGE), "penalty": ("penalty", SKY), "stop": ("early stop", GREEN),
-        "backtrack": ("backtracking", RED), "grad_norm": ("gradient norm", PURPLE), "lr": ("learning rate", INK),
-    }  # fmt: skip
-    axes = add_axes(figure, "share of the update taken\n(by each mechanism, stacked)")
+    axes = add_axes(figure, "share of the update\nwith an intervention (stacked)")
     x = column(records, "update")
     middle, width = binned(x, 120), max(1.0, len(x) / 120) if len(x) > 60 else 0.9
     bottom = np.zeros(len(middle))
     for name, values in shares(records).items():
         if (values > 0).any():
-            label, color = looks[name]
+            label, color = MECHANISMS[name]
             height = binned(values, 120)
             axes.bar(middle, height, 0.9 * width, bottom, color=color, label=label, linewidth=0, alpha=0.85)
             bottom = bottom + height
     update_axis(axes, x)
     axes.set_ylim(0, max(0.05, 1.05 * float(bottom.max())))
     add_legend(axes, 3)
+
+
+def counterfactual(figure: Figure, records: Records) -> None:
+    rerun, bins = attributed(records), 120
+    x, kl = binned(column(rerun, "update"), bins), binned(positive(column(rerun, "trust.kl")), bins)
+    without = {name: binned(positive(values), bins) for name, values in kl_without(rerun).items()}
+    axes = add_axes(figure, r"KL($\pi_{\mathrm{old}}\,\|\,\pi$) without a mechanism" "\n(nats per token)")
+    # Wide and below the others, so that it is seen where they are equal to it.
+    plot_line(axes, x, kl, INK, "as it was", linewidth=5, markersize=9.5, alpha=0.35, markeredgewidth=0)
+    for i, (name, values) in enumerate(without.items()):
+        label, color = MECHANISMS[name]
+        size = 7.5 - 0.8 * i  # of equal points, each remains visible
+        plot_line(axes, x, values, color, label, linewidth=1.2, markersize=size, markeredgewidth=0)
+    log_scale(axes, kl, *without.values())
+    update_axis(axes, column(records, "update"))
+    add_legend(axes, 3)
+
+
+def has_counterfactual(records: Records) -> bool:
+    """Whether there is an update whose KL without some mechanism can be drawn."""
+    return any((values > 0).any() for values in kl_without(records).values())
 
 
 def ratios(figure: Figure, records: Records) -> None:
@@ -272,10 +298,18 @@ FIGURES: dict[str, Kind] = {
         trust_region,
     ),
     "gated": Kind(
-        "What each mechanism took from the updates",
-        "The taller a bar, the larger the share of the update that the mechanism took; shares overlap, so a stack can exceed "
-        "1, and a gap is an update that no mechanism limited or whose shares are not on record.",
+        "How much each mechanism intervened in the updates",
+        "The taller a bar, the larger the share of the update in which the mechanism intervened, which need not be what it "
+        "changed; shares overlap, so a stack can exceed 1, and a gap is an update in which no mechanism intervened or whose "
+        "shares are not on record.",
         gated,
+    ),
+    "counterfactual": Kind(
+        "How far each update would have gone without a mechanism",
+        "A point above the wide grey line is a mechanism that limited the update, a point below the line is one that let it go "
+        "further, and a point on the line is one that did not change how far it went.",
+        counterfactual,
+        has_counterfactual,
     ),
     "ratios": Kind(
         "The ratios after each update",
@@ -285,7 +319,8 @@ FIGURES: dict[str, Kind] = {
     ),
     "gradient": Kind(
         "The gradient's norm and its limit",
-        "A gradient above the dashed line is scaled down to it, which shortens the update whatever the learning rate.",
+        "A gradient above the dashed line is scaled down to it; under an optimizer that rescales gradients itself, such as "
+        "Adam, this hardly changes the update unless the gradient's norm varies from step to step.",
         gradient,
     ),
 }
@@ -293,7 +328,8 @@ FIGURES: dict[str, Kind] = {
 
 
 def draw(records: Records) -> list[Drawn]:
-    return [render(name, kind, records) for name, kind in FIGURES.items()]
+    """The figures for which the records have anything to draw."""
+    return [render(name, kind, records) for name, kind in FIGURES.items() if kind.applies(records)]
 
 
 def render(name: str, kind: Kind, records: Records) -> Drawn:

@@ -8,11 +8,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .advice import FEW, Finding, configured_lr, of_updates, set_lr, weaker_anchor
+from .outcome_findings import (
+    anchor_pulls_more_than_reward,
+    clip_halves_updates,
+    grad_norm_without_effect,
+    updates_go_further,
+)
 from .schema import Run
 from .series import (
     Column,
@@ -31,7 +36,6 @@ from .series import (
 )
 from .text import count, number, percent, shortened
 
-FEW = 3  # updates at least for a finding that has to hold in every one of them
 SOME = 6  # updates at least for comparing thirds of a run
 IDLE = 1e-6  # a gated share up to this counts as none
 NEAR = 0.25  # a KL within this distance of its target, relative to it, counts as at the target
@@ -43,35 +47,6 @@ LR_FLOOR = 1 / 32  # the smallest factor that trust_lr_target applies to the sch
 FLOOR_SHARE = 0.2  # of the updates; a schedule that decays to zero spends less than this below the floor
 COLLAPSE = 0.5  # nats per token; text whose tokens are this much less likely is a different kind of text
 NOTHING = 0.05  # share of the returns' variance; explaining less counts as nothing
-
-
-class Finding(NamedTuple):
-    """What is wrong, the numbers that show it, and one concrete change of the configuration."""
-
-    name: str
-    title: str
-    evidence: str
-    advice: str
-
-
-def configured_lr(run: Run) -> float:
-    """The largest learning rate on record: `learning_rate` if the schedule only decays it after its warm-up.
-
-    A run that ended during its warm-up never reached it, and `trust_lr_target` may have raised it.
-    """
-    return largest(column(run.records, "lr"))
-
-
-def _set_lr(run: Run, factor: float, in_words: str, field: str = "learning_rate") -> str:
-    """The advice to set a learning rate; the records do not show whether `trust_lr_target` has raised the present one."""
-    present = configured_lr(run)
-    at_most = "" if is_from_trl_logs(run.records) else "at most "
-    return f"Set {field}={number(factor * present, 2)}, {in_words}, which is {at_most}{number(present)}"
-
-
-def _share(where: NDArray[np.bool_]) -> str:
-    """ "3 of 12 updates"."""
-    return f"{int(where.sum()):,} of {count(len(where), 'update')}"
 
 
 def clip_never_binds(run: Run) -> Finding | None:
@@ -97,7 +72,7 @@ def clip_never_binds(run: Run) -> Finding | None:
         f"The clip removed nothing in any of {made}"
         + (f"; the largest ratio measured after a step was {number(reached)}" if np.isfinite(reached) else "")
         + ". The updates are too small for the clip range to matter.",
-        _set_lr(run, 2, "twice the present one") + ".",
+        set_lr(run, 2, "twice the present one") + ".",
     )
 
 
@@ -171,7 +146,7 @@ def negative_estimate(run: Run) -> Finding | None:
     sampler = column(run.records, "sampler.kl")
     mismatch = largest(sampler) > MISMATCH
     evidence = (
-        f"The estimate of the KL to the reference was negative in {_share(negative)}, with a minimum of "
+        f"The estimate of the KL to the reference was negative in {of_updates(negative)}, with a minimum of "
         f"{number(float(np.nanmin(kl)))} nats per response"
     )
     from_trl = is_from_trl_logs(run.records)
@@ -210,8 +185,8 @@ def ratio_far_outside(run: Run) -> Finding | None:
     return Finding(
         "ratio_far_outside",
         "Ratios far outside the clip range, although clipping is on",
-        f"In {_share(far)}, ratios ended outside the range [{number(low[-1], 2)}, {number(high[-1], 2)}] by more than a factor "
-        f"of {FAR:g}: the largest ratio was {number(largest(top))}, and the lowest 1 % quantile was "
+        f"In {of_updates(far)}, ratios ended outside the range [{number(low[-1], 2)}, {number(high[-1], 2)}] by more than a "
+        f"factor of {FAR:g}: the largest ratio was {number(largest(top))}, and the lowest 1 % quantile was "
         f"{number(-largest(-bottom))}. Clipping removes the gradient of a token, but the gradients of other tokens still "
         "change its ratio.",
         f"Set trust_max_kl={number(float(np.nanmedian(kl)) / 2, 2)} (nats per token), half of the median KL of an update"
@@ -224,15 +199,12 @@ def anchor_outweighs(run: Run) -> Finding | None:
     over = share > 0.5
     if len(share) < FEW or over.sum() <= np.isfinite(share).sum() / 2:
         return None
-    coef, target = float(np.nanmedian(column(run.records, "anchor.coef"))), run.records[-1].anchor.target
     return Finding(
         "anchor_outweighs",
         "The penalty outweighs the reward",
-        f"The anchor made up more than half of the advantage in {_share(over)}, {percent(mean(share))} on average: "
+        f"The anchor made up more than half of the advantage in {of_updates(over)}, {percent(mean(share))} on average: "
         "staying near the reference outweighs learning the task.",
-        f"Set kl_coef={number(coef / 2, 2)}, half of the median β."
-        if target is None
-        else f"Set kl_target={number(1.5 * target, 2)}, 1.5 times the last one, so that the controller settles at a lower β.",
+        weaker_anchor(run),
     )
 
 
@@ -244,9 +216,9 @@ def early_stop(run: Run) -> Finding | None:
     return Finding(
         "early_stop",
         "Most updates are stopped early",
-        f"{_share(stopped)} ended at trust_stop, after {number(mean(made))} epochs on average; at least "
+        f"{of_updates(stopped)} ended at trust_stop, after {number(mean(made))} epochs on average; at least "
         f"{percent(mean(left_out))} of their steps were skipped.",
-        _set_lr(run, 1 / 2, "half of the present one") + ", so that the planned epochs fit within the limit.",
+        set_lr(run, 1 / 2, "half of the present one") + ", so that the planned epochs fit within the limit.",
     )
 
 
@@ -260,7 +232,7 @@ def learning_rate_floor(run: Run) -> Finding | None:
     return Finding(
         "learning_rate_floor",
         "The learning rate is at its floor",
-        f"In {_share(floor)} the learning rate was at most 1/32 of the largest one, "
+        f"In {of_updates(floor)} the learning rate was at most 1/32 of the largest one, "
         f"{number(top)}, which is the lowest that trust_lr_target allows. Those updates still moved the policy by "
         f"{number(mean(column(run.records, 'trust.kl')[floor]))} nats per token.",
         f"Set learning_rate={number(top / 8, 2)}, an eighth of the present one, so that the adaptation has room.",
@@ -300,7 +272,7 @@ def value_explains_nothing(run: Run) -> Finding | None:
         f"Over the last {count(len(explained), 'update')} it explained {number(float(np.nanmedian(explained)))} of the "
         "variance of the returns (median; 1 is all of it, 0 is what a constant explains): the advantages are as noisy as "
         "without it.",
-        _set_lr(run, 5, "five times the policy's", "value_learning_rate") + ".",
+        set_lr(run, 5, "five times the policy's", "value_learning_rate") + ".",
     )
 
 
@@ -346,7 +318,7 @@ def updates_refused(run: Run) -> Finding | None:
         "Updates were rejected",
         f"{total:,} of {count(len(run.records), 'update')} {'was' if total == 1 else 'were'} rejected, and the parameters "
         f"were left unchanged. The most frequent reason ({count(times, 'time')}): {shortened(reason, 200)}.",
-        _set_lr(run, 1 / 2, "half of the present one") + "; if the first update was rejected, set bf16=False.",
+        set_lr(run, 1 / 2, "half of the present one") + "; if the first update was rejected, set bf16=False.",
     )
 
 
@@ -358,11 +330,15 @@ FINDINGS: dict[str, Callable[[Run], Finding | None]] = {
     "target_never_reached": target_never_reached,
     "coefficient_pinned": coefficient_pinned,
     "anchor_outweighs": anchor_outweighs,
+    "anchor_pulls_more_than_reward": anchor_pulls_more_than_reward,
     "clip_never_binds": clip_never_binds,
     "ratio_far_outside": ratio_far_outside,
+    "updates_go_further": updates_go_further,
+    "clip_halves_updates": clip_halves_updates,
     "early_stop": early_stop,
     "learning_rate_floor": learning_rate_floor,
     "value_explains_nothing": value_explains_nothing,
+    "grad_norm_without_effect": grad_norm_without_effect,
 }
 """Every finding by name, in the order of a report: from those that spoil a run to those that only slow it down."""
 

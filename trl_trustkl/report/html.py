@@ -20,9 +20,15 @@ from .tables import Moment, Table, comparison, moments, settings, updates
 from .text import number, shortened, visible
 
 GLOSSARY = {
-    "gated": "The share of an update that a mechanism took while the update was made: for the clip, the share of the "
-    "gradient's weight that it set to zero; for the anchor, its share of the absolute advantage; for backtracking, the share "
-    "of the step that was taken back.",
+    "gated": "The share of an update in which a mechanism intervened: for the clip, the share of the gradient's weight that it "
+    "set to zero; for the anchor, its share of the absolute advantage; for backtracking, the share of the step that was taken "
+    "back. It need not be the share by which the mechanism changed the outcome: under Adam, a limit on the gradient's norm may "
+    "scale every gradient down and change almost nothing, because Adam divides by the gradient's own size.",
+    "counterfactual": "What the same update would have done without one mechanism. The update is rerun from its start, with "
+    "this mechanism off and every other one on, and KL(π_old‖π) is measured. If it is larger than it was, the mechanism "
+    "limited the update; if it is smaller, the mechanism let the update go further. What builds up over several updates is not "
+    "part of it. In particular, Adam starts the rerun with averages of the gradients it was given so far, so a limit on the "
+    "gradient's norm may have an effect on a single update that it would not have on a run without the limit.",
     "measured": "What an update did. After the update, the batch passes through the new policy, and the divergence from the "
     "old policy is computed over the full vocabulary.",
     "guaranteed": "A bound that was enforced. Only backtracking enforces one: on the mean KL(π_old‖π) over the contexts of the "

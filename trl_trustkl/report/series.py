@@ -15,6 +15,9 @@ from .schema import Run
 
 Column = NDArray[np.float64]
 
+COUNTERFACTUALS = ("anchor", "clip", "penalty", "stop", "backtrack", "grad_norm", "lr", "value_clip")
+"""The mechanisms without which an update is rerun: the keys of a record's `counterfactual`."""
+
 
 def column(records: Sequence[BoundRecord], key: str) -> Column:
     """One number for each record, `key` such as "trust.kl"; NaN where there is none."""
@@ -86,7 +89,7 @@ def stop_share(records: Sequence[BoundRecord]) -> Column:
 
 
 def shares(records: Sequence[BoundRecord]) -> dict[str, Column]:
-    """The share that each mechanism took of each update; 0 for a rejected update.
+    """The share of each update in which each mechanism intervened; 0 for a rejected update.
 
     Records of earlier versions and of TRL's trainers have no `shares`; they are then derived from other keys where possible.
     """
@@ -110,6 +113,37 @@ def _recorded(records: Sequence[BoundRecord], name: str, derived: Column) -> Col
         [given if r.shares is None else r.shares.get(name, 0.0) for r, given in zip(records, derived, strict=True)],
         dtype=np.float64,
     )
+
+
+def attributed(records: Sequence[BoundRecord]) -> list[BoundRecord]:
+    """The updates that have a counterfactual."""
+    return [record for record in records if record.counterfactual is not None]
+
+
+def kl_without(records: Sequence[BoundRecord]) -> dict[str, Column]:
+    """The KL(π_old‖π) that each update would have had without each mechanism; NaN where it is not on record.
+
+    Mechanisms that no record has a number for are left out.
+    """
+    recorded = [record.counterfactual or {} for record in records]
+    columns = {
+        name: np.array([np.nan if (kl := each.get(name)) is None else kl for each in recorded], dtype=np.float64)
+        for name in COUNTERFACTUALS
+    }
+    return {name: values for name, values in columns.items() if np.isfinite(values).any()}
+
+
+def factors(records: Sequence[BoundRecord]) -> dict[str, Column]:
+    """`kl_without` as a multiple of the KL that the update had; NaN where either is not on record, or the latter is 0."""
+    kl = column(records, "trust.kl")
+    with np.errstate(all="ignore"):  # a KL near the smallest float makes the multiple overflow
+        ratios = {name: without / np.where(kl > 0, kl, np.nan) for name, without in kl_without(records).items()}
+    return {name: np.where(np.isfinite(values), values, np.nan) for name, values in ratios.items()}
+
+
+def geometric_mean(values: Column) -> float:
+    """Of the finite values, each taken as one from 1/1000 to 1000, so that a single 0 does not decide; NaN without any."""
+    return float(np.exp(mean(np.log(np.clip(values[np.isfinite(values)], 1e-3, 1e3)))))
 
 
 def reference_per_token(run: Run) -> tuple[Column, Column]:

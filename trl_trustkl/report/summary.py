@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from ..bounds import BINDING_THRESHOLD
+from ..records import BoundRecord
 from .schema import Run
-from .series import column, distance, first_third, largest, last_third, mean, stderr, token_range
+from .series import (
+    Column,
+    attributed,
+    column,
+    distance,
+    factors,
+    first_third,
+    geometric_mean,
+    largest,
+    last_third,
+    mean,
+    stderr,
+    token_range,
+)
 from .text import count, listed, number, percent, shortened
 
 MECHANISMS = {
@@ -19,10 +36,14 @@ MECHANISMS = {
     "backtrack": "backtracking",
     "grad_norm": "the limit on the gradient's norm",
     "lr": "the KL-adaptive learning rate",
+    "value_clip": "the clip of the value",
     "none": "none (every share was below 1 %)",
     "refused": "none, because the update was rejected,",
     "unknown": "not on record",
 }
+
+
+SAME = 0.01  # a KL that differs by less, relative to the KL as it was, counts as the same
 
 
 class Statement(NamedTuple):
@@ -65,18 +86,63 @@ def outcome(run: Run) -> str:
 
 
 def binding(run: Run) -> str:
-    """In how many updates each mechanism took the largest share."""
-    most = Counter("refused" if r.refused is not None else r.binding for r in run.records).most_common()
+    """What the updates would have been without each mechanism, where that is on record; else which one intervened most."""
+    changes, rerun = factors(run.records), attributed(run.records)
+    if not any(np.isfinite(values).any() for values in changes.values()):
+        return interventions(run.records)
+    text = counterfactuals(changes, len(rerun))
+    others = [record for record in run.records if record.counterfactual is None]
+    if others:
+        text += " Of the other updates, only interventions are on record, which need not have changed the outcome. "
+        text += interventions(others)
+    return text
+
+
+def counterfactuals(changes: dict[str, Column], rerun: int) -> str:
+    """By what factor the KL of an update would have been larger without each mechanism; the largest factor first."""
+    groups: dict[str, list[str]] = {"changed": [], "same": [], "same on average": []}
+    known = {name: values[np.isfinite(values)] for name, values in changes.items() if np.isfinite(values).any()}
+    for name in sorted(known, key=lambda name: -geometric_mean(known[name])):
+        factor = geometric_mean(known[name])
+        if (abs(known[name] - 1) < SAME).all():
+            groups["same"].append(MECHANISMS[name])
+        elif abs(factor - 1) < SAME:
+            groups["same on average"].append(MECHANISMS[name])
+        else:
+            groups["changed"].append(f"{number(factor)} times as large without {MECHANISMS[name]}")
+    averaged = "" if rerun == 1 else " (geometric means)"
+    would = "the KL(π_old‖π) of an update would have been" if rerun > 1 else "the KL(π_old‖π) would have been"
+    parts = [f"{would} {listed(groups['changed'])}{averaged}"] if groups["changed"] else []
+    for group, same in (("same", "the same"), ("same on average", "the same on average, but not in each update")):
+        if groups[group]:
+            subject = "it would have been" if parts else would
+            parts.append(f"without {listed(groups[group], 'or')}, {subject} {same}")
+    return f"In {count(rerun, 'attributed update')}, {'; '.join(parts)}."
+
+
+def interventions(records: Sequence[BoundRecord]) -> str:
+    """In how many updates each mechanism had the largest share."""
+    most = Counter("refused" if r.refused is not None else r.binding for r in records).most_common()
     (first, times), *others = [(MECHANISMS.get(name, shortened(name, 40)), times) for name, times in most]
     parts = [
-        f"{first} in {times:,} of {count(len(run.records), 'update')}",
+        f"{first} in {times:,} of {count(len(records), 'update')}",
         *(f"{name} in {n:,}" for name, n in others),
     ]
-    text = f"The mechanism with the largest share was {listed(parts)}."
-    anchored = (column(run.records, "anchor.coef") > 0).any()
-    if anchored and not np.isfinite(column(run.records, "anchor.share")).any():
+    text = f"The mechanism that intervened most was {listed(parts)}."
+    anchored = (column(records, "anchor.coef") > 0).any()
+    if anchored and not np.isfinite(column(records, "anchor.share")).any():
         text += " The anchor is not among them: its share is not on record."
+    if any(_norm_left_out(record) for record in records):
+        text += " The limit on the gradient's norm is not among them: the optimizer rescales gradients itself."
     return text
+
+
+def _norm_left_out(record: BoundRecord) -> bool:
+    """Whether the limit on the gradient's norm has the largest share, but `binding` names another mechanism or none."""
+    if record.shares is None or record.refused is not None or record.counterfactual is not None:
+        return False
+    bound = record.shares.get(record.binding, BINDING_THRESHOLD if record.binding == "none" else math.inf)
+    return record.shares.get("grad_norm", 0.0) > bound
 
 
 def anchor(run: Run) -> str:
