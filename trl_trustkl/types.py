@@ -8,7 +8,7 @@ Divergences are in nats.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -237,7 +237,8 @@ class UpdateStats(NamedTuple):
 
     total: over all epochs; epochs: one entry per epoch begun. steps, planned_steps: optimizer steps taken and planned.
     grad_norm: mean norm of the policy's gradient before clipping; grad_scale: mean factor of clipping. stopped: whether
-    the KL limit between mini-batches ended the update. refused: why the update was rejected, or None.
+    the KL limit between mini-batches ended the update. refused: why the update was rejected, or None. norms, value_norms:
+    the norm of the gradient of policy and value in each step, before clipping.
     """
 
     total: EpochStats
@@ -248,6 +249,8 @@ class UpdateStats(NamedTuple):
     grad_scale: float
     stopped: bool
     refused: str | None
+    norms: Sequence[float] = ()
+    value_norms: Sequence[float] = ()
 
 
 class RolloutSummary(NamedTuple):

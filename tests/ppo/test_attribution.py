@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tests import tiny
 from tests.weights import same, trained_weights
 from trl_trustkl import TrustKLPPOTrainer, load_records
 from trl_trustkl.errors import ConfigError
+from trl_trustkl.trust.gradient_scale import GradientScale
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SHARES = ("anchor", "clip", "penalty", "stop", "backtrack", "grad_norm", "lr")
@@ -142,6 +144,23 @@ def test_gradient_norms_do_not_bind_adam_but_bind_sgd(tmp_path):
             if every:
                 kl, without = record["trust"]["kl"], record["counterfactual"]["grad_norm"]
                 assert without == pytest.approx(kl, rel=1e-3) if name == "adamw_torch" else without > 100 * kl
+
+
+def test_under_adam_the_limit_on_the_norm_does_not_bind_a_run(tmp_path, monkeypatch):
+    """Adam's running means are of clipped gradients. Without the factor that makes others comparable, every rerun but the
+    first would go further, and a run without the limit does not."""
+    changes = {"max_grad_norm": 0.05, "max_steps": 8, "lr_scheduler_type": "constant"}
+
+    def mean_factor(folder: Path) -> float:
+        _, found = trained(folder, **changes)
+        assert all(record["shares"]["grad_norm"] > 0.9 for record in found)
+        return math.exp(
+            sum(math.log(each["counterfactual"]["grad_norm"] / each["trust"]["kl"]) for each in found) / len(found)
+        )
+
+    assert 0.8 < mean_factor(tmp_path / "run") < 1.25
+    monkeypatch.setattr(GradientScale, "factor", 1.0)
+    assert mean_factor(tmp_path / "without the factor") > 1.6
 
 
 def test_a_difference_of_a_rerun_as_it_was_is_reported_once(tmp_path, caplog):

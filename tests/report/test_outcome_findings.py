@@ -29,10 +29,13 @@ NO_TARGET = {"anchor__coef": 0.4, "anchor__target": None}
 
 CASES: list[tuple[str, Changes, Changes, str, str]] = [
     # finding, records that show it, similar records that do not, part of the evidence, part of the advice
-    ("grad_norm_without_effect", limited(0.0100099), limited(0.0100101),
-     "In 12 of 12 attributed updates, the limit scaled the gradient down, by 97 % on average. Without it, the KL(π_old‖π) of "
+    ("grad_norm_without_effect", limited(0.0100099, 0.19), limited(0.0100101, 0.19),
+     "In 12 of 12 attributed updates, the limit scaled the gradient down, by 19 % on average. Without it, the KL(π_old‖π) of "
      "these updates would have differed by at most 0.099 %", "Set max_grad_norm=0"),
-    ("grad_norm_without_effect", limited(0.0099901), limited(0.0099899), "at most 0.099 %", "max_grad_norm=0"),
+    ("grad_norm_without_effect", limited(0.0099901, 0.19), limited(0.0099899, 0.19), "at most 0.099 %", "max_grad_norm=0"),
+    ("grad_norm_without_effect", limited(0.0109, 0.21), limited(0.0111, 0.21),
+     "would have been 1.09 times as large on average (geometric mean)", "max_grad_norm=0"),
+    ("grad_norm_without_effect", limited(0.0092, 0.21), limited(0.0092, 0.19), "0.92 times as large", "max_grad_norm=0"),
     ("grad_norm_without_effect", limited(0.01, 0.051), limited(0.01, 0.049), "by 5 % on average", "max_grad_norm=0"),
     ("grad_norm_without_effect", limited(0.01), {**without(), "gradient__scale": 0.03}, "at most 0 %", "max_grad_norm=0"),
     ("clip_halves_updates", without(clip=0.0201), without(clip=0.0199),
@@ -69,7 +72,7 @@ def test_findings(run_of, name: str, shows: Changes, near: Changes, evidence: st
     assert FINDINGS[name](run_of(**near)) is None
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", sorted(OWN - {"grad_norm_without_effect"}))
 @pytest.mark.parametrize("count", [1, 2])
 def test_fewer_than_three_attributed_updates_show_nothing(run_of, name: str, count: int) -> None:
     """The other updates are without a counterfactual, or were measured without a result."""
@@ -83,7 +86,7 @@ def test_fewer_than_three_attributed_updates_show_nothing(run_of, name: str, cou
     assert FINDINGS[name](run_of(**on(3), trust__kl=lambda p: 0.0 if 12 * p < 1.5 else 0.01)) is None
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", sorted(OWN))
 def test_records_without_counterfactuals_show_nothing(run_of, tmp_path, name: str) -> None:
     """Those of an earlier version, of TRL's trainers, and of a run in which every mechanism is off."""
     assert FINDINGS[name](run_of(gradient__scale=0.03)) is None
@@ -99,8 +102,15 @@ def test_the_median_decides(run_of) -> None:
         assert [finding.name for finding in find(run)] == found
 
 
+@pytest.mark.parametrize(("kl", "count", "found"), [(0.01, 1, True), (0.0105, 2, False), (0.0105, 3, True)])
+def test_an_unchanged_update_is_enough_and_an_average_needs_three(run_of, kl, count, found) -> None:
+    counterfactual = lambda p: {"grad_norm": kl} if 12 * p < count + 0.5 else None  # noqa: E731
+    finding = FINDINGS["grad_norm_without_effect"](run_of(gradient__scale=0.03, counterfactual=counterfactual))
+    assert (finding is not None) == found
+
+
 def test_a_limit_that_changed_a_single_update_has_an_effect(run_of) -> None:
-    changes = {"gradient__scale": 0.03, "counterfactual": lambda p: {"grad_norm": 0.011 if p == 1 else 0.01}}
+    changes = {"gradient__scale": 0.03, "counterfactual": lambda p: {"grad_norm": 0.05 if p == 1 else 0.01}}
     assert FINDINGS["grad_norm_without_effect"](run_of(**changes)) is None
     some = changes | {"gradient__scale": lambda p: 0.03 if p < 0.4 else 1.0}
     finding = FINDINGS["grad_norm_without_effect"](run_of(**some))

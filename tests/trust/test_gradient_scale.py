@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import bitsandbytes
 import pytest
@@ -10,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn, optim
 
-from trl_trustkl.trust.gradient_scale import rescales_gradients
+from trl_trustkl.trust.gradient_scale import GradientScale, rescales_gradients
 
 
 class Sign(optim.Optimizer):
@@ -93,3 +94,53 @@ def test_the_trial_changes_neither_the_optimizer_nor_the_random_state(name):
     rescales_gradients(optimizer)
     after = [params[0].detach(), params[0].grad, optimizer.state_dict(), torch.get_rng_state()]
     torch.testing.assert_close(before, after, rtol=0, atol=0)
+
+
+# -- the scale of the gradients so far ---------------------------------------------------------------------------------
+
+
+def test_the_factor_is_the_quotient_of_the_root_mean_squares():
+    scale = GradientScale()
+    assert scale.factor == 1.0
+    scale.add([1.0, 2.0], 1.0)
+    assert scale.factor == pytest.approx(((0.999 + 1.0) / (0.999 + 4.0)) ** 0.5, rel=1e-12)
+    scale.add([0.5], 1.0)
+    after, before = 0.999 * (0.999 + 1.0) + 0.25, 0.999 * (0.999 + 4.0) + 0.25
+    assert scale.factor == pytest.approx((after / before) ** 0.5, rel=1e-12)
+    assert 0.5 < scale.factor < 1.0
+
+
+@pytest.mark.parametrize("limit", [None, 10.0])
+def test_gradients_that_were_not_clipped_have_the_factor_1(limit):
+    scale = GradientScale()
+    scale.add([1.0, 2.0, 0.0], limit)
+    assert scale.factor == 1.0
+
+
+def test_the_factor_is_restored_from_a_checkpoint():
+    scale, other = GradientScale(), GradientScale()
+    scale.add([1.0, 2.0], 0.1)
+    other.load_state_dict(json.loads(json.dumps(scale.state_dict())))
+    assert other.factor == scale.factor
+    scale.add([3.0], 0.1)
+    other.add([3.0], 0.1)
+    assert other.factor == scale.factor
+
+
+def test_with_the_factor_a_step_of_adam_is_as_long_as_in_a_run_without_a_limit():
+    """In every step the gradient has the same norm, so that clipping multiplies each by the same factor."""
+    limited, free = (nn.Parameter(torch.zeros(4, dtype=torch.float64)) for _ in range(2))
+    runs = [(each, optim.AdamW([each], lr=0.1, eps=1e-30)) for each in (limited, free)]
+    scale, generator = GradientScale(), torch.Generator().manual_seed(0)
+    for _ in range(5):
+        gradient = torch.randn(4, generator=generator, dtype=torch.float64)
+        gradient *= 7.0 / gradient.norm()
+        for (parameter, optimizer), factor in zip(runs, (0.3 / 7.0, 1.0), strict=True):
+            parameter.grad = factor * gradient
+            optimizer.step()
+        scale.add([7.0], 0.3)
+    gradient = torch.randn(4, generator=generator, dtype=torch.float64)
+    for (parameter, optimizer), factor in zip(runs, (scale.factor, 1.0), strict=True):
+        parameter.grad = factor * gradient
+        optimizer.step()
+    torch.testing.assert_close(limited, free, rtol=1e-12, atol=0)

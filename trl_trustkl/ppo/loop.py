@@ -148,6 +148,8 @@ class TrainingLoop:
         state.epoch = state.global_step / parts.order.batches_per_pass
         trainer.lr_scheduler.step()
         parts.coefficients.update(record, parts.sizes.batch)
+        if record.refused is None:
+            parts.optimisation.end(stats)
         if not self._warned_of_sampler:
             self._warned_of_sampler = warn_of_sampler(record, args)
         if args.torch_empty_cache_steps and state.global_step % args.torch_empty_cache_steps == 0:
@@ -293,7 +295,7 @@ class TrainingLoop:
             OPTIMIZER_NAME: trainer.optimizer,
             SCHEDULER_NAME: trainer.lr_scheduler,
             SCALER_NAME: trainer.accelerator.scaler,
-            RUN_FILE: RunState([parts.settings, parts.coefficients, parts.progress]),
+            RUN_FILE: RunState([parts.settings, parts.coefficients, parts.optimisation, parts.progress]),
             RNG_FILE: rng.ProcessRandomStates(parts.processes),
         }
         return Checkpointer(held, parts.processes, self._write_model, writes=trainer.args.should_save)

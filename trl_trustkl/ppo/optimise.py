@@ -18,7 +18,7 @@ from ..policy.value_head import PolicyAndValue
 from ..run import rng
 from ..run.failure_handling import reject
 from ..trust.attribution import ReplayPoint
-from ..trust.gradient_scale import rescales_gradients
+from ..trust.gradient_scale import GradientScale, rescales_gradients
 from ..trust.learning_rate import scaled_learning_rate
 from ..trust.snapshot import UpdateSnapshot
 from ..types import Batch, PolicySnapshot, TokenOutputs, UpdateStats
@@ -45,11 +45,26 @@ class Optimisation:
         self.model: nn.Module = model
         self.optimizer: Any = None
         self.rescales_gradients = True
+        self.policy_scale, self.value_scale = GradientScale(), GradientScale()
 
     def prepare(self, model: nn.Module, optimizer: Any) -> None:
         """Use the model and the optimizer that accelerate wrapped."""
+        if optimizer is not self.optimizer:
+            self.rescales_gradients = rescales_gradients(optimizer)
+            self.policy_scale, self.value_scale = GradientScale(), GradientScale()
         self.model, self.optimizer = model, optimizer
-        self.rescales_gradients = rescales_gradients(optimizer)
+
+    def end(self, stats: UpdateStats) -> None:
+        """Remember the gradients of an update that was kept."""
+        self.policy_scale.add(stats.norms, self.args.norm_limit)
+        self.value_scale.add(stats.value_norms, self.args.norm_limit)
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {"policy_gradients": self.policy_scale.state_dict(), "value_gradients": self.value_scale.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.policy_scale.load_state_dict(state.get("policy_gradients", [0.0, 0.0]))  # older checkpoints lack them
+        self.value_scale.load_state_dict(state.get("value_gradients", [0.0, 0.0]))
 
     def replay_point(self, snapshot: UpdateSnapshot | None = None) -> ReplayPoint:
         """The current state, all of it; `snapshot` is what was taken of it already."""
@@ -97,16 +112,16 @@ class Optimisation:
         trust_coef = 0.0 if without == "penalty" else batch.trust_coef
         penalties = args.build_penalties(batch.anchor.coef * batch.advantage_scale, trust_coef)
         value_range = None if without == "value_clip" else args.value_range
-        limit = math.inf if without == "grad_norm" else args.norm_limit or math.inf
+        clip = self._unlimited if without == "grad_norm" else self._clip
         norms: list[float] = []
+        value_norms: list[float] = []
         epochs: list[Tensor] = []
         refused, stopped = None, False
         for epoch in range(args.num_ppo_epochs):
             sums = self._zero_sums()
             for mini in self._mini_batches(len(batch.scored.micro_batches), generator):
                 sums += self._backward(batch, mini, rule, penalties, value_range)
-                norm = self._clip(self.policy_parameters, limit)
-                value_norm = self._clip(self.value_parameters, limit)
+                norm, value_norm = clip(self.policy_parameters), clip(self.value_parameters)
                 if self.accelerator.scaler is None and not (math.isfinite(norm) and math.isfinite(value_norm)):
                     which = "value's" if math.isfinite(norm) else "policy's"
                     step = f"epoch {epoch + 1}, step {len(norms) + 1} of {planned}"
@@ -118,12 +133,14 @@ class Optimisation:
                 if self.accelerator.optimizer_step_was_skipped:  # fp16, while the loss scale is still being found
                     continue
                 norms.append(norm)
+                value_norms.append(value_norm)
                 if too_far is not None and len(norms) < planned and too_far(mini):
                     stopped = True
                     break
             epochs.append(self.processes.sum(sums))
             if stopped or refused is not None:
                 break
+        limit = args.norm_limit or math.inf
         scales = [min(1.0, limit / (norm + 1e-6)) for norm in norms]
         return UpdateStats(
             total=epoch_stats(torch.stack(epochs).sum(0)),
@@ -134,6 +151,8 @@ class Optimisation:
             grad_scale=sum(scales) / len(scales) if scales else 1.0,
             stopped=stopped,
             refused=refused,
+            norms=norms,
+            value_norms=value_norms,
         )
 
     @property
@@ -183,13 +202,28 @@ class Optimisation:
             snapshots["old"] = scored.old_snapshots[index]
         return self.model(scored.micro_batches[index], **snapshots)
 
-    def _clip(self, parameters: list[nn.Parameter], limit: float) -> float:
-        """Clip the gradients to the norm `limit`; returns the norm before clipping."""
+    def _unlimited(self, parameters: list[nn.Parameter]) -> float:
+        """Leave the gradients as they are without `max_grad_norm`; returns their norm.
+
+        For an optimizer that rescales gradients they are multiplied by one factor for all steps. By itself the factor would
+        have no effect, but the optimizer's running means are of gradients that were clipped: next to these, gradients without
+        the factor would make steps that are much too long, which no run without `max_grad_norm` makes.
+        """
+        norm = self._clip(parameters, math.inf)
+        scale = self.policy_scale if parameters is self.policy_parameters else self.value_scale
+        if self.rescales_gradients and scale.factor != 1.0:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale.factor)
+        return norm
+
+    def _clip(self, parameters: list[nn.Parameter], limit: float | None = None) -> float:
+        """Clip the gradients to the norm `limit`, by default `max_grad_norm` where it is on; returns the norm before."""
         if not parameters:
             return 0.0
         if self.accelerator.scaler is not None and parameters is self.policy_parameters:
             self.accelerator.unscale_gradients()
-        return float(nn.utils.clip_grad_norm_(parameters, limit))
+        return float(nn.utils.clip_grad_norm_(parameters, limit or self.args.norm_limit or math.inf))
 
 
 def not_finite(batch: Batch) -> str | None:

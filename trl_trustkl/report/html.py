@@ -27,8 +27,8 @@ GLOSSARY = {
     "counterfactual": "What the same update would have done without one mechanism. The update is rerun from its start, with "
     "this mechanism off and every other one on, and KL(π_old‖π) is measured. If it is larger than it was, the mechanism "
     "limited the update; if it is smaller, the mechanism let the update go further. What builds up over several updates is not "
-    "part of it. In particular, Adam starts the rerun with averages of the gradients it was given so far, so a limit on the "
-    "gradient's norm may have an effect on a single update that it would not have on a run without the limit.",
+    "part of it. Under an optimizer that rescales gradients, such as Adam, the gradients without a limit on their norm are "
+    "multiplied by one factor, which makes them comparable to those that the optimizer has averaged so far.",
     "measured": "What an update did. After the update, the batch passes through the new policy, and the divergence from the "
     "old policy is computed over the full vocabulary.",
     "guaranteed": "A bound that was enforced. Only backtracking enforces one: on the mean KL(π_old‖π) over the contexts of the "

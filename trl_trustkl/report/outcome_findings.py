@@ -9,12 +9,14 @@ from numpy.typing import NDArray
 
 from .advice import FEW, Finding, of_updates, set_lr, weaker_anchor
 from .schema import Run
-from .series import Column, column, factors, kl_without, largest, mean, shares
+from .series import Column, column, factors, geometric_mean, kl_without, largest, mean, shares
 from .summary import MECHANISMS
 from .text import count, listed, number, percent
 
 INTERVENES = 0.05  # a share of an update from which the limit on the gradient's norm clearly intervened
 UNCHANGED = 1e-3  # a KL within this distance of the KL as it was, relative to it, is unchanged
+MUCH = 0.2  # a mean share from which the limit, if it shortened the updates at all, would show in their mean KL
+ABOUT = 1.1  # a mean KL within a factor of this is about the same
 TWICE = 2.0  # the clip at least halves an update that would have been this many times as large without it
 FURTHER = 0.9  # an update whose KL would have been less than this multiple of it went further due to the mechanism
 MOSTLY = 0.5  # without the anchor, the KL is less than this multiple of it: more than half is due to the anchor
@@ -39,16 +41,21 @@ def grad_norm_without_effect(run: Run) -> Finding | None:
     if factor is None:
         return None
     limited: NDArray[np.bool_] = (share >= INTERVENES) & np.isfinite(factor)
-    change = np.abs(factor[limited] - 1)
-    if limited.sum() < FEW or not (change <= UNCHANGED).all():
+    if not limited.any():
+        return None
+    change, average, scaled = np.abs(factor[limited] - 1), geometric_mean(factor[limited]), mean(share[limited])
+    if (change <= UNCHANGED).all():
+        outcome = f"differed by at most {number(100 * largest(change), 2)} %"
+    elif limited.sum() >= FEW and scaled >= MUCH and 1 / ABOUT <= average <= ABOUT:
+        outcome = f"been {number(average)} times as large on average (geometric mean)"
+    else:
         return None
     return Finding(
         "grad_norm_without_effect",
-        "The limit on the gradient's norm does not change the updates",
+        "The limit on the gradient's norm does not shorten the updates",
         f"In {of_updates(limited[np.isfinite(factor)], 'attributed update')}, the limit scaled the gradient down, by "
-        f"{percent(mean(share[limited]))} on average. Without it, the KL(π_old‖π) of these updates would have differed by at "
-        f"most {number(100 * largest(change), 2)} %: an optimizer that rescales gradients itself, such as AdamW, undoes the "
-        "scaling.",
+        f"{percent(scaled)} on average. Without it, the KL(π_old‖π) of these updates would have {outcome}: an optimizer that "
+        "rescales gradients itself, such as AdamW, undoes the scaling.",
         "Set max_grad_norm=0, or keep the limit for single gradients that are much larger than the others.",
     )
 

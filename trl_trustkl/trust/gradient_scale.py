@@ -1,9 +1,11 @@
-"""Whether an optimizer's steps depend on the scale of the gradients."""
+"""Whether an optimizer's steps depend on the scale of the gradients, and the scale that they had so far."""
 
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -45,3 +47,37 @@ def _displacement(optimizer: Any, scale: float) -> Tensor:
         parameter.grad = scale * gradient
         trial.step()
     return parameter.detach()
+
+
+MEMORY = 0.999
+"""The weight of a step, relative to the step after it, in the scale of the gradients so far: that in Adam's second moment."""
+
+
+class GradientScale:
+    """The factor by which a limit on the norm has scaled the gradients of the steps so far: the root mean square of the norms
+    after clipping, divided by that of the norms before.
+
+    An optimizer that rescales gradients holds a running mean of their size after clipping. A gradient that is not clipped is
+    comparable to it after multiplication with this factor.
+    """
+
+    def __init__(self) -> None:
+        self._before = self._after = 0.0
+
+    def add(self, norms: Iterable[float], limit: float | None) -> None:
+        """Add the gradient norms of some steps before clipping, and the limit that they were clipped to."""
+        for norm in norms:
+            clipped = norm if limit is None else min(norm, limit)
+            self._before = MEMORY * self._before + norm**2
+            self._after = MEMORY * self._after + clipped**2
+
+    @property
+    def factor(self) -> float:
+        """1 before the first step."""
+        return math.sqrt(self._after / self._before) if self._before else 1.0
+
+    def state_dict(self) -> list[float]:
+        return [self._before, self._after]
+
+    def load_state_dict(self, state: list[float]) -> None:
+        self._before, self._after = state
