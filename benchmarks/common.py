@@ -114,8 +114,18 @@ def machine(device: str) -> str:
     """The hardware and software of a measurement: cores and memory, or the GPU; Python and torch."""
     import torch
 
-    where = f"{os.cpu_count()} cores, {memory_gib():.0f} GiB" if device == "cpu" else torch.cuda.get_device_name()
+    host = f"{os.cpu_count()} cores with {instruction_set()}, {memory_gib():.0f} GiB"
+    where = host if device == "cpu" else torch.cuda.get_device_name()
     return f"{where}; Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def instruction_set() -> str:
+    """The largest vector instructions of the processor that torch uses, such as AVX512-BF16."""
+    import torch
+
+    from trl_trustkl.policy.cpu import computes_bf16
+
+    return torch.backends.cpu.get_cpu_capability() + ("-BF16" if computes_bf16() else "")
 
 
 def memory_gib() -> float:

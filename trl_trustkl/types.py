@@ -172,6 +172,11 @@ class Scored(NamedTuple):
     ref_snapshots: list[PolicySnapshot] | None = None
 
     @property
+    def without(self) -> str | None:
+        """The mechanism that is off, where the update is rerun for attribution."""
+        return None if self.rollout.context is None else self.rollout.context.without
+
+    @property
     def context(self) -> UpdateContext:
         """The update's context, which `score` has added to the rollout."""
         if self.rollout.context is None:

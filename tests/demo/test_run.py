@@ -21,10 +21,18 @@ def test_the_closing_paragraph_says_what_the_records_say():
     text = " ".join(closing(options, done).split())
     assert "averaged 5.6 nats per response (target 6)" in text
     assert "removed 25% of the gradient's weight" in text and "0.030 nats per token on average" in text
-    assert "ratio was 9.5, outside [0.8, 1.2]" in text and "the anchor (7 of 9 updates)" in text
+    assert "ratio was 9.5, outside [0.8, 1.2]" in text and "was the anchor in 7 of 9 updates. The anchor" in text
     calm = [record(trust=record().trust._replace(max_ratio=1.1), binding="none")]
     assert "within [0.8, 1.2]" in closing(options, calm).replace("\n", " ")
     assert "none of them" in closing(options, calm).replace("\n", " ")
+    rerun = [
+        *done,
+        record(10, counterfactual={"clip": 0.06, "grad_norm": None}, trust=record().trust._replace(kl=0.03)),
+    ]
+    text = " ".join(closing(options, rerun).split())
+    assert (
+        "In 1 attributed update, the KL(π_old‖π) would have been 2 times as large without the clip. The anchor" in text
+    )
 
 
 class Trainer:

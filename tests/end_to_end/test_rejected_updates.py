@@ -163,7 +163,7 @@ def beyond_panic(monkeypatch, trainer):
 @pytest.mark.parametrize("poison", [*(poison for poison, _ in REFUSALS), beyond_panic])
 def test_a_rejected_update_has_no_binding_mechanism_and_keeps_no_part_of_its_step(tmp_path, monkeypatch, poison, limit):
     """An update may be rolled back while optimising or after it; the gradient limit binds the other updates."""
-    changes = {"trust_max_kl": limit, "panic_kl": 1e6, "max_grad_norm": 1e-9, "kl_coef": 1e-3}
+    changes = {"trust_max_kl": limit, "panic_kl": 1e6, "max_grad_norm": 1e-9, "kl_coef": 1e-3, "optim": "sgd"}
     trainer = tiny.trainer(tmp_path, changes=changes)
     poison(monkeypatch, trainer)
     trainer.train()

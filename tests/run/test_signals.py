@@ -52,7 +52,7 @@ def test_an_update_beyond_its_grace_period_is_given_up_and_the_one_before_it_sav
 
 def test_an_update_that_is_given_up_is_rolled_back_before_the_save(uninterrupted_run, tmp_path):
     """If there is no checkpoint of the previous update, one is saved from the state after the rollback."""
-    trainer = build(tmp_path, grace_seconds=0.0, save_strategy="no")
+    trainer = build(tmp_path, grace_seconds=0.0, save_strategy="no", attribution_every=0)
     with pytest.raises(Interrupted), counted(trainer, -1, terminate) as seen:
         step = torch.optim.AdamW.step
         calls: list[int] = []

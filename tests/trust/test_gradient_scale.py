@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn, optim
 
-from trl_trustkl.trust.gradient_scale import GradientScale, rescales_gradients
+from trl_trustkl.trust import gradient_scale
+from trl_trustkl.trust.gradient_scale import KNOWN, GradientScale, rescales_gradients
 
 
 class Sign(optim.Optimizer):
@@ -69,14 +70,39 @@ RESCALING = {
 }
 
 
+@pytest.fixture(params=["known", "tried"])
+def of_classes(request, monkeypatch) -> None:
+    """With the classes that are known, and with a trial of these too."""
+    if request.param == "tried":
+        monkeypatch.setattr(gradient_scale, "KNOWN", {})
+
+
+@pytest.mark.usefixtures("of_classes")
 @pytest.mark.parametrize("name", PROPORTIONAL)
 def test_optimizers_whose_steps_are_proportional_to_the_gradient(name):
     assert not rescales_gradients(PROPORTIONAL[name](parameters()))
 
 
+@pytest.mark.usefixtures("of_classes")
 @pytest.mark.parametrize("name", RESCALING)
 def test_optimizers_that_rescale_gradients_or_cannot_be_tried(name):
     assert rescales_gradients(RESCALING[name](parameters()))
+
+
+def test_what_is_known_is_what_a_trial_finds():
+    for make, rescales in KNOWN.items():
+        assert gradient_scale._tried_to_rescale(make(parameters(), lr=0.1)) == rescales
+
+
+def test_a_subclass_of_a_known_class_is_tried():
+    class Normalised(optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad /= p.grad.norm()
+            return super().step(closure)
+
+    assert rescales_gradients(Normalised(parameters(), lr=0.1))
 
 
 @pytest.mark.parametrize(("make", "rescales"), [(optim.SGD, False), (optim.AdamW, True)])
@@ -84,6 +110,7 @@ def test_an_optimizer_that_accelerate_wrapped(make, rescales):
     assert rescales_gradients(Accelerator(cpu=True).prepare(make(parameters(), lr=0.1))) == rescales
 
 
+@pytest.mark.usefixtures("of_classes")
 @pytest.mark.parametrize("name", ["momentum", "adamw", "adamw_8bit"])
 def test_the_trial_changes_neither_the_optimizer_nor_the_random_state(name):
     params = parameters()

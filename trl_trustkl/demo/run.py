@@ -66,6 +66,7 @@ def build(options: Options, console: Any) -> tuple[Any, Any]:
         # Below the target, β would keep falling and be far too small when the target is reached.
         kl_controller_kwargs={"min_coef": options.kl_coef},
         cliprange=options.cliprange,
+        attribution_every=8,
     )
     return trainer, table
 
@@ -121,6 +122,9 @@ def conclude(
 
 
 def closing(options: Options, done: list[Any]) -> str:
+    from ..report.series import attributed, factors
+    from ..report.summary import counterfactuals
+
     last = done[-max(1, len(done) // 3) :]
     kl = sum(record.anchor.kl_exact for record in last) / len(last)
     clipped = sum(record.trust.gated for record in done) / len(done)
@@ -128,6 +132,8 @@ def closing(options: Options, done: list[Any]) -> str:
     binding = [record.binding for record in done]
     most = max(sorted(set(binding)), key=binding.count)
     mechanism = "none of them" if most == "none" else f"the {most}"
+    rerun = attributed(done)
+    outcomes = f"{counterfactuals(factors(done), len(rerun))} " if rerun else ""
     ratio = max(record.trust.max_ratio for record in done)
     low, high = 1 - options.cliprange, 1 + options.cliprange
     where = "outside" if ratio > high else "within"
@@ -138,8 +144,8 @@ def closing(options: Options, done: list[Any]) -> str:
         f"had sampled the batch: the clip removed {clipped:.0%} of the gradient's weight on average, and an update moved the "
         f"policy by {sum(steps) / len(steps):.3f} nats per token on average and {max(steps):.3f} at most. This was measured "
         f"after each update, and nothing guaranteed it: with clipping on, the largest probability ratio was {ratio:.1f}, "
-        f"{where} [{low:g}, {high:g}]. The largest share of an update was most often taken by {mechanism} "
-        f"({binding.count(most)} of {len(done)} updates). The anchor determines where the run ends, and the trust region how "
-        "fast it gets there.",
+        f"{where} [{low:g}, {high:g}]. What limited an update most was {mechanism} "
+        f"in {binding.count(most)} of {len(done)} updates. {outcomes}The anchor "
+        "determines where the run ends, and the trust region how fast it gets there.",
         width=80,
     )

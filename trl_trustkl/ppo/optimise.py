@@ -107,11 +107,10 @@ class Optimisation:
         self, batch: Batch, generator: torch.Generator, too_far: Callable[[Sequence[int]], bool] | None
     ) -> UpdateStats:
         """Run all epochs, unless `too_far` ends them or a step is rejected."""
-        args, planned, without = self.args, self._planned_steps, batch.context.without
+        args, planned, without = self.args, self._planned_steps, batch.scored.without
         rule = args.build_surrogate(clip=without != "clip")
         trust_coef = 0.0 if without == "penalty" else batch.trust_coef
         penalties = args.build_penalties(batch.anchor.coef * batch.advantage_scale, trust_coef)
-        value_range = None if without == "value_clip" else args.value_range
         clip = self._unlimited if without == "grad_norm" else self._clip
         norms: list[float] = []
         value_norms: list[float] = []
@@ -120,7 +119,7 @@ class Optimisation:
         for epoch in range(args.num_ppo_epochs):
             sums = self._zero_sums()
             for mini in self._mini_batches(len(batch.scored.micro_batches), generator):
-                sums += self._backward(batch, mini, rule, penalties, value_range)
+                sums += self._backward(batch, mini, rule, penalties)
                 norm, value_norm = clip(self.policy_parameters), clip(self.value_parameters)
                 if self.accelerator.scaler is None and not (math.isfinite(norm) and math.isfinite(value_norm)):
                     which = "value's" if math.isfinite(norm) else "policy's"
@@ -169,15 +168,14 @@ class Optimisation:
         for start in range(0, count, size):
             yield order[start : start + size]
 
-    def _backward(
-        self, batch: Batch, mini: list[int], rule: Rule, penalties: Penalties, value_range: float | None
-    ) -> Tensor:
+    def _backward(self, batch: Batch, mini: list[int], rule: Rule, penalties: Penalties) -> Tensor:
         """Accumulate the mini-batch's gradient; returns its sums on this process."""
         scored, total = batch.scored, self._zero_sums()
         rows = torch.cat([scored.micro_batches[index].rows for index in mini])
         aggregation, length = self.args.aggregation, self.args.response_length
         _, terms = token_weights(scored.loss_mask[rows], aggregation, length)
         counts = torch.stack([terms, scored.value_mask[rows].sum()])
+        value_range = None if scored.without == "value_clip" else self.args.value_range
         scale = LossScale(*self.processes.sum(counts.double()).tolist())
         for index in mini:
             # Gradients are synchronised in the backward pass of the last micro-batch.

@@ -156,13 +156,13 @@ class TrustKLPPOTrainer(PPOTrainer):
 
     def advantages(self, scored: Scored) -> Batch:
         """Turn the anchor and the score into rewards, and these into advantages."""
-        kl_coef = 0.0 if scored.context.without == "anchor" else self.kl_coef
+        kl_coef = 0.0 if scored.without == "anchor" else self.kl_coef
         return shaped(scored, self.args, self.parts.processes, kl_coef=kl_coef, trust_coef=self.trust_coef)
 
     def optimise(self, batch: Batch) -> UpdateStats:
         """Run the PPO epochs on this batch; an update with a step that is not finite is rejected and rolled back. Takes the
         snapshot that `enforce` rolls back or scales back to, so an override must call `super().optimise`."""
-        without = batch.context.without
+        without = batch.scored.without
         limit = None if without == "stop" else self.args.trust_stop
 
         def too_far(mini: Sequence[int]) -> bool:

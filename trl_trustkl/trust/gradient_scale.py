@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ..run import rng
 
+KNOWN = {torch.optim.SGD: False, torch.optim.Adam: True, torch.optim.AdamW: True}
+"""Classes that most runs use, which are not tried."""
 STEPS = 20
 """Steps of a trial. RAdam, for example, rescales gradients only from its sixth step on."""
 
@@ -21,11 +23,17 @@ def rescales_gradients(optimizer: Any) -> bool:
     """Whether the optimizer rescales gradients, as Adam does by dividing them by a running mean of their size, so that a
     factor on all gradients, such as that of `max_grad_norm`, is no measure of its effect on the steps.
 
-    This is tried: two new optimizers of the same class and settings, without weight decay, get the same gradients, one of them
-    at half the scale. If its steps are half as long, as with SGD, gradients are not rescaled. An optimizer that cannot be
-    tried counts as one that rescales them.
+    For classes other than `KNOWN` this is tried: two new optimizers of the same class and settings, without weight decay, get
+    the same gradients, one of them at half the scale. If its steps are half as long, as with SGD, gradients are not rescaled.
+    An optimizer that cannot be tried counts as one that rescales them.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
+    if (known := KNOWN.get(type(optimizer))) is not None:
+        return known
+    return _tried_to_rescale(optimizer)
+
+
+def _tried_to_rescale(optimizer: Any) -> bool:
     with warnings.catch_warnings(), rng.seeded(torch.device("cpu"), 0):
         warnings.simplefilter("ignore")
         try:
