@@ -1,6 +1,6 @@
 """The record of what bounded an update: gated, measured, guaranteed, binding.
 
-Three words are kept apart: what a mechanism *gated* (the share of the gradient it removed), what was *measured* after the
+These words are kept apart: what a mechanism *gated* (the share of the gradient it removed), what was *measured* after the
 step, and what is *guaranteed*: only what backtracking enforced on this batch.
 
 Below the record are bounds from the literature: what a trust region would guarantee if its premise held in every context,
