@@ -169,6 +169,8 @@ class TrustKLPPOConfig(PPOConfig):
     missing_eos_penalty: float | None = _run(
         *_trl("missing_eos_penalty"), unit="the score's", off="None", range=NOT_NEGATIVE)
     generation_kwargs: dict | str | None = _run(None, "Further arguments of generate(), as a dict or JSON.")
+    chat_template_kwargs: dict | str | None = _run(
+        None, "Further arguments of the chat template, as a dict or JSON: {'enable_thinking': False}.")
     reward_weights: list[float] | None = _run(
         None, "Weight of each reward function; None: 1 each.", unit="1",
         range=Range("a list of finite numbers, one for each reward function", is_finite))

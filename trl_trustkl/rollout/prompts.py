@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,24 +12,27 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import DataError, shown
+from ..errors import ConfigError, DataError, shown
 from ..run.rng import generator
 from ..types import Prompts, Rollout
+from .chat_template import check_template_kwargs, is_chat, is_message, render, template_kwargs_of, tools_of, unread_part
 
 IDS = "input_ids"
 
 
-def is_chat(prompt: Any) -> bool:
-    """Whether a prompt is a list of messages such as [{"role": "user", "content": "..."}]."""
-    return isinstance(prompt, Sequence) and not isinstance(prompt, str)
-
-
 def tokenize_prompts(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, name: str, num_proc: int | None = None
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    num_proc: int | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> Dataset:
     """The dataset with a column `input_ids`, made from its column `prompt` (text or messages) if it has one.
 
-    Raises DataError: empty dataset, no usable column, a prompt that is neither text nor messages, or an empty one.
+    Messages are rendered with the columns `tools` and `chat_template_kwargs`, as in TRL, and with `template_kwargs`.
+
+    Raises DataError: empty dataset, no usable column, images, a prompt that is neither text nor messages, or an empty one.
     """
     if not isinstance(dataset, Dataset):
         raise DataError(
@@ -39,31 +42,68 @@ def tokenize_prompts(
     if len(dataset) == 0:
         raise DataError(f"`{name}` is empty; it must have at least one row with a prompt.")
     columns = dataset.column_names
+    if images := [column for column in ("image", "images") if column in columns]:
+        raise DataError(
+            f"`{name}` has the column {images[0]!r}, and this trainer passes no images to the policy; train on prompts of "
+            f"text, with dataset.remove_columns({images[0]!r}). A column for reward functions needs another name."
+        )
     if "prompt" not in columns:
         if IDS in columns:
+            _check_unused(template_kwargs, f"`{name}` has token ids")
             return dataset
         raise DataError(f"`{name}` has the columns {columns}; it must have 'prompt' (text or messages) or 'input_ids'.")
 
     def encode(row: dict[str, Any], index: int) -> dict[str, list[int]]:
-        return {IDS: encode_prompt(row["prompt"], tokenizer, where=f"`{name}` row {index}")}
+        where = f"`{name}` row {index}"
+        if not is_chat(row["prompt"]):
+            _check_unused(template_kwargs, f"{where} is text")
+            return {IDS: encode_prompt(row["prompt"], tokenizer, where=where)}
+        kwargs = template_kwargs_of(row, tokenizer, template_kwargs, where)
+        tools = tools_of(row, where)
+        return {IDS: encode_prompt(row["prompt"], tokenizer, where=where, tools=tools, template_kwargs=kwargs)}
 
     if "attention_mask" in columns:  # it belongs to other token ids
         dataset = dataset.remove_columns("attention_mask")
     return dataset.map(encode, with_indices=True, num_proc=num_proc, desc=f"Tokenizing {name}")
 
 
-def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, *, where: str = "prompt") -> list[int]:
-    """Token ids of one prompt; messages go through the chat template, with the generation prompt added."""
+def _check_unused(template_kwargs: Mapping[str, Any] | None, why: str) -> None:
+    if template_kwargs:
+        raise ConfigError(
+            f"`chat_template_kwargs` got {shown(dict(template_kwargs))}, but {why}, which no chat template renders; leave it "
+            "None, or give prompts as messages."
+        )
+
+
+def encode_prompt(
+    prompt: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    where: str = "prompt",
+    tools: list[Any] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of one prompt; messages go through the chat template, so that the policy answers, or continues a last message
+    of the assistant."""
     chat = is_chat(prompt)
-    if not isinstance(prompt, str) and not (chat and prompt and all(_is_message(message) for message in prompt)):
+    if not isinstance(prompt, str) and not (chat and prompt and all(is_message(message) for message in prompt)):
         raise DataError(
             f"{where} got the prompt {shown(prompt)}; it must be text or a list of {{'role': …, 'content': …}}."
+        )
+    if chat and (part := next(filter(None, map(unread_part, prompt)), None)) is not None:
+        raise DataError(
+            f"{where} has a message with a part of the type {part!r}; this trainer passes only text to the policy. Leave these "
+            "parts out."
         )
     if chat and tokenizer.chat_template is None:
         raise DataError(f"{where} is a list of messages, but the tokenizer has no chat template; give prompts as text.")
     try:
         # A chat template writes the special tokens itself.
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) if chat else prompt
+        text = (
+            prompt
+            if isinstance(prompt, str)
+            else render(prompt, tokenizer, tools=tools, template_kwargs=template_kwargs)
+        )
         ids = tokenizer(text, add_special_tokens=not chat)[IDS]
     except Exception as error:  # a template rejects some conversations, a tokenizer text that is not Unicode
         raise DataError(
@@ -74,14 +114,6 @@ def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, *, where: str
             f"{where} has a prompt of no tokens ({shown(prompt)}); give at least one, such as the bos token."
         )
     return ids
-
-
-def _is_message(message: Any) -> bool:
-    """Whether it is a dict with a role and a content: text, a list of parts, or nothing next to tool calls."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        return False
-    content = message.get("content")
-    return isinstance(content, str) or (isinstance(content, list) and bool(content)) or bool(message.get("tool_calls"))
 
 
 class TokenLimits(NamedTuple):
@@ -120,9 +152,13 @@ def prepare_datasets(
     args: Any,
 ) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
     """Both datasets with token ids, checked against `limits`."""
+    template_kwargs = getattr(args, "chat_template_kwargs", None)
+    check_template_kwargs(template_kwargs or {}, tokenizer, "`chat_template_kwargs`")
 
     def prepare(dataset: Dataset, name: str) -> Dataset:
-        dataset = tokenize_prompts(dataset, tokenizer, name=name, num_proc=args.dataset_num_proc)
+        dataset = tokenize_prompts(
+            dataset, tokenizer, name=name, num_proc=args.dataset_num_proc, template_kwargs=template_kwargs
+        )
         check_prompts(dataset, limits, args.response_length, name=name)
         return dataset
 

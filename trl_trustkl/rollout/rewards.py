@@ -20,7 +20,8 @@ from ..errors import ConfigError, NonFiniteRewardError, RewardError, shown
 from ..policy.loading import load_scalar_model
 from ..policy.micro_batches import positions
 from ..types import Rollout
-from .prompts import context_length, is_chat
+from .chat_template import ends_with_assistant, is_chat
+from .prompts import context_length
 
 LARGEST_REWARD = torch.finfo(torch.float32).max
 """Scores are kept in float32."""
@@ -94,6 +95,9 @@ def as_text(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase) ->
         return prompt + completion
     if tokenizer.chat_template is None:
         return "\n".join(message["content"] for message in [*prompt, *completion])
+    if ends_with_assistant(prompt) and isinstance(prompt[-1].get("content"), str):
+        continued = {**prompt[-1], "content": prompt[-1]["content"] + completion[0]["content"]}
+        prompt, completion = prompt[:-1], [continued]
     return tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
 
 
