@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -136,3 +138,47 @@ class PolicyAndValue(Module):
         if isinstance(self.value, ValueHead):
             return self.value(features.detach() if self.detach_value else features)
         return self.value(inputs, first)
+
+    # -- what TRL's helpers and users call on the model of a trainer -------------------------------------------------------
+
+    @property
+    def value_model(self) -> ValueHead | ValueModel:
+        """The value, under TRL's name."""
+        return self.value
+
+    @property
+    def device(self) -> torch.device:
+        """That of the policy."""
+        return next(self.policy.parameters()).device
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether the policy checkpoints its activations."""
+        policy: Any = self.policy
+        return policy.is_gradient_checkpointing
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """That of the policy."""
+        self.policy.gradient_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """That of the policy."""
+        self.policy.gradient_checkpointing_disable()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the policy."""
+        return self.policy.generate(*args, **kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the policy, without the value: the result is loaded as any model or adapter."""
+        return self.policy.save_pretrained(*args, **kwargs)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        """That of a policy with an adapter: the base model with the adapter's weights added to its own."""
+        policy: Any = self.policy
+        return policy.merge_and_unload(*args, **kwargs)
+
+    def print_trainable_parameters(self) -> None:
+        """That of a policy with an adapter."""
+        policy: Any = self.policy
+        policy.print_trainable_parameters()

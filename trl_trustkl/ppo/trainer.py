@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -25,7 +27,7 @@ from ..policy.value_head import PolicyAndValue
 from ..records import BoundRecord
 from ..report import model_card
 from ..rollout.prompts import collate_nothing
-from ..rollout.rewards import RewardFunc
+from ..rollout.rewards import RewardFunc, RewardModel
 from ..rollout.sampling import sample
 from ..run.failure_handling import reject
 from ..run.state import OnlineTrainerState
@@ -72,6 +74,11 @@ class TrustKLPPOTrainer(PPOTrainer):
     is_peft_model = property(lambda self: isinstance(self.model.policy, PeftModel))
     reward_funcs = property(lambda self: self.parts.scorer.funcs)
     reward_weights = property(lambda self: self.parts.scorer.weights)
+    # The names of TRL 1.12:
+    policy_model = property(lambda self: self.model.policy)
+    value_model = property(lambda self: self.model.value)
+    ref_model = property(lambda self: self.reference.model)
+    reward_model = property(lambda self: next((f.model for f in self.reward_funcs if isinstance(f, RewardModel)), None))
 
     def __init__(
         self,
@@ -207,6 +214,21 @@ class TrustKLPPOTrainer(PPOTrainer):
         proposed = self.measure(again)
         measured = self.enforce(again, proposed)
         return measured.kl if context.rejected is None else proposed.kl
+
+    @property
+    def dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """The training prompts in the dataset's order, padded on the left, by the batch of one process; TRL's name. The run
+        draws its batches from `next_prompts`."""
+
+        def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+            prompts = self.parts.collate(rows)
+            return {"input_ids": prompts.ids, "attention_mask": prompts.mask.long()}
+
+        return DataLoader(self.train_dataset, batch_size=self.parts.sizes.local, collate_fn=collate, drop_last=True)
+
+    def null_ref_context(self) -> AbstractContextManager[None]:
+        """Within it the policy computes as the reference, unless the reference is a separate model; TRL's name."""
+        return self.reference.active()
 
     def record(self, batch: Batch, stats: UpdateStats, measured: Measurement) -> BoundRecord:
         """The record of what bounded this update: gated, measured and guaranteed."""
