@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 import torch
 
-from trl_trustkl.bounds import binding, binding_shares, build_record, guaranteed
+from trl_trustkl.bounds import binding, binding_by_outcome, binding_shares, build_record, guaranteed
 from trl_trustkl.surrogates import ClipRuleName, build_surrogate
 from trl_trustkl.types import AnchorMeasurement, Enforcement, EpochStats, Measurement, RolloutSummary, UpdateStats
 
@@ -83,6 +83,29 @@ def test_each_mechanism_in_turn(name, share, anchor, update, enforcement, lr_fac
 def test_the_threshold_is_one_per_cent() -> None:
     assert binding({"anchor": 0.0, "clip": 0.0099}) == "none"
     assert binding({"anchor": 0.0, "clip": 0.01}) == "clip"
+
+
+@pytest.mark.parametrize(("rescaled", "found"), [(False, "grad_norm"), (True, "clip")])
+def test_the_factor_of_the_norm_is_no_share_where_the_optimizer_rescales(rescaled: bool, found: str) -> None:
+    shares = {"anchor": 0.0, "clip": 0.2, "grad_norm": 0.97}
+    assert binding(shares, rescaled=rescaled) == found
+    assert binding(shares | {"clip": 0.0}, rescaled=rescaled) == ("none" if rescaled else "grad_norm")
+
+
+@pytest.mark.parametrize(
+    ("counterfactual", "found"),
+    [
+        ({"anchor": 0.02, "clip": 0.04, "value_clip": 0.03, "lr": None}, "clip"),
+        ({"anchor": 0.02, "clip": 0.01, "value_clip": 0.03}, "value_clip"),
+        ({"anchor": 0.02, "clip": 0.001}, "none"),
+        ({"anchor": 0.0201}, "none"),
+        ({"anchor": 0.0203}, "anchor"),
+        ({"anchor": 0.0, "clip": None}, "none"),
+    ],
+)
+def test_a_counterfactual_says_what_bound_the_update(counterfactual: dict, found: str) -> None:
+    """The KL as it was is 0.02; less than 1 % of what it would have been does not count."""
+    assert binding_by_outcome(0.02, counterfactual) == found
 
 
 def test_mechanisms_that_take_no_share() -> None:
