@@ -32,6 +32,19 @@ def test_the_sizes_of_batches_follow_from_rows_and_processes(tmp_path, changes, 
     assert (args.local_mini_batch_size, args.mini_batch_size) == (4, 4 * processes)
 
 
+def test_a_size_that_is_replaced_is_named(tmp_path, caplog):
+    args = tiny.config(tmp_path, batch_size=128, mini_batch_size=4, local_batch_size=8)
+    setup.set_batch_sizes(args, rows=21, processes=1)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == (
+        "`batch_size` got 128 and is replaced by 8, per_device_train_batch_size × gradient_accumulation_steps × processes; set "
+        "these instead."
+    )
+    caplog.clear()
+    setup.set_batch_sizes(args, rows=21, processes=1)
+    assert not caplog.records, "a configuration that was used before was warned about"
+
+
 def test_a_horizon_is_checked_against_the_responses_of_all_processes(tmp_path):
     args = tiny.config(tmp_path, kl_controller="adaptive", kl_target=1.0, kl_horizon=3)
     setup.set_batch_sizes(args, rows=21, processes=1)

@@ -23,6 +23,17 @@ _GRADIENT_WARNINGS = {
 }
 
 
+_COMPUTED = {
+    "local_batch_size": "per_device_train_batch_size × gradient_accumulation_steps",
+    "micro_batch_size": "per_device_train_batch_size × processes",
+    "batch_size": "per_device_train_batch_size × gradient_accumulation_steps × processes",
+    "local_mini_batch_size": "per_device_train_batch_size × gradient_accumulation_steps / num_mini_batches",
+    "mini_batch_size": "per_device_train_batch_size × gradient_accumulation_steps × processes / num_mini_batches",
+    "num_total_batches": "total_episodes / (responses of an update), or max_steps",
+}
+"""The fields that follow from others, and how."""
+
+
 class BatchSizes(NamedTuple):
     """Responses of one update on one process (`local`) and on all of them (`batch`); updates of the run; rows of a
     micro-batch, which divide a mini-batch evenly, so that any micro-batch can go into any mini-batch."""
@@ -34,7 +45,9 @@ class BatchSizes(NamedTuple):
 
 
 def set_batch_sizes(args: TrustKLPPOConfig, *, rows: int, processes: int) -> BatchSizes:
-    """Set the fields of `args` that follow from others, from the rows of the dataset and the number of processes."""
+    """Set the fields of `args` that follow from others, from the rows of the dataset and the number of processes. A warning
+    names those that were given another value."""
+    given = {name: getattr(args, name) for name in _COMPUTED}
     args.world_size = processes
     args.local_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     args.micro_batch_size = args.per_device_train_batch_size * processes
@@ -45,6 +58,11 @@ def set_batch_sizes(args: TrustKLPPOConfig, *, rows: int, processes: int) -> Bat
     if args.total_episodes is None:
         args.total_episodes = math.ceil(args.num_train_epochs * rows)
     args.num_total_batches = args.max_steps if args.max_steps > 0 else math.ceil(args.total_episodes / args.batch_size)
+    for name, value in given.items():
+        if value not in (None, getattr(args, name)):
+            logger.warning(
+                f"`{name}` got {value} and is replaced by {getattr(args, name)}, {_COMPUTED[name]}; set these instead."
+            )
     sizes = range(1, min(args.per_device_train_batch_size, args.local_mini_batch_size) + 1)
     micro_batch = max(size for size in sizes if args.local_mini_batch_size % size == 0)
     return BatchSizes(args.local_batch_size, args.batch_size, args.num_total_batches, micro_batch)
