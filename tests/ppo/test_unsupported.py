@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from trl import BEMACallback, SyncRefModelCallback
 
 from tests import tiny
 from trl_trustkl import TrustKLPPOTrainer
@@ -93,3 +94,23 @@ def test_an_accelerator_that_shards_is_rejected(tmp_path, name, monkeypatch):
     with pytest.raises(NotAvailableYetError) as error:
         tiny.trainer(tmp_path)
     assert_says_what_works(error, name)
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (
+            lambda trainer: SyncRefModelCallback(trainer.reference.model, trainer.accelerator),
+            "there is no `sync_ref_model`",
+        ),
+        (lambda trainer: BEMACallback(), "which holds policy and value"),
+    ],
+    ids=["sync", "BEMA"],
+)
+@pytest.mark.parametrize("arguments", [{}, {"peft_config": None}], ids=["adapter", "full"])
+def test_callbacks_of_trl_that_cannot_work_are_rejected_before_the_first_rollout(build, said, arguments, tmp_path):
+    trainer = tiny.trainer(tmp_path, **arguments)
+    trainer.add_callback(callback := build(trainer))
+    with pytest.raises(NotAvailableYetError, match=f"`callbacks` got a {type(callback).__name__}.*{said}"):
+        trainer.train()
+    assert not (tmp_path / "bounds.jsonl").exists()

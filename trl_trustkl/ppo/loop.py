@@ -32,6 +32,7 @@ from . import contexts, recording
 from .config import TrustKLPPOConfig
 from .parts import Parts
 from .setup import warn_of_sampler
+from .unsupported import reject_callbacks
 
 logger = logging.get_logger(__name__)
 
@@ -205,6 +206,7 @@ class TrainingLoop:
     def begin(self, resume_from_checkpoint: str | bool | None = None) -> None:
         """Set up a new state, or load that of a checkpoint, and notify the callbacks."""
         trainer, parts, args, state = self._trainer, self._parts, self._trainer.args, self._trainer.state
+        reject_callbacks(trainer.callback_handler.callbacks)
         self.interrupted, self._saved_step = None, 0
         parts.progress.reset()
         vars(state).update(vars(OnlineTrainerState(stateful_callbacks=self._exportable())))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from accelerate.utils import parse_flag_from_env
@@ -30,6 +31,19 @@ def reject_sharding(*, fsdp: Any, deepspeed: Any) -> None:
                 f"{name} is not available yet in this version; one process, or several with DDP, work: accelerate launch "
                 "--config_file examples/accelerate/multi_gpu.yaml (cpu_gloo.yaml without a GPU). LoRA or QLoRA (peft_config, "
                 "a 4-bit model) saves most of the memory that sharding would."
+            )
+
+
+def reject_callbacks(callbacks: Sequence[Any]) -> None:
+    """Raise NotAvailableYetError for a callback of TRL that cannot work with this trainer."""
+    reasons = {
+        "SyncRefModelCallback": "the reference is fixed for the entire run, and there is no `sync_ref_model`",
+        "BEMACallback": "it builds a second model of the class of `trainer.model`, which holds policy and value",
+    }
+    for callback in callbacks:
+        if (why := reasons.get(type(callback).__name__)) is not None and type(callback).__module__.startswith("trl."):
+            raise NotAvailableYetError(
+                f"`callbacks` got a {type(callback).__name__}, which is not available in this version: {why}. Remove it."
             )
 
 
