@@ -76,6 +76,14 @@ def test_a_string_that_begins_in_the_prompt_does_not_end_a_response():
     assert all(len(ids) > 1 for ids in found.ids)
 
 
+def test_an_option_without_an_effect_on_these_stop_tokens_is_refused():
+    with pytest.raises(ConfigError, match="'bad_words_ids' .* because they are stop tokens"):
+        TransformersEngine(
+            tiny.llama(), response_length=4, temperature=1.0, stop_ids=[2], pad_token_id=0, batch_size=2,
+            autocast=contextlib.nullcontext, generation_kwargs={"bad_words_ids": [[2]]},
+        )  # fmt: skip
+
+
 def test_stop_strings_need_a_tokenizer():
     with pytest.raises(ConfigError, match=r"`tokenizer` got None; .* generation_kwargs\['stop_strings'\]"):
         TransformersEngine(
@@ -93,12 +101,13 @@ def spelling(decoder: Any, tokens: list[str]) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize(
     ("decoder", "tokens", "string", "ids", "ends"),
     [
-        (decoders.ByteLevel(), ["a", "Ã", "©", "b"], "é", [0, 1, 2, 3], 2),
+        (decoders.ByteLevel(), ["a", "Ã", "©", "b"], "éé", [0, 1, 2, 1, 2, 3], 4),
         (decoders.ByteLevel(), ["a", "st", "op!", "b"], "top", [0, 1, 2, 3], 2),
         (decoders.Metaspace(), ["▁a", "▁b", "c", "d"], " b", [0, 2, 1, 3], 2),
+        (decoders.Metaspace(), ["▁a", "▁", "b", "c"], " b", [0, 1, 2, 3], 2),
         (decoders.Metaspace(), ["▁a", "▁b", "c", "d"], "bcd", [0, 0, 0, 1, 2, 3], 5),
     ],
-    ids=["bytes_of_a_character", "inside_of_tokens", "leading_space", "several_tokens"],
+    ids=["bytes_of_a_character", "inside_of_tokens", "leading_space", "token_of_a_space", "several_tokens"],
 )
 def test_strings_are_found_in_the_decoded_text(decoder, tokens, string, ids, ends):
     criterion = StopStrings([string], spelling(decoder, tokens), prompt_length=2)
