@@ -106,7 +106,8 @@ class BoundRecord(NamedTuple):
     episode: Annotated[int, Meaning("Responses sampled so far, over all processes.", "responses")]
     score: Annotated[float | None, Meaning("Mean score of the responses that have one; `null` where none has.", "the reward's")]
     length: Annotated[float, Meaning("Mean length of a response, its stop token included.", "tokens")]
-    eos_rate: Annotated[float, Meaning("Responses that ended with a stop token, not at `response_length`.", "share")]
+    eos_rate: Annotated[float, Meaning(
+        "Responses that ended with a stop token or a stop string, not at `response_length`.", "share")]
     entropy: Annotated[float, Meaning("Mean entropy of π_old at the contexts of the batch.", "nats/token")]
     lr: Annotated[float, Meaning("Learning rate of this update, `trust_lr_target`'s factor included.")]
     refused: Annotated[str | None, Meaning(

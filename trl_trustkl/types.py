@@ -98,9 +98,10 @@ class Rollout(NamedTuple):
     """Sampled responses.
 
     prompt_ids, prompt_mask: [B, P], left-padded. response_ids, response_mask: [B, T]; the mask is True up to and
-    including the stop token, also where that is the padding token. sampler_logp: [B, T] log-probability of each sampled
+    including the last token, also where that is the padding token. sampler_logp: [B, T] log-probability of each sampled
     token under the distribution it was drawn from, or None where the sampler gives none. rows: the dataset rows. context:
-    the update's; the trainer adds it where an overridden `rollout` leaves it out.
+    the update's; the trainer adds it where an overridden `rollout` leaves it out. ended: [B] whether a response ended with a
+    stop token or a stop string, or None where only a stop token ends one.
     """
 
     prompt_ids: Tensor
@@ -110,6 +111,7 @@ class Rollout(NamedTuple):
     sampler_logp: Tensor | None = None
     rows: list[dict[str, Any]] | None = None
     context: UpdateContext | None = None
+    ended: Tensor | None = None
 
 
 class MicroBatch(NamedTuple):

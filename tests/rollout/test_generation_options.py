@@ -5,11 +5,20 @@ from __future__ import annotations
 import math
 
 import pytest
+from transformers import GenerationConfig
 
 from tests import tiny
 from tests.messages import assert_says
 from trl_trustkl.errors import ConfigError
-from trl_trustkl.rollout.generation_options import check_generation_kwargs
+from trl_trustkl.rollout import generation_options
+from trl_trustkl.rollout.generation_options import (
+    REFUSED,
+    SET_ELSEWHERE,
+    WORKING,
+    check_generation_kwargs,
+    check_stop_ids,
+    stop_strings,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -58,7 +67,7 @@ def test_options_within_their_ranges_are_accepted(options):
         ({"num_beams": 2}, "the trainer depends on its value; leave it out"),
         ({"topk": 5}, "got 'topk'; it must be one of .*Did you mean 'top_k'"),
         ({"top_p": math.nan}, r"`generation_kwargs\['top_p'\]` got nan; it must be a finite number"),
-        ({"penalty_alpha": math.inf}, r"`generation_kwargs\['penalty_alpha'\]` got inf"),
+        ({"min_p": math.inf}, r"`generation_kwargs\['min_p'\]` got inf"),
         ({"top_p": 1.5}, "`generation_kwargs` got {'top_p': 1.5}: "),
         ({"top_k": -1}, "`generation_kwargs` got {'top_k': -1}: "),
         ({"min_p": 2.0}, "`generation_kwargs` got {'min_p': 2.0}: "),
@@ -67,8 +76,136 @@ def test_options_within_their_ranges_are_accepted(options):
         ({"repetition_penalty": -1.0}, "`generation_kwargs` got {'repetition_penalty': -1.0}: "),
         ({"no_repeat_ngram_size": -2}, "`generation_kwargs` got {'no_repeat_ngram_size': -2}: "),
         ({"top_k": "many"}, "`generation_kwargs` got {'top_k': 'many'}: "),
+        ({"top_h": 2.0}, "`generation_kwargs` got {'top_h': 2.0}: "),
+        ({"encoder_repetition_penalty": -1.0}, "`generation_kwargs` got {'encoder_repetition_penalty': -1.0}: "),
+        ({"encoder_no_repeat_ngram_size": -1}, "`generation_kwargs` got {'encoder_no_repeat_ngram_size': -1}: "),
+        ({"bad_words_ids": [3]}, r"`generation_kwargs` got {'bad_words_ids': \[3\]}: "),
+        ({"sequence_bias": []}, r"`generation_kwargs` got {'sequence_bias': \[\]}: "),
+        ({"min_new_tokens": -1}, r"`generation_kwargs\['min_new_tokens'\]` got -1; it must be an integer >= 0"),
+        ({"min_new_tokens": 1.5}, r"`generation_kwargs\['min_new_tokens'\]` got 1.5; it must be an integer >= 0"),
     ],
 )
 def test_an_option_that_cannot_be_used_is_named(options, said):
     with pytest.raises(ConfigError, match=said):
         check_generation_kwargs(options)
+
+
+# -- options without an effect -----------------------------------------------------------------------------------------
+
+
+def test_every_option_of_the_installed_transformers_is_in_one_category():
+    """A new version of transformers may have an option that has to be added to WORKING or REFUSED."""
+    categories = [set(SET_ELSEWHERE), set(WORKING), set(REFUSED)]
+    for option in GenerationConfig().to_dict():
+        assert sum(option in category for category in categories) == 1, option
+
+
+@pytest.mark.parametrize("option", sorted(REFUSED))
+def test_an_option_without_an_effect_is_refused_with_the_reason(tmp_path, option):
+    with pytest.raises(ConfigError) as error:
+        tiny.config(tmp_path, generation_kwargs={option: 7, "top_p": 0.9})
+    assert_says(
+        error, f"`generation_kwargs` got options that have no effect here, or one that cannot be allowed: {option!r}"
+    )
+    assert_says(error, f": 7 ({REFUSED[option]}). Leave them out; the options that may be set are ", "'top_p'")
+
+
+def test_all_options_without_an_effect_are_in_one_message():
+    given = {
+        "penalty_alpha": 0.6,
+        "length_penalty": 2.0,
+        "top_k": 4,
+        "early_stopping": True,
+        "cache_config": {"nbits": 4},
+    }
+    with pytest.raises(ConfigError) as error:
+        check_generation_kwargs(given)
+    assert_says(
+        error,
+        "'penalty_alpha': 0.6 (only contrastive search uses it); ",
+        "'length_penalty': 2.0, 'early_stopping': True (only beam search uses it); ",
+        "'cache_config': {'nbits': 4} (only cache_implementation='quantized' uses it). Leave them out",
+    )
+    assert "'top_k': 4" not in str(error.value)
+
+
+@pytest.mark.parametrize("option", [*REFUSED, *WORKING])
+def test_the_default_of_an_option_is_accepted(option):
+    check_generation_kwargs({option: None})
+    defaults = GenerationConfig._get_default_generation_params()
+    if option in defaults:
+        check_generation_kwargs({option: defaults[option]})
+
+
+@pytest.mark.parametrize("option", ["token_healing", "output_attentions", "early_stopping", "disable_compile"])
+def test_a_flag_that_is_off_is_accepted(option):
+    check_generation_kwargs({option: False})
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"cache_implementation": "paged"}, "'cache_implementation': 'paged' (generate() selects only 'dynamic', "),
+        ({"cache_implementation": "hybrid"}, "'cache_implementation': 'hybrid' (generate() selects only 'dynamic', "),
+        ({"disable_compile": True}, "'disable_compile': True (only cache_implementation='static' or "),
+        ({"max_cache_len": 64, "cache_implementation": "offloaded"}, "'max_cache_len': 64 (only cache_implementation="),
+        ({"min_new_tokens": 3, "stop_strings": "."}, "'min_new_tokens': 3 (it does not hold back stop_strings)"),
+    ],
+)
+def test_an_option_that_another_one_makes_ineffective_is_refused(options, refused):
+    if options.keys() <= GenerationConfig().to_dict().keys():
+        with pytest.raises(ConfigError) as error:
+            check_generation_kwargs(options)
+        assert_says(error, refused)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_implementation": "dynamic"},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"cache_implementation": "quantized", "cache_config": {"nbits": 4}},
+        {"min_new_tokens": 3},
+        {"stop_strings": ["."], "min_new_tokens": 0},
+    ],
+)
+def test_an_option_with_what_it_needs_is_accepted(options):
+    check_generation_kwargs(options)
+
+
+def test_an_option_that_nobody_has_examined_is_refused(monkeypatch):
+    monkeypatch.setattr(generation_options, "WORKING", ("top_p",))
+    check_generation_kwargs({"top_p": 0.9})
+    with pytest.raises(
+        ConfigError, match=r"'top_k': 5 \(it is new in transformers \S+, and not known to have an effect\)"
+    ):
+        check_generation_kwargs({"top_k": 5})
+
+
+# -- stop strings and stop tokens --------------------------------------------------------------------------------------
+
+
+def test_stop_strings_are_one_or_several():
+    assert stop_strings({}) == stop_strings({"stop_strings": None}) == []
+    assert stop_strings({"stop_strings": "END"}) == ["END"]
+    assert stop_strings({"stop_strings": ["a", "b"]}) == ["a", "b"]
+
+
+@pytest.mark.parametrize("value", ["", [], ["a", ""], [3], 3, {"a": 1}])
+def test_other_stop_strings_are_rejected(tmp_path, value):
+    with pytest.raises(ConfigError) as error:
+        tiny.config(tmp_path, generation_kwargs={"stop_strings": value})
+    assert_says(error, "`generation_kwargs['stop_strings']`", repr(value), "a string, or a list of strings")
+
+
+@pytest.mark.parametrize("option", [{"min_new_tokens": 3}, {"exponential_decay_length_penalty": [2, 1.5]}])
+def test_an_option_that_acts_on_stop_tokens_needs_one(option):
+    check_stop_ids(option, [2])
+    with pytest.raises(ConfigError, match=f"got {next(iter(option))!r}: .* without a stop token; set stop_token='eos'"):
+        check_stop_ids(option, [])
+
+
+def test_a_bad_word_that_is_a_stop_token_is_refused():
+    check_stop_ids({"bad_words_ids": [[2, 3], [4]]}, [2])
+    with pytest.raises(ConfigError, match=r"'bad_words_ids' with \[\[2\]\], .* use suppress_tokens"):
+        check_stop_ids({"bad_words_ids": [[2], [4]]}, [2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ import torch
 from tests import tiny
 from trl_trustkl.errors import ConfigError, ModelError
 from trl_trustkl.rollout.engine import Samples
-from trl_trustkl.rollout.sampling import ends_with_stop, response_mask, sample, stop_ids
-from trl_trustkl.types import Prompts, UpdateContext
+from trl_trustkl.rollout.sampling import ended, is_stop, response_mask, sample, stop_ids
+from trl_trustkl.types import Prompts, Rollout, UpdateContext
 
 IDS = torch.tensor([[0, 3, 4], [5, 6, 7]])
 PROMPTS = Prompts(IDS, IDS != 0, [{"row": 0}, {"row": 1}], UpdateContext(update=0, training=True, sampling_seed=0))
@@ -50,17 +51,27 @@ def test_a_stop_token_outside_of_the_vocabulary_is_an_error(token):
 
 def test_a_mask_reaches_to_the_first_stop_token():
     response = torch.tensor([[3, 2, 2, 3], [3, 4, 3, 4], [5, 3, 2, 3], [3, 3, 3, 2]])
-    mask = response_mask(response, [2, 5])
+    mask = response_mask(is_stop(response, [2, 5]))
     assert mask.tolist() == [[True, True, False, False], [True] * 4, [True, False, False, False], [True] * 4]
-    assert ends_with_stop(response, mask, [2, 5]).tolist() == [True, False, True, True]
-    assert response_mask(response, []).all() and not ends_with_stop(response, mask, []).any()
+    assert response_mask(is_stop(response, [])).all()
+    rollout = Rollout(response, response > 0, response, mask)
+    assert ended(rollout, [2, 5]).tolist() == [True, False, True, True] and not ended(rollout, []).any()
+
+
+def test_a_rollout_may_say_itself_which_responses_ended():
+    said = torch.tensor([True, False])
+    rollout = Rollout(IDS, IDS != 0, torch.tensor([[3, 4], [3, 2]]), torch.ones(2, 2, dtype=torch.bool), ended=said)
+    assert ended(rollout, [2]) is said
 
 
 class Answers:
     """An engine that returns the given samples, and keeps the prompts and the seed."""
 
-    def __init__(self, *ids: list[int], logps: list[torch.Tensor] | None = None) -> None:
-        self.samples = Samples([torch.tensor(row) for row in ids], logps, ["stop"] * len(ids))
+    def __init__(
+        self, *ids: list[int], logps: list[torch.Tensor] | None = None, reasons: list[Any] | None = None
+    ) -> None:
+        reasons = ["stop"] * len(ids) if reasons is None else reasons
+        self.samples = Samples([torch.tensor(row) for row in ids], logps, reasons)
 
     def generate(self, prompt_ids, seed):
         self.asked = [prompt.tolist() for prompt in prompt_ids], seed
@@ -86,13 +97,29 @@ def test_an_engine_gets_the_prompts_without_padding():
     assert found.response_ids.tolist() == [[3, 2, 0], [2, 0, 0]]
 
 
+def test_a_response_ended_where_the_engine_says_so():
+    """One that a stop string ended has no stop token, and one with a stop token may have been cut."""
+    found = sample(Answers([3, 4], [3, 2], reasons=["stop", "length"]), PROMPTS, seed=1, length=2, pad_token_id=0)
+    assert ended(found, [2]).tolist() == [True, False]
+
+
+def test_an_engine_that_returns_too_few_finish_reasons_is_named():
+    with pytest.raises(
+        ModelError, match="Answers returned 2 responses of up to 2 tokens and 1 finish reasons; it must"
+    ):
+        sample(Answers([3, 4], [3, 2], reasons=["stop"]), PROMPTS, seed=1, length=2, pad_token_id=0)
+
+
 @pytest.mark.parametrize(
     ("ids", "said"),
     [
-        ([[3, 2]], "Answers returned 1 responses of up to 2 tokens; it must return 2, one for each prompt"),
+        (
+            [[3, 2]],
+            "Answers returned 1 responses of up to 2 tokens and 1 finish reasons; it must return 2, one for each prompt",
+        ),
         (
             [[3, 2], [4, 4, 4, 2]],
-            "Answers returned 2 responses of up to 4 tokens; .* of at most response_length=3 tokens",
+            "Answers returned 2 responses of up to 4 tokens and .* of at most response_length=3 tokens",
         ),
         ([], "Answers returned 0 responses of up to 0 tokens"),
     ],

@@ -17,7 +17,7 @@ from ..masking import masked_sum
 from ..parallel.processes import Processes
 from ..policy.probes import as_in_training
 from ..rollout.prompts import Collator, prepare_datasets, prompt_texts
-from ..rollout.sampling import ends_with_stop
+from ..rollout.sampling import ended
 from ..run.failure_handling import raised_on_all
 from ..types import Prompts, Scored
 from .config import TrustKLPPOConfig
@@ -87,7 +87,7 @@ class Evaluator:
             "score": scored.scores.tolist(),
             "kl": masked_sum(scored.ref_kl, mask, dim=1).tolist(),
             "length": mask.sum(1).float().tolist(),
-            "eos_rate": ends_with_stop(scored.rollout.response_ids, mask, self.models.stop_ids).float().tolist(),
+            "eos_rate": ended(scored.rollout, self.models.stop_ids).float().tolist(),
         }
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 

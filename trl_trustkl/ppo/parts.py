@@ -68,7 +68,7 @@ class Parts:
             models.trained.policy, response_length=args.response_length, temperature=args.temperature,
             stop_ids=models.stop_ids, pad_token_id=models.tokenizer.pad_token_id,
             batch_size=args.local_rollout_forward_batch_size, autocast=accelerator.autocast,
-            generation_kwargs=args.arguments("generation_kwargs"),
+            generation_kwargs=args.arguments("generation_kwargs"), tokenizer=models.tokenizer,
         )  # fmt: skip
         self.stop = StopRequest(args.grace_seconds)
         self.failures = FailureHandling(self.stop, processes)

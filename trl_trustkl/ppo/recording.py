@@ -13,7 +13,7 @@ from ..divergences import k3
 from ..masking import masked_mean, masked_sum
 from ..records import BoundRecord
 from ..rollout.prompts import prompt_texts
-from ..rollout.sampling import ends_with_stop
+from ..rollout.sampling import ended
 from ..types import Batch, Enforcement, Measurement, RolloutSummary, UpdateStats
 from .config import TrustKLPPOConfig
 from .parts import Parts
@@ -23,14 +23,13 @@ def summary(batch: Batch, parts: Parts) -> RolloutSummary:
     """Statistics of the rollout over all processes."""
     scored, rollout, gather = batch.scored, batch.scored.rollout, parts.processes.gather
     mask, scores = gather(rollout.response_mask), gather(scored.scores)
-    ended = ends_with_stop(rollout.response_ids, rollout.response_mask, parts.models.stop_ids)
     sampler_kl = None
     if rollout.sampler_logp is not None:
         sampler_kl = float(masked_mean(k3(gather(rollout.sampler_logp), gather(scored.logp)), mask))
     return RolloutSummary(
         score=_mean(scores),
         length=float(mask.sum(-1).float().mean()),
-        eos_rate=float(gather(ended).float().mean()),
+        eos_rate=float(gather(ended(rollout, parts.models.stop_ids)).float().mean()),
         entropy=float(masked_mean(gather(scored.entropy), mask)),
         sampler_kl=sampler_kl,
         rewards={name: _mean(gather(rewards)) for name, rewards in scored.rewards.items()},

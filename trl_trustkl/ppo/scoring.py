@@ -16,7 +16,7 @@ from ..policy.forward import ForwardPass
 from ..policy.micro_batches import longest_first, micro_batch
 from ..rollout.prompts import prompt_texts
 from ..rollout.rewards import as_completion
-from ..rollout.sampling import ends_with_stop
+from ..rollout.sampling import ended
 from ..rollout.scorer import Scorer
 from ..run import rng
 from ..run.failure_handling import FailureHandling
@@ -127,8 +127,8 @@ class Scoring:
         none = rollout.response_mask.new_full((len(ids),), torch.nan, dtype=torch.float32)
         scores = torch.where(rollout.response_mask.any(-1), none if found is None else found.total, torch.nan)
         if self.args.missing_eos_penalty is not None:
-            ended = ends_with_stop(rollout.response_ids, rollout.response_mask, self.models.stop_ids)
-            scores = torch.where(ended, scores, scores - self.args.missing_eos_penalty)
+            missing = ~ended(rollout, self.models.stop_ids)
+            scores = torch.where(missing, scores - self.args.missing_eos_penalty, scores)
         by_function = {} if found is None else found.by_function
         rewards = {
             name: none.new_tensor([torch.nan if reward is None else reward for reward in each])

@@ -14,7 +14,8 @@ class Samples(NamedTuple):
     """One response for each prompt, in the order of the prompts, without padding.
 
     ids: token ids [t], including the stop token. logps: log-probability of each token under the distribution that it was
-    sampled from, [t]; None if the engine does not return it. finish_reasons: "stop" after a stop token, else "length".
+    sampled from, [t]; None if the engine does not return it. finish_reasons: "stop" after a stop token or a stop string, else
+    "length".
     """
 
     ids: list[Tensor]

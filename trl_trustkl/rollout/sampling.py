@@ -1,4 +1,4 @@
-"""The end of a response, and sampled responses as the padded tensors of a rollout."""
+"""The ends of responses, and sampled responses as the padded tensors of a rollout."""
 
 from __future__ import annotations
 
@@ -35,19 +35,24 @@ def stop_ids(
     return sorted({token for token in (tokenizer.eos_token_id, *declared) if token is not None})
 
 
-def _is_stop(response: Tensor, stop_ids: list[int]) -> Tensor:
+def is_stop(response: Tensor, stop_ids: list[int]) -> Tensor:
+    """Where a response has a stop token, [b, t]."""
     return torch.isin(response, torch.tensor(stop_ids, dtype=response.dtype, device=response.device))
 
 
-def response_mask(response: Tensor, stop_ids: list[int]) -> Tensor:
-    """True up to and including the first stop token, [b, t]; True everywhere in a row without one."""
-    stops = _is_stop(response, stop_ids).long()
-    return stops.cumsum(-1) - stops == 0
+def response_mask(ends: Tensor) -> Tensor:
+    """True up to and including the first end, [b, t]; True everywhere in a row without one. `ends` is True where a row ends
+    with a stop token or a stop string."""
+    ends = ends.long()
+    return ends.cumsum(-1) - ends == 0
 
 
-def ends_with_stop(response: Tensor, mask: Tensor, stop_ids: list[int]) -> Tensor:
-    """Whether each response ended with a stop token, [b]."""
-    return (_is_stop(response, stop_ids) & mask).any(-1)
+def ended(rollout: Rollout, stop_ids: list[int]) -> Tensor:
+    """Whether each response ended with a stop token or a stop string, [B]; where the rollout does not say, whether it has a
+    stop token."""
+    if rollout.ended is not None:
+        return rollout.ended
+    return (is_stop(rollout.response_ids, stop_ids) & rollout.response_mask).any(-1)
 
 
 def sample(engine: RolloutEngine, prompts: Prompts, *, seed: int, length: int, pad_token_id: int) -> Rollout:
@@ -59,10 +64,11 @@ def sample(engine: RolloutEngine, prompts: Prompts, *, seed: int, length: int, p
     samples = engine.generate(ids, seed)
     lengths = torch.tensor([len(each) for each in samples.ids], device=prompts.ids.device)
     longest = max(map(len, samples.ids), default=0)
-    if len(samples.ids) != len(ids) or longest > length:
+    if not len(samples.ids) == len(samples.finish_reasons) == len(ids) or longest > length:
         raise ModelError(
-            f"the rollout engine {type(engine).__name__} returned {len(samples.ids)} responses of up to {longest} tokens; it "
-            f"must return {len(ids)}, one for each prompt, of at most response_length={length} tokens."
+            f"the rollout engine {type(engine).__name__} returned {len(samples.ids)} responses of up to {longest} tokens and "
+            f"{len(samples.finish_reasons)} finish reasons; it must return {len(ids)}, one for each prompt, of at most "
+            f"response_length={length} tokens."
         )
 
     def padded(rows: list[Tensor], fill: float) -> Tensor:
@@ -76,4 +82,5 @@ def sample(engine: RolloutEngine, prompts: Prompts, *, seed: int, length: int, p
         sampler_logp=None if samples.logps is None else padded(samples.logps, 0.0),
         rows=prompts.rows,
         context=prompts.context,
+        ended=torch.tensor([reason == "stop" for reason in samples.finish_reasons], device=lengths.device),
     )

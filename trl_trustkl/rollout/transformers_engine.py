@@ -12,12 +12,22 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
+from ..errors import ConfigError
 from ..policy import cpu, lora, split_lm
 from ..run import rng
 from .engine import FinishReason, Samples
-from .sampling import ends_with_stop, response_mask
+from .generation_options import check_stop_ids, stop_strings
+from .sampling import is_stop, response_mask
 
 
 class Sampler(LogitsProcessor):
@@ -57,12 +67,37 @@ class Sampler(LogitsProcessor):
         return model._sample(input_ids, processors, stopping_criteria, greedy, **kwargs)
 
 
+class StopStrings(StoppingCriteria):
+    """Ends a response with the token that completes one of the strings in its text, and keeps where that happened.
+
+    The text is what the tokenizer decodes the response to, with special tokens. The prompt, the first `prompt_length` tokens
+    of a row, is not part of it. transformers' own criterion reads the prompt too, and `generate` does not pass a tokenizer
+    on to it where the decoding method is a function.
+    """
+
+    def __init__(self, strings: list[str], tokenizer: PreTrainedTokenizerBase, prompt_length: int) -> None:
+        self.columns: list[Tensor] = []
+        self._strings = strings
+        self._tokenizer = tokenizer
+        self._prompt_length = prompt_length
+        # Each token adds at least one byte. The token before the string is decoded too, since decoders strip the space
+        # of the first one.
+        self._window = 1 + max(len(string.encode()) for string in strings)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        tails = input_ids[:, self._prompt_length :][:, -self._window :]
+        texts = self._tokenizer.batch_decode(tails, clean_up_tokenization_spaces=False)
+        found = [any(string in text for string in self._strings) for text in texts]
+        self.columns.append(torch.tensor(found, device=input_ids.device))
+        return self.columns[-1]
+
+
 class TransformersEngine:
     """Samples from the policy itself, for `batch_size` prompts at a time, so that there is nothing to sync.
 
     pad_token_id: the tokenizer's, which may be outside of the model's vocabulary. autocast: the context of the policy's
     forward passes. generation_kwargs: further arguments of `generate`; without any, tokens are sampled from the entire
-    vocabulary.
+    vocabulary. tokenizer: what `stop_strings` needs among them.
     """
 
     def __init__(
@@ -76,7 +111,18 @@ class TransformersEngine:
         batch_size: int,
         autocast: Callable[[], AbstractContextManager[Any]],
         generation_kwargs: dict[str, Any] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        # An option that is None would get the default of `generate`, such as top_k=50.
+        extra = {key: value for key, value in (generation_kwargs or {}).items() if value is not None}
+        check_stop_ids(extra, stop_ids)
+        self._strings = stop_strings(extra)
+        extra.pop("stop_strings", None)  # `generate` would need a tokenizer for them
+        if self._strings and tokenizer is None:
+            raise ConfigError(
+                "`tokenizer` got None; it must be the policy's tokenizer with generation_kwargs['stop_strings']."
+            )
+        self._tokenizer = tokenizer
         self._causal = policy.get_base_model() if isinstance(policy, PeftModel) else policy
         self._stop_ids = stop_ids
         self._batch_size = batch_size
@@ -94,7 +140,7 @@ class TransformersEngine:
             "pad_token_id": self._pad_token_id,
             "use_cache": True,
         }
-        self._config = GenerationConfig(**settings | (generation_kwargs or {}))
+        self._config = GenerationConfig(**settings | extra)
 
     def check(self) -> None:
         """Nothing to check."""
@@ -118,17 +164,24 @@ class TransformersEngine:
         ids = pad_sequence(list(prompt_ids), batch_first=True, padding_value=self._pad_token_id, padding_side="left")
         ones = [torch.ones_like(each) for each in prompt_ids]
         sampler = Sampler()
+        strings: list[StopStrings] = []
+        if self._tokenizer is not None and self._strings:
+            strings.append(StopStrings(self._strings, self._tokenizer, ids.shape[1]))
         with ready_to_generate(self._causal):
             sequences = self._causal.generate(
                 input_ids=ids,
                 attention_mask=pad_sequence(ones, batch_first=True, padding_side="left"),
                 generation_config=self._config,
                 custom_generate=sampler.decode,
+                stopping_criteria=StoppingCriteriaList(strings),
             )
         new = sequences[:, ids.shape[1] :]
-        mask = response_mask(new, self._stop_ids)
+        ends = is_stop(new, self._stop_ids)
+        for criterion in strings:  # what follows the end of a row is padding, or sampled where there is no stop token
+            ends |= torch.stack(criterion.columns, dim=1)[:, : new.shape[1]]
+        mask = response_mask(ends)
         logps = torch.stack(sampler.columns, dim=1)[:, : new.shape[1]]
-        lengths, stopped = mask.sum(-1).tolist(), ends_with_stop(new, mask, self._stop_ids).tolist()
+        lengths, stopped = mask.sum(-1).tolist(), (ends & mask).any(-1).tolist()
         return [
             (row[:length], logp[:length], "stop" if stop else "length")
             for row, logp, length, stop in zip(new, logps, lengths, stopped, strict=True)

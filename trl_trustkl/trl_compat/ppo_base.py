@@ -30,7 +30,9 @@ class PPOConfig(_BaseConfig):
     stop_token: Literal["eos"] | None = option(None, "The stop token. Excludes `stop_token_id`.")
     stop_token_id: int | None = option(None, "Id of the stop token. Excludes `stop_token`.")
     temperature: float = option(0.7, "Sampling temperature; the policy is the tempered one everywhere.")
-    missing_eos_penalty: float | None = option(None, "Subtracted from the score of a response without a stop token.")
+    missing_eos_penalty: float | None = option(
+        None, "Subtracted from the score of a response that no stop token or stop string ended."
+    )
     sft_model_path: str = option("EleutherAI/pythia-160m", "Path of the policy, for scripts.")
     world_size: int | None = option(None, "Number of processes (computed).")
     num_total_batches: int | None = option(None, "Number of updates in the run (computed).")

@@ -9,6 +9,8 @@ from .configuration_utils import PretrainedConfig as PretrainedConfig
 from .generation import GenerationConfig as GenerationConfig
 from .generation import LogitsProcessor as LogitsProcessor
 from .generation import LogitsProcessorList as LogitsProcessorList
+from .generation import StoppingCriteria as StoppingCriteria
+from .generation import StoppingCriteriaList as StoppingCriteriaList
 from .modeling_utils import PreTrainedModel as PreTrainedModel
 from .models.auto import AutoConfig as AutoConfig
 from .models.auto import AutoModelForCausalLM as AutoModelForCausalLM
