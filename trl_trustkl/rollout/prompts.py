@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress, repeat
 from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..errors import DataError, shown
 from ..run.rng import generator
 from ..types import Prompts, Rollout
+
+logger = logging.get_logger(__name__)
 
 IDS = "input_ids"
 
@@ -64,7 +68,7 @@ def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, *, where: str
     try:
         # A chat template writes the special tokens itself.
         text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) if chat else prompt
-        ids = tokenizer(text, add_special_tokens=not chat)[IDS]
+        ids = tokenizer(text, add_special_tokens=False)[IDS] if chat else _encode_text(text, tokenizer)
     except Exception as error:  # a template rejects some conversations, a tokenizer text that is not Unicode
         raise DataError(
             f"{where} got the prompt {shown(prompt)}, which the tokenizer or its chat template rejects: {error}"
@@ -74,6 +78,54 @@ def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, *, where: str
             f"{where} has a prompt of no tokens ({shown(prompt)}); give at least one, such as the bos token."
         )
     return ids
+
+
+def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text prompt with the special tokens that the tokenizer adds, as in TRL. Left out are a bos token before
+    one that the text begins with, and an eos token behind the text, after which the policy would start another text."""
+    ids, bos, eos = tokenizer(text)[IDS], tokenizer.bos_token_id, tokenizer.eos_token_id
+    doubled = _has_two_bos(ids, bos) and text.lstrip().startswith(str(tokenizer.bos_token))
+    if not doubled and not _ends_with_eos(ids, bos, eos):
+        return ids
+    own = tokenizer(text, add_special_tokens=False)[IDS]
+    if doubled and ids[1 : len(own) + 1] == own:
+        ids = ids[1:]
+    appended = _count_at_end(ids, eos) > _count_at_end(own, eos)
+    return ids[:-1] if appended and _ends_with_eos(ids, bos, eos) else ids
+
+
+def _has_two_bos(ids: list[int], bos: int | None) -> bool:
+    return bos is not None and ids[:2] == [bos, bos]
+
+
+def _ends_with_eos(ids: list[int], bos: int | None, eos: int | None) -> bool:
+    """False for a prompt that is only the bos token, which is the eos token too in some tokenizers."""
+    return eos is not None and ids[-1:] == [eos] and ids != [bos]
+
+
+def _count_at_end(ids: list[int], token: int | None) -> int:
+    return next((n for n, each in enumerate(reversed(ids)) if each != token), len(ids))
+
+
+def warn_of_special_tokens(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
+    """Warn if some of a user's rows of token ids begin with two bos tokens, or end with the eos token."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    masks = dataset["attention_mask"] if "attention_mask" in dataset.column_names else repeat(None)
+    doubled = ended = 0
+    for row, mask in zip(dataset[IDS], masks, strict=False):
+        ids = _integers(row, name)
+        ids = ids if mask is None else list(compress(ids, _integers(mask, name)))
+        doubled += _has_two_bos(ids, bos)
+        ended += _ends_with_eos(ids, bos, eos)
+    found = {
+        f"with two bos tokens ({tokenizer.bos_token!r}) at the start": doubled,
+        f"with the eos token ({tokenizer.eos_token!r}) at the end, after which a model starts a new text": ended,
+    }
+    if any(found.values()):
+        of = " and ".join(f"{count} of {len(dataset)} rows {what}" for what, count in found.items() if count)
+        logger.warning(
+            f"`{name}` has 'input_ids' of {of}. They are used unchanged; leave such a token out of the prompt."
+        )
 
 
 def _is_message(message: Any) -> bool:
@@ -124,6 +176,8 @@ def prepare_datasets(
     def prepare(dataset: Dataset, name: str) -> Dataset:
         dataset = tokenize_prompts(dataset, tokenizer, name=name, num_proc=args.dataset_num_proc)
         check_prompts(dataset, limits, args.response_length, name=name)
+        if "prompt" not in dataset.column_names:
+            warn_of_special_tokens(dataset, tokenizer, name=name)
         return dataset
 
     if isinstance(evaluation, dict):
