@@ -64,7 +64,7 @@ def test_several_rewards_with_weights_a_reference_and_a_value_model(place: Path,
     run = settings(
         place, tmp_path / "run", reward_model_name_or_path=str(place / "judge"), reward_weights=[0.5, 1.0, 2.0, 0.25],
         reward_funcs=["my_rewards.wanted", "my_rewards:even", str(place / "judge")], max_steps=1, use_peft=False,
-        ref_model=str(place / "model"), value_model=str(place / "judge"),
+        ref_model=str(place / "model"), value_model=str(place / "judge"), model_init_kwargs={"local_files_only": True},
     )  # fmt: skip
     assert run_main(*flags(run)) == 0
     assert load_records(tmp_path / "run")[0]["score"] is not None

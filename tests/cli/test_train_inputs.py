@@ -65,3 +65,36 @@ def test_a_reward_file_that_fails_to_import_says_why(place: Path, tmp_path: Path
     (tmp_path / "broken.py").write_text("1 / 0")
     assert run_main(*flags(settings(place, tmp_path / "run", reward_funcs=f"{tmp_path / 'broken.py'}:f"))) == 2
     assert "importing it raised ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["the policy's repository", "others"])
+def test_revision_and_remote_code_reach_every_model_and_tokenizer(place: Path, monkeypatch, same: bool) -> None:
+    """The revision only those of the policy's repository; the token and the cache as remote code."""
+    calls = []
+
+    def recorder(kind: str):
+        def from_pretrained(name: str, **kwargs):
+            calls.append((kind, Path(name).name, {key: kwargs[key] for key in (*given, "revision") if key in kwargs}))
+
+        return from_pretrained
+
+    for kind in ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoTokenizer"):
+        monkeypatch.setattr(getattr(train_inputs, kind), "from_pretrained", recorder(kind))
+    given = {"trust_remote_code": True, "token": "hf_secret", "cache_dir": "cache"}
+    pinned = given | {"revision": "v1"}
+    other = str(place / ("model" if same else "judge"))
+    run = settings(
+        place, place, model_revision="v1", model_init_kwargs=given, ref_model=other, value_model=other,
+        reward_funcs=[str(place / "judge")], reward_model_name_or_path="org/judge",
+    )  # fmt: skip
+    options = train_options.parse(flags(run))
+    train_inputs.load_models(options)
+    train_inputs.load_rewards(options)
+    beside = Path(other).name, pinned if same else given
+    assert calls == [
+        ("AutoModelForCausalLM", "model", pinned),
+        ("AutoTokenizer", "model", pinned),
+        ("AutoModelForCausalLM", *beside),
+        ("AutoModelForSequenceClassification", *beside),
+        *[("AutoModelForSequenceClassification", "judge", given), ("AutoTokenizer", "judge", given)] * 2,
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 import typing
@@ -286,3 +287,37 @@ def test_a_limit_that_is_off_is_none(tmp_path):
     for off in (0, 0.0, None):
         config = tiny.config(tmp_path, clip_value=False, max_grad_norm=off)
         assert (config.value_range, config.norm_limit) == (None, None)
+
+
+# -- the best checkpoint -----------------------------------------------------------------------------------------------
+
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        ("score", True),
+        ("eval_score", True),
+        ("held_out_score", True),
+        ("kl", False),
+        ("eval_kl", False),
+        ("held_out_kl", False),
+        ("eval_held_out_kl", False),
+    ],
+)
+@pytest.mark.parametrize("how", [{"load_best_model_at_end": True}, {"save_strategy": "best"}, {}], ids=str)
+def test_a_greater_score_and_a_lower_kl_are_better(tmp_path, metric, greater, how):
+    """Also for one of several evaluation sets, whose name precedes the metric's."""
+    changes = EVALUATED | how | {"metric_for_best_model": metric}
+    assert tiny.config(tmp_path, **changes).greater_is_better is greater
+    assert tiny.config(tmp_path, **changes, greater_is_better=not greater).greater_is_better is not greater
+
+
+def test_the_better_direction_is_kept_in_a_copy(tmp_path):
+    config = tiny.config(tmp_path, **EVALUATED, load_best_model_at_end=True, metric_for_best_model="kl")
+    kept = {name: value for name, value in config.to_dict().items() if name != "stop_token"}
+    (other,) = HfArgumentParser(TrustKLPPOConfig).parse_dict(kept)
+    for copied in (other, dataclasses.replace(config, max_steps=5)):
+        assert (copied.metric_for_best_model, copied.greater_is_better) == ("kl", False)
+    assert tiny.config(tmp_path).greater_is_better is None

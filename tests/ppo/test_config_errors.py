@@ -230,3 +230,26 @@ def test_an_invalid_output_folder_is_rejected_before_the_run(tmp_path, name):
     with pytest.raises(ConfigError, match=r"`output_dir` got .* must be a folder") as error:
         tiny.config(tmp_path / name if name else "")
     assert not name or f"{tmp_path / 'file'} is a file" in str(error.value)
+
+
+@pytest.mark.parametrize("metric", [None, "loss", "eval_loss"])
+@pytest.mark.parametrize("how", [{"load_best_model_at_end": True}, {"save_strategy": "best"}], ids=str)
+def test_the_best_checkpoint_needs_a_metric_of_an_evaluation(tmp_path, metric, how):
+    changes = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1} | how
+    with pytest.raises(ConfigError) as error:
+        tiny.config(tmp_path, **changes, metric_for_best_model=metric)
+    assert_says(error, "`metric_for_best_model`", f"got {metric!r}", "'score', 'kl', 'length' or 'eos_rate'")
+
+
+@pytest.mark.parametrize("metric", ["length", "eval_eos_rate", "eval_kl_length", "of_mine"])
+@pytest.mark.parametrize("how", [{"load_best_model_at_end": True}, {"save_strategy": "best"}, {}], ids=str)
+def test_a_metric_whose_better_direction_is_unknown_needs_it(tmp_path, metric, how):
+    changes = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1} | how
+    with pytest.raises(ConfigError) as error:
+        tiny.config(tmp_path, **changes, metric_for_best_model=metric)
+    assert_says(
+        error, "`greater_is_better`", "got None", "True or False", f"metric_for_best_model={metric!r}", "'score'"
+    )
+    for greater in (True, False):
+        config = tiny.config(tmp_path, **changes, metric_for_best_model=metric, greater_is_better=greater)
+        assert config.greater_is_better is greater

@@ -145,3 +145,27 @@ def test_a_checkpoint_holds_the_policy_the_value_and_the_controller(tmp_path, va
     assert (folder / "adapter_model.safetensors").exists() and (folder / "optimizer.pt").exists()
     state = json.loads((folder / "trustkl_state.json").read_text())
     assert state["kl_controller"]["coef"] == trainer.parts.coefficients.kl_state.coef
+
+
+@pytest.mark.parametrize(
+    ("how", "kept"),
+    [
+        ({"load_best_model_at_end": True}, {"checkpoint-1", "checkpoint-3"}),
+        ({"save_strategy": "best"}, {"checkpoint-1"}),
+    ],
+    ids=str,
+)
+def test_the_checkpoint_kept_as_the_best_by_kl_is_the_one_with_the_lowest(tmp_path, how, kept):
+    changes = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "learning_rate": 1e-2,
+    }
+    changes |= {"metric_for_best_model": "kl", "save_total_limit": 1} | how
+    trainer, _ = run(tmp_path, changes=changes, eval_dataset=tiny.prompts(4))
+    found = {log["step"]: log["eval_kl"] for log in trainer.state.log_history if "eval_kl" in log}
+    assert 0 < found[1] < found[2] < found[3]  # the policy moves away from the reference
+    assert trainer.state.best_global_step == 1 and trainer.state.best_metric == found[1]
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == kept  # with the last one, which a resumed run needs

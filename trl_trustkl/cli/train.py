@@ -30,6 +30,7 @@ def run(options: argparse.Namespace) -> int:
         asked = train_options.parse(options.rest)
         train_data, eval_data = train_inputs.load_datasets(asked)
         arguments = {**train_inputs.load_rewards(asked), **train_inputs.load_models(asked)}
+        asked.training.model_init_kwargs = None  # the trainer gets loaded models
         train(asked, train_dataset=train_data, eval_dataset=eval_data, **arguments)
     except ConfigError as error:
         print(f"trustkl train: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ from trl import get_dataset, get_peft_config, get_quantization_config
 
 from ..errors import DataError, ModelError, TrustKLError
 from ..import_paths import load_function
+from ..policy.loading import of_other_repository, of_tokenizer
 from .train_options import Options
 
 VALID = "package.module.function, path/to/file.py:function, or the name or folder of a reward model"
@@ -57,27 +58,25 @@ def load_models(options: Options) -> dict[str, Any]:
     model, training, script = options.model, options.training, options.script
     name = model.model_name_or_path
     assert name is not None  # `parse` rejects options without it
-    init_kwargs: Any = training.model_init_kwargs or {}
-    settings = {
+    settings: dict[str, Any] = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
-        **init_kwargs,
+        **training.arguments("model_init_kwargs"),
     }
-    training.model_init_kwargs = None  # only for the policy; a reward model is loaded with its own configuration
-    tokenizer_settings = {key: settings[key] for key in ("revision", "trust_remote_code") if key in settings}
-    shared = {key: value for key, value in settings.items() if key != "revision"}
     quantized = {"quantization_config": config} if (config := get_quantization_config(model)) is not None else {}
     with _as_error(ModelError, "model_name_or_path", name):
         loaded = {
             "model": AutoModelForCausalLM.from_pretrained(name, **settings, **quantized),
-            "processing_class": AutoTokenizer.from_pretrained(name, **tokenizer_settings),
+            "processing_class": AutoTokenizer.from_pretrained(name, **of_tokenizer(settings)),
             "peft_config": get_peft_config(model),
         }
     if script.ref_model:
+        shared = settings if script.ref_model == name else of_other_repository(settings)
         with _as_error(ModelError, "ref_model", script.ref_model):
             loaded["ref_model"] = AutoModelForCausalLM.from_pretrained(script.ref_model, **shared, **quantized)
     if script.value_model:
+        shared = settings if script.value_model == name else of_other_repository(settings)
         with _as_error(ModelError, "value_model", script.value_model):
             loaded["value_model"] = AutoModelForSequenceClassification.from_pretrained(
                 script.value_model, num_labels=1, **shared
@@ -88,25 +87,27 @@ def load_models(options: Options) -> dict[str, Any]:
 def load_rewards(options: Options) -> dict[str, list[Any]]:
     """Reward functions and models with their tokenizers, in the order of `reward_weights`, as arguments of the trainer."""
     script = options.script
-    found = [_reward(name) for name in script.reward_funcs or []]
+    # A reward model is loaded with its own configuration; of the policy's arguments it gets those for the Hub.
+    access = of_tokenizer(of_other_repository(options.training.arguments("model_init_kwargs")))
+    found = [_reward(name, access) for name in script.reward_funcs or []]
     if script.reward_model_name_or_path:
-        found.insert(0, _reward_model("reward_model_name_or_path", script.reward_model_name_or_path))
+        found.insert(0, _reward_model("reward_model_name_or_path", script.reward_model_name_or_path, access))
     funcs, tokenizers = zip(*found, strict=True)
     return {"reward_funcs": list(funcs), "reward_processing_classes": list(tokenizers)}
 
 
-def _reward(name: str) -> tuple[Any, Any]:
+def _reward(name: str, access: dict[str, Any]) -> tuple[Any, Any]:
     """A function if the name is an import path, else a model; a folder is a model whatever its name."""
     dotted = "." in name and all(part.isidentifier() for part in name.split("."))
     if not Path(name).is_dir() and (name.find(":") > 0 or dotted):
         return load_function("reward_funcs", name, VALID), None
-    return _reward_model("reward_funcs", name)
+    return _reward_model("reward_funcs", name, access)
 
 
-def _reward_model(field: str, name: str) -> tuple[Any, Any]:
+def _reward_model(field: str, name: str, access: dict[str, Any]) -> tuple[Any, Any]:
     with _as_error(ModelError, field, name):
-        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
-        return model, AutoTokenizer.from_pretrained(name)
+        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **access)
+        return model, AutoTokenizer.from_pretrained(name, **access)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -21,6 +21,25 @@ from ..errors import ConfigError, ModelError, shown
 from .dropout import disable_dropout
 from .quantization import is_quantized, unpack_4bit_weights
 
+_ACCESS = ("token", "cache_dir", "local_files_only")
+_OF_ADAPTER = ("revision", "subfolder", *_ACCESS)
+_OF_TOKENIZER = ("revision", "code_revision", "trust_remote_code", *_ACCESS)
+_OF_REPOSITORY = ("revision", "code_revision", "subfolder")
+
+
+def of_other_repository(init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """The policy's arguments for a model of another repository, which has other revisions and folders."""
+    return {key: value for key, value in (init_kwargs or {}).items() if key not in _OF_REPOSITORY}
+
+
+def of_tokenizer(init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """Those of a model's arguments that say where its files are and whether to run their code, for its tokenizer."""
+    return _only(_OF_TOKENIZER, init_kwargs)
+
+
+def _only(names: tuple[str, ...], init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (init_kwargs or {}).items() if key in names}
+
 
 def load_causal_lm(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedModel | PeftModel:
     """The model of that name. The name of an adapter gives its base model with the adapter, ready to train."""
@@ -28,33 +47,36 @@ def load_causal_lm(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedM
     base = base_of_adapter(name, kwargs)
     if base is None:
         return AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    of_base = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
-    model = AutoModelForCausalLM.from_pretrained(base, **of_base)
-    return PeftModel.from_pretrained(model, name, is_trainable=True, **_hub_options(kwargs))
+    model = AutoModelForCausalLM.from_pretrained(base.name, **of_other_repository(kwargs) | base.revision)
+    return PeftModel.from_pretrained(model, name, is_trainable=True, **_only(_OF_ADAPTER, kwargs))
 
 
-def base_of_adapter(name: str, init_kwargs: dict[str, Any]) -> str | None:
+class Base(NamedTuple):
+    """The base model of an adapter: its name, and the argument `revision` where the adapter names one."""
+
+    name: str
+    revision: dict[str, str]
+
+
+def base_of_adapter(name: str, init_kwargs: dict[str, Any] | None) -> Base | None:
     """The base model that the adapter of that name was trained on; None if `name` is not that of an adapter."""
-    options = _hub_options(init_kwargs)
+    options = _only(_OF_ADAPTER, init_kwargs)
     if find_adapter_config_file(name, **options) is None:
         return None
-    return str(PeftConfig.from_pretrained(name, **options).base_model_name_or_path)
-
-
-def _hub_options(init_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that say where the files of an adapter are."""
-    names = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
-    return {name: init_kwargs[name] for name in names if name in init_kwargs}
+    config = PeftConfig.from_pretrained(name, **options)
+    return Base(str(config.base_model_name_or_path), {} if config.revision is None else {"revision": config.revision})
 
 
 def load_tokenizer(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedTokenizerBase:
     """The tokenizer of that name; the base model's for an adapter that was saved without one."""
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, **of_tokenizer(init_kwargs))
     except (OSError, ValueError):
-        if (base := base_of_adapter(name, init_kwargs or {})) is None:
+        if (base := base_of_adapter(name, init_kwargs)) is None:
             raise
-        return AutoTokenizer.from_pretrained(base)
+        return AutoTokenizer.from_pretrained(
+            base.name, **of_tokenizer(of_other_repository(init_kwargs)) | base.revision
+        )
 
 
 def load_scalar_model(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedModel:
@@ -166,12 +188,15 @@ def _prepare_for_training(model: PreTrainedModel | PeftModel, args: Any) -> None
             model.enable_input_require_grads()
 
 
-def prepare_value_model(model: Any, args: Any) -> PreTrainedModel | PeftModel | None:
-    """A separate value model, ready to train; None, for a value head on the policy, stays None."""
+def prepare_value_model(
+    model: Any, args: Any, init_kwargs: dict[str, Any] | None
+) -> PreTrainedModel | PeftModel | None:
+    """A separate value model, ready to train; None, for a value head on the policy, stays None. `init_kwargs` are for one
+    that is given by name."""
     if model is None:
         return None
     if isinstance(model, str):
-        model = load_scalar_model(model, args.model_init_kwargs)
+        model = load_scalar_model(model, init_kwargs)
     if not isinstance(model, (PreTrainedModel, PeftModel)):
         raise ModelError(
             f"`value_model` got {type(model).__name__}; it must be a sequence classifier with one label, its name, or None for "

@@ -200,6 +200,7 @@ class TrustKLPPOConfig(PPOConfig):
         reject_unsupported(self)
         check_options(self)
         self._check_batch()
+        self._choose_best()
         try:
             super().__post_init__()
         except (ArithmeticError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
@@ -312,6 +313,22 @@ class TrustKLPPOConfig(PPOConfig):
                 f"{self.gradient_accumulation_steps} = {local}."
             )
 
+    def _choose_best(self) -> None:
+        """Set `greater_is_better`; transformers would set it to True for 'kl' too, and keep the checkpoint with the largest."""
+        metric = self.metric_for_best_model
+        keeps_best = self.load_best_model_at_end or self.save_strategy == "best"
+        if keeps_best and metric in (None, "loss", "eval_loss"):
+            valid = "one that evaluate() gives: 'score', 'kl', 'length' or 'eos_rate'"
+            raise out_of_range("metric_for_best_model", metric, valid, "It decides which checkpoint is the best.")
+        if metric is not None and self.greater_is_better is None:
+            name = str(metric).rpartition("_")[2]  # "kl" of "eval_NAME_kl", where there are several evaluation sets
+            self.greater_is_better = {"score": True, "kl": False}.get(name)
+            if self.greater_is_better is None:
+                valid = f"True or False with metric_for_best_model={metric!r}"
+                raise out_of_range(
+                    "greater_is_better", None, valid, "Only 'score' (greater) and 'kl' (lower) have a default."
+                )
+
     def _check_anchor(self) -> None:
         if self.build_kl_estimator() is None and self.kl_estimator_kwargs:
             raise ConfigError(f"`kl_estimator_kwargs` got {self.kl_estimator_kwargs}, but 'exact' takes no options.")
@@ -377,11 +394,6 @@ class TrustKLPPOConfig(PPOConfig):
         if in_the_way or self.output_dir == "":
             why = f"{in_the_way[0]} is a file." if in_the_way else "It has no name."
             raise out_of_range("output_dir", self.output_dir, "a folder, or one that can be created", why)
-        if self.load_best_model_at_end and self.metric_for_best_model in (None, "loss", "eval_loss"):
-            raise ConfigError(
-                f"`metric_for_best_model` got {self.metric_for_best_model!r}; with load_best_model_at_end=True it must be one "
-                "that evaluate() gives: 'score', 'kl' (with greater_is_better=False), 'length' or 'eos_rate'."
-            )
         if self.enable_jit_checkpoint:
             # transformers' handler would replace ours for SIGTERM, and write checkpoints that may be incomplete.
             logger.warning("`enable_jit_checkpoint` is ignored: this trainer saves on SIGTERM and Ctrl-C by itself.")

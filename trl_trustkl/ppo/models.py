@@ -67,14 +67,15 @@ def prepare(
     if hasattr(policy, "add_model_tags"):
         policy.add_model_tags(tags)
     init_kwargs = args.arguments("model_init_kwargs")
+    elsewhere = loading.of_other_repository(init_kwargs)
     funcs, weights = build_rewards(
         reward_funcs if reward_model is None else reward_model, reward_processing_classes, weights=args.reward_weights,
-        init_kwargs=init_kwargs, vocab_size=len(tokenizer),
+        init_kwargs=elsewhere, vocab_size=len(tokenizer),
     )  # fmt: skip
-    value = loading.prepare_value_model(value_model, args)
+    value = loading.prepare_value_model(value_model, args, init_kwargs if value_model == model else elsewhere)
     trained = PolicyAndValue(policy, value, temperature=args.temperature, detach_value=args.detach_value_head)
     if isinstance(ref_model, str):
-        ref_model = loading.load_causal_lm(ref_model, init_kwargs)
+        ref_model = loading.load_causal_lm(ref_model, init_kwargs if ref_model == model else elsewhere)
     reference = build_reference(
         policy, trained.split_lm, ref_model, ref_adapter_name=args.ref_adapter_name, start=start
     )

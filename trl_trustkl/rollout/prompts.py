@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import compress, repeat
 from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..errors import ConfigError, DataError, shown
 from ..run.rng import generator
 from ..types import Prompts, Rollout
 from .chat_template import check_template_kwargs, is_chat, is_message, render, template_kwargs_of, tools_of, unread_part
+
+logger = logging.get_logger(__name__)
 
 IDS = "input_ids"
 
@@ -99,12 +103,11 @@ def encode_prompt(
         raise DataError(f"{where} is a list of messages, but the tokenizer has no chat template; give prompts as text.")
     try:
         # A chat template writes the special tokens itself.
-        text = (
-            prompt
-            if isinstance(prompt, str)
-            else render(prompt, tokenizer, tools=tools, template_kwargs=template_kwargs)
-        )
-        ids = tokenizer(text, add_special_tokens=not chat)[IDS]
+        if isinstance(prompt, str):
+            ids = _encode_text(prompt, tokenizer)
+        else:
+            text = render(prompt, tokenizer, tools=tools, template_kwargs=template_kwargs)
+            ids = tokenizer(text, add_special_tokens=False)[IDS]
     except Exception as error:  # a template rejects some conversations, a tokenizer text that is not Unicode
         raise DataError(
             f"{where} got the prompt {shown(prompt)}, which the tokenizer or its chat template rejects: {error}"
@@ -114,6 +117,54 @@ def encode_prompt(
             f"{where} has a prompt of no tokens ({shown(prompt)}); give at least one, such as the bos token."
         )
     return ids
+
+
+def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text prompt with the special tokens that the tokenizer adds, as in TRL. Left out are a bos token before
+    one that the text begins with, and an eos token behind the text, after which the policy would start another text."""
+    ids, bos, eos = tokenizer(text)[IDS], tokenizer.bos_token_id, tokenizer.eos_token_id
+    doubled = _has_two_bos(ids, bos) and text.lstrip().startswith(str(tokenizer.bos_token))
+    if not doubled and not _ends_with_eos(ids, bos, eos):
+        return ids
+    own = tokenizer(text, add_special_tokens=False)[IDS]
+    if doubled and ids[1 : len(own) + 1] == own:
+        ids = ids[1:]
+    appended = _count_at_end(ids, eos) > _count_at_end(own, eos)
+    return ids[:-1] if appended and _ends_with_eos(ids, bos, eos) else ids
+
+
+def _has_two_bos(ids: list[int], bos: int | None) -> bool:
+    return bos is not None and ids[:2] == [bos, bos]
+
+
+def _ends_with_eos(ids: list[int], bos: int | None, eos: int | None) -> bool:
+    """False for a prompt that is only the bos token, which is the eos token too in some tokenizers."""
+    return eos is not None and ids[-1:] == [eos] and ids != [bos]
+
+
+def _count_at_end(ids: list[int], token: int | None) -> int:
+    return next((n for n, each in enumerate(reversed(ids)) if each != token), len(ids))
+
+
+def warn_of_special_tokens(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
+    """Warn if some of a user's rows of token ids begin with two bos tokens, or end with the eos token."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    masks = dataset["attention_mask"] if "attention_mask" in dataset.column_names else repeat(None)
+    doubled = ended = 0
+    for row, mask in zip(dataset[IDS], masks, strict=False):
+        ids = _integers(row, name)
+        ids = ids if mask is None else list(compress(ids, _integers(mask, name)))
+        doubled += _has_two_bos(ids, bos)
+        ended += _ends_with_eos(ids, bos, eos)
+    found = {
+        f"with two bos tokens ({tokenizer.bos_token!r}) at the start": doubled,
+        f"with the eos token ({tokenizer.eos_token!r}) at the end, after which a model starts a new text": ended,
+    }
+    if any(found.values()):
+        of = " and ".join(f"{count} of {len(dataset)} rows {what}" for what, count in found.items() if count)
+        logger.warning(
+            f"`{name}` has 'input_ids' of {of}. They are used unchanged; leave such a token out of the prompt."
+        )
 
 
 class TokenLimits(NamedTuple):
@@ -160,6 +211,8 @@ def prepare_datasets(
             dataset, tokenizer, name=name, num_proc=args.dataset_num_proc, template_kwargs=template_kwargs
         )
         check_prompts(dataset, limits, args.response_length, name=name)
+        if "prompt" not in dataset.column_names:
+            warn_of_special_tokens(dataset, tokenizer, name=name)
         return dataset
 
     if isinstance(evaluation, dict):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConfigError, NonFiniteRewardError, RewardError, shown
-from ..policy.loading import load_scalar_model
+from ..policy.loading import load_scalar_model, of_tokenizer
 from ..policy.micro_batches import positions
 from ..types import Rollout
 from .chat_template import ends_with_assistant, is_chat
@@ -133,7 +133,8 @@ def _as_reward(
     func: Any, tokenizer: PreTrainedTokenizerBase | None, init_kwargs: dict[str, Any] | None, vocab_size: int
 ) -> Callable | RewardModel:
     if isinstance(func, str):
-        return RewardModel(load_scalar_model(func, init_kwargs), tokenizer or AutoTokenizer.from_pretrained(func))
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(func, **of_tokenizer(init_kwargs))
+        return RewardModel(load_scalar_model(func, init_kwargs), tokenizer)
     if not callable(func):
         raise ConfigError(f"`reward_funcs` got {func!r}; each must be a callable, a reward model or the name of one.")
     if not isinstance(func, nn.Module):

@@ -2,6 +2,7 @@ from typing import Any
 
 class PeftConfig:
     base_model_name_or_path: str | None
+    revision: str | None
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> PeftConfig: ...
     @property

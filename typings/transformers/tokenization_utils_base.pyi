@@ -3,6 +3,7 @@ from typing import Any
 
 class PreTrainedTokenizerBase:
     pad_token: str | None
+    bos_token: str | None
     eos_token: str | None
     # None where the tokenizer has no such token.
     pad_token_id: int | Any
