@@ -153,7 +153,7 @@ def test_a_checkpoint_holds_the_policy_the_value_and_the_controller(tmp_path, va
         ({"load_best_model_at_end": True}, {"checkpoint-1", "checkpoint-3"}),
         ({"save_strategy": "best"}, {"checkpoint-1"}),
     ],
-    ids=str,
+    ids=["at the end", "the best"],
 )
 def test_the_checkpoint_kept_as_the_best_by_kl_is_the_one_with_the_lowest(tmp_path, how, kept):
     changes = {
