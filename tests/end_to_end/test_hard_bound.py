@@ -63,7 +63,9 @@ TOO_FAST = {
 }
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[] if name == "llama" else pytest.mark.slow) for name in tiny.FAMILIES]
+)
 def test_the_limit_holds_after_each_of_200_updates_ten_times_too_fast(family, tmp_path):
     changes = TOO_FAST | {"max_steps": 200, "trust_max_kl": LIMIT}
     trainer = witnessed(tmp_path, tiny.FAMILIES[family](), changes=changes)
