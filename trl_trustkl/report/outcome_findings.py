@@ -20,7 +20,7 @@ ABOUT = 1.1  # a mean KL within a factor of this is about the same
 TWICE = 2.0  # the clip at least halves an update that would have been this many times as large without it
 FURTHER = 0.9  # an update whose KL would have been less than this multiple of it went further due to the mechanism
 MOSTLY = 0.5  # without the anchor, the KL is less than this multiple of it: more than half is due to the anchor
-ON_PURPOSE = ("anchor", "lr")  # the anchor has a finding of its own; trust_lr_target may raise the learning rate
+ON_PURPOSE = ("anchor", "lr")  # the anchor has a separate finding; trust_lr_target may raise the learning rate
 
 
 def _known(values: Column | None) -> Column:
