@@ -14,6 +14,7 @@ from tests import tiny
 from tests.weights import same, trained_weights
 from trl_trustkl import TrustKLPPOTrainer, load_records
 from trl_trustkl.errors import ConfigError
+from trl_trustkl.report.series import COUNTERFACTUALS
 from trl_trustkl.trust.gradient_scale import GradientScale
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -38,7 +39,8 @@ def trained(folder: Any, **changes: Any) -> tuple[Watched, list[dict[str, Any]]]
 
 def test_without_any_mechanism_nothing_is_rerun(tmp_path):
     trainer, (record,) = trained(tmp_path)
-    assert record["counterfactual"] == dict.fromkeys([*SHARES, "value_clip"])
+    assert list(record["counterfactual"]) == [*SHARES, "value_clip"] == list(COUNTERFACTUALS), "the report reads others"
+    assert set(record["counterfactual"].values()) == {None}
     assert record["binding"] == "none" and not hasattr(trainer, "reran")
 
 
