@@ -36,6 +36,9 @@ from .unsupported import reject_callbacks
 
 logger = logging.get_logger(__name__)
 
+_REQUESTS = ("should_training_stop", "should_log", "should_evaluate", "should_save")
+"""What a callback can request through transformers' TrainerControl."""
+
 
 class Trainer(Protocol):
     """What the loop uses of its trainer: transformers' attributes, the phases of an update, and TRL's methods."""
@@ -164,6 +167,7 @@ class TrainingLoop:
             rejected=record.refused is not None,
         )
         trainer.event("step_end")
+        self._agree_on_control()
         run_is_over = state.global_step >= state.max_steps or trainer.control.should_training_stop
         pass_is_over = run_is_over or state.global_step % parts.order.batches_per_pass == 0
         if pass_is_over:
@@ -179,8 +183,17 @@ class TrainingLoop:
             self._save_finished()
             raise too_many_rejections(count, args.max_refused, record.refused, self._folder())
 
+    def _agree_on_control(self) -> None:
+        """Do on every process what the callbacks of any process request. A process that evaluates, saves or ends alone would
+        wait for the others."""
+        control = self._trainer.control
+        requests = [getattr(control, name) for name in _REQUESTS]
+        for name, requested in zip(_REQUESTS, self._parts.processes.any_of(requests), strict=True):
+            setattr(control, name, requested)
+
     def _act_on_control(self) -> None:
         """Log, evaluate and save where a callback requested it."""
+        self._agree_on_control()
         trainer, control = self._trainer, self._trainer.control
         if control.should_log and trainer.state.global_step > self._parts.progress.logged_step:
             self._log()
@@ -190,6 +203,7 @@ class TrainingLoop:
                 better = trainer._determine_best_metric(metrics=metrics, trial=None)
                 if trainer.args.save_strategy == "best":
                     trainer.control.should_save = better
+            self._agree_on_control()
         if trainer.control.should_save:
             trainer._save_checkpoint(trainer.model, trial=None)
             trainer.event("save")
@@ -258,6 +272,10 @@ class TrainingLoop:
         readme = Path(args.output_dir) / model_card.README
         if not readme.exists() or model_card.has_section(readme):  # any other README is not ours to replace
             self._write_card()
+        if self.interrupted is None and (signal := self._parts.failures.signal()) is not None:
+            self.interrupted = signal  # received while the run was ending
+            if not args.load_best_model_at_end:  # whose weights are not those of the last update
+                self._save_finished()
         if self.interrupted is not None:
             raise Interrupted(self.interrupted)
         return TrainOutput(trainer.state.global_step, progress.last_loss, metrics)
