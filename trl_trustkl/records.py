@@ -159,6 +159,13 @@ def flatten(record: BoundRecord | dict[str, Any], prefix: str = "") -> dict[str,
     return flat
 
 
+def as_rows(columns: dict[str, list[Any]], count: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a table that is given by its columns; `count` rows, also if there is no column."""
+    if not columns:
+        return [{} for _ in range(count or 0)]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
 def append_line(path: Path, row: dict[str, Any]) -> None:
     """Append a line and flush it, so that a killed run keeps every finished update; SaveError where that fails."""
     text = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"

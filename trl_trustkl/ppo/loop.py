@@ -161,8 +161,9 @@ class TrainingLoop:
         completions = recording.completion_rows(batch, parts, update=state.global_step)
         parts.recorder.write(record, completions, args=args, state=state, control=trainer.control)
         speed = (state.episode - self._episodes_before) / (time.perf_counter() - self._started)
+        metrics = recording.metrics(batch, stats, record, parts, speed=speed)
         parts.progress.add(
-            recording.metrics(batch, stats, record, parts, speed=speed),
+            recording.with_logged(metrics, batch, parts),
             loss=stats.total.policy_loss + args.vf_coef * stats.total.value_loss,
             rejected=record.refused is not None,
         )

@@ -257,8 +257,9 @@ class TrustKLPPOTrainer(PPOTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Sample a response to every prompt of the evaluation set, always with the same random numbers, without an effect on
-        those of training. Metrics, each behind `metric_key_prefix`: `score`; `kl`, the exact KL(π‖π_ref) in nats per
-        response; `length` in tokens; `eos_rate`."""
+        those of training. Metrics, each behind `metric_key_prefix`: `score`; `rewards/<name>`, the mean of each reward
+        function; `kl`, the exact KL(π‖π_ref) in nats per response; `length` in tokens; `eos_rate`; and what reward functions
+        log with `log_metric`."""
         dataset = chosen_dataset(eval_dataset, self.eval_dataset)
         if isinstance(dataset, dict):
             found = [self.evaluate(each, ignore_keys, f"{metric_key_prefix}_{name}") for name, each in dataset.items()]
@@ -270,7 +271,7 @@ class TrustKLPPOTrainer(PPOTrainer):
 
     def evaluate_completions(self, eval_dataset: Any = None) -> list[dict[str, Any]]:
         """Sample a response to every prompt, and return rows of `prompt`, `completion`, `score` (NaN where no function gave
-        one), `kl`, `length` and `eos_rate`, gathered from all processes."""
+        one), `kl`, `length`, `eos_rate`, `rewards` by function, and what these log with `log_extra`, from all processes."""
         return self.parts.evaluator.rows(one_dataset(eval_dataset, self.eval_dataset))
 
     def generate_completions(self, sampling: bool = False) -> None:
