@@ -48,6 +48,8 @@ class AnchorRecord(NamedTuple):
         "`anchor/kl` as a mean over tokens: the unit of GRPO and RLOO.", "nats/token")] = None
     target_per_token: Annotated[float | None, Meaning(
         "The target where it is given per token, as with GRPO and RLOO; else `null`.", "nats/token")] = None
+    renewed: Annotated[bool | None, Meaning(
+        "Whether the reference was renewed after this update (`sync_ref_model`); `null` with GRPO and RLOO.")] = None
 
 
 class TrustRecord(NamedTuple):

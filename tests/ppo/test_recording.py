@@ -18,7 +18,7 @@ RECORD = {
         "rewards counterfactual"
     ),
     "seconds": "generate score optimise measure total",
-    "anchor": "estimator placement gradient coef target kl kl_exact kl_stderr kl_per_token target_per_token share",
+    "anchor": "estimator placement gradient coef target kl kl_exact kl_stderr kl_per_token target_per_token renewed share",
     "trust": (
         "rule low high gated gated_low gated_high coef epochs stopped kl kl_max kl_response_max kl_proposed tv "
         "max_ratio ratio_quantiles scale tries limit guaranteed"

@@ -23,7 +23,16 @@ from ..policy.value_head import PolicyAndValue
 from ..records import BoundRecord
 from ..report import model_card
 from ..run import checkpoint_folder, rng
-from ..run.checkpointer import POLICY_FILE, RESUME_FILES, RNG_FILE, RUN_FILE, VALUE_FILE, Checkpointer, read_json
+from ..run.checkpointer import (
+    POLICY_FILE,
+    REFERENCE_FILE,
+    RESUME_FILES,
+    RNG_FILE,
+    RUN_FILE,
+    VALUE_FILE,
+    Checkpointer,
+    read_json,
+)
 from ..run.failure_handling import too_many_rejections
 from ..run.state import OnlineTrainerState, RunState, TransformersState
 from ..run.weights import TrainedWeights
@@ -167,6 +176,8 @@ class TrainingLoop:
             loss=stats.total.policy_loss + args.vf_coef * stats.total.value_loss,
             rejected=record.refused is not None,
         )
+        if parts.renewal is not None and args.renews_reference(state.global_step):
+            parts.renewal.renew(args.ref_model_mixup_alpha)
         trainer.event("step_end")
         self._agree_on_control()
         run_is_over = state.global_step >= state.max_steps or trainer.control.should_training_stop
@@ -312,6 +323,7 @@ class TrainingLoop:
         held = {
             POLICY_FILE: TrainedWeights(trainer.model.policy),
             VALUE_FILE: TrainedWeights(trainer.model.value),
+            REFERENCE_FILE: parts.renewal,
             TRAINER_STATE_NAME: TransformersState(trainer.state, self._exportable),
             OPTIMIZER_NAME: trainer.optimizer,
             SCHEDULER_NAME: trainer.lr_scheduler,

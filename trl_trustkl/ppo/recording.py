@@ -71,6 +71,7 @@ def record(
         enforcement=context.enforcement or Enforcement(measured.kl, scale=None, tries=0, limit=None),
         rescaled=parts.optimisation.rescales_gradients,
         counterfactual=context.counterfactual,
+        renewed=args.renews_reference(context.update + 1),
     )
 
 

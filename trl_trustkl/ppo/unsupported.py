@@ -37,13 +37,13 @@ def reject_sharding(*, fsdp: Any, deepspeed: Any) -> None:
 def reject_callbacks(callbacks: Sequence[Any]) -> None:
     """Raise NotAvailableYetError for a callback of TRL that cannot work with this trainer."""
     reasons = {
-        "SyncRefModelCallback": "the reference is fixed for the entire run, and there is no `sync_ref_model`",
-        "BEMACallback": "it builds a second model of the class of `trainer.model`, which holds policy and value",
+        "SyncRefModelCallback": "set `sync_ref_model=True` instead, which works with adapters too and is saved in checkpoints",
+        "BEMACallback": "it builds a second model of the class of `trainer.model`, which holds policy and value; remove it",
     }
     for callback in callbacks:
         if (why := reasons.get(type(callback).__name__)) is not None and type(callback).__module__.startswith("trl."):
             raise NotAvailableYetError(
-                f"`callbacks` got a {type(callback).__name__}, which is not available in this version: {why}. Remove it."
+                f"`callbacks` got a {type(callback).__name__}, which is not available in this version: {why}."
             )
 
 
