@@ -57,6 +57,8 @@ DESIGN_FIELDS: dict[str, Any] = {
     "measure_fraction": 1.0,
     "attribution_every": 0,
     "chat_template_kwargs": None,
+    "log_completions": False,
+    "num_completions_to_print": None,
     "stop_token": None,
     "generation_kwargs": None,
     "reward_weights": None,

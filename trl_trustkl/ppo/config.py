@@ -160,6 +160,12 @@ class TrustKLPPOConfig(PPOConfig):
     dataset_num_proc: int | None = _run(*_trl("dataset_num_proc"), unit="processes", range=COUNT)
     local_rollout_forward_batch_size: int = _run(*_trl("local_rollout_forward_batch_size"), unit="prompts", range=COUNT)
     num_sample_generations: int = _run(*_trl("num_sample_generations"), unit="times", off="0")
+    log_completions: bool = _run(
+        False, "Whether the completions of an update are shown wherever metrics are logged: in a table in the terminal if rich "
+        "is installed, and in Weights & Biases or Trackio if `report_to` names them. completions.jsonl has them in any case.",
+        off="False")
+    num_completions_to_print: int | None = _run(
+        None, "How many of them are printed; None: all.", unit="completions", range=COUNT)
     response_length: int = _run(*_trl("response_length"), unit="tokens", range=COUNT)
     temperature: float = _run(
         *_trl("temperature"), unit="1", range=POSITIVE, fix="Near-greedy sampling is temperature=0.01.")

@@ -24,6 +24,7 @@ def check(args: Any) -> None:
     check_controllers(args)
     check_trust_region(args)
     check_generation(args)
+    check_logging(args)
     check_saving(args)
 
 
@@ -128,6 +129,14 @@ def check_generation(args: Any) -> None:
             f"`stop_token` got {args.stop_token!r} and `stop_token_id` got {args.stop_token_id}; set only one of them."
         )
     check_generation_kwargs(args.arguments("generation_kwargs"))
+
+
+def check_logging(args: Any) -> None:
+    if args.num_completions_to_print is not None and not args.log_completions:
+        raise ConfigError(
+            f"`num_completions_to_print` got {args.num_completions_to_print}, but log_completions=False ignores it; set "
+            "log_completions=True."
+        )
 
 
 def check_saving(args: Any) -> None:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import TrainOutput
 
 from ..callbacks.bound_report import BoundReportCallback, is_report, report_of, with_report
+from ..callbacks.completions import shown_completions
 from ..policy.loading import save_policy, trainable
 from ..policy.value_head import PolicyAndValue
 from ..records import BoundRecord
@@ -108,7 +109,8 @@ class TrustKLPPOTrainer(PPOTrainer):
         # The constructor of TRL's PPO trainer would build other models and another loop; this one calls its base's.
         super(PPOTrainer, self).__init__(
             model=ready.trained, args=args, data_collator=data_collator or collate_nothing, train_dataset=ready.train,
-            eval_dataset=ready.evaluation, processing_class=ready.tokenizer, callbacks=with_report(callbacks),
+            eval_dataset=ready.evaluation, processing_class=ready.tokenizer,
+            callbacks=[*with_report(callbacks), *shown_completions(args)],
             optimizers=optimizers,
         )  # fmt: skip
         reject_sharding(fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
