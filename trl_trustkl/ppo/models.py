@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase, set_seed
 
@@ -13,14 +14,15 @@ from ..policy import loading, probes
 from ..policy.reference import Reference, build_reference
 from ..policy.value_head import PolicyAndValue
 from ..rollout import sampling
-from ..rollout.prompts import TokenLimits, prepare_datasets, token_limits
+from ..rollout.prompt_stream import PromptStream, check_stream
+from ..rollout.prompts import TokenLimits, prepare_datasets, prepare_row, token_limits
 from ..rollout.rewards import build_rewards, token_readers
 from .config import TrustKLPPOConfig
 
 
 class Models(NamedTuple):
     """trained: policy and value. token_limits: what a prompt and its response have to fit into. stop_ids: the tokens that
-    end a response. train, evaluation: the datasets with token ids."""
+    end a response. train, evaluation: the datasets with token ids. stream: the rows of `train` if it is an IterableDataset."""
 
     trained: PolicyAndValue
     reference: Reference
@@ -29,7 +31,8 @@ class Models(NamedTuple):
     reward_weights: list[float]
     token_limits: TokenLimits
     stop_ids: list[int]
-    train: Dataset
+    train: Dataset | IterableDataset
+    stream: PromptStream | None
     evaluation: Dataset | dict[str, Dataset] | None
 
 
@@ -86,5 +89,12 @@ def prepare(
     )
     limits = token_limits(policy, {"ref_model": reference.model, "value_model": value, **token_readers(funcs)})
     train, evaluation = prepare_datasets(train, evaluation, tokenizer, limits, args)
-    stops = sampling.stop_ids(policy, tokenizer, args, text="prompt" in train.column_names)
-    return Models(trained, reference, tokenizer, funcs, weights, limits, stops, train, evaluation)
+    stream = None
+    if isinstance(train, IterableDataset):
+        read = partial(prepare_row, tokenizer=tokenizer, limits=limits, args=args)
+        columns = list(check_stream(train, args, read))
+        stream = PromptStream(train, args.seed, read)
+    else:
+        columns = train.column_names
+    stops = sampling.stop_ids(policy, tokenizer, args, text="prompt" in columns)
+    return Models(trained, reference, tokenizer, funcs, weights, limits, stops, train, stream, evaluation)
