@@ -14,7 +14,7 @@ from ..policy import loading, probes
 from ..policy.reference import Reference, build_reference
 from ..policy.value_head import PolicyAndValue
 from ..rollout import sampling
-from ..rollout.prompt_stream import PromptStream, check_stream
+from ..rollout.prompt_stream import PromptStream
 from ..rollout.prompts import TokenLimits, prepare_datasets, prepare_row, token_limits
 from ..rollout.rewards import build_rewards, token_readers
 from .config import TrustKLPPOConfig
@@ -89,12 +89,17 @@ def prepare(
     )
     limits = token_limits(policy, {"ref_model": reference.model, "value_model": value, **token_readers(funcs)})
     train, evaluation = prepare_datasets(train, evaluation, tokenizer, limits, args)
-    stream = None
-    if isinstance(train, IterableDataset):
-        read = partial(prepare_row, tokenizer=tokenizer, limits=limits, args=args)
-        columns = list(check_stream(train, args, read))
-        stream = PromptStream(train, args.seed, read)
-    else:
-        columns = train.column_names
+    stream = _stream(train, tokenizer, limits, args) if isinstance(train, IterableDataset) else None
+    columns = train.column_names if stream is None else list(stream[0])
     stops = sampling.stop_ids(policy, tokenizer, args, text="prompt" in columns)
     return Models(trained, reference, tokenizer, funcs, weights, limits, stops, train, stream, evaluation)
+
+
+def _stream(train: IterableDataset, tokenizer: PreTrainedTokenizerBase, limits: TokenLimits, args: Any) -> PromptStream:
+    """The rows of a stream. Raises ConfigError without `max_steps`."""
+    if args.max_steps < 1:
+        raise ConfigError(
+            f"`max_steps` got {args.max_steps} with a `train_dataset` that is an IterableDataset, which has no length; set the "
+            "number of updates."
+        )
+    return PromptStream(train, args.seed, partial(prepare_row, tokenizer=tokenizer, limits=limits, args=args))

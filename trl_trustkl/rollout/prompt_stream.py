@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import IterableDataset
 
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 
 Prepare = Callable[[dict[str, Any], int], dict[str, Any]]
 """Makes a row with token ids from a row of the stream and its place, or raises DataError."""
@@ -72,16 +72,6 @@ class StreamOrder:
     def rows(self, update: int) -> list[int]:
         """The places of the rows of the batch of `update` (counted from 0), over all processes."""
         return list(range(update * self.batch_size, (update + 1) * self.batch_size))
-
-
-def check_stream(dataset: IterableDataset, args: Any, prepare: Prepare) -> dict[str, Any]:
-    """The first row with token ids. Raises ConfigError without `max_steps`, and DataError for a row that cannot be used."""
-    if args.max_steps < 1:
-        raise ConfigError(
-            f"`max_steps` got {args.max_steps} with a `train_dataset` that is an IterableDataset, which has no length; set the "
-            "number of updates."
-        )
-    return PromptStream(dataset, args.seed, prepare)[0]
 
 
 def rows_of_stream(dataset: IterableDataset, name: str) -> list[dict[str, Any]]:
