@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from itertools import combinations
 from typing import Any, NamedTuple
 
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
+from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..errors import ConfigError, ModelError
@@ -63,6 +66,8 @@ def prepare(
         raise ModelError("`ref_model` is the model itself; give a copy, or None and the trainer makes the reference.")
     if reward_model is not None and reward_funcs is not None:
         raise ConfigError("`reward_model` and `reward_funcs` were both given; put the model into `reward_funcs`.")
+    given = reward_funcs if reward_model is None else reward_model
+    _check_sharing(model, value_model, given if isinstance(given, (list, tuple)) else [given])
     set_seed(args.seed)  # adapters and value heads are initialised randomly
     policy, tokenizer = loading.load_policy(model, tokenizer, args)
     start = None if peft_config is None else probes.logits(policy)
@@ -72,13 +77,13 @@ def prepare(
     init_kwargs = args.arguments("model_init_kwargs")
     elsewhere = loading.of_other_repository(init_kwargs)
     funcs, weights = build_rewards(
-        reward_funcs if reward_model is None else reward_model, reward_processing_classes, weights=args.reward_weights,
-        init_kwargs=elsewhere, vocab_size=len(tokenizer),
+        given, reward_processing_classes, weights=args.reward_weights, init_kwargs=elsewhere, vocab_size=len(tokenizer),
     )  # fmt: skip
     value = loading.prepare_value_model(value_model, args, init_kwargs if value_model == model else elsewhere)
     trained = PolicyAndValue(policy, value, temperature=args.temperature, detach_value=args.detach_value_head)
     if isinstance(ref_model, str):
         ref_model = loading.load_causal_lm(ref_model, init_kwargs if ref_model == model else elsewhere)
+    _check_reference(policy, ref_model)
     reference = build_reference(
         policy,
         trained.split_lm,
@@ -93,6 +98,31 @@ def prepare(
     columns = train.column_names if stream is None else list(stream[0])
     stops = sampling.stop_ids(policy, tokenizer, args, text="prompt" in columns)
     return Models(trained, reference, tokenizer, funcs, weights, limits, stops, train, stream, evaluation)
+
+
+def _check_sharing(policy: Any, value_model: Any, rewards: Sequence[Any]) -> None:
+    """ModelError for models that share weights, where training one would change the other."""
+    models = {"model": policy, "value_model": value_model}
+    models |= {f"reward_funcs[{index}]": func for index, func in enumerate(rewards)}
+    weights = {name: set(map(id, model.parameters())) for name, model in models.items() if isinstance(model, nn.Module)}
+    for one, other in combinations(weights, 2):
+        if weights[one] & weights[other] and one in ("model", "value_model"):
+            raise ModelError(
+                f"`{other}` shares weights with `{one}`, which is trained: training would change both. Pass a separate "
+                "model, such as copy.deepcopy(model); with value_model=None, the value is a head on the policy."
+            )
+
+
+def _check_reference(policy: nn.Module, ref_model: Any) -> None:
+    """ModelError for a reference that would change with the policy."""
+    shared = isinstance(ref_model, nn.Module) and {*map(id, loading.trainable(policy))} & {
+        *map(id, ref_model.parameters())
+    }
+    if shared:
+        raise ModelError(
+            "`ref_model` shares weights with `model` that are trained: the reference would change with the policy, and the KL "
+            "stay 0. Pass a separate model, or None and the trainer makes the reference."
+        )
 
 
 def _stream(train: IterableDataset, tokenizer: PreTrainedTokenizerBase, limits: TokenLimits, args: Any) -> PromptStream:
