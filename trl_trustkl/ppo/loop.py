@@ -205,7 +205,7 @@ class TrainingLoop:
         if control.should_epoch_stop:
             control.should_epoch_stop = False
             logger.warning(
-                "A callback set `should_epoch_stop`, which has no effect: a pass over the prompts is always completed."
+                "A callback set `should_epoch_stop`, which has no effect: passes over the prompts are always complete."
             )
 
     def _act_on_control(self) -> None:
