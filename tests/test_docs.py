@@ -230,15 +230,11 @@ def commands() -> list[tuple[str, str]]:
 
 def known_flags(words: list[str]) -> set[str]:
     """The options of the command that the words begin with."""
-    from trl_trustkl.cli import train_help
 
     if words[:2] == ["trustkl", "train"]:
-        from trl import TrlParser
+        from trl_trustkl.cli.train_options import build_parser
 
-        from trl_trustkl.cli.train_options import _DATACLASSES
-
-        parser = TrlParser(_DATACLASSES, prog="trustkl train", allow_abbrev=False, add_help=False)
-        train_help.add_help(parser)
+        parser = build_parser(words[words.index("--trainer") + 1] if "--trainer" in words else "ppo")
         return {option for action in parser._actions for option in action.option_strings} | {"--config"}
     if words[0] == "trustkl":
         return set(re.findall(r"--[a-z][\w-]*", generate._printed([*words[1:2], "--help"])))
@@ -270,9 +266,9 @@ def test_commands_and_their_flags_exist() -> None:
 
 @pytest.mark.parametrize(("page", "text"), blocks("yaml"), ids=lambda value: str(value)[:24])
 def test_yaml_blocks_are_valid_and_name_options(page: str, text: str) -> None:
-    from trl_trustkl.cli.train_options import _DATACLASSES
+    from trl_trustkl.cli.train_options import dataclasses_of
 
-    known = {each.name for cls in _DATACLASSES for each in dataclasses.fields(cls)}
+    known = {each.name for cls in dataclasses_of("ppo") for each in dataclasses.fields(cls)}
     assert set(yaml.safe_load(text)) <= known, page
 
 

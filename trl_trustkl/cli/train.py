@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ConfigError
 
-HELP = "train with PPO from a YAML file and flags, as `trl sft` does"
+HELP = "train with PPO, GRPO or RLOO from a YAML file and flags, as `trl grpo` does"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +29,12 @@ def run(options: argparse.Namespace) -> int:
     try:
         asked = train_options.parse(options.rest)
         train_data, eval_data = train_inputs.load_datasets(asked)
-        arguments = {**train_inputs.load_rewards(asked), **train_inputs.load_models(asked)}
-        asked.training.model_init_kwargs = None  # the trainer gets loaded models
+        arguments = train_inputs.load_rewards(asked)
+        if asked.script.trainer == "ppo":
+            arguments |= train_inputs.load_models(asked)
+            asked.training.model_init_kwargs = None  # the trainer gets loaded models
+        else:
+            arguments |= train_inputs.name_models(asked)
         train(asked, train_dataset=train_data, eval_dataset=eval_data, **arguments)
     except ConfigError as error:
         print(f"trustkl train: {error}", file=sys.stderr)
@@ -46,10 +50,9 @@ def run(options: argparse.Namespace) -> int:
 def train(asked: Any, **arguments: Any) -> None:
     """Run the trainer, save the model or adapter, and push it if `push_to_hub` is set."""
     from ..callbacks.bound_report import report_of
-    from ..ppo.trainer import TrustKLPPOTrainer
 
     args = asked.training
-    trainer = TrustKLPPOTrainer(args=args, **arguments)
+    trainer = build(asked.script.trainer, args=args, **arguments)
     trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
     trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():
@@ -64,6 +67,18 @@ def train(asked: Any, **arguments: Any) -> None:
     del trainer
     accelerator.free_memory()
     accelerator.end_training()
+
+
+def build(name: str, **arguments: Any) -> Any:
+    """The trainer of that name. TRL's errors about its arguments are raised as ConfigError."""
+    import trl_trustkl
+
+    if name == "ppo":
+        return trl_trustkl.TrustKLPPOTrainer(**arguments)
+    try:
+        return getattr(trl_trustkl, f"TrustKL{name.upper()}Trainer")(**arguments)
+    except (ImportError, NotImplementedError, OSError, TypeError, ValueError) as error:
+        raise ConfigError(f"TRL's {name.upper()} trainer rejects these options: {error}") from error
 
 
 def _checkpoint(value: str | None) -> str | bool | None:

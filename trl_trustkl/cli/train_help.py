@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from transformers import TrainingArguments
@@ -17,7 +19,7 @@ usage: trustkl train --config FILE.yaml [--option VALUE ...]
        trustkl train --model_name_or_path MODEL --dataset_name DATA
                      --reward_funcs FUNCTION ... --output_dir DIR [...]
 
-PPO on TRL with an anchor and a trust region. Options come from a YAML file,
+TRAINER on TRL with an anchor and a trust region. Options come from a YAML file,
 from flags, or from both; a flag overrides the file. DATA is a hub name, a
 folder, or a .json, .jsonl, .csv or .parquet file; its column "prompt" has text
 or lists of messages. A mixture of datasets is given in the YAML file, as in
@@ -33,8 +35,8 @@ options; 130 after Ctrl-C; 143 after SIGTERM.
 """
 
 _SCRIPT, _MODEL, _ANCHOR, _TRUST = "data, rewards, models", "policy: precision and LoRA", "anchor", "trust region"
-_PPO, _COMMON, _REST = "PPO", "training", "further options of transformers' TrainingArguments"
-_SECTIONS = (_SCRIPT, _MODEL, _ANCHOR, _TRUST, _PPO, _COMMON, _REST)
+_OWN, _COMMON, _REST = "TRAINER", "training", "further options of transformers' TrainingArguments"
+_SECTIONS = (_SCRIPT, _MODEL, _ANCHOR, _TRUST, _OWN, _COMMON, _REST)
 
 _LISTED = 12  # choices at most; for more of them, the option's text says where they are listed
 # Those of transformers' many fields that most runs set.
@@ -46,54 +48,61 @@ _COMMON_FIELDS = {
 }  # fmt: skip
 _MODEL_FIELDS = {each.name for each in fields(ModelConfig)}
 _SCRIPT_FIELDS = {each.name for each in (*fields(ScriptArguments), *fields(DatasetMixtureConfig))} | {
-    "config", "reward_funcs", "reward_model_name_or_path", "reward_weights", "ref_model", "value_model",
+    "config", "trainer", "reward_funcs", "reward_model_name_or_path", "reward_weights", "ref_model", "value_model",
 }  # fmt: skip
 _TRAINING_FIELDS = {each.name for each in fields(TrainingArguments)}
-_GROUPS = {each.name: about(each).group for each in fields(TrustKLPPOConfig)}
 # Fields that TRL's PPO trainer computes, that only TRL's scripts read, or that only accept their default here.
 _HIDDEN = {"ignore_bias_buffers", "exp_name"} | {
-    name for name, group in _GROUPS.items() if not group and name not in _TRAINING_FIELDS
+    each.name for each in fields(TrustKLPPOConfig) if not about(each).group and each.name not in _TRAINING_FIELDS
 }
 
 
-def add_help(parser: argparse.ArgumentParser) -> None:
-    """Add --help for the main options and --help-all for every option."""
-    parser.add_argument("-h", "--help", action=_Help, help="print the main options")
-    parser.add_argument("--help-all", action=_Help, help="print every option")
+def add_help(parser: argparse.ArgumentParser, trainer: str, config: type) -> None:
+    """Add --help for the main options and --help-all for every option of a trainer with that configuration."""
+    for flags, everything, help in (
+        (("-h", "--help"), False, "print the main options"),
+        (("--help-all",), True, "print every option"),
+    ):
+        parser.add_argument(
+            *flags, action=_Help, help=help, text=partial(help_text, parser, trainer, config, everything=everything)
+        )
 
 
-def help_text(parser: argparse.ArgumentParser, *, everything: bool) -> str:
+def help_text(parser: argparse.ArgumentParser, trainer: str, config: type, *, everything: bool) -> str:
+    """The help of a trainer's options."""
+    groups = {each.name: about(each).group for each in fields(config)}
     formatter = _Formatter(parser.prog)
     # Without those that take no value: --no_x is the same as --x False.
     shown = [
         action for action in parser._actions if action.dest not in {*_HIDDEN, argparse.SUPPRESS} and action.nargs != 0
     ]
     for title in _SECTIONS if everything else _SECTIONS[:-1]:
-        formatter.start_section(title)
-        formatter.add_arguments([action for action in shown if _section(action.dest) == title])
+        formatter.start_section(trainer if title == _OWN else title)
+        formatter.add_arguments([action for action in shown if _section(action.dest, groups) == title])
         formatter.end_section()
     more = "" if everything else f"\n{_REST}:\n  trustkl train --help-all\n"
-    return f"{_USAGE}\n{formatter.format_help()}{more}{_EPILOG}"
+    return f"{_USAGE.replace('TRAINER', trainer)}\n{formatter.format_help()}{more}{_EPILOG}"
 
 
-def _section(name: str) -> str:
+def _section(name: str, groups: dict[str, str]) -> str:
     if name in _SCRIPT_FIELDS:
         return _SCRIPT
     if name in _MODEL_FIELDS:
         return _MODEL
     if name in _COMMON_FIELDS:
         return _COMMON
-    if (group := _GROUPS.get(name)) in (_ANCHOR, _TRUST):
+    if (group := groups.get(name)) in (_ANCHOR, _TRUST):
         return group
-    return _REST if name in _TRAINING_FIELDS else _PPO
+    return _REST if name in _TRAINING_FIELDS else _OWN
 
 
 class _Help(argparse.Action):
-    def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
+    def __init__(self, option_strings: list[str], dest: str, help: str, text: Callable[[], str]) -> None:
         super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=help)
+        self._text = text
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
-        print(help_text(parser, everything=option == "--help-all"), end="")
+        print(self._text(), end="")
         parser.exit()
 
 

@@ -9,14 +9,16 @@ from typing import Any
 
 from datasets import Dataset, load_dataset, load_from_disk
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from trl import get_dataset, get_peft_config, get_quantization_config
+from trl import get_dataset, get_peft_config, get_quantization_config, rewards
 
 from ..errors import DataError, ModelError, TrustKLError
 from ..import_paths import load_function
 from ..policy.loading import of_other_repository, of_tokenizer
 from ..rollout.prompts import AnyDataset
-from .train_options import Options
+from .train_options import Options, TrainArguments
 
+TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
+"""TRL's reward functions that `trl grpo` takes by name."""
 VALID = "package.module.function, path/to/file.py:function, or the name or folder of a reward model"
 _FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -56,17 +58,34 @@ def _splits(script: Any) -> Any:
     return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
 
 
+def name_models(options: Options) -> dict[str, Any]:
+    """The policy's name, its quantization and its adapter, as arguments of TRL's GRPO and RLOO trainers, which load it and its
+    reference with the configuration's `model_init_kwargs`."""
+    options.training.model_init_kwargs = _settings(options)
+    return {
+        "model": options.model.model_name_or_path,
+        "peft_config": get_peft_config(options.model),
+        "quantization_config": get_quantization_config(options.model),
+    }
+
+
+def _settings(options: Options) -> dict[str, Any]:
+    """The arguments of `from_pretrained` for the policy."""
+    return {
+        "revision": options.model.model_revision,
+        "attn_implementation": options.model.attn_implementation,
+        "dtype": options.model.dtype,
+        **(options.training.model_init_kwargs or {}),
+    }
+
+
 def load_models(options: Options) -> dict[str, Any]:
-    """Policy, tokenizer, adapter, reference model and value model, as arguments of the trainer."""
-    model, training, script = options.model, options.training, options.script
+    """Policy, tokenizer, adapter, reference model and value model, as arguments of TrustKLPPOTrainer."""
+    model, script = options.model, options.script
+    assert isinstance(script, TrainArguments)
     name = model.model_name_or_path
     assert name is not None  # `parse` rejects options without it
-    settings: dict[str, Any] = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **training.arguments("model_init_kwargs"),
-    }
+    settings = _settings(options)
     quantized = {"quantization_config": config} if (config := get_quantization_config(model)) is not None else {}
     with _as_error(ModelError, "model_name_or_path", name):
         loaded = {
@@ -91,7 +110,7 @@ def load_rewards(options: Options) -> dict[str, list[Any]]:
     """Reward functions and models with their tokenizers, in the order of `reward_weights`, as arguments of the trainer."""
     script = options.script
     # A reward model is loaded with its own configuration; of the policy's arguments it gets those for the Hub.
-    access = of_tokenizer(of_other_repository(options.training.arguments("model_init_kwargs")))
+    access = of_tokenizer(of_other_repository(options.training.model_init_kwargs or {}))
     found = [_reward(name, access) for name in script.reward_funcs or []]
     if script.reward_model_name_or_path:
         found.insert(0, _reward_model("reward_model_name_or_path", script.reward_model_name_or_path, access))
@@ -102,9 +121,17 @@ def load_rewards(options: Options) -> dict[str, list[Any]]:
 def _reward(name: str, access: dict[str, Any]) -> tuple[Any, Any]:
     """A function if the name is an import path, else a model; a folder is a model whatever its name."""
     dotted = "." in name and all(part.isidentifier() for part in name.split("."))
+    if name in TRL_REWARDS:
+        return _of_trl(name), None
     if not Path(name).is_dir() and (name.find(":") > 0 or dotted):
         return load_function("reward_funcs", name, VALID), None
     return _reward_model("reward_funcs", name, access)
+
+
+def _of_trl(name: str) -> Any:
+    """TRL's function of that name, with the settings of `trl grpo`."""
+    func = getattr(rewards, name)
+    return func(max_completion_len=1280, soft_punish_cache=256) if name == "get_soft_overlong_punishment" else func
 
 
 def _reward_model(field: str, name: str, access: dict[str, Any]) -> tuple[Any, Any]:

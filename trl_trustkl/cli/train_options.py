@@ -6,12 +6,13 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, did_you_mean, unknown_name
+from ..grpo.config import TrustKLGRPOConfig, TrustKLRLOOConfig
 from ..ppo.config import TrustKLPPOConfig
 from . import train_help
 
@@ -20,21 +21,21 @@ def _option(help: str) -> Any:
     return field(default=None, metadata={"help": help})
 
 
-@dataclass
-class TrainArguments(ScriptArguments):
-    """TRL's script arguments, the rewards, and the models other than the policy."""
+Trainer: TypeAlias = Literal["ppo", "grpo", "rloo"]
 
+
+@dataclass
+class RewardArguments(ScriptArguments):
+    """TRL's script arguments, the trainer and the rewards."""
+
+    trainer: Trainer = field(default="ppo", metadata={"help": "The trainer; --trainer grpo --help has its options."})
     reward_funcs: list[str] | None = _option(
-        "Reward functions, each as package.module.function, as path/to/file.py:function, or as the name or folder of a "
-        "reward model."
+        "Reward functions, each as package.module.function, as path/to/file.py:function, as one of TRL's such as "
+        "accuracy_reward, or as the name or folder of a reward model."
     )
     reward_model_name_or_path: str | None = _option(
         "A reward model. It precedes those of reward_funcs, also in reward_weights."
     )
-    ref_model: str | None = _option(
-        "The reference model, loaded like the policy. By default, the policy before training."
-    )
-    value_model: str | None = _option("The value model, trained in full. By default, a value head on the policy.")
 
     def __post_init__(self) -> None:
         funcs: Any = self.reward_funcs
@@ -42,16 +43,26 @@ class TrainArguments(ScriptArguments):
             self.reward_funcs = [funcs]
 
 
+@dataclass
+class TrainArguments(RewardArguments):
+    """Those of PPO: the models other than the policy, too."""
+
+    ref_model: str | None = _option(
+        "The reference model, loaded like the policy. By default, the policy before training."
+    )
+    value_model: str | None = _option("The value model, trained in full. By default, a value head on the policy.")
+
+
 class Options(NamedTuple):
     """The options of a command line."""
 
-    script: TrainArguments
-    training: TrustKLPPOConfig
+    script: RewardArguments
+    training: Any  # a TrustKLPPOConfig, TrustKLGRPOConfig or TrustKLRLOOConfig
     model: ModelConfig
     mixture: DatasetMixtureConfig
 
 
-_DATACLASSES = (TrainArguments, TrustKLPPOConfig, ModelConfig, DatasetMixtureConfig)
+CONFIGS: dict[Trainer, type] = {"ppo": TrustKLPPOConfig, "grpo": TrustKLGRPOConfig, "rloo": TrustKLRLOOConfig}
 
 # Fields that only TRL's script reads, and those that replace them here.
 _ELSEWHERE = {"sft_model_path": "model_name_or_path", "reward_model_path": "reward_model_name_or_path"}
@@ -59,9 +70,8 @@ _ELSEWHERE = {"sft_model_path": "model_name_or_path", "reward_model_path": "rewa
 
 def parse(arguments: Sequence[str]) -> Options:
     """The options of a command line and of its YAML file, which flags override. ConfigError if they are invalid."""
-    parser = TrlParser(_DATACLASSES, prog="trustkl train", allow_abbrev=False, add_help=False)
-    train_help.add_help(parser)
     given = _split_config(arguments)
+    parser = build_parser(_trainer(given))
     try:
         *parsed, unknown = parser.parse_args_and_config(given, return_remaining_strings=True)
     except ConfigError:
@@ -70,9 +80,42 @@ def parse(arguments: Sequence[str]) -> Options:
         raise ConfigError(str(error)) from None
     if unknown:
         raise _unknown_option(unknown, parser)
-    options = Options(*parsed[: len(_DATACLASSES)])
+    options = Options(*parsed[: len(Options._fields)])
     _check(options)
     return options
+
+
+def dataclasses_of(trainer: Trainer) -> tuple[type, ...]:
+    """The dataclasses with a trainer's options, in the order of `Options`."""
+    script = TrainArguments if trainer == "ppo" else RewardArguments
+    return script, CONFIGS[trainer], ModelConfig, DatasetMixtureConfig
+
+
+def build_parser(trainer: Trainer) -> TrlParser:
+    """The parser of a trainer's options."""
+    parser = TrlParser(dataclasses_of(trainer), prog="trustkl train", allow_abbrev=False, add_help=False)
+    train_help.add_help(parser, trainer.upper(), CONFIGS[trainer])
+    return parser
+
+
+def _trainer(given: list[str]) -> Trainer:
+    """The trainer of a command line, or of its YAML file; ConfigError for one that does not exist."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--trainer")
+    first.add_argument("--config")
+    words, _ = first.parse_known_args([*given, ""] if given[-1:] == ["--trainer"] else given)
+    name = words.trainer
+    if name is None and words.config is not None:
+        try:
+            options = yaml.safe_load(Path(words.config).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"`config` got {words.config!r}, which cannot be read: {error}") from None
+        name = options.get("trainer") if isinstance(options, dict) else None
+    if name is None:
+        return "ppo"
+    if name not in CONFIGS:
+        raise unknown_name("trainer", name, CONFIGS)
+    return name
 
 
 def _split_config(arguments: Sequence[str]) -> list[str]:
@@ -94,9 +137,9 @@ def _unknown_option(unknown: list[str], parser: argparse.ArgumentParser) -> Conf
 def _check(options: Options) -> None:
     """The checks that the dataclasses do not make."""
     script, training, model, mixture = options
-    defaults = {each.name: each.default for each in fields(TrustKLPPOConfig)}
+    defaults = {each.name: each.default for each in fields(training)}
     for name, instead in _ELSEWHERE.items():
-        if getattr(training, name) != defaults[name]:
+        if name in defaults and getattr(training, name) != defaults[name]:
             raise ConfigError(f"`{name}` got {getattr(training, name)!r}; trustkl train takes `{instead}`.")
     if not model.model_name_or_path:
         raise ConfigError("`model_name_or_path` got None; it must be the name or folder of a causal language model.")
