@@ -14,6 +14,7 @@ from ..trl_compat.module import Module
 from ..types import MicroBatch, PolicySnapshot, TokenOutputs
 from .exact_kl import token_statistics
 from .loading import trainable
+from .micro_batches import positions
 from .split_lm import SplitLM, accepted, faster_kernels, model_inputs
 
 
@@ -34,10 +35,11 @@ class ValueHead(Module):
 class ValueModel(Module):
     """A separate value model: a sequence classifier with one label, evaluated at every position.
 
-    `vocab_size` is the policy's: the model must accept every token that the policy may sample.
+    `vocab_size` is the policy's: the model must accept every token that the policy may sample, except a last one that only
+    pads (`padding_id`): it may have no embedding for that, and reads it as masked, as in TRL.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, vocab_size: int) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, vocab_size: int, padding_id: int | None = None) -> None:
         super().__init__()
         self.model = model
         base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -49,7 +51,8 @@ class ValueModel(Module):
                 "AutoModelForSequenceClassification.from_pretrained(name, num_labels=1), or None for a value head."
             )
         known = backbone.get_input_embeddings().weight.shape[0]
-        if known < vocab_size:
+        self._known = known if known < vocab_size else None
+        if known < vocab_size and not known == padding_id == vocab_size - 1:
             raise ModelError(
                 f"`value_model` has {known} embeddings, fewer than the {vocab_size} tokens of the policy, whose token ids it "
                 "reads; use a model with the policy's tokenizer, and if it has that already, call "
@@ -59,6 +62,8 @@ class ValueModel(Module):
 
     def forward(self, inputs: dict[str, Tensor], first: int) -> Tensor:
         backbone, score = self._parts
+        if self._known is not None:
+            inputs = _masked(inputs, inputs["input_ids"] < self._known)
         with faster_kernels(self.model, inputs["input_ids"]):
             values = score(backbone(**accepted(backbone, inputs), use_cache=False).last_hidden_state[:, first:])
         if values.shape[-1] != 1:
@@ -66,6 +71,13 @@ class ValueModel(Module):
                 f"`value_model` returns {values.shape[-1]} numbers per position; it must return 1 (num_labels=1)."
             )
         return values.squeeze(-1).float()
+
+
+def _masked(inputs: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+    """The arguments of a backbone with the tokens masked that are not kept."""
+    mask = inputs["attention_mask"] * keep
+    found = {"input_ids": inputs["input_ids"] * keep, "attention_mask": mask}
+    return found | ({"position_ids": positions(mask)} if "position_ids" in inputs else {})
 
 
 class PolicyAndValue(Module):
@@ -78,6 +90,7 @@ class PolicyAndValue(Module):
         *,
         temperature: float,
         detach_value: bool = True,
+        padding_id: int | None = None,
     ) -> None:
         super().__init__()
         self.policy = policy
@@ -85,7 +98,7 @@ class PolicyAndValue(Module):
         self.value: ValueHead | ValueModel = (
             ValueHead(self.split_lm.hidden_size)
             if value_model is None
-            else ValueModel(value_model, self.split_lm.vocab_size)
+            else ValueModel(value_model, self.split_lm.vocab_size, padding_id)
         )
         self.value.to(next(policy.parameters()).device)
         self.temperature = temperature
@@ -142,9 +155,9 @@ class PolicyAndValue(Module):
     # -- what TRL's helpers and users call on the model of a trainer -------------------------------------------------------
 
     @property
-    def value_model(self) -> ValueHead | ValueModel:
-        """The value, under TRL's name."""
-        return self.value
+    def value_model(self) -> ValueHead | PreTrainedModel | PeftModel:
+        """The value model that was given, or the value head, under TRL's name."""
+        return self.value.model if isinstance(self.value, ValueModel) else self.value
 
     @property
     def device(self) -> torch.device:

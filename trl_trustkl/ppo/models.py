@@ -68,12 +68,15 @@ def prepare(
         policy.add_model_tags(tags)
     init_kwargs = args.arguments("model_init_kwargs")
     elsewhere = loading.of_other_repository(init_kwargs)
+    padding_id, known = loading.padding_only(tokenizer), policy.get_input_embeddings().weight.shape[0]
     funcs, weights = build_rewards(
         reward_funcs if reward_model is None else reward_model, reward_processing_classes, weights=args.reward_weights,
-        init_kwargs=elsewhere, vocab_size=len(tokenizer),
+        init_kwargs=elsewhere, vocab_size=min(len(tokenizer), known), padding_id=padding_id,
     )  # fmt: skip
     value = loading.prepare_value_model(value_model, args, init_kwargs if value_model == model else elsewhere)
-    trained = PolicyAndValue(policy, value, temperature=args.temperature, detach_value=args.detach_value_head)
+    trained = PolicyAndValue(
+        policy, value, temperature=args.temperature, detach_value=args.detach_value_head, padding_id=padding_id
+    )
     if isinstance(ref_model, str):
         ref_model = loading.load_causal_lm(ref_model, init_kwargs if ref_model == model else elsewhere)
     reference = build_reference(

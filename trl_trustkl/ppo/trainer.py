@@ -76,7 +76,7 @@ class TrustKLPPOTrainer(PPOTrainer):
     reward_weights = property(lambda self: self.parts.scorer.weights)
     # The names of TRL 1.12:
     policy_model = property(lambda self: self.model.policy)
-    value_model = property(lambda self: self.model.value)
+    value_model = property(lambda self: self.model.value_model)
     ref_model = property(lambda self: self.reference.model)
     reward_model = property(lambda self: next((f.model for f in self.reward_funcs if isinstance(f, RewardModel)), None))
 

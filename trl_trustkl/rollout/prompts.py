@@ -236,6 +236,7 @@ def check_prompts(dataset: Dataset, limits: TokenLimits, response_length: int, *
             )
         if not any(mask):
             raise DataError(f"{where} has no token in 'input_ids'; every prompt needs at least one.")
+        ids = list(compress(ids, mask))
         if (unknown := next((token for token in ids if not 0 <= token < limits.vocabulary), None)) is not None:
             raise DataError(
                 f"{where} has the token id {unknown}; the model's vocabulary is 0 to {limits.vocabulary - 1}: tokenize the "
