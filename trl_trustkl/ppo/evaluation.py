@@ -50,9 +50,13 @@ class Evaluator:
 
     def rows(self, dataset: Dataset) -> list[dict[str, Any]]:
         """One row for each prompt, from all processes."""
+        return self.processes.gather_objects(self._evaluated(self._batches(self.tokenized(dataset))))
+
+    def tokenized(self, dataset: Dataset) -> Dataset:
+        """The dataset with token ids, made from its prompts if it has none."""
         if "input_ids" not in dataset.column_names:
             dataset, _ = prepare_datasets(dataset, None, self.models.tokenizer, self.models.token_limits, self.args)
-        return self.processes.gather_objects(self._evaluated(self._batches(dataset)))
+        return dataset
 
     def show(self, datasets: Dataset | dict[str, Dataset] | None, *, few: bool) -> None:
         """Print the main process's rows of each dataset; with `few`, only the first five."""

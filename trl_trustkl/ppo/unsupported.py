@@ -37,13 +37,16 @@ def reject_sharding(*, fsdp: Any, deepspeed: Any) -> None:
 def reject_callbacks(callbacks: Sequence[Any]) -> None:
     """Raise NotAvailableYetError for a callback of TRL that cannot work with this trainer."""
     reasons = {
-        "SyncRefModelCallback": "the reference is fixed for the entire run, and there is no `sync_ref_model`",
-        "BEMACallback": "it builds a second model of the class of `trainer.model`, which holds policy and value",
+        "SyncRefModelCallback": "the reference is fixed for the entire run, and there is no `sync_ref_model`; remove it",
+        "BEMACallback": "it builds a second model of the class of `trainer.model`, which holds policy and value; remove it",
     }
+    distillation = "it makes the teacher of TRL's trainers of self-distillation; remove it"
+    reasons |= {"SyncTeacherModelCallback": distillation, "PEFTAdapterEMACallback": distillation}
     for callback in callbacks:
-        if (why := reasons.get(type(callback).__name__)) is not None and type(callback).__module__.startswith("trl."):
+        kinds = (kind.__name__ for kind in type(callback).__mro__ if kind.__module__.startswith("trl."))
+        if (why := next((reasons[kind] for kind in kinds if kind in reasons), None)) is not None:
             raise NotAvailableYetError(
-                f"`callbacks` got a {type(callback).__name__}, which is not available in this version: {why}. Remove it."
+                f"`callbacks` got a {type(callback).__name__}, which is not available in this version: {why}."
             )
 
 
