@@ -163,7 +163,7 @@ def test_a_record_holds_what_was_measured() -> None:
     line = record(args(), Enforcement(0.09, scale=0.4, tries=3, limit=0.03), update)
     assert (line.update, line.episode, line.lr, line.refused, line.seconds) == (3, 48, 1e-4, None, {"total": 1.5})
     assert (line.score, line.length, line.eos_rate, line.entropy) == (0.6, 20.5, 0.25, 2.5)
-    assert line.anchor == ("k3", "reward", "biased", 0.05, 6.0, 5.5, 5.0, 0.4, 0.25, 0.27, None)
+    assert line.anchor == ("k3", "reward", "biased", 0.05, 6.0, 5.5, 5.0, 0.4, 0.25, 0.27, None, None)
     assert line.trust._asdict() == {
         "rule": "ppo", "low": 0.2, "high": 0.28, "gated": 0.2, "gated_low": 0.15, "gated_high": 0.05, "coef": 0.7,
         "epochs": 1.5, "stopped": True, "kl": 0.02, "kl_max": 0.3, "kl_proposed": 0.09, "tv": 0.05, "max_ratio": 7.0,

@@ -43,7 +43,6 @@ LAYERS = (
 package's own `__init__`, which loads what is above the mathematics on first use, is in none."""
 
 UNNAMED_ON_PURPOSE = {
-    "callbacks.trust_region.on_epoch_end": "transformers calls it",
     "cli.train_help._format_action_invocation": "argparse calls it",
     "cli.train_help._get_help_string": "argparse calls it",
     "ppo.trainer._save": "transformers calls it",

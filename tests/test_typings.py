@@ -175,7 +175,7 @@ PLANTS = (
     Plant("policy/split_lm.py", "faster_kernels(self.causal,", "faster_kernels(self.cawsal,", "cawsal"),
     Plant("policy/value_head.py", "temperature=self.temperature", "temperature=self.temprature", "temprature"),
     Plant("ppo/config.py", "return self.cliprange", "return self.clipranje", "clipranje"),
-    Plant("ppo/config.py", "self.metric_for_best_model", "self.metric_for_best_modell", "metric_for_best_modell"),
+    Plant("ppo/config.py", "self.ref_model_sync_steps", "self.ref_model_sink_steps", "ref_model_sink_steps"),
     Plant("ppo/optimise.py", "self.args.norm_limit", "self.args.norm_limits", "norm_limits"),
     Plant("ppo/optimise.py", "self.accelerator.backward", "self.accelerator.backwards", "backwards"),
     Plant("ppo/trainer.py", "self.parts.order.rows", "self.partz.order.rows", "partz"),

@@ -81,7 +81,8 @@ def guaranteed(measurement: Measurement, enforcement: Enforcement) -> float | No
 def build_record(args: Any, *, update: int, episode: int, lr: float, lr_factor: float, trust_coef: float,
                  refused: str | None, seconds: dict[str, float], rollout: RolloutSummary, anchor: AnchorMeasurement,
                  stats: UpdateStats, measured: Measurement, enforcement: Enforcement, rescaled: bool = False,
-                 counterfactual: dict[str, float | None] | None = None) -> BoundRecord:  # fmt: skip
+                 counterfactual: dict[str, float | None] | None = None,
+                 renewed: bool | None = None) -> BoundRecord:  # fmt: skip
     """The record of one update; `args` is the run's configuration (a TrustKLPPOConfig). rescaled: see `binding`."""
     shares = None if refused is not None else binding_shares(anchor, stats, enforcement, lr_factor)
     return BoundRecord(
@@ -90,7 +91,7 @@ def build_record(args: Any, *, update: int, episode: int, lr: float, lr_factor: 
         lr=lr, refused=refused, seconds=seconds,
         anchor=AnchorRecord(
             args.kl_estimator, args.kl_placement, gradient_kind(args.kl_estimator, args.kl_placement),
-            target=args.kl_target, target_per_token=None, **anchor._asdict(),
+            target=args.kl_target, target_per_token=None, renewed=renewed, **anchor._asdict(),
         ),
         trust=_trust_record(args, trust_coef, stats, measured, enforcement),
         value=ValueRecord(args.value_range, stats.total.value_gated, rollout.explained_variance),

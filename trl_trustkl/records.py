@@ -48,6 +48,8 @@ class AnchorRecord(NamedTuple):
         "`anchor/kl` as a mean over tokens: the unit of GRPO and RLOO.", "nats/token")] = None
     target_per_token: Annotated[float | None, Meaning(
         "The target where it is given per token, as with GRPO and RLOO; else `null`.", "nats/token")] = None
+    renewed: Annotated[bool | None, Meaning(
+        "Whether the reference was renewed after this update (`sync_ref_model`); `null` with GRPO and RLOO.")] = None
 
 
 class TrustRecord(NamedTuple):
@@ -157,6 +159,13 @@ def flatten(record: BoundRecord | dict[str, Any], prefix: str = "") -> dict[str,
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def as_rows(columns: dict[str, list[Any]], count: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a table that is given by its columns; `count` rows, also if there is no column."""
+    if not columns:
+        return [{} for _ in range(count or 0)]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:

@@ -148,6 +148,14 @@ class TokenOutputs(NamedTuple):
     old_tv: Tensor | None = None
 
 
+class Logged(NamedTuple):
+    """What reward functions log of a batch of completions. columns: a value for each completion, by the column's name.
+    metrics: the numbers logged, by the metric's name."""
+
+    columns: dict[str, list[Any]]
+    metrics: dict[str, list[float]]
+
+
 class Scored(NamedTuple):
     """A rollout with everything that is fixed before the first optimizer step; [B, T] unless stated.
 
@@ -155,7 +163,7 @@ class Scored(NamedTuple):
     where the loss does not need it. logp, ref_logp: log-probabilities of the sampled tokens. ref_kl: exact KL(π_old‖π_ref)
     per context. entropy: of π_old. values: V(state before the token). loss_mask: tokens that get a gradient (the response
     mask without the rows that have no reward). value_mask: positions whose value is trained. scores: [B], NaN where no
-    function gave a reward. rewards: those of each function, [B], NaN where it gave none.
+    function gave a reward. rewards: those of each function, [B], NaN where it gave none. logged: by the reward functions.
     """
 
     rollout: Rollout
@@ -172,6 +180,7 @@ class Scored(NamedTuple):
     completions: list[str]
     rewards: dict[str, Tensor]
     ref_snapshots: list[PolicySnapshot] | None = None
+    logged: Logged = Logged({}, {})
 
     @property
     def without(self) -> str | None:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,9 +136,14 @@ def evaluate(folder: Path) -> None:
     trainer.eval_dataset = trainer.train_dataset.select(range(6))
     if trainer.accelerator.process_index == 1:
         fail(trainer)
-    for call in (trainer.evaluate, trainer.generate_completions, lambda: trainer.generate_completions(sampling=True)):
+    samples = partial(trainer.generate_completions, sampling=True)
+    for call in (trainer.evaluate, trainer.generate_completions, samples):
         with pytest.raises(RewardError, match="fails_on_request"):
             call()
+    accelerator = trainer.accelerator
+    del trainer, call, samples
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 # -- the tests ---------------------------------------------------------------------------------------------------------

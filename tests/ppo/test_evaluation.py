@@ -18,7 +18,7 @@ from tests.watched import run, watched, without_seconds
 from trl_trustkl import load_records
 from trl_trustkl.errors import ConfigError
 from trl_trustkl.ppo.evaluation import Evaluator, chosen_dataset, one_dataset, print_samples
-from trl_trustkl.types import Prompts, Rollout, Scored
+from trl_trustkl.types import Logged, Prompts, Rollout, Scored
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -41,7 +41,11 @@ def test_evaluation_does_not_change_the_training_run(tmp_path, name):
 def test_an_evaluation_can_be_repeated(tmp_path):
     trainer = watched(tmp_path, eval_dataset={"few": tiny.prompts(3), "more": tiny.prompts(6)})
     one, other = ({k: v for k, v in trainer.evaluate().items() if "runtime" not in k} for _ in range(2))
-    names = {f"eval_{part}_{key}" for part in ("few", "more") for key in ("score", "kl", "length", "eos_rate")}
+    names = {
+        f"eval_{part}_{key}"
+        for part in ("few", "more")
+        for key in ("score", "kl", "length", "eos_rate", "rewards/good_words")
+    }
     assert one == other and set(one) == names
     assert one["eval_few_kl"] == 0.0 and 1 <= one["eval_few_length"] <= 6
 
@@ -71,8 +75,9 @@ class Toy:
         scores = torch.where(first % 2 == 0, first.float(), math.nan)
         completions = [f"[red]{token}" for token in first.tolist()]
         return SimpleNamespace(
-            rollout=rollout, scores=scores, completions=completions, ref_kl=first.unsqueeze(-1).expand(-1, 2) / 4
-        )
+            rollout=rollout, scores=scores, completions=completions, ref_kl=first.unsqueeze(-1).expand(-1, 2) / 4,
+            rewards={"first": scores}, logged=Logged({"column": completions}, {"place": [float(place)]}),
+        )  # fmt: skip
 
 
 def dataset() -> Dataset:
@@ -83,7 +88,8 @@ def test_metrics_are_means_over_the_prompts_and_the_score_over_those_that_have_o
     toy = Toy()
     metrics = toy.evaluator.metrics(dataset(), "held_out")
     assert metrics.pop("held_out_runtime") > 0
-    assert metrics == {"held_out_score": 8.0, "held_out_kl": 4.0, "held_out_length": 2.0, "held_out_eos_rate": 0.4}
+    expected = {"score": 8.0, "kl": 4.0, "length": 2.0, "eos_rate": 0.4, "rewards/first": 8.0, "place": 2.0}
+    assert metrics == {f"held_out_{name}": value for name, value in expected.items()}
     assert toy.batches == [(0, [6, 7]), (2, [8, 9]), (4, [10])] and not toy.model.training
     odd = Dataset.from_dict({"input_ids": [[7], [9]]})
     assert math.isnan(toy.evaluator.metrics(odd, "eval")["eval_score"])

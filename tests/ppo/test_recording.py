@@ -18,7 +18,7 @@ RECORD = {
         "rewards counterfactual"
     ),
     "seconds": "generate score optimise measure total",
-    "anchor": "estimator placement gradient coef target kl kl_exact kl_stderr kl_per_token target_per_token share",
+    "anchor": "estimator placement gradient coef target kl kl_exact kl_stderr kl_per_token target_per_token renewed share",
     "trust": (
         "rule low high gated gated_low gated_high coef epochs stopped kl kl_max kl_response_max kl_proposed tv "
         "max_ratio ratio_quantiles scale tries limit guaranteed"
@@ -87,12 +87,13 @@ def test_completions_are_kept_with_their_score_and_their_likelihood_under_the_re
     trainer, _ = run(tmp_path, changes={"max_steps": 2})
     rows = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
     assert len(rows) == 16 and all(
-        sorted(row) == ["completion", "prompt", "ref_logp", "score", "update"] for row in rows
+        sorted(row) == ["completion", "prompt", "ref_logp", "rewards", "score", "update"] for row in rows
     )
     assert [row["update"] for row in rows] == [1] * 8 + [2] * 8
     scored, rollout = trainer.seen["score"][1], trainer.seen["rollout"][1]
     assert [row["prompt"] for row in rows[8:]] == [row["prompt"] for row in rollout.rows]
     assert [row["completion"] for row in rows[8:]] == scored.completions
     assert [row["score"] for row in rows[8:]] == scored.scores.tolist()
+    assert [row["rewards"]["good_words"] for row in rows[8:]] == scored.rewards["good_words"].tolist()
     likelihood = torch.where(rollout.response_mask, scored.ref_logp, 0.0).sum(1)
     assert [row["ref_logp"] for row in rows[8:]] == pytest.approx(likelihood.tolist())

@@ -101,7 +101,7 @@ def test_an_accelerator_that_shards_is_rejected(tmp_path, name, monkeypatch):
     [
         (
             lambda trainer: SyncRefModelCallback(trainer.reference.model, trainer.accelerator),
-            "there is no `sync_ref_model`",
+            "set `sync_ref_model=True` instead",
         ),
         (lambda trainer: BEMACallback(), "which holds policy and value"),
     ],

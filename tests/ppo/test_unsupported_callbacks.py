@@ -10,6 +10,7 @@ import ast
 import importlib
 import importlib.util
 import json
+import re
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -150,8 +151,9 @@ def test_a_callback_that_cannot_work_is_rejected_before_the_first_rollout(name, 
     run = trainer(tmp_path, **arguments)
     for kind in load(name):
         run.add_callback(callback := made(kind, run))
-        with pytest.raises(NotAvailableYetError, match=f"`callbacks` got a {name}"):
+        with pytest.raises(NotAvailableYetError, match=f"`callbacks` got a {name}") as error:
             run.train()
+        assert all(code in str(error.value) for code in re.findall(r"`([^`]+)`", ROWS[name]))
         run.remove_callback(callback)
     assert not (tmp_path / "bounds.jsonl").exists()
 

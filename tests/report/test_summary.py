@@ -25,6 +25,13 @@ def test_which_mechanism_bound_how_many(run_of) -> None:
     )
 
 
+def test_a_renewed_reference_is_mentioned_with_the_kl(run_of) -> None:
+    renewed = " (to the reference as renewed, 3 times in the run)"
+    run = run_of(anchor__renewed=lambda p: round(12 * p) % 4 == 0)
+    assert any(renewed in text for text in words(run).values())
+    assert not any(renewed in text for text in words(run_of()).values())
+
+
 LIMITED = "What limited the updates"
 
 

@@ -115,7 +115,7 @@ def test_a_reward_function_that_changes_its_arguments_affects_nothing_else(tmp_p
         tiny.trainer(tmp_path / name, reward_funcs=functions, train_dataset=tiny.prompts(chat=chat)).train()
     assert len(seen) == 6 and seen[:3] == seen[3:]
     one, other = ((tmp_path / name / "completions.jsonl").read_text() for name in ("alone", "after"))
-    assert one == other and "broken" not in one
+    assert one == other.replace('"vandal": 0.0, ', "") and "broken" not in one
 
 
 @pytest.mark.parametrize(

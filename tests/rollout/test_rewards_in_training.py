@@ -50,7 +50,7 @@ def test_a_function_with_keywords_gets_every_column(tmp_path):
         return [0.0] * len(prompts)
 
     run(tmp_path, reward_funcs=judge, changes={"max_steps": 1})
-    assert names == {"wanted", "completion_ids", "trainer_state"}
+    assert names == {"wanted", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 
 
 def test_a_list_of_rewards_is_weighted_and_added_up(tmp_path):

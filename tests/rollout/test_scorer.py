@@ -107,7 +107,8 @@ def test_functions_get_the_columns_and_the_keywords_that_they_name():
     assert seen["wanted"] == ["0", "1", "2"] and seen["completion_ids"] == [[1], [2, 3], [4]]
     assert seen["trainer_state"] == STATE and seen["prompts"] == ["p", "q", "r"]
     assert seen["completions"] == COMPLETIONS
-    assert seen["all"] == {"prompts", "completions", "completion_ids", "trainer_state", "wanted"}
+    given = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+    assert seen["all"] == {*given, "wanted"}
 
 
 def test_a_reward_model_is_read_in_batches_with_the_same_scores():

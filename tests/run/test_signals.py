@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
-from tests import survival
+from tests import survival, tiny
 from tests.survival import build, counted
 from trl_trustkl import load_records
 from trl_trustkl.errors import Interrupted
@@ -37,6 +38,52 @@ def test_sigterm_in_any_phase_finishes_the_update_and_saves_it(uninterrupted_run
     assert checkpoint.damage(tmp_path / f"checkpoint-{done}") is None
     build(tmp_path).train(resume_from_checkpoint=True)
     assert survival.same(uninterrupted_run, tmp_path)
+
+
+class TerminatesIn(TrainerCallback):
+    """Gets SIGTERM in an event, as while a callback renders a report or uploads a model."""
+
+    def __init__(self, event: str) -> None:
+        setattr(self, f"on_{event}", self._terminate)
+
+    def _terminate(self, args, state, control, **kwargs):
+        if state.global_step in (0, state.max_steps):
+            terminate("callback")
+
+
+@pytest.mark.parametrize(
+    ("event", "saves", "updates"),
+    [
+        ("train_begin", "steps", 0),
+        ("step_end", "no", 6),
+        ("save", "steps", 6),
+        ("train_end", "steps", 6),
+        ("train_end", "no", 6),
+    ],
+)
+def test_sigterm_while_a_callback_works_ends_the_run_as_announced(tmp_path, event, saves, updates):
+    trainer = build(tmp_path, save_strategy=saves)
+    trainer.add_callback(TerminatesIn(event))
+    with pytest.raises(Interrupted) as ended:
+        trainer.train()
+    assert ended.value.code == 143 and trainer.state.global_step == updates
+    assert updates == 0 or checkpoint.newest_complete(tmp_path).name == f"checkpoint-{updates}"
+
+
+def test_sigterm_at_the_end_saves_no_checkpoint_of_the_best_weights_as_the_last(tmp_path):
+    changes = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "score",
+    }
+    changes |= {"save_strategy": "best", "max_steps": 3}
+    trainer = tiny.trainer(
+        tmp_path, eval_dataset=tiny.prompts(4), changes=changes, callbacks=[TerminatesIn("train_end")]
+    )
+    with pytest.raises(Interrupted):
+        trainer.train()
+    assert not (tmp_path / "checkpoint-3").exists()
 
 
 @pytest.mark.parametrize("phase", ["rollout", "score", "step", "optimise"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -46,6 +47,10 @@ class Processes:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""
         return bool(self.max(flag))
+
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """Whether each of the flags is set on any process; the processes give the same number of flags."""
+        return self.gather(torch.tensor([list(flags)], device=self.device)).any(0).tolist()
 
     def gather_objects(self, items: list[Value]) -> list[Value]:
         """The items of all processes, in their order; anything that can be pickled."""

@@ -22,11 +22,12 @@ REFERENCE_ADAPTER = "trustkl_ref"
 
 
 class Reference:
-    """π_ref, frozen for the entire run: `model`, else the policy with `adapter`, else the policy with its adapters disabled.
+    """π_ref: `model`, else the policy with `adapter`, else the policy with its adapters disabled. Only
+    `ReferenceRenewal` changes it.
 
     Parameters of the policy that are trained outside of its adapter, such as the biases of `LoraConfig(bias="all")`, have
-    the values that they had at construction. `is_start`: whether π_ref is the policy as it is at construction. `ref_lm`:
-    the passes of `model`; None for those of a SplitLM.
+    the values that they had at construction, or at the last renewal: `outside` has both by name. `is_start`: whether π_ref is
+    the policy as it is at construction. `ref_lm`: the passes of `model`; None for those of a SplitLM.
     """
 
     def __init__(
@@ -53,7 +54,10 @@ class Reference:
         head = self.split_lm.head
         adapted = isinstance(head, OutputHead) and next(head.projection.children(), None) is not None
         self._head_has_adapter = model is None and adapted
-        self._outside = [] if model is not None else [(p, p.detach().clone()) for p in trained_outside_adapters(policy)]
+        outside = {} if model is not None else trained_outside_adapters(policy)
+        self.outside: dict[str, tuple[nn.Parameter, Tensor]] = {
+            name: (weight, weight.detach().clone()) for name, weight in outside.items()
+        }
 
     @torch.no_grad()
     def snapshot(self, micro: MicroBatch) -> PolicySnapshot:
@@ -73,15 +77,15 @@ class Reference:
             yield
             return
         assert isinstance(self.policy, PeftModel)  # the reference of any other policy is a separate model
-        current = [parameter.data for parameter, _ in self._outside]
+        current = [parameter.data for parameter, _ in self.outside.values()]
         trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        for parameter, start in self._outside:
+        for parameter, start in self.outside.values():
             parameter.data = start.to(parameter.device)
         try:
             with disabled(self.policy) if self.adapter is None else activated(self.policy, self.adapter):
                 yield
         finally:
-            for (parameter, _), data in zip(self._outside, current, strict=True):
+            for (parameter, _), data in zip(self.outside.values(), current, strict=True):
                 parameter.data = data
             self.policy.requires_grad_(False)  # PEFT trains the complete adapter after it was disabled or replaced
             for parameter in trained:
@@ -95,6 +99,7 @@ def build_reference(
     *,
     ref_adapter_name: str | None,
     start: Tensor | None,
+    renewed: bool = False,
 ) -> Reference:
     """The reference by the first rule that applies.
 
@@ -104,7 +109,8 @@ def build_reference(
     4. The adapter that the trainer added is disabled. `start` are the logits of `probes.logits` before it was added, None
        if the policy came with its adapter.
     5. An adapter that the policy came with gets a frozen clone, so that the KL starts at 0. So does one whose
-       initialisation rewrote the base model (PiSSA, OLoRA): without it, the policy is not the model that was passed.
+       initialisation rewrote the base model (PiSSA, OLoRA): without it, the policy is not the model that was passed. So does
+       any adapter if the reference is `renewed` later.
 
     Raises ModelError for a new adapter with which the policy does not start as the model that was passed.
     """
@@ -134,7 +140,7 @@ def build_reference(
             )
         freeze_adapter(policy, ref_adapter_name)
         return Reference(policy, split_lm, adapter=ref_adapter_name)
-    if start is not None and _base_is(policy, start):
+    if start is not None and _base_is(policy, start) and not renewed:
         return Reference(policy, split_lm, is_start=True)
     clone_adapter(policy, policy.active_adapter, REFERENCE_ADAPTER)
     return Reference(policy, split_lm, adapter=REFERENCE_ADAPTER, is_start=True)
@@ -207,14 +213,14 @@ def freeze_adapter(policy: PeftModel, adapter: str) -> None:
             weight.requires_grad_(False)
 
 
-def trained_outside_adapters(policy: PreTrainedModel | PeftModel) -> list[nn.Parameter]:
-    """The trained parameters of a policy with adapters that belong to the base model."""
+def trained_outside_adapters(policy: PreTrainedModel | PeftModel) -> dict[str, nn.Parameter]:
+    """The trained parameters of a policy with adapters that belong to the base model, by their names."""
     adapters = policy.peft_config if isinstance(policy, PeftModel) else {}
-    return [
-        weight
+    return {
+        name: weight
         for name, weight in policy.named_parameters()
         if weight.requires_grad and not any(_belongs_to(name, adapter) for adapter in adapters)
-    ]
+    }
 
 
 def _belongs_to(name: str, adapter: str) -> bool:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from transformers.utils import logging
@@ -13,20 +11,17 @@ from transformers.utils import logging
 from ..advantages import ScorePosition
 from ..controllers import (
     CONTROLLERS,
-    AdaptiveKL,
     ControllerName,
-    FixedKL,
     LearningRateByKL,
-    ScheduledKL,
     build_controller,
 )
-from ..divergences import ESTIMATORS, KLEstimatorName, Placement, build_estimator, gradient_kind
-from ..errors import ConfigError, is_finite, out_of_range, shown
+from ..divergences import ESTIMATORS, KLEstimatorName, Placement, build_estimator
+from ..errors import ConfigError, is_finite, shown
 from ..options import COUNT, COUNT_OR_0, NOT_NEGATIVE, PER_TOKEN, POSITIVE, Range, check_options, inherited, option
-from ..rollout.generation_options import check_generation_kwargs
-from ..surrogates import SURROGATES, WITHOUT_RANGE, ClipRuleName, build_surrogate
+from ..surrogates import SURROGATES, ClipRuleName, build_surrogate
 from ..trl_compat import ppo_base
 from ..trl_compat.version import PPOConfig
+from . import config_checks
 from .losses import Aggregation, Penalties
 from .unsupported import reject_unsupported
 
@@ -80,6 +75,12 @@ class TrustKLPPOConfig(PPOConfig):
     kl_horizon: int = _anchor(
         10_000, "Horizon of the adaptive controller, in episodes.", unit="responses",
         range=Range("a positive number of episodes"))
+    sync_ref_model: bool = _anchor(
+        False, "Whether the reference is renewed every `ref_model_sync_steps` updates, as in TRL's GRPO; with PEFT, an adapter "
+        "that starts as the policy's is the reference, and is renewed.", off="False")
+    ref_model_mixup_alpha: float = _anchor(
+        0.6, "α of a renewal, θ_ref ← α·θ + (1 − α)·θ_ref.", unit="share", range=Range("in (0, 1]", lambda x: 0 < x <= 1))
+    ref_model_sync_steps: int = _anchor(512, "Updates from one renewal to the next.", unit="updates", range=COUNT)
 
     # -- the trust region: KL(π_old‖π) --------------------------------------------------------------------------------
     clip_rule: ClipRuleName = _trust(
@@ -159,6 +160,12 @@ class TrustKLPPOConfig(PPOConfig):
     dataset_num_proc: int | None = _run(*_trl("dataset_num_proc"), unit="processes", range=COUNT)
     local_rollout_forward_batch_size: int = _run(*_trl("local_rollout_forward_batch_size"), unit="prompts", range=COUNT)
     num_sample_generations: int = _run(*_trl("num_sample_generations"), unit="times", off="0")
+    log_completions: bool = _run(
+        False, "Whether the completions of an update are shown wherever metrics are logged: in a table in the terminal if rich "
+        "is installed, and in Weights & Biases or Trackio if `report_to` names them. completions.jsonl has them in any case.",
+        off="False")
+    num_completions_to_print: int | None = _run(
+        None, "How many of them are printed; None: all.", unit="completions", range=COUNT)
     response_length: int = _run(*_trl("response_length"), unit="tokens", range=COUNT)
     temperature: float = _run(
         *_trl("temperature"), unit="1", range=POSITIVE, fix="Near-greedy sampling is temperature=0.01.")
@@ -199,19 +206,15 @@ class TrustKLPPOConfig(PPOConfig):
     def __post_init__(self) -> None:
         reject_unsupported(self)
         check_options(self)
-        self._check_batch()
-        self._choose_best()
+        config_checks.check_batch(self)
+        config_checks.choose_best(self)
         try:
             super().__post_init__()
         except (ArithmeticError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"transformers rejects this configuration: {shown(error)}; see its TrainingArguments."
             ) from error
-        self._check_anchor()
-        self._check_controllers()
-        self._check_trust_region()
-        self._check_generation()
-        self._check_saving()
+        config_checks.check(self)
 
     # What the trainer reads, so that each option is interpreted in one place.
 
@@ -235,10 +238,10 @@ class TrustKLPPOConfig(PPOConfig):
         return self.max_grad_norm or None
 
     def build_kl_controller(self):
-        return self._controller("kl")
+        return self.build_controller("kl")
 
     def build_trust_controller(self):
-        return self._controller("trust")
+        return self.build_controller("trust")
 
     def build_lr_controller(self):
         """The controller of the factor on the learning rate; None if it is off."""
@@ -252,6 +255,10 @@ class TrustKLPPOConfig(PPOConfig):
     def build_kl_estimator(self):
         """(logp, ref_logp) -> [B, T]; None for `exact`, which is not estimated from samples."""
         return None if self.exact_anchor else build_estimator(self.kl_estimator, self.arguments("kl_estimator_kwargs"))
+
+    def renews_reference(self, update: int) -> bool:
+        """Whether the reference is renewed after this update, which is counted from 1."""
+        return self.sync_ref_model and update % self.ref_model_sync_steps == 0
 
     def build_penalties(self, anchor_coef: float, trust_coef: float) -> Penalties:
         """The KL terms of the loss, at the coefficients of the update."""
@@ -291,7 +298,8 @@ class TrustKLPPOConfig(PPOConfig):
         """A field that holds arguments, such as "clip_kwargs", as a dict; empty where it is None."""
         return getattr(self, name) or {}
 
-    def _controller(self, prefix: str):
+    def build_controller(self, prefix: str):
+        """The controller of `kl_coef` or `trust_coef`; `prefix`: "kl" or "trust"."""
         name = getattr(self, f"{prefix}_controller")
         kwargs = dict(getattr(self, f"{prefix}_controller_kwargs") or {})
         for key in ("coef", "target"):
@@ -301,100 +309,3 @@ class TrustKLPPOConfig(PPOConfig):
             kwargs.setdefault("horizon", self.kl_horizon)
         coef, target = getattr(self, f"{prefix}_coef"), getattr(self, f"{prefix}_target")
         return build_controller(name, coef=coef, target=target, field=prefix, **kwargs)
-
-    # Checks. Each error names the field, the value, what is valid and the fix.
-
-    def _check_batch(self) -> None:
-        local = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        if local % self.num_mini_batches:
-            raise ConfigError(
-                f"`num_mini_batches` got {self.num_mini_batches}; it must divide the batch of one process, "
-                f"per_device_train_batch_size × gradient_accumulation_steps = {self.per_device_train_batch_size} × "
-                f"{self.gradient_accumulation_steps} = {local}."
-            )
-
-    def _choose_best(self) -> None:
-        """Set `greater_is_better`; transformers would set it to True for 'kl' too, and keep the checkpoint with the largest."""
-        metric = self.metric_for_best_model
-        keeps_best = self.load_best_model_at_end or self.save_strategy == "best"
-        if keeps_best and metric in (None, "loss", "eval_loss"):
-            valid = "one that evaluate() gives: 'score', 'kl', 'length' or 'eos_rate'"
-            raise out_of_range("metric_for_best_model", metric, valid, "It decides which checkpoint is the best.")
-        if metric is not None and self.greater_is_better is None:
-            name = str(metric).rpartition("_")[2]  # "kl" of "eval_NAME_kl", where there are several evaluation sets
-            self.greater_is_better = {"score": True, "kl": False}.get(name)
-            if self.greater_is_better is None:
-                valid = f"True or False with metric_for_best_model={metric!r}"
-                raise out_of_range(
-                    "greater_is_better", None, valid, "Only 'score' (greater) and 'kl' (lower) have a default."
-                )
-
-    def _check_anchor(self) -> None:
-        if self.build_kl_estimator() is None and self.kl_estimator_kwargs:
-            raise ConfigError(f"`kl_estimator_kwargs` got {self.kl_estimator_kwargs}, but 'exact' takes no options.")
-        if self.anchored and gradient_kind(self.kl_estimator, self.kl_placement) == "zero":
-            raise ConfigError(
-                f"`kl_placement` got {self.kl_placement!r} with kl_estimator={self.kl_estimator!r}: the expected gradient of "
-                "that term is zero, so it would only add noise; use kl_placement='reward', or an estimator such as 'exact' or "
-                "'k3' with kl_placement='both'."
-            )
-        if self.kl_offpolicy and self.kl_placement == "reward":
-            raise ConfigError(
-                "`kl_offpolicy` got True with kl_placement='reward'; it weights a KL term in the loss: "
-                "choose kl_placement='loss' or 'both', or leave it False."
-            )
-
-    def _check_controllers(self) -> None:
-        for prefix in ("kl", "trust"):
-            name, target = getattr(self, f"{prefix}_controller"), getattr(self, f"{prefix}_target")
-            if isinstance(self._controller(prefix), (FixedKL, ScheduledKL)) and target is not None:
-                raise ConfigError(
-                    f"`{prefix}_target` got {target}, but {prefix}_controller={name!r} ignores it; "
-                    f"choose {prefix}_controller='adaptive', or leave {prefix}_target None."
-                )
-        self.check_horizons(self.per_device_train_batch_size * self.gradient_accumulation_steps)
-
-    def check_horizons(self, episodes: int) -> None:
-        """ConfigError if one update of `episodes` responses could change the sign of an adaptive coefficient."""
-        for prefix in ("kl", "trust"):
-            controller = self._controller(prefix)
-            if not isinstance(controller, AdaptiveKL) or controller.largest_change(episodes) < 1:
-                continue
-            plain = prefix == "kl" and "horizon" not in (self.kl_controller_kwargs or {})
-            raise out_of_range(
-                "kl_horizon" if plain else f"{prefix}_controller_kwargs['horizon']",
-                controller.horizon,
-                f"above {controller.clip * episodes:g}, clip × responses of an update = {controller.clip:g} × {episodes}",
-                "A few hundred suit a short run.",
-            )
-
-    def _check_trust_region(self) -> None:
-        self.build_surrogate()
-        if self.clip_rule in WITHOUT_RANGE and self.cliprange_high is not None:
-            raise ConfigError(
-                f"`cliprange_high` got {self.cliprange_high} with clip_rule={self.clip_rule!r}, which has no range; leave it "
-                "None."
-            )
-        if self.trust_max_kl is not None and self.measure_fraction != 1.0:
-            raise ConfigError(
-                f"`measure_fraction` got {self.measure_fraction}; it must be 1 with trust_max_kl={self.trust_max_kl}: "
-                "a guarantee needs the complete batch, not a subset."
-            )
-
-    def _check_generation(self) -> None:
-        if self.stop_token is not None and self.stop_token_id is not None:
-            raise ConfigError(
-                f"`stop_token` got {self.stop_token!r} and `stop_token_id` got {self.stop_token_id}; set only one of them."
-            )
-        check_generation_kwargs(self.arguments("generation_kwargs"))
-
-    def _check_saving(self) -> None:
-        folder = Path(self.output_dir)
-        in_the_way = [str(place) for place in (folder, *folder.parents) if os.path.isfile(place)]
-        if in_the_way or self.output_dir == "":
-            why = f"{in_the_way[0]} is a file." if in_the_way else "It has no name."
-            raise out_of_range("output_dir", self.output_dir, "a folder, or one that can be created", why)
-        if self.enable_jit_checkpoint:
-            # transformers' handler would replace ours for SIGTERM, and write checkpoints that may be incomplete.
-            logger.warning("`enable_jit_checkpoint` is ignored: this trainer saves on SIGTERM and Ctrl-C by itself.")
-            self.enable_jit_checkpoint: bool = False

@@ -16,7 +16,9 @@ from ..errors import ConfigError, RewardError, unknown_name
 from ..masking import masked_sum
 from ..parallel.processes import Processes
 from ..policy.probes import as_in_training
+from ..records import as_rows
 from ..rollout.prompts import Collator, prepare_datasets, prompt_texts
+from ..rollout.reward_log import free_name, means_of
 from ..rollout.sampling import ended
 from ..run.failure_handling import raised_on_all
 from ..types import Prompts, Scored
@@ -41,38 +43,52 @@ class Evaluator:
     def metrics(self, dataset: Dataset, prefix: str) -> dict[str, float]:
         """Means over the dataset, each behind `prefix`, and the seconds it took."""
         started = time.perf_counter()
-        rows = self.rows(dataset)
+        rows, logged = self._evaluated(self._batches(self.tokenized(dataset)))
+        rows = self.processes.gather_objects(rows)
         scores = [row["score"] for row in rows if not math.isnan(row["score"])]
         means = {key: sum(row[key] for row in rows) / len(rows) for key in ("kl", "length", "eos_rate")}
         found = {"score": sum(scores) / len(scores) if scores else math.nan, **means}
+        for name in sorted({name for row in rows for name in row["rewards"]}):
+            known = [row["rewards"][name] for row in rows if not math.isnan(row["rewards"].get(name, math.nan))]
+            found[f"rewards/{name}"] = sum(known) / len(known) if known else math.nan
+        for name, value in means_of(logged, self.processes).items():
+            found[free_name(name, found)] = value
         found["runtime"] = time.perf_counter() - started
         return {f"{prefix}_{key}": value for key, value in found.items()}
 
     def rows(self, dataset: Dataset) -> list[dict[str, Any]]:
         """One row for each prompt, from all processes."""
-        return self.processes.gather_objects(self._evaluated(self._batches(self.tokenized(dataset))))
+        rows, _ = self._evaluated(self._batches(self.tokenized(dataset)))
+        return self.processes.gather_objects(rows)
 
     def tokenized(self, dataset: Dataset) -> Dataset:
         """The dataset with token ids, made from its prompts if it has none."""
-        if "input_ids" not in dataset.column_names:
-            dataset, _ = prepare_datasets(dataset, None, self.models.tokenizer, self.models.token_limits, self.args)
-        return dataset
+        if "input_ids" in dataset.column_names:
+            return dataset
+        return prepare_datasets(dataset, None, self.models.tokenizer, self.models.token_limits, self.args)[0]
 
     def show(self, datasets: Dataset | dict[str, Dataset] | None, *, few: bool) -> None:
         """Print the main process's rows of each dataset; with `few`, only the first five."""
         for dataset in datasets.values() if isinstance(datasets, dict) else [datasets]:
             if dataset is not None:
-                rows = self._evaluated(islice(self._batches(dataset), 1 if few else None))
+                rows, _ = self._evaluated(islice(self._batches(dataset), 1 if few else None))
                 if self.processes.is_main:
                     print_samples(rows[:5] if few else rows)
 
-    def _evaluated(self, batches: Iterable[tuple[int, Prompts]]) -> list[dict[str, Any]]:
-        """This process's rows. The processes may have different numbers of batches, so an error is raised at the end."""
+    def _evaluated(
+        self, batches: Iterable[tuple[int, Prompts]]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, list[float]]]]:
+        """This process's rows, and the metrics that reward functions logged of each batch. The processes may have different
+        numbers of batches, so an error is raised at the end."""
         rows: list[dict[str, Any]] = []
+        metrics: list[dict[str, list[float]]] = []
         with raised_on_all(self.processes, RewardError):
             for place, prompts in batches:
-                rows += self._evaluate(prompts, place)
-        return rows
+                with as_in_training(self.models.trained):
+                    scored = self.score(prompts, place)
+                rows += self._rows(scored)
+                metrics.append(scored.logged.metrics)
+        return rows, metrics
 
     def _batches(self, dataset: Dataset) -> Iterator[tuple[int, Prompts]]:
         """This process's share of the prompts, in batches with their places."""
@@ -81,9 +97,7 @@ class Evaluator:
         for start in range(0, len(mine), size):
             yield start, self.collate([dataset[row] for row in mine[start : start + size]])
 
-    def _evaluate(self, prompts: Prompts, place: int) -> list[dict[str, Any]]:
-        with as_in_training(self.models.trained):
-            scored = self.score(prompts, place)
+    def _rows(self, scored: Scored) -> list[dict[str, Any]]:
         mask = scored.rollout.response_mask
         columns: dict[str, list[Any]] = {
             "prompt": prompt_texts(scored.rollout, self.models.tokenizer),
@@ -92,8 +106,10 @@ class Evaluator:
             "kl": masked_sum(scored.ref_kl, mask, dim=1).tolist(),
             "length": mask.sum(1).float().tolist(),
             "eos_rate": ended(scored.rollout, self.models.stop_ids).float().tolist(),
+            **scored.logged.columns,
         }
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        by_function = as_rows({name: each.tolist() for name, each in scored.rewards.items()}, len(scored.completions))
+        return [{**row, "rewards": rewards} for row, rewards in zip(as_rows(columns), by_function, strict=True)]
 
 
 def chosen_dataset(given: Any, own: Any) -> Any:

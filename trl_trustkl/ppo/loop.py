@@ -23,7 +23,16 @@ from ..policy.value_head import PolicyAndValue
 from ..records import BoundRecord
 from ..report import model_card
 from ..run import checkpoint_folder, rng
-from ..run.checkpointer import POLICY_FILE, RESUME_FILES, RNG_FILE, RUN_FILE, VALUE_FILE, Checkpointer, read_json
+from ..run.checkpointer import (
+    POLICY_FILE,
+    REFERENCE_FILE,
+    RESUME_FILES,
+    RNG_FILE,
+    RUN_FILE,
+    VALUE_FILE,
+    Checkpointer,
+    read_json,
+)
 from ..run.failure_handling import too_many_rejections
 from ..run.state import OnlineTrainerState, RunState, TransformersState
 from ..run.weights import TrainedWeights
@@ -35,6 +44,9 @@ from .setup import warn_of_sampler
 from .unsupported import reject_callbacks
 
 logger = logging.get_logger(__name__)
+
+_REQUESTS = ("should_training_stop", "should_log", "should_evaluate", "should_save")
+"""What a callback can request through transformers' TrainerControl."""
 
 
 class Trainer(Protocol):
@@ -158,12 +170,16 @@ class TrainingLoop:
         completions = recording.completion_rows(batch, parts, update=state.global_step)
         parts.recorder.write(record, completions, args=args, state=state, control=trainer.control)
         speed = (state.episode - self._episodes_before) / (time.perf_counter() - self._started)
+        metrics = recording.metrics(batch, stats, record, parts, speed=speed)
         parts.progress.add(
-            recording.metrics(batch, stats, record, parts, speed=speed),
+            recording.with_logged(metrics, batch, parts),
             loss=stats.total.policy_loss + args.vf_coef * stats.total.value_loss,
             rejected=record.refused is not None,
         )
+        if parts.renewal is not None and args.renews_reference(state.global_step):
+            parts.renewal.renew(args.ref_model_mixup_alpha)
         trainer.event("step_end")
+        self._agree_on_control()
         run_is_over = state.global_step >= state.max_steps or trainer.control.should_training_stop
         pass_is_over = run_is_over or state.global_step % parts.order.batches_per_pass == 0
         if pass_is_over:
@@ -179,8 +195,17 @@ class TrainingLoop:
             self._save_finished()
             raise too_many_rejections(count, args.max_refused, record.refused, self._folder())
 
+    def _agree_on_control(self) -> None:
+        """Do on every process what the callbacks of any process request. A process that evaluates, saves or ends alone would
+        wait for the others."""
+        control = self._trainer.control
+        requests = [getattr(control, name) for name in _REQUESTS]
+        for name, requested in zip(_REQUESTS, self._parts.processes.any_of(requests), strict=True):
+            setattr(control, name, requested)
+
     def _act_on_control(self) -> None:
         """Log, evaluate and save where a callback requested it."""
+        self._agree_on_control()
         trainer, control = self._trainer, self._trainer.control
         if control.should_log and trainer.state.global_step > self._parts.progress.logged_step:
             self._log()
@@ -190,6 +215,7 @@ class TrainingLoop:
                 better = trainer._determine_best_metric(metrics=metrics, trial=None)
                 if trainer.args.save_strategy == "best":
                     trainer.control.should_save = better
+            self._agree_on_control()
         if trainer.control.should_save:
             trainer._save_checkpoint(trainer.model, trial=None)
             trainer.event("save")
@@ -258,6 +284,10 @@ class TrainingLoop:
         readme = Path(args.output_dir) / model_card.README
         if not readme.exists() or model_card.has_section(readme):  # any other README is not ours to replace
             self._write_card()
+        if self.interrupted is None and (signal := self._parts.failures.signal()) is not None:
+            self.interrupted = signal  # received while the run was ending
+            if not args.load_best_model_at_end:  # whose weights are not those of the last update
+                self._save_finished()
         if self.interrupted is not None:
             raise Interrupted(self.interrupted)
         return TrainOutput(trainer.state.global_step, progress.last_loss, metrics)
@@ -293,6 +323,7 @@ class TrainingLoop:
         held = {
             POLICY_FILE: TrainedWeights(trainer.model.policy),
             VALUE_FILE: TrainedWeights(trainer.model.value),
+            REFERENCE_FILE: parts.renewal,
             TRAINER_STATE_NAME: TransformersState(trainer.state, self._exportable),
             OPTIMIZER_NAME: trainer.optimizer,
             SCHEDULER_NAME: trainer.lr_scheduler,

@@ -80,7 +80,12 @@ def prepare(
     if isinstance(ref_model, str):
         ref_model = loading.load_causal_lm(ref_model, init_kwargs if ref_model == model else elsewhere)
     reference = build_reference(
-        policy, trained.split_lm, ref_model, ref_adapter_name=args.ref_adapter_name, start=start
+        policy,
+        trained.split_lm,
+        ref_model,
+        ref_adapter_name=args.ref_adapter_name,
+        start=start,
+        renewed=args.sync_ref_model,
     )
     limits = token_limits(policy, {"ref_model": reference.model, "value_model": value, **token_readers(funcs)})
     train, evaluation = prepare_datasets(train, evaluation, tokenizer, limits, args)

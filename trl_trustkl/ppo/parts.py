@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from ..parallel.processes import Processes
 from ..policy.forward import ForwardPass
 from ..policy.quantization import is_quantized
+from ..policy.renewal import ReferenceRenewal
 from ..rollout.engine import RolloutEngine
 from ..rollout.prompts import Collator, PromptOrder
 from ..rollout.scorer import Scorer
@@ -80,6 +81,7 @@ class Parts:
         self.scoring = Scoring(
             args, models, processes, self.forward, self.scorer, self.failures, self.sizes.micro_batch
         )
+        self.renewal = ReferenceRenewal(models.reference) if args.sync_ref_model else None
         self.optimisation = Optimisation(args, models.trained, accelerator, processes)
         self.coefficients = Coefficients(args)
         self.attribution = Attribution(args, self.optimisation, self.coefficients, processes)

@@ -13,6 +13,7 @@ from ..divergences import k3
 from ..masking import masked_mean, masked_sum
 from ..records import BoundRecord
 from ..rollout.prompts import prompt_texts
+from ..rollout.reward_log import free_name, means_of
 from ..rollout.sampling import ended
 from ..types import Batch, Enforcement, Measurement, RolloutSummary, UpdateStats
 from .config import TrustKLPPOConfig
@@ -70,6 +71,7 @@ def record(
         enforcement=context.enforcement or Enforcement(measured.kl, scale=None, tries=0, limit=None),
         rescaled=parts.optimisation.rescales_gradients,
         counterfactual=context.counterfactual,
+        renewed=args.renews_reference(context.update + 1),
     )
 
 
@@ -99,17 +101,30 @@ def metrics(batch: Batch, stats: UpdateStats, record: BoundRecord, parts: Parts,
     }
 
 
+def with_logged(metrics: dict[str, Any], batch: Batch, parts: Parts) -> dict[str, Any]:
+    """The metrics, and those that reward functions logged."""
+    found = dict(metrics)
+    for name, value in means_of([batch.scored.logged.metrics], parts.processes).items():
+        found[free_name(name, found)] = value
+    return found
+
+
 def completion_rows(batch: Batch, parts: Parts, *, update: int) -> list[dict[str, Any]]:
-    """The rows of `completions.jsonl`; `ref_logp` is the reference's log-likelihood of the completion, in nats."""
+    """The rows of `completions.jsonl`, with the columns that reward functions logged; `ref_logp` is the reference's
+    log-likelihood of the completion, in nats."""
     scored = batch.scored
-    columns = (
-        prompt_texts(scored.rollout, parts.models.tokenizer),
-        scored.completions,
-        scored.scores.tolist(),
-        masked_sum(scored.ref_logp, scored.rollout.response_mask, dim=1).tolist(),
-    )
+    columns = {
+        "prompt": prompt_texts(scored.rollout, parts.models.tokenizer),
+        "completion": scored.completions,
+        "score": scored.scores.tolist(),
+        "ref_logp": masked_sum(scored.ref_logp, scored.rollout.response_mask, dim=1).tolist(),
+        **scored.logged.columns,
+    }
+    by_function = {name: rewards.tolist() for name, rewards in scored.rewards.items()}
     rows = [
-        {"update": update, "prompt": prompt, "completion": text, "score": score, "ref_logp": logp}
-        for prompt, text, score, logp in zip(*columns, strict=True)
+        {"update": update, **row, "rewards": rewards}
+        for row, rewards in zip(
+            records.as_rows(columns), records.as_rows(by_function, len(scored.completions)), strict=True
+        )
     ]
     return [records.as_dict(row) for row in parts.processes.gather_objects(rows)]

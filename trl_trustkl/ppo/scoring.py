@@ -20,7 +20,7 @@ from ..rollout.sampling import ended
 from ..rollout.scorer import Scorer
 from ..run import rng
 from ..run.failure_handling import FailureHandling
-from ..types import MicroBatch, PolicySnapshot, Rollout, Scored, UpdateContext
+from ..types import Logged, MicroBatch, PolicySnapshot, Rollout, Scored, UpdateContext
 from .config import TrustKLPPOConfig
 from .models import Models
 
@@ -69,7 +69,7 @@ class Scoring:
             self._checked_start = True
             if context.update == 0 and self.models.reference.is_start:
                 self._check_start(columns["ref_kl"], rollout.response_mask)
-        completions, scores, rewards = self._scores(rollout, context, state)
+        completions, scores, rewards, logged = self._scores(rollout, context, state)
         mask = rollout.response_mask & ~scores.isnan().unsqueeze(-1)
         value_mask = value_positions(mask, self.args.score_position)
         return Scored(
@@ -82,6 +82,7 @@ class Scoring:
             scores=scores,
             completions=completions,
             rewards=rewards,
+            logged=logged,
             ref_snapshots=ref_snapshots if self.args.anchor_in_loss and self.args.exact_anchor else None,
             **columns,
         )
@@ -113,9 +114,9 @@ class Scoring:
 
     def _scores(
         self, rollout: Rollout, context: UpdateContext, state: TrainerState
-    ) -> tuple[list[str], Tensor, dict[str, Tensor]]:
-        """The completions as text, their scores less `missing_eos_penalty`, NaN where no function gave a reward, and the
-        rewards of each function."""
+    ) -> tuple[list[str], Tensor, dict[str, Tensor], Logged]:
+        """The completions as text, their scores less `missing_eos_penalty`, NaN where no function gave a reward, the rewards
+        of each function, and what the functions logged."""
         ids = [row[mask].tolist() for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
         texts = self.models.tokenizer.batch_decode(ids, skip_special_tokens=True)
         prompts = prompt_texts(rollout, self.models.tokenizer)
@@ -134,4 +135,4 @@ class Scoring:
             name: none.new_tensor([torch.nan if reward is None else reward for reward in each])
             for name, each in by_function.items()
         }
-        return texts, scores, rewards
+        return texts, scores, rewards, Logged({}, {}) if found is None else found.logged

@@ -11,6 +11,7 @@ from ..controllers import AdaptiveKL
 from ..divergences import gradient_kind
 from ..records import BoundRecord
 from .config import TrustKLPPOConfig
+from .config_checks import check_horizons
 
 logger = logging.get_logger(__name__)
 
@@ -52,7 +53,7 @@ def set_batch_sizes(args: TrustKLPPOConfig, *, rows: int, processes: int) -> Bat
     args.local_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     args.micro_batch_size = args.per_device_train_batch_size * processes
     args.batch_size = args.local_batch_size * processes
-    args.check_horizons(args.batch_size)
+    check_horizons(args, args.batch_size)
     args.local_mini_batch_size = args.local_batch_size // args.num_mini_batches
     args.mini_batch_size = args.local_mini_batch_size * processes
     if args.total_episodes is None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import TrainOutput
 
 from ..callbacks.bound_report import BoundReportCallback, is_report, report_of, with_report
+from ..callbacks.completions import shown_completions
 from ..policy.loading import save_policy, trainable
 from ..policy.value_head import PolicyAndValue
 from ..records import BoundRecord
@@ -108,7 +109,8 @@ class TrustKLPPOTrainer(PPOTrainer):
         # The constructor of TRL's PPO trainer would build other models and another loop; this one calls its base's.
         super(PPOTrainer, self).__init__(
             model=ready.trained, args=args, data_collator=data_collator or collate_nothing, train_dataset=ready.train,
-            eval_dataset=ready.evaluation, processing_class=ready.tokenizer, callbacks=with_report(callbacks),
+            eval_dataset=ready.evaluation, processing_class=ready.tokenizer,
+            callbacks=[*with_report(callbacks), *shown_completions(args)],
             optimizers=optimizers,
         )  # fmt: skip
         reject_sharding(fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
@@ -275,8 +277,9 @@ class TrustKLPPOTrainer(PPOTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Sample a response to every prompt of the evaluation set, always with the same random numbers, without an effect on
-        those of training. Metrics, each behind `metric_key_prefix`: `score`; `kl`, the exact KL(π‖π_ref) in nats per
-        response; `length` in tokens; `eos_rate`."""
+        those of training. Metrics, each behind `metric_key_prefix`: `score`; `rewards/<name>`, the mean of each reward
+        function; `kl`, the exact KL(π‖π_ref) in nats per response; `length` in tokens; `eos_rate`; and what reward functions
+        log with `log_metric`."""
         dataset = chosen_dataset(eval_dataset, self.eval_dataset)
         if isinstance(dataset, dict):
             found = [self.evaluate(each, ignore_keys, f"{metric_key_prefix}_{name}") for name, each in dataset.items()]
@@ -288,7 +291,7 @@ class TrustKLPPOTrainer(PPOTrainer):
 
     def evaluate_completions(self, eval_dataset: Any = None) -> list[dict[str, Any]]:
         """Sample a response to every prompt, and return rows of `prompt`, `completion`, `score` (NaN where no function gave
-        one), `kl`, `length` and `eos_rate`, gathered from all processes."""
+        one), `kl`, `length`, `eos_rate`, `rewards` by function, and what these log with `log_extra`, from all processes."""
         return self.parts.evaluator.rows(one_dataset(eval_dataset, self.eval_dataset))
 
     def generate_completions(self, sampling: bool = False) -> None:

@@ -37,11 +37,11 @@ def reject_sharding(*, fsdp: Any, deepspeed: Any) -> None:
 def reject_callbacks(callbacks: Sequence[Any]) -> None:
     """Raise NotAvailableYetError for a callback of TRL that cannot work with this trainer."""
     reasons = {
-        "SyncRefModelCallback": "the reference is fixed for the entire run, and there is no `sync_ref_model`; remove it",
+        "SyncRefModelCallback": "set `sync_ref_model=True` instead, which works with adapters too and is saved in checkpoints",
         "BEMACallback": "it builds a second model of the class of `trainer.model`, which holds policy and value; remove it",
+        "SyncTeacherModelCallback": "it makes the teacher of TRL's trainers of self-distillation; remove it",
+        "PEFTAdapterEMACallback": "it makes the teacher of TRL's trainers of self-distillation; remove it",
     }
-    distillation = "it makes the teacher of TRL's trainers of self-distillation; remove it"
-    reasons |= {"SyncTeacherModelCallback": distillation, "PEFTAdapterEMACallback": distillation}
     for callback in callbacks:
         kinds = (kind.__name__ for kind in type(callback).__mro__ if kind.__module__.startswith("trl."))
         if (why := next((reasons[kind] for kind in kinds if kind in reasons), None)) is not None:

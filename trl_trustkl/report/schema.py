@@ -28,6 +28,10 @@ class Completion(NamedTuple):
     completion: Annotated[str, Meaning("Text, or a list of messages.")]
     score: Annotated[float | None, Meaning("Its score, or `null`.", "the reward's")]
     ref_logp: Annotated[float | None, Meaning("log π_ref(completion | prompt).", "nats/response")]
+    rewards: Annotated[
+        dict[str, float | None] | None,
+        Meaning("The reward of each function by its name; `null` where it gave none.", "the reward's"),
+    ] = None
 
 
 class Run(NamedTuple):

@@ -153,6 +153,8 @@ def anchor(run: Run) -> str:
     averaged = f"averaged {number(mean(kl))} nats per response {over}"
     if not np.isfinite(column(late, "anchor.kl_exact")).any():
         averaged += f" (an estimate, by {shortened(late[-1].anchor.estimator, 40)})"
+    if renewals := sum(bool(record.anchor.renewed) for record in run.records):
+        averaged += f" (to the reference as renewed, {count(renewals, 'time')} in the run)"
     coefs = column(run.records, "anchor.coef")
     if not np.isfinite(kl).any():
         return f"The KL to the reference is not on record{'; β was 0 throughout' if (coefs == 0).all() else ''}."

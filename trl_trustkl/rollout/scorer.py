@@ -8,30 +8,34 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import NonFiniteRewardError, RewardError
-from ..types import Rollout
+from ..types import Logged, Rollout
+from .reward_log import RewardLog, free_name
 from .rewards import LARGEST_REWARD, RewardModel, reward_name, rewards_of
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 _RESERVED = {
     *("prompt", "prompts", "completion", "completions", "completion_ids"),
-    *("input_ids", "attention_mask", "trainer_state"),
+    *("input_ids", "attention_mask", "trainer_state", "log_extra", "log_metric"),
 }
 """Columns of a dataset that are not passed to reward functions, which get other values by these names."""
 
 
 class Scores(NamedTuple):
     """by_function: the rewards of each function by its name, [B] numbers or None. total: their weighted sum [B] in
-    float32, NaN where every function returned None."""
+    float32, NaN where every function returned None. logged: what the functions logged."""
 
     by_function: dict[str, list[float | None]]
     total: Tensor
+    logged: Logged
 
 
 @dataclass
@@ -68,11 +72,17 @@ class Scorer:
         total = torch.zeros(len(completions), dtype=torch.float64)
         known = torch.zeros(len(completions), dtype=torch.bool)
         by_function: dict[str, list[float | None]] = {}
+        logged = Logged({}, {})
+
+        def attempt(func: Callable[..., Any] | RewardModel) -> tuple[list[float | None], RewardLog]:
+            log = RewardLog(len(completions))  # a failed attempt leaves nothing
+            given = {**keywords, "log_extra": log.log_extra, "log_metric": log.log_metric}
+            return rewards_of(func, rollout, prompts, completions, given, self.batch_size), log
+
         for func, weight in zip(self.funcs, self.weights, strict=True):
-            rewards = self._with_retries(
-                partial(rewards_of, func, rollout, prompts, completions, keywords, self.batch_size)
-            )
-            by_function[_free_name(reward_name(func), by_function)] = rewards
+            rewards, log = self._with_retries(partial(attempt, func))
+            log.add_to(logged)
+            by_function[free_name(reward_name(func), by_function)] = rewards
             values = torch.tensor([math.nan if r is None else r for r in rewards], dtype=torch.float64)
             total += weight * values.nan_to_num(0.0)
             known |= ~values.isnan()
@@ -81,9 +91,10 @@ class Scorer:
                 f"the weighted rewards (reward_weights={self.weights}) add up to {float(total[total.abs().argmax()]):g}, "
                 "which exceeds float32; scale the rewards or their weights down."
             )
-        return Scores(by_function, torch.where(known, total, math.nan).float().to(rollout.response_ids.device))
+        scores = torch.where(known, total, math.nan).float().to(rollout.response_ids.device)
+        return Scores(by_function, scores, logged)
 
-    def _with_retries(self, attempt: Callable[[], list[float | None]]) -> list[float | None]:
+    def _with_retries(self, attempt: Callable[[], Result]) -> Result:
         for number in range(self.retries):
             try:
                 return attempt()
@@ -93,9 +104,3 @@ class Scorer:
                 if self.wait(seconds):
                     raise
         return attempt()
-
-
-def _free_name(name: str, taken: dict[str, Any]) -> str:
-    """The name, with a number if another function has it already."""
-    names = (name if count == 1 else f"{name}_{count}" for count in range(1, len(taken) + 2))
-    return next(each for each in names if each not in taken)

@@ -1,10 +1,10 @@
 """Saving a run, and loading it to resume.
 
 Besides the policy as `save_model` writes it, a checkpoint holds: `policy.safetensors`, the trained weights that the model's
-files do not contain under their names in memory (all of an adapter, none of a plain model); `value.safetensors`; the states
-of optimizer, schedule and scaler in torch's format, read with `weights_only=True`; `rng.json`, `trustkl_state.json` and
-transformers' `trainer_state.json`; and a manifest. Nothing is unpickled: `training_args.bin`, which transformers' tools
-expect, is written and never read.
+files do not contain under their names in memory (all of an adapter, none of a plain model); `value.safetensors`;
+`reference.safetensors` if the reference is renewed; the states of optimizer, schedule and scaler in torch's format, read with
+`weights_only=True`; `rng.json`, `trustkl_state.json` and transformers' `trainer_state.json`; and a manifest. Nothing is
+unpickled: `training_args.bin`, which transformers' tools expect, is written and never read.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ logger = logging.get_logger(__name__)
 
 POLICY_FILE = "policy.safetensors"
 VALUE_FILE = "value.safetensors"
+REFERENCE_FILE = "reference.safetensors"
 RUN_FILE = "trustkl_state.json"
 RNG_FILE = "rng.json"
-RESUME_FILES = (OPTIMIZER_NAME, SCHEDULER_NAME, SCALER_NAME, RNG_FILE)
+RESUME_FILES = (REFERENCE_FILE, OPTIMIZER_NAME, SCHEDULER_NAME, SCALER_NAME, RNG_FILE)
 """Files that are needed only to resume a run, and that `save_only_model` leaves out."""
 
 

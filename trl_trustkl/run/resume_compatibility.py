@@ -24,7 +24,8 @@ HARMLESS = (
     "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics", "save_only_model",
     "save_strategy", "save_steps", "save_on_each_node", "save_total_limit", "enable_jit_checkpoint", "push_to_hub",
     "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision",
-    "load_best_model_at_end", "num_sample_generations", "debug", "skip_memory_metrics",
+    "load_best_model_at_end", "num_sample_generations", "log_completions",
+    "num_completions_to_print", "debug", "skip_memory_metrics",
     # memory, devices and workers, which change numbers only by rounding
     "torch_empty_cache_steps", "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
     "activation_checkpointing_kwargs", "bf16_full_eval", "fp16_full_eval", "use_cpu", "full_determinism",
