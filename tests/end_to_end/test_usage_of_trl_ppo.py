@@ -250,6 +250,14 @@ def test_a_sampled_pad_token_without_an_embedding_is_masked_for_the_models_that_
     assert len(records) == 3
 
 
+def test_tokens_beyond_the_policys_embedding_are_no_reason_to_reject_a_model(build):
+    given = scripted(PAD, PAD)
+    given["processing_class"].add_tokens(["more", "and more"])
+    trainer = build({"total_episodes": 4}, **given)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
 @pytest.mark.parametrize(
     ("argument", "said"), [("reward_model", "43 embeddings.*45 tokens"), ("value_model", "43 embeddings.*45 tokens")]
 )
