@@ -134,7 +134,7 @@ def test_nothing_holds_the_model_when_the_process_group_ends(place: Path, tmp_pa
         ({"dataset_name": None}, 2, "`dataset_name` got None and `datasets` []; give exactly one"),
         ({"dataset_train_split": "tran"}, 1, "`dataset_train_split` got 'tran'; the dataset has 'train'"),
         ({"eval_strategy": "steps", "eval_steps": 1}, 1, "`dataset_test_split` got 'test'; the dataset has 'train'"),
-        ({"dataset_streaming": True}, 2, "`dataset_streaming` got True"),
+        ({"dataset_streaming": True, "max_steps": -1}, 2, "`max_steps` got -1 with a `train_dataset` that is an Iterable"),
         ({"reward_funcs": None}, 2, "`reward_funcs` got nothing"),
         ({"reward_funcs": "no_such_module.f"}, 2, "there is no module 'no_such_module' to import"),
         ({"reward_funcs": "json.lods"}, 2, "'lods' does not exist"),

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from tests.cli.training import flags, run_main, settings, write_yaml
 from trl_trustkl.cli import train_inputs, train_options
@@ -51,6 +51,10 @@ def test_a_dataset_comes_from_a_file_or_a_folder(place: Path, tmp_path: Path, su
     train, test = train_inputs.load_datasets(train_options.parse(flags(run)))
     assert train["prompt"] == ["w1 w2", "w3"]
     assert (test is not None) == evaluates
+    run |= {"dataset_streaming": True, "max_steps": 2}
+    train, test = train_inputs.load_datasets(train_options.parse(flags(run)))
+    assert isinstance(train, IterableDataset) and [row["prompt"] for row in train] == ["w1 w2", "w3"]
+    assert isinstance(test, IterableDataset) == evaluates
 
 
 def test_a_mixture_of_datasets_comes_from_yaml(place: Path, tmp_path: Path) -> None:

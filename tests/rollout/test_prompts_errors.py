@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import transformers
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from tests import tiny
 from tests.messages import assert_says
@@ -26,7 +26,6 @@ def long_prompt(words: int) -> str:
         (Dataset.from_dict({"prompt": []}), ("is empty", "at least one row")),
         (Dataset.from_dict({"text": ["w1"] * 8}), ("['text']", "'prompt'", "'input_ids'")),
         ([{"prompt": "w1"}] * 8, ("got list", "datasets.Dataset")),
-        (Dataset.from_dict({"prompt": ["w1"] * 8}).to_iterable_dataset(), ("IterableDataset", "no length")),
         (Dataset.from_dict({"prompt": ["w1"] * 7 + [""]}), ("row 7", "no tokens", "''", "bos token")),
         (Dataset.from_dict({"prompt": [1] * 8}), ("row 0", "1", "text or a list of")),
         (Dataset.from_dict({"prompt": ["w1", None] * 4}), ("row 1", "None", "text or a list of")),
@@ -39,7 +38,7 @@ def long_prompt(words: int) -> str:
         (Dataset.from_dict({"input_ids": [[3] * 123] * 8}), ("row 0", "123 prompt tokens", "context of `model`, 128")),
     ],
     ids=[
-        "empty", "no usable column", "list", "streaming", "empty prompt", "number", "None", "no message", "no ids",
+        "empty", "no usable column", "list", "empty prompt", "number", "None", "no message", "no ids",
         "text too long", "ids too long",
     ],
 )  # fmt: skip
@@ -47,6 +46,12 @@ def test_a_dataset_that_cannot_be_used_is_named_with_the_row(tmp_path, which, da
     with pytest.raises(DataError) as error:
         tiny.trainer(tmp_path, **{which: dataset})
     assert_says(error, f"`{which}`", *pieces)
+
+
+def test_a_split_of_several_is_asked_for(tmp_path):
+    with pytest.raises(DataError) as error:
+        tiny.trainer(tmp_path, train_dataset=DatasetDict(train=tiny.prompts()))
+    assert_says(error, "`train_dataset` got DatasetDict", "one split", "dataset['train']")
 
 
 def test_the_longest_prompt_that_fits_the_context_is_accepted(tmp_path):

@@ -145,10 +145,10 @@ def test_a_token_that_a_reward_model_does_not_know_is_named_unless_it_only_pads(
     with pytest.raises(RewardError, match="the token 10, and the vocabulary of the reward model .* is 0 to 9"):
         rewards(RewardModel(model, None))
     model = tiny.scalar_model(tiny.llama(vocab_size=13))
-    expected = float(model(input_ids=torch.tensor([[6, 7, 12]])).logits)  # the last row without its last token, 13
+    expected = model(input_ids=torch.tensor([[6, 7, 12]])).logits.item()  # the last row without its last token, 13
     assert rewards(RewardModel(model, None, padding_id=13))[2] == pytest.approx(expected, abs=1e-5)
     model = tiny.scalar_model(tiny.llama(vocab_size=14))
-    expected = float(model(input_ids=torch.tensor([[6, 7, 12, 13]])).logits)
+    expected = model(input_ids=torch.tensor([[6, 7, 12, 13]])).logits.item()
     assert rewards(RewardModel(model, None, padding_id=13))[2] == pytest.approx(expected, abs=1e-5)
 
 

@@ -51,7 +51,7 @@ _SCRIPT_FIELDS = {each.name for each in (*fields(ScriptArguments), *fields(Datas
 _TRAINING_FIELDS = {each.name for each in fields(TrainingArguments)}
 _GROUPS = {each.name: about(each).group for each in fields(TrustKLPPOConfig)}
 # Fields that TRL's PPO trainer computes, that only TRL's scripts read, or that only accept their default here.
-_HIDDEN = {"ignore_bias_buffers", "exp_name", "dataset_streaming", "streaming"} | {
+_HIDDEN = {"ignore_bias_buffers", "exp_name"} | {
     name for name, group in _GROUPS.items() if not group and name not in _TRAINING_FIELDS
 }
 

@@ -14,19 +14,20 @@ from trl import get_dataset, get_peft_config, get_quantization_config
 from ..errors import DataError, ModelError, TrustKLError
 from ..import_paths import load_function
 from ..policy.loading import of_other_repository, of_tokenizer
+from ..rollout.prompts import AnyDataset
 from .train_options import Options
 
 VALID = "package.module.function, path/to/file.py:function, or the name or folder of a reward model"
 _FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def load_datasets(options: Options) -> tuple[Dataset, Dataset | None]:
+def load_datasets(options: Options) -> tuple[AnyDataset, AnyDataset | None]:
     """The training split, and the test split if the run evaluates. DataError for missing data or a missing split."""
     script = options.script
     with _as_error(DataError, "dataset_name", script.dataset_name or "datasets"):
         splits = get_dataset(options.mixture) if options.mixture.datasets else _splits(script)
 
-    def split(field: str) -> Dataset:
+    def split(field: str) -> AnyDataset:
         name = getattr(script, field)
         if name not in splits:
             raise DataError(
@@ -45,12 +46,14 @@ def _splits(script: Any) -> Any:
     if path.suffix in _FILES:
         if not path.is_file():
             raise DataError(f"`dataset_name` got {script.dataset_name!r}; there is no such file.")
-        return load_dataset(_FILES[path.suffix], data_files=str(path))
-    if (path / "dataset_dict.json").is_file():
-        return load_from_disk(str(path))
-    if (path / "state.json").is_file():
-        return {"train": load_from_disk(str(path))}
-    return load_dataset(script.dataset_name, name=script.dataset_config)
+        return load_dataset(_FILES[path.suffix], data_files=str(path), streaming=script.dataset_streaming)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        saved = load_from_disk(str(path))
+        splits = {"train": saved} if isinstance(saved, Dataset) else dict(saved)
+        return {
+            name: split.to_iterable_dataset() if script.dataset_streaming else split for name, split in splits.items()
+        }
+    return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
 
 
 def load_models(options: Options) -> dict[str, Any]:

@@ -105,10 +105,6 @@ def _check(options: Options) -> None:
             f"`dataset_name` got {script.dataset_name!r} and `datasets` {mixture.datasets!r}; give exactly one: a name, a "
             "folder or a file of prompts, or a mixture of datasets in the YAML file."
         )
-    if script.dataset_streaming or mixture.streaming:
-        raise ConfigError(
-            "`dataset_streaming` got True; the order of prompts needs a dataset with a length: leave it out."
-        )
     if not script.reward_funcs and not script.reward_model_name_or_path:
         raise ConfigError(
             "`reward_funcs` got nothing; give package.module.function, file.py:function, or a reward model's name."

@@ -80,8 +80,16 @@ def load_tokenizer(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedT
 
 
 def load_scalar_model(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedModel:
-    """A reward or value model: a sequence classifier with one label."""
-    return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **(init_kwargs or {}))
+    """A reward or value model: a sequence classifier with one label. ModelError for one that was saved with several."""
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **(init_kwargs or {}))
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise ModelError(
+            f"{name!r} cannot be loaded as a sequence classifier with one label: {error}. Use a model with num_labels=1; as a "
+            "reward, a classifier with several labels can be called by a function that returns the logit to use."
+        ) from error
 
 
 def save_policy(

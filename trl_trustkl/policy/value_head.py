@@ -50,6 +50,11 @@ class ValueModel(Module):
                 f"`value_model` is a {type(base).__name__}; it must be a sequence classifier with one label, such as "
                 "AutoModelForSequenceClassification.from_pretrained(name, num_labels=1), or None for a value head."
             )
+        if (labels := getattr(base.config, "num_labels", 1)) != 1:
+            raise ModelError(
+                f"`value_model` has {labels} labels; it must have 1: AutoModelForSequenceClassification.from_pretrained(name, "
+                "num_labels=1)."
+            )
         known = backbone.get_input_embeddings().weight.shape[0]
         self._known = known if known < vocab_size else None
         if known < vocab_size and not known == padding_id == vocab_size - 1:

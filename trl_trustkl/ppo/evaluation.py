@@ -17,7 +17,7 @@ from ..masking import masked_sum
 from ..parallel.processes import Processes
 from ..policy.probes import as_in_training
 from ..records import as_rows
-from ..rollout.prompts import Collator, prepare_datasets, prompt_texts
+from ..rollout.prompts import Collator, prepare_dataset, prompt_texts
 from ..rollout.reward_log import free_name, means_of
 from ..rollout.sampling import ended
 from ..run.failure_handling import raised_on_all
@@ -63,9 +63,9 @@ class Evaluator:
 
     def tokenized(self, dataset: Dataset) -> Dataset:
         """The dataset with token ids, made from its prompts if it has none."""
-        if "input_ids" in dataset.column_names:
+        if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
             return dataset
-        return prepare_datasets(dataset, None, self.models.tokenizer, self.models.token_limits, self.args)[0]
+        return prepare_dataset(dataset, "eval_dataset", self.models.tokenizer, self.models.token_limits, self.args)
 
     def show(self, datasets: Dataset | dict[str, Dataset] | None, *, few: bool) -> None:
         """Print the main process's rows of each dataset; with `few`, only the first five."""

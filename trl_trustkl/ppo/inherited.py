@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -49,7 +49,9 @@ def reject_trial(trial: Any) -> None:
         )
 
 
-def prompt_loader(dataset: Dataset, collator: Collator, batch_size: int, *, drop_last: bool = False) -> PromptLoader:
+def prompt_loader(
+    dataset: Dataset | IterableDataset, collator: Collator, batch_size: int, *, drop_last: bool = False
+) -> PromptLoader:
     """The prompts in the dataset's order, padded on the left."""
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:

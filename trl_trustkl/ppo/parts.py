@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from accelerate import Accelerator
+from datasets import IterableDataset
 
 from ..parallel.processes import Processes
 from ..policy.forward import ForwardPass
 from ..policy.quantization import is_quantized
 from ..policy.renewal import ReferenceRenewal
 from ..rollout.engine import RolloutEngine
+from ..rollout.prompt_stream import StreamOrder
 from ..rollout.prompts import Collator, PromptOrder
 from ..rollout.scorer import Scorer
 from ..rollout.transformers_engine import TransformersEngine
@@ -58,12 +60,18 @@ class Parts:
         warn_of_gradient(args)
         self.models = models
         self.processes = processes = Processes(accelerator)
-        self.sizes = set_batch_sizes(args, rows=len(models.train), processes=processes.count)
+        self.stream = models.stream
+        rows = None if isinstance(models.train, IterableDataset) else len(models.train)
+        self.sizes = set_batch_sizes(args, rows=rows, processes=processes.count)
         warn_of_horizons(args, self.sizes)
         for model in (models.reference.model, *(getattr(func, "model", None) for func in models.reward_funcs)):
             if model is not None and not is_quantized(model):  # a quantized model is on its device already
                 model.to(processes.device)
-        self.order = PromptOrder(len(models.train), self.sizes.batch, args.seed)
+        self.order = (
+            StreamOrder(self.sizes.batch, self.sizes.updates)
+            if rows is None
+            else PromptOrder(rows, self.sizes.batch, args.seed)
+        )
         self.collate = Collator(data_collator, models.tokenizer.pad_token_id, processes.device)
         self.engine: RolloutEngine = TransformersEngine(
             models.trained.policy, response_length=args.response_length, temperature=args.temperature,
@@ -89,4 +97,4 @@ class Parts:
         self.evaluator = Evaluator(args, models, processes, self.collate, score_held_out)
         self.recorder = Recorder(callbacks, processes)
         self.progress = Progress()
-        self.settings = RunSettings(args, setup_of(models.trained, rows=len(models.train), processes=processes.count))
+        self.settings = RunSettings(args, setup_of(models.trained, rows=rows, processes=processes.count))

@@ -45,9 +45,9 @@ class BatchSizes(NamedTuple):
     micro_batch: int
 
 
-def set_batch_sizes(args: TrustKLPPOConfig, *, rows: int, processes: int) -> BatchSizes:
-    """Set the fields of `args` that follow from others, from the rows of the dataset and the number of processes. A warning
-    names those that were given another value."""
+def set_batch_sizes(args: TrustKLPPOConfig, *, rows: int | None, processes: int) -> BatchSizes:
+    """Set the fields of `args` that follow from others, from the rows of the dataset (None for a stream) and the number of
+    processes. A warning names those that were given another value."""
     given = {name: getattr(args, name) for name in _COMPUTED}
     args.world_size = processes
     args.local_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -57,7 +57,9 @@ def set_batch_sizes(args: TrustKLPPOConfig, *, rows: int, processes: int) -> Bat
     args.local_mini_batch_size = args.local_batch_size // args.num_mini_batches
     args.mini_batch_size = args.local_mini_batch_size * processes
     if args.total_episodes is None:
-        args.total_episodes = math.ceil(args.num_train_epochs * rows)
+        args.total_episodes = (
+            args.max_steps * args.batch_size if rows is None else math.ceil(args.num_train_epochs * rows)
+        )
     args.num_total_batches = args.max_steps if args.max_steps > 0 else math.ceil(args.total_episodes / args.batch_size)
     for name, value in given.items():
         if value not in (None, getattr(args, name)):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -22,14 +22,15 @@ from transformers.trainer_utils import TrainOutput
 
 from ..callbacks.bound_report import BoundReportCallback, is_report, report_of, with_report
 from ..callbacks.completions import shown_completions
+from ..errors import DataError
 from ..policy.loading import save_policy, trainable
 from ..policy.value_head import PolicyAndValue
 from ..records import BoundRecord
 from ..report import model_card
-from ..rollout.prompts import collate_nothing
+from ..rollout.prompts import AnyDataset, collate_nothing
 from ..rollout.rewards import RewardFunc, RewardModel
 from ..rollout.sampling import sample
-from ..run.failure_handling import reject
+from ..run.failure_handling import raised_on_all, reject
 from ..run.state import OnlineTrainerState
 from ..trl_compat.version import PPOTrainer
 from ..trust.measurement import measure
@@ -56,6 +57,7 @@ class TrustKLPPOTrainer(PPOTrainer):
             came with, or, in full fine-tuning, a frozen copy of the model.
         reward_model: one reward model, as TRL's argument; it reads the policy's token ids.
         train_dataset: columns `prompt` (text or messages) or `input_ids`; all columns are passed to the reward functions.
+            An IterableDataset is read in a shuffled order, from its start again when it ends, and needs `max_steps`.
         value_model: a sequence classifier with one label, full or PEFT; None: a linear head on the policy's hidden states.
         data_collator: as in TRL; makes `input_ids` (and `attention_mask`) from dataset rows.
         eval_dataset: the dataset for `evaluate()`, or a dict of datasets.
@@ -88,10 +90,10 @@ class TrustKLPPOTrainer(PPOTrainer):
         model: str | PreTrainedModel | PeftModel | None = None,
         ref_model: str | nn.Module | None = None,
         reward_model: nn.Module | None = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
         value_model: str | nn.Module | None = None,
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         callbacks: list[TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
@@ -132,7 +134,7 @@ class TrustKLPPOTrainer(PPOTrainer):
 
         Raises:
             CheckpointError, ConfigError: the checkpoint is not complete, or was saved under other settings.
-            RewardError: a reward function failed; the last finished update is saved.
+            RewardError, DataError: a reward function failed, or a row of a stream; the last finished update is saved.
             RefusedError: `max_refused` updates in a row were rolled back; the state before them is saved.
             SaveError: a checkpoint or a record could not be written; the last complete checkpoint is kept.
         """
@@ -148,7 +150,10 @@ class TrustKLPPOTrainer(PPOTrainer):
         """This process's prompts for the next update."""
         rows, local = self.parts.order.rows(self.state.global_step), self.parts.sizes.local
         mine = rows[self.parts.processes.index * local :][:local]
-        return self.parts.collate([self.train_dataset[row] for row in mine])
+        with raised_on_all(self.parts.processes, DataError):
+            dataset = self.parts.stream or self.train_dataset
+            prompts = self.parts.collate([dataset[row] for row in mine])
+        return prompts
 
     def rollout(self, prompts: Prompts) -> Rollout:
         """Sample a response to each prompt from the policy."""
@@ -221,7 +226,9 @@ class TrustKLPPOTrainer(PPOTrainer):
     @property
     def dataloader(self) -> PromptLoader:
         """The training prompts, by the batch of one process; TRL's name. The run draws its batches from `next_prompts`."""
-        return prompt_loader(self.train_dataset, self.parts.collate, self.parts.sizes.local, drop_last=True)
+        stream = self.parts.stream
+        rows = self.train_dataset if stream is None else self.train_dataset.map(stream.prepare, with_indices=True)
+        return prompt_loader(rows, self.parts.collate, self.parts.sizes.local, drop_last=True)
 
     @property
     def eval_dataloader(self) -> PromptLoader:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import compress, repeat
-from typing import Any, NamedTuple
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple, TypeAlias
+from uuid import uuid4
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from datasets.config import HF_DATASETS_CACHE
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -18,8 +24,11 @@ from ..errors import ConfigError, DataError, shown
 from ..run.rng import generator
 from ..types import Prompts, Rollout
 from .chat_template import check_template_kwargs, is_chat, is_message, render, template_kwargs_of, tools_of, unread_part
+from .prompt_stream import rows_of_stream
 
 logger = logging.get_logger(__name__)
+
+AnyDataset: TypeAlias = Dataset | IterableDataset
 
 IDS = "input_ids"
 
@@ -40,12 +49,41 @@ def tokenize_prompts(
     """
     if not isinstance(dataset, Dataset):
         raise DataError(
-            f"`{name}` got {type(dataset).__name__}; it must be a datasets.Dataset: one split of a DatasetDict, such as "
-            "dataset['train'], and not a streaming dataset, which has no length."
+            f"`{name}` got {type(dataset).__name__}; it must be a datasets.Dataset or IterableDataset: one split of a "
+            "DatasetDict, such as dataset['train']."
         )
     if len(dataset) == 0:
         raise DataError(f"`{name}` is empty; it must have at least one row with a prompt.")
     columns = dataset.column_names
+    if not _has_prompts(columns, name, template_kwargs):
+        return dataset
+
+    def encode(row: dict[str, Any], index: int) -> dict[str, list[int]]:
+        return {IDS: _ids_of(row, f"`{name}` row {index}", tokenizer, template_kwargs)}
+
+    if "attention_mask" in columns:  # it belongs to other token ids
+        dataset = dataset.remove_columns("attention_mask")
+    return dataset.map(
+        encode, with_indices=True, num_proc=num_proc, desc=f"Tokenizing {name}", cache_file_name=_cache_file(dataset)
+    )
+
+
+def prepare_row(
+    row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, limits: TokenLimits, args: Any
+) -> dict[str, Any]:
+    """A row of a stream of training prompts, with token ids, checked as `prepare_datasets` checks those of a dataset."""
+    name, where = "train_dataset", f"`train_dataset` row {index}"
+    template_kwargs = getattr(args, "chat_template_kwargs", None)
+    check_template_kwargs(template_kwargs or {}, tokenizer, "`chat_template_kwargs`")
+    if _has_prompts(list(row), name, template_kwargs):
+        row = {key: value for key, value in row.items() if key != "attention_mask"}
+        row[IDS] = _ids_of(row, where, tokenizer, template_kwargs)
+    _check_prompt(row, where, limits, args.response_length)
+    return row
+
+
+def _has_prompts(columns: list[str], name: str, template_kwargs: Mapping[str, Any] | None) -> bool:
+    """Whether the rows have a prompt to tokenize; False for token ids. DataError for columns that this trainer cannot use."""
     if images := [column for column in ("image", "images") if column in columns]:
         raise DataError(
             f"`{name}` has the column {images[0]!r}, and this trainer passes no images to the policy; train on prompts of "
@@ -54,21 +92,36 @@ def tokenize_prompts(
     if "prompt" not in columns:
         if IDS in columns:
             _check_unused(template_kwargs, f"`{name}` has token ids")
-            return dataset
+            return False
         raise DataError(f"`{name}` has the columns {columns}; it must have 'prompt' (text or messages) or 'input_ids'.")
+    return True
 
-    def encode(row: dict[str, Any], index: int) -> dict[str, list[int]]:
-        where = f"`{name}` row {index}"
-        if not is_chat(row["prompt"]):
-            _check_unused(template_kwargs, f"{where} is text")
-            return {IDS: encode_prompt(row["prompt"], tokenizer, where=where)}
-        kwargs = template_kwargs_of(row, tokenizer, template_kwargs, where)
-        tools = tools_of(row, where)
-        return {IDS: encode_prompt(row["prompt"], tokenizer, where=where, tools=tools, template_kwargs=kwargs)}
 
-    if "attention_mask" in columns:  # it belongs to other token ids
-        dataset = dataset.remove_columns("attention_mask")
-    return dataset.map(encode, with_indices=True, num_proc=num_proc, desc=f"Tokenizing {name}")
+def _ids_of(
+    row: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None
+) -> list[int]:
+    """The token ids of a row's prompt."""
+    if not is_chat(row["prompt"]):
+        _check_unused(template_kwargs, f"{where} is text")
+        return encode_prompt(row["prompt"], tokenizer, where=where)
+    kwargs = template_kwargs_of(row, tokenizer, template_kwargs, where)
+    return encode_prompt(row["prompt"], tokenizer, where=where, tools=tools_of(row, where), template_kwargs=kwargs)
+
+
+def _cache_file(dataset: Dataset) -> str | None:
+    """Where the token ids are cached; None for the place that datasets chooses. Nothing is written beside the user's own files,
+    as in a folder from `save_to_disk`, or into a folder that is not writable: a temporary file is used instead."""
+    folders = {Path(file["filename"]).resolve().parent for file in dataset.cache_files}
+    own = Path(HF_DATASETS_CACHE).resolve()
+    if all(own in (folder, *folder.parents) and os.access(folder, os.W_OK) for folder in folders):
+        return None
+    return str(Path(_temporary_folder().name) / f"{uuid4().hex}.arrow")
+
+
+@cache
+def _temporary_folder() -> TemporaryDirectory[str]:
+    """A folder that is removed when Python ends."""
+    return TemporaryDirectory(prefix="trl_trustkl-")
 
 
 def _check_unused(template_kwargs: Mapping[str, Any] | None, why: str) -> None:
@@ -196,57 +249,71 @@ def context_length(model: PreTrainedModel | PeftModel) -> float:
 
 
 def prepare_datasets(
-    train: Dataset,
-    evaluation: Dataset | dict[str, Dataset] | None,
+    train: Dataset | IterableDataset,
+    evaluation: AnyDataset | dict[str, AnyDataset] | None,
     tokenizer: PreTrainedTokenizerBase,
     limits: TokenLimits,
     args: Any,
-) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
-    """Both datasets with token ids, checked against `limits`."""
+) -> tuple[Dataset | IterableDataset, Dataset | dict[str, Dataset] | None]:
+    """Both datasets with token ids, checked against `limits`; a stream for training as it is."""
+    held_out: Dataset | dict[str, Dataset] | None = None
+    if isinstance(evaluation, dict):
+        held_out = {
+            key: prepare_dataset(dataset, f"eval_dataset[{key!r}]", tokenizer, limits, args)
+            for key, dataset in evaluation.items()
+        }
+    elif evaluation is not None:
+        held_out = prepare_dataset(evaluation, "eval_dataset", tokenizer, limits, args)
+    if isinstance(train, IterableDataset):
+        return train, held_out
+    return prepare_dataset(train, "train_dataset", tokenizer, limits, args), held_out
+
+
+def prepare_dataset(
+    dataset: AnyDataset, name: str, tokenizer: PreTrainedTokenizerBase, limits: TokenLimits, args: Any
+) -> Dataset:
+    """The dataset with token ids, checked against `limits`; the rows of a stream are read into memory."""
     template_kwargs = getattr(args, "chat_template_kwargs", None)
     check_template_kwargs(template_kwargs or {}, tokenizer, "`chat_template_kwargs`")
-
-    def prepare(dataset: Dataset, name: str) -> Dataset:
-        dataset = tokenize_prompts(
-            dataset, tokenizer, name=name, num_proc=args.dataset_num_proc, template_kwargs=template_kwargs
-        )
-        check_prompts(dataset, limits, args.response_length, name=name)
-        if "prompt" not in dataset.column_names:
-            warn_of_special_tokens(dataset, tokenizer, name=name)
-        return dataset
-
-    if isinstance(evaluation, dict):
-        evaluation = {key: prepare(dataset, f"eval_dataset[{key!r}]") for key, dataset in evaluation.items()}
-    elif evaluation is not None:
-        evaluation = prepare(evaluation, "eval_dataset")
-    return prepare(train, "train_dataset"), evaluation
+    if isinstance(dataset, IterableDataset):
+        dataset = Dataset.from_list(rows_of_stream(dataset, name))
+    dataset = tokenize_prompts(
+        dataset, tokenizer, name=name, num_proc=args.dataset_num_proc, template_kwargs=template_kwargs
+    )
+    check_prompts(dataset, limits, args.response_length, name=name)
+    if "prompt" not in dataset.column_names:
+        warn_of_special_tokens(dataset, tokenizer, name=name)
+    return dataset
 
 
 def check_prompts(dataset: Dataset, limits: TokenLimits, response_length: int, *, name: str) -> None:
     """Raise DataError for a prompt that is empty, has unknown tokens, or leaves no room for the response in a context."""
-    masked = "attention_mask" in dataset.column_names
-    masks = dataset["attention_mask"] if masked else [None] * len(dataset)
-    for index, (row, row_mask) in enumerate(zip(dataset[IDS], masks, strict=True)):
-        where = f"`{name}` row {index}"
-        ids = _integers(row, f"{where}, 'input_ids'")
-        mask = _integers(row_mask, f"{where}, 'attention_mask'") if masked else [1] * len(ids)
-        if len(mask) != len(ids) or not {0, 1}.issuperset(mask):
-            raise DataError(
-                f"{where} has the attention_mask {shown(mask)} for {len(ids)} tokens; it must be 0 or 1 for each."
-            )
-        if not any(mask):
-            raise DataError(f"{where} has no token in 'input_ids'; every prompt needs at least one.")
-        ids = list(compress(ids, mask))
-        if (unknown := next((token for token in ids if not 0 <= token < limits.vocabulary), None)) is not None:
-            raise DataError(
-                f"{where} has the token id {unknown}; the model's vocabulary is 0 to {limits.vocabulary - 1}: tokenize the "
-                "dataset with the model's tokenizer."
-            )
-        if len(ids) + response_length > limits.context:
-            raise DataError(
-                f"{where} has {len(ids)} prompt tokens; with response_length={response_length} that is more than the context "
-                f"of `{limits.model}`, {limits.context}: shorten or drop the prompt, or lower response_length."
-            )
+    columns = [name for name in (IDS, "attention_mask") if name in dataset.column_names]
+    for index, row in enumerate(dataset.select_columns(columns)):
+        _check_prompt(row, f"`{name}` row {index}", limits, response_length)
+
+
+def _check_prompt(row: dict[str, Any], where: str, limits: TokenLimits, response_length: int) -> None:
+    ids = _integers(row[IDS], f"{where}, 'input_ids'")
+    masked = "attention_mask" in row
+    mask = _integers(row["attention_mask"], f"{where}, 'attention_mask'") if masked else [1] * len(ids)
+    if len(mask) != len(ids) or not {0, 1}.issuperset(mask):
+        raise DataError(
+            f"{where} has the attention_mask {shown(mask)} for {len(ids)} tokens; it must be 0 or 1 for each."
+        )
+    if not any(mask):
+        raise DataError(f"{where} has no token in 'input_ids'; every prompt needs at least one.")
+    ids = list(compress(ids, mask))
+    if (unknown := next((token for token in ids if not 0 <= token < limits.vocabulary), None)) is not None:
+        raise DataError(
+            f"{where} has the token id {unknown}; the model's vocabulary is 0 to {limits.vocabulary - 1}: tokenize the "
+            "dataset with the model's tokenizer."
+        )
+    if len(ids) + response_length > limits.context:
+        raise DataError(
+            f"{where} has {len(ids)} prompt tokens; with response_length={response_length} that is more than the context "
+            f"of `{limits.model}`, {limits.context}: shorten or drop the prompt, or lower response_length."
+        )
 
 
 def _integers(values: Any, where: str) -> list[int]:

@@ -162,10 +162,27 @@ def _as_reward(
     if not isinstance(func, nn.Module):
         return func
     model: Any = func  # of transformers, or any module that behaves like one
+    kind = type(model).__name__
+    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
+        raise ConfigError(
+            f"`reward_funcs` got a {kind}, which is a module of torch and no model of transformers; give a function that calls "
+            "it: def reward(prompts, completions, **columns) -> list of numbers."
+        )
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not hasattr(base, "score") and getattr(base, "can_generate", bool)():
+        raise ConfigError(
+            f"`reward_funcs` got a {type(base).__name__}, which generates text and gives no score; a reward model is a "
+            "sequence classifier with one label (num_labels=1). To score with a language model, give a function."
+        )
     if (labels := getattr(getattr(model, "config", None), "num_labels", 1)) != 1:
         raise ConfigError(
-            f"`reward_funcs` got a {type(model).__name__} with {labels} labels; a reward model has 1 (num_labels=1). For a "
+            f"`reward_funcs` got a {kind} with {labels} labels; a reward model has 1 (num_labels=1). For a "
             "classifier with several, give a function that returns the logit or probability to use as the reward."
+        )
+    if tokenizer is None and not (hasattr(base, "score") and hasattr(base, getattr(base, "base_model_prefix", ""))):
+        raise ConfigError(
+            f"`reward_processing_classes` got None for a {type(base).__name__}, which cannot read the policy's token ids; give "
+            "the model's own tokenizer, and it reads the text."
         )
     needed = vocab_size - (padding_id == vocab_size - 1)
     if tokenizer is None and (known := model.get_input_embeddings().weight.shape[0]) < needed:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from transformers.utils import logging
 
-from ..errors import NonFiniteRewardError, RefusedError, RewardError
+from ..errors import DataError, NonFiniteRewardError, RefusedError, RewardError
 from ..parallel.processes import Processes
 from ..types import UpdateContext
 from .signals import Overdue, StopRequest
@@ -55,13 +55,13 @@ class FailureHandling:
         Args:
             finished: whether the update had ended; an error then comes from what ran after it.
             roll_back: rolls the update back.
-            save: saves the last finished update; called before the error of a reward function is raised.
+            save: saves the last finished update; called before the error of a reward function, or of the data, is raised.
         """
         try:
             yield
         except Overdue:
             roll_back()
-        except RewardError:
+        except (RewardError, DataError):
             if finished():  # in an evaluation after the update, which raises on one process
                 if self._processes.count == 1:
                     save()

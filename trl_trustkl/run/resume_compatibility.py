@@ -131,7 +131,7 @@ class RunSettings:
             )
 
 
-def setup_of(trained: PolicyAndValue, *, rows: int, processes: int) -> dict[str, Any]:
+def setup_of(trained: PolicyAndValue, *, rows: int | None, processes: int) -> dict[str, Any]:
     """What a run depends on besides its configuration."""
     policy, adapter = trained.policy, None
     if isinstance(policy, PeftModel):
