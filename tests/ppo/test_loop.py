@@ -63,6 +63,11 @@ def test_a_callback_evaluates(tmp_path):
     assert sum(count for event, count in watch.events.items() if event.startswith("evaluate")) == 1
 
 
+def test_a_callback_is_told_that_a_pass_cannot_be_cut_short(tmp_path, caplog):
+    _, records = run(tmp_path, changes={"max_steps": 4}, callbacks=[Control("should_epoch_stop")])
+    assert len(records) == 4 and caplog.text.count("`should_epoch_stop`, which has no effect") == 1
+
+
 def test_a_callback_logs(tmp_path):
     watch = Control("should_log")
     run(tmp_path, changes=QUIET, callbacks=[watch])

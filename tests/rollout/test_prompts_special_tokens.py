@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from tests import tiny
 from tests.tiny import BOS, EOS
 from tests.watched import run
 from trl_trustkl.errors import DataError
 from trl_trustkl.rollout.prompts import TokenLimits, encode_prompt, prepare_datasets
+from trl_trustkl.rollout.rewards import RewardModel
 
 W1, W2 = tiny.tokenizer()("w1 w2")["input_ids"]
 
@@ -139,3 +141,19 @@ def test_there_is_no_warning_without_a_cause(caplog, columns):
 def test_a_prompt_of_only_the_bos_token_is_usual_where_it_is_the_eos_too(caplog):
     tokenizer = adding("$A", eos_is_bos=True)
     assert warnings_of(caplog, Dataset.from_dict({"input_ids": [[BOS], [BOS, W1]]}), tokenizer) == []
+
+
+def test_a_reward_model_reads_one_bos_token_too():
+    seen = []
+
+    class Judge(LlamaForSequenceClassification):
+        def forward(self, input_ids, **inputs):
+            seen.append(input_ids.tolist())
+            return super().forward(input_ids, **inputs)
+
+    tokenizer = adding("<bos> $A")
+    config = copy.deepcopy(tiny.llama().config)
+    config.num_labels = 1
+    RewardModel(Judge(config), tokenizer).score_text(["<bos> w1", "w2"], [" w3", " w4"])
+    rows = [tokenizer.decode(row, skip_special_tokens=False).replace("<pad>", "").split() for row in seen[0]]
+    assert rows == [["<bos>", "w1", "w3"], ["<bos>", "w2", "w4"]]

@@ -10,6 +10,7 @@ from trl import GRPOConfig, RLOOConfig
 from ..controllers import CONTROLLERS, Controller, ControllerName, FixedKL, ScheduledKL, build_controller
 from ..errors import ConfigError
 from ..options import PER_TOKEN, Range, check_options, option
+from ..trl_compat import activation_checkpointing
 
 _anchor = partial(option, group="anchor")
 _trust = partial(option, group="trust region")
@@ -84,6 +85,7 @@ class TrustKLGRPOConfig(TrustRegionFields, GRPOConfig):
     """
 
     def __post_init__(self) -> None:
+        activation_checkpointing.adopt_fields(self)
         super().__post_init__()
         check(self, self.beta)
 
@@ -93,5 +95,6 @@ class TrustKLRLOOConfig(TrustRegionFields, RLOOConfig):
     """TRL's `RLOOConfig`, with the fields of [`TrustKLRLOOTrainer`]."""
 
     def __post_init__(self) -> None:
+        activation_checkpointing.adopt_fields(self)
         super().__post_init__()
         check(self, self.beta)

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import ConfigError, ModelError, shown
+from ..trl_compat import activation_checkpointing
 from .dropout import disable_dropout
 from .quantization import is_quantized, unpack_4bit_weights
 
@@ -169,7 +170,8 @@ def prepare_policy(
                 "`peft_config` was given with a model that already has an adapter; leave `peft_config` out to continue "
                 "training that adapter, or merge it first with model.merge_and_unload()."
             )
-        model = get_peft_model(model, peft_config)
+        with activation_checkpointing.without_warning():
+            model = get_peft_model(model, peft_config)
     elif is_quantized(model) and not isinstance(model, PeftModel):
         raise ModelError(
             "`model` is quantised and has no adapter: its weights cannot be trained; pass `peft_config=LoraConfig(...)`."
@@ -199,7 +201,7 @@ def _prepare_for_training(model: PreTrainedModel | PeftModel, args: Any) -> None
     disable_dropout(model)
     if args.gradient_checkpointing:
         kwargs = {"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {})}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        activation_checkpointing.enable(model, kwargs)
         if isinstance(model, PeftModel):
             model.enable_input_require_grads()
 

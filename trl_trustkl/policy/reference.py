@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, ModelError
+from ..trl_compat import activation_checkpointing
 from ..types import MicroBatch, PolicySnapshot
 from . import probes
 from .dropout import disable_dropout
@@ -131,7 +132,7 @@ def build_reference(
         if ref_adapter_name is not None:
             raise ConfigError(f"`ref_adapter_name` got {ref_adapter_name!r}, but the model has no adapters.")
         clone = copy.deepcopy(policy).requires_grad_(False)
-        clone.gradient_checkpointing_disable()
+        activation_checkpointing.disable(clone)
         return Reference(policy, split_lm, clone, is_start=True)
     if ref_adapter_name is not None:
         if ref_adapter_name not in policy.peft_config:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
+from ..trl_compat import activation_checkpointing
 from ..trl_compat.module import Module
 from ..types import MicroBatch, PolicySnapshot, TokenOutputs
 from .exact_kl import token_statistics
@@ -172,16 +173,15 @@ class PolicyAndValue(Module):
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether the policy checkpoints its activations."""
-        policy: Any = self.policy
-        return policy.is_gradient_checkpointing
+        return activation_checkpointing.is_enabled(self.policy)
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """That of the policy."""
-        self.policy.gradient_checkpointing_enable(*args, **kwargs)
+        activation_checkpointing.enable(self.policy, gradient_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """That of the policy."""
-        self.policy.gradient_checkpointing_disable()
+        activation_checkpointing.disable(self.policy)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """That of the policy."""

@@ -19,7 +19,7 @@ from ..divergences import ESTIMATORS, KLEstimatorName, Placement, build_estimato
 from ..errors import ConfigError, is_finite, shown
 from ..options import COUNT, COUNT_OR_0, NOT_NEGATIVE, PER_TOKEN, POSITIVE, Range, check_options, inherited, option
 from ..surrogates import SURROGATES, ClipRuleName, build_surrogate
-from ..trl_compat import ppo_base
+from ..trl_compat import activation_checkpointing, ppo_base
 from ..trl_compat.version import PPOConfig
 from . import config_checks
 from .losses import Aggregation, Penalties
@@ -206,6 +206,7 @@ class TrustKLPPOConfig(PPOConfig):
     def __post_init__(self) -> None:
         reject_unsupported(self)
         check_options(self)
+        activation_checkpointing.adopt_fields(self)
         config_checks.check_batch(self)
         config_checks.choose_best(self)
         try:

@@ -202,6 +202,11 @@ class TrainingLoop:
         requests = [getattr(control, name) for name in _REQUESTS]
         for name, requested in zip(_REQUESTS, self._parts.processes.any_of(requests), strict=True):
             setattr(control, name, requested)
+        if control.should_epoch_stop:
+            control.should_epoch_stop = False
+            logger.warning(
+                "A callback set `should_epoch_stop`, which has no effect: passes over the prompts are always complete."
+            )
 
     def _act_on_control(self) -> None:
         """Log, evaluate and save where a callback requested it."""
