@@ -1,7 +1,8 @@
-"""Hostile texts for pages and terminals, and a parser that reads a page as a browser does."""
+"""Hostile texts for pages and terminals, a parser that reads a page as a browser does, and one of tables in Markdown."""
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 
 ATTACKS = [
@@ -35,3 +36,20 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+def table_rows(text: str, first_header: str) -> dict[str, str]:
+    """The rows of the Markdown table whose first column has this header: for each name in backticks in the first cell, the
+    second cell."""
+    lines = iter(text.splitlines())
+    assert any(line.startswith(f"| {first_header} |") for line in lines)
+    next(lines)
+    rows: dict[str, str] = {}
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        names, said = (cell.strip() for cell in line.strip("|").split(" | ", 1))
+        for name in re.findall(r"`([^`]+)`", names):
+            assert name not in rows, f"{name} is in two rows"
+            rows[name] = said
+    return rows

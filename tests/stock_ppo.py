@@ -182,8 +182,7 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 def weights(trainer: Any) -> dict[str, Tensor]:
     """The trained weights of policy and value, under the same names for both trainers."""
     model = trainer.model
-    value = model.value.model if isinstance(trainer, TrustKLPPOTrainer) else model.value_model
-    parts = [("policy", model.policy), ("value", value)]
+    parts = [("policy", model.policy), ("value", model.value_model)]
     return {
         f"{part}.{name}": weight.detach().clone()
         for part, module in parts

@@ -45,6 +45,13 @@ def tokenizer(*, pad: bool = True, chat: bool = True) -> PreTrainedTokenizerFast
     return fast
 
 
+def tokenizer_with_added_pad() -> PreTrainedTokenizerFast:
+    """A tokenizer with the pad token [PAD], the token VOCAB, as TRL's examples add one: a model has no embedding for it."""
+    fast = tokenizer(pad=False)
+    fast.add_special_tokens({"pad_token": "[PAD]"})
+    return fast
+
+
 def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     settings = {

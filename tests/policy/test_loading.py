@@ -137,3 +137,22 @@ def test_a_fully_tuned_model_is_saved_as_a_model(tmp_path, family):
     assert same(
         trained_weights(loaded), {n: w.to(loaded.dtype) for n, w in trained_weights(trainer.model.policy).items()}
     )
+
+
+def test_a_pad_token_that_the_model_has_no_embedding_for_is_not_saved_with_it(tmp_path):
+    """transformers could not load a model whose pad token is outside of its embedding."""
+    tokenizer, model = tiny.tokenizer_with_added_pad(), tiny.llama(pad_token_id=None)
+    loading.load_policy(model, tokenizer, tiny.config(tmp_path))
+    assert model.config.pad_token_id is None
+    wider = tiny.llama(pad_token_id=None, vocab_size=tiny.VOCAB + 1)
+    loading.load_policy(wider, tokenizer, tiny.config(tmp_path))
+    assert wider.config.pad_token_id == tiny.VOCAB
+
+
+def test_a_pad_token_that_is_another_token_too_does_not_only_pad():
+    assert loading.padding_only(tiny.tokenizer_with_added_pad()) == tiny.VOCAB
+    shared = tiny.tokenizer(pad=False)
+    assert loading.padding_only(shared) is None
+    for token in (shared.eos_token, shared.bos_token, shared.unk_token):
+        shared.pad_token = token
+        assert loading.padding_only(shared) is None

@@ -95,3 +95,19 @@ def test_a_value_model_of_several_labels_is_rejected():
     ids = torch.arange(1, 5).unsqueeze(0)
     with pytest.raises(ModelError, match="returns 2 numbers per position; it must return 1"):
         value({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 1)
+
+
+def test_a_pad_token_without_an_embedding_is_read_as_masked():
+    """The values of the other tokens are those of a text without it."""
+    model = tiny.scalar_model(tiny.llama()).train()
+    ids = torch.tensor([[5, 6, 7, tiny.VOCAB, 8, 9]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(6)[None]}
+    values = ValueModel(model, tiny.VOCAB + 1, tiny.VOCAB)(inputs, 0)
+    known = ids != tiny.VOCAB
+    expected = model.score(model.model(input_ids=ids[known][None]).last_hidden_state).flatten()
+    torch.testing.assert_close(values[known], expected)
+    assert values.isfinite().all() and inputs["attention_mask"].all(), "the policy reads the same tokens"
+    with pytest.raises(ModelError, match="43 embeddings, fewer than the 44 tokens"):
+        ValueModel(model, tiny.VOCAB + 1, None)
+    with pytest.raises(ModelError, match="43 embeddings, fewer than the 45 tokens"):
+        ValueModel(model, tiny.VOCAB + 2, tiny.VOCAB)

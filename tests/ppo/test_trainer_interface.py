@@ -13,7 +13,7 @@ from trl.models.utils import unwrap_model_for_generation
 from tests import tiny
 from tests.watched import Watched
 from trl_trustkl import TrustKLPPOTrainer, load_records
-from trl_trustkl.policy.value_head import ValueModel
+from trl_trustkl.policy.value_head import ValueHead, ValueModel
 from trl_trustkl.types import Batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -72,12 +72,13 @@ def test_the_names_of_trl_1_12(tmp_path):
     }
     trainer = tiny.trainer(tmp_path, **full)
     assert trainer.policy_model is trainer.model.policy and trainer.value_model is trainer.model.value_model
-    assert trainer.value_model.model is full["value_model"] and trainer.reward_model is full["reward_funcs"]
+    assert trainer.value_model is full["value_model"] and trainer.reward_model is full["reward_funcs"]
     assert isinstance(trainer.ref_model, LlamaForCausalLM) and trainer.ref_model is not trainer.policy_model
     first = next(iter(trainer.dataloader))
     assert first["input_ids"].shape == first["attention_mask"].shape and len(first["input_ids"]) == 8
     adapter = tiny.trainer(tmp_path)
     assert adapter.ref_model is None and adapter.reward_model is None
+    assert isinstance(adapter.value_model, ValueHead) and adapter.value_model is adapter.model.value
 
 
 def test_the_reference_context_turns_the_adapter_off(tmp_path):

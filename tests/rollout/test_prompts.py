@@ -120,6 +120,8 @@ def test_the_limits_are_those_of_the_shortest_context():
 def test_token_ids_that_no_model_could_read_are_named(columns, said):
     limits = TokenLimits(tiny.VOCAB, 8, "model")
     check_prompts(Dataset.from_dict({"input_ids": [[3] * 5]}), limits, 3, name="d")
+    masked = {"input_ids": [[99, 99, *[3] * 5]], "attention_mask": [[0, 0, *[1] * 5]]}
+    check_prompts(Dataset.from_dict(masked), limits, 3, name="d")
     with pytest.raises(DataError, match=said):
         check_prompts(Dataset.from_dict(columns), limits, 3, name="d")
 

@@ -140,10 +140,25 @@ def test_a_reward_model_reads_text_or_the_last_token_of_prompt_and_response():
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_token_that_a_reward_model_does_not_know_is_named():
+def test_a_token_that_a_reward_model_does_not_know_is_named_unless_it_only_pads():
     model = tiny.scalar_model(tiny.llama(vocab_size=10))
     with pytest.raises(RewardError, match="the token 10, and the vocabulary of the reward model .* is 0 to 9"):
         rewards(RewardModel(model, None))
+    model = tiny.scalar_model(tiny.llama(vocab_size=13))
+    expected = model(input_ids=torch.tensor([[6, 7, 12]])).logits.item()  # the last row without its last token, 13
+    assert rewards(RewardModel(model, None, padding_id=13))[2] == pytest.approx(expected, abs=1e-5)
+    model = tiny.scalar_model(tiny.llama(vocab_size=14))
+    expected = model(input_ids=torch.tensor([[6, 7, 12, 13]])).logits.item()
+    assert rewards(RewardModel(model, None, padding_id=13))[2] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_reward_model_without_an_embedding_of_its_pad_token_reads_texts_one_by_one():
+    model, tokenizer = tiny.scalar_model(tiny.llama(pad_token_id=None)), tiny.tokenizer_with_added_pad()
+    reward = RewardModel(model, tokenizer)
+    found = rewards_of(reward, rollout(), ["w1 "] * 3, ["w2", "w3 w4", "w5"], {}, batch_size=3)
+    texts = ["w1 w2", "w1 w3 w4", "w1 w5"]
+    expected = [float(model(**tokenizer(text, return_tensors="pt")).logits) for text in texts]
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_conversations_are_read_through_the_template_or_line_by_line():

@@ -142,10 +142,18 @@ def load_policy(
                 "tokenizer.add_special_tokens({'pad_token': '<pad>'})."
             )
         processing_class.pad_token = processing_class.eos_token  # safe, because padding is always masked
-    model.config.get_text_config().pad_token_id = processing_class.pad_token_id
+    if processing_class.pad_token_id < model.get_input_embeddings().weight.shape[0]:
+        # Any other would be saved with the model, which could not be loaded then.
+        model.config.get_text_config().pad_token_id = processing_class.pad_token_id
     unpack_4bit_weights(model)
     disable_dropout(model)
     return model, processing_class
+
+
+def padding_only(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The pad token, if it is nothing else, such as the end of a sequence, in this tokenizer."""
+    pad, others = tokenizer.pad_token_id, (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id)
+    return None if pad in others else pad
 
 
 def prepare_policy(

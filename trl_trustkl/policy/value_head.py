@@ -15,6 +15,7 @@ from ..trl_compat.module import Module
 from ..types import MicroBatch, PolicySnapshot, TokenOutputs
 from .exact_kl import token_statistics
 from .loading import trainable
+from .micro_batches import positions
 from .split_lm import SplitLM, accepted, faster_kernels, model_inputs
 
 
@@ -35,10 +36,11 @@ class ValueHead(Module):
 class ValueModel(Module):
     """A separate value model: a sequence classifier with one label, evaluated at every position.
 
-    `vocab_size` is the policy's: the model must accept every token that the policy may sample.
+    `vocab_size` is the policy's: the model must accept every token that the policy may sample, except a last one that only
+    pads (`padding_id`): it may have no embedding for that, and reads it as masked, as in TRL.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, vocab_size: int) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, vocab_size: int, padding_id: int | None = None) -> None:
         super().__init__()
         self.model = model
         base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -55,7 +57,8 @@ class ValueModel(Module):
                 "num_labels=1)."
             )
         known = backbone.get_input_embeddings().weight.shape[0]
-        if known < vocab_size:
+        self._known = known if known < vocab_size else None
+        if known < vocab_size and not known == padding_id == vocab_size - 1:
             raise ModelError(
                 f"`value_model` has {known} embeddings, fewer than the {vocab_size} tokens of the policy, whose token ids it "
                 "reads; use a model with the policy's tokenizer, and if it has that already, call "
@@ -65,6 +68,8 @@ class ValueModel(Module):
 
     def forward(self, inputs: dict[str, Tensor], first: int) -> Tensor:
         backbone, score = self._parts
+        if self._known is not None:
+            inputs = _masked(inputs, inputs["input_ids"] < self._known)
         with faster_kernels(self.model, inputs["input_ids"]):
             values = score(backbone(**accepted(backbone, inputs), use_cache=False).last_hidden_state[:, first:])
         if values.shape[-1] != 1:
@@ -72,6 +77,13 @@ class ValueModel(Module):
                 f"`value_model` returns {values.shape[-1]} numbers per position; it must return 1 (num_labels=1)."
             )
         return values.squeeze(-1).float()
+
+
+def _masked(inputs: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+    """The arguments of a backbone with the tokens masked that are not kept."""
+    mask = inputs["attention_mask"] * keep
+    found = {"input_ids": inputs["input_ids"] * keep, "attention_mask": mask}
+    return found | ({"position_ids": positions(mask)} if "position_ids" in inputs else {})
 
 
 class PolicyAndValue(Module):
@@ -84,6 +96,7 @@ class PolicyAndValue(Module):
         *,
         temperature: float,
         detach_value: bool = True,
+        padding_id: int | None = None,
     ) -> None:
         super().__init__()
         self.policy = policy
@@ -91,7 +104,7 @@ class PolicyAndValue(Module):
         self.value: ValueHead | ValueModel = (
             ValueHead(self.split_lm.hidden_size)
             if value_model is None
-            else ValueModel(value_model, self.split_lm.vocab_size)
+            else ValueModel(value_model, self.split_lm.vocab_size, padding_id)
         )
         self.value.to(next(policy.parameters()).device)
         self.temperature = temperature
@@ -148,9 +161,9 @@ class PolicyAndValue(Module):
     # -- what TRL's helpers and users call on the model of a trainer -------------------------------------------------------
 
     @property
-    def value_model(self) -> ValueHead | ValueModel:
-        """The value, under TRL's name."""
-        return self.value
+    def value_model(self) -> ValueHead | PreTrainedModel | PeftModel:
+        """The value model that was given, or the value head, under TRL's name."""
+        return self.value.model if isinstance(self.value, ValueModel) else self.value
 
     @property
     def device(self) -> torch.device:

@@ -43,7 +43,7 @@ class Evaluator:
     def metrics(self, dataset: Dataset, prefix: str) -> dict[str, float]:
         """Means over the dataset, each behind `prefix`, and the seconds it took."""
         started = time.perf_counter()
-        rows, logged = self._evaluated(self._batches(self._prepared(dataset)))
+        rows, logged = self._evaluated(self._batches(self.tokenized(dataset)))
         rows = self.processes.gather_objects(rows)
         scores = [row["score"] for row in rows if not math.isnan(row["score"])]
         means = {key: sum(row[key] for row in rows) / len(rows) for key in ("kl", "length", "eos_rate")}
@@ -58,11 +58,11 @@ class Evaluator:
 
     def rows(self, dataset: Dataset) -> list[dict[str, Any]]:
         """One row for each prompt, from all processes."""
-        rows, _ = self._evaluated(self._batches(self._prepared(dataset)))
+        rows, _ = self._evaluated(self._batches(self.tokenized(dataset)))
         return self.processes.gather_objects(rows)
 
-    def _prepared(self, dataset: Dataset) -> Dataset:
-        """The dataset with token ids."""
+    def tokenized(self, dataset: Dataset) -> Dataset:
+        """The dataset with token ids, made from its prompts if it has none."""
         if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
             return dataset
         return prepare_dataset(dataset, "eval_dataset", self.models.tokenizer, self.models.token_limits, self.args)

@@ -76,22 +76,22 @@ def prepare(
         policy.add_model_tags(tags)
     init_kwargs = args.arguments("model_init_kwargs")
     elsewhere = loading.of_other_repository(init_kwargs)
+    padding_id, known = loading.padding_only(tokenizer), policy.get_input_embeddings().weight.shape[0]
     funcs, weights = build_rewards(
-        given, reward_processing_classes, weights=args.reward_weights, init_kwargs=elsewhere, vocab_size=len(tokenizer),
+        given, reward_processing_classes, weights=args.reward_weights, init_kwargs=elsewhere,
+        vocab_size=min(len(tokenizer), known), padding_id=padding_id,
     )  # fmt: skip
     value = loading.prepare_value_model(value_model, args, init_kwargs if value_model == model else elsewhere)
-    trained = PolicyAndValue(policy, value, temperature=args.temperature, detach_value=args.detach_value_head)
+    trained = PolicyAndValue(
+        policy, value, temperature=args.temperature, detach_value=args.detach_value_head, padding_id=padding_id
+    )
     if isinstance(ref_model, str):
         ref_model = loading.load_causal_lm(ref_model, init_kwargs if ref_model == model else elsewhere)
     _check_reference(policy, ref_model)
     reference = build_reference(
-        policy,
-        trained.split_lm,
-        ref_model,
-        ref_adapter_name=args.ref_adapter_name,
-        start=start,
-        renewed=args.sync_ref_model,
-    )
+        policy, trained.split_lm, ref_model,
+        ref_adapter_name=args.ref_adapter_name, start=start, renewed=args.sync_ref_model,
+    )  # fmt: skip
     limits = token_limits(policy, {"ref_model": reference.model, "value_model": value, **token_readers(funcs)})
     train, evaluation = prepare_datasets(train, evaluation, tokenizer, limits, args)
     stream = _stream(train, tokenizer, limits, args) if isinstance(train, IterableDataset) else None

@@ -17,7 +17,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -39,6 +38,7 @@ from ..types import Batch, Measurement, Prompts, Rollout, Scored, UpdateStats
 from . import contexts, models, recording
 from .config import TrustKLPPOConfig
 from .evaluation import chosen_dataset, one_dataset
+from .inherited import PromptLoader, not_available, prompt_loader, reject_trial
 from .loop import TrainingLoop
 from .optimise import separate_value
 from .parts import Parts
@@ -79,7 +79,7 @@ class TrustKLPPOTrainer(PPOTrainer):
     reward_weights = property(lambda self: self.parts.scorer.weights)
     # The names of TRL 1.12:
     policy_model = property(lambda self: self.model.policy)
-    value_model = property(lambda self: self.model.value)
+    value_model = property(lambda self: self.model.value_model)
     ref_model = property(lambda self: self.reference.model)
     reward_model = property(lambda self: next((f.model for f in self.reward_funcs if isinstance(f, RewardModel)), None))
 
@@ -138,6 +138,7 @@ class TrustKLPPOTrainer(PPOTrainer):
             RefusedError: `max_refused` updates in a row were rolled back; the state before them is saved.
             SaveError: a checkpoint or a record could not be written; the last complete checkpoint is kept.
         """
+        reject_trial(trial)
         self.is_in_train = True
         output = self._loop.run(resume_from_checkpoint)
         self.is_in_train = False
@@ -223,17 +224,34 @@ class TrustKLPPOTrainer(PPOTrainer):
         return measured.kl if context.rejected is None else proposed.kl
 
     @property
-    def dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """The training prompts in the dataset's order, padded on the left, by the batch of one process; TRL's name. The run
-        draws its batches from `next_prompts`."""
-
-        def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-            prompts = self.parts.collate(rows)
-            return {"input_ids": prompts.ids, "attention_mask": prompts.mask.long()}
-
+    def dataloader(self) -> PromptLoader:
+        """The training prompts, by the batch of one process; TRL's name. The run draws its batches from `next_prompts`."""
         stream = self.parts.stream
         rows = self.train_dataset if stream is None else self.train_dataset.map(stream.prepare, with_indices=True)
-        return DataLoader(rows, batch_size=self.parts.sizes.local, collate_fn=collate, drop_last=True)
+        return prompt_loader(rows, self.parts.collate, self.parts.sizes.local, drop_last=True)
+
+    @property
+    def eval_dataloader(self) -> PromptLoader:
+        """The prompts of the evaluation set; TRL's name."""
+        return self.get_eval_dataloader()
+
+    def get_train_dataloader(self) -> PromptLoader:
+        """`dataloader`."""
+        return self.dataloader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> PromptLoader:
+        """The prompts of a dataset, or of the evaluation set, by `per_device_eval_batch_size`."""
+        dataset = self.parts.evaluator.tokenized(one_dataset(eval_dataset, self.eval_dataset))
+        return prompt_loader(dataset, self.parts.collate, self.args.per_device_eval_batch_size)
+
+    get_test_dataloader = get_eval_dataloader
+    predict = not_available("predict")
+    evaluation_loop = not_available("evaluation_loop")
+    prediction_step = not_available("prediction_step")
+    compute_loss = not_available("compute_loss")
+    training_step = not_available("training_step")
+    call_model_init = not_available("call_model_init")
+    hyperparameter_search = not_available("hyperparameter_search")
 
     def null_ref_context(self) -> AbstractContextManager[None]:
         """Within it the policy computes as the reference, unless the reference is a separate model; TRL's name."""

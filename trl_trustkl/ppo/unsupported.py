@@ -39,9 +39,12 @@ def reject_callbacks(callbacks: Sequence[Any]) -> None:
     reasons = {
         "SyncRefModelCallback": "set `sync_ref_model=True` instead, which works with adapters too and is saved in checkpoints",
         "BEMACallback": "it builds a second model of the class of `trainer.model`, which holds policy and value; remove it",
+        "SyncTeacherModelCallback": "it makes the teacher of TRL's trainers of self-distillation; remove it",
+        "PEFTAdapterEMACallback": "it makes the teacher of TRL's trainers of self-distillation; remove it",
     }
     for callback in callbacks:
-        if (why := reasons.get(type(callback).__name__)) is not None and type(callback).__module__.startswith("trl."):
+        kinds = (kind.__name__ for kind in type(callback).__mro__ if kind.__module__.startswith("trl."))
+        if (why := next((reasons[kind] for kind in kinds if kind in reasons), None)) is not None:
             raise NotAvailableYetError(
                 f"`callbacks` got a {type(callback).__name__}, which is not available in this version: {why}."
             )

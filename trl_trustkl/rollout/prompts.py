@@ -303,6 +303,7 @@ def _check_prompt(row: dict[str, Any], where: str, limits: TokenLimits, response
         )
     if not any(mask):
         raise DataError(f"{where} has no token in 'input_ids'; every prompt needs at least one.")
+    ids = list(compress(ids, mask))
     if (unknown := next((token for token in ids if not 0 <= token < limits.vocabulary), None)) is not None:
         raise DataError(
             f"{where} has the token id {unknown}; the model's vocabulary is 0 to {limits.vocabulary - 1}: tokenize the "

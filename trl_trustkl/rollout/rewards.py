@@ -33,21 +33,34 @@ Tokenizers: TypeAlias = list[PreTrainedTokenizerBase | None] | tuple[PreTrainedT
 class RewardModel:
     """A sequence classifier with one label as a reward: its score at the last token of prompt and response.
 
-    With a tokenizer, the model reads the text; without one, it reads the policy's token ids.
+    With a tokenizer, the model reads the text; without one, it reads the policy's token ids. A sampled `padding_id`, for
+    which it may have no embedding, is masked then, as in TRL.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        padding_id: int | None = None,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
+        self.padding_id = padding_id
+        self._cannot_pad = False
         if tokenizer is not None:
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token
-            model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+            config = model.config.get_text_config()
+            config.pad_token_id = tokenizer.pad_token_id
+            # A pad token without an embedding; a single row has no padding.
+            self._cannot_pad = tokenizer.pad_token_id >= getattr(config, "vocab_size", math.inf)
         self.__name__ = type(model).__name__
 
     @torch.no_grad()
     def score(self, rollout: Rollout, prompts: list[Any], completions: list[Any], batch_size: int) -> list[float]:
         """The scores of a rollout; `batch_size` rows are read at a time."""
+        if self._cannot_pad:
+            batch_size = 1
         parts = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
         if self.tokenizer is None:
             scores = [self._score_ids(rollout, rows) for rows in parts]
@@ -78,6 +91,8 @@ class RewardModel:
         ids = torch.cat([rollout.prompt_ids[rows], rollout.response_ids[rows]], dim=1)
         mask = torch.cat([rollout.prompt_mask[rows], rollout.response_mask[rows]], dim=1)
         known = self.model.get_input_embeddings().weight.shape[0]
+        if self.padding_id is not None and self.padding_id >= known:
+            mask = mask & (ids != self.padding_id)
         if (largest := int((ids * mask).max())) >= known:  # for example if the policy's vocabulary is padded
             raise RewardError(
                 f"the policy sampled the token {largest}, and the vocabulary of the reward model `{self.__name__}` is 0 to "
@@ -110,8 +125,10 @@ def build_rewards(
     weights: list[float] | None,
     init_kwargs: dict[str, Any] | None,
     vocab_size: int,
+    padding_id: int | None = None,
 ) -> tuple[list[Callable | RewardModel], list[float]]:
-    """Callables and reward models ready to use, and the weight of each. `vocab_size` is that of the policy's tokenizer."""
+    """Callables and reward models ready to use, and the weight of each. `vocab_size`: the tokens of the tokenizer that the
+    policy can read. `padding_id`: one that only pads."""
     funcs = [func for func in _as_list(reward_funcs) if func is not None]
     if not funcs:
         raise ConfigError("`reward_funcs` got nothing; give a function, a reward model, or a list of them.")
@@ -124,7 +141,8 @@ def build_rewards(
     weights = [1.0] * len(funcs) if weights is None else list(weights)
     if len(weights) != len(funcs):
         raise ConfigError(f"`reward_weights` got {len(weights)} for {len(funcs)} reward functions; give one for each.")
-    return [_as_reward(f, t, init_kwargs, vocab_size) for f, t in zip(funcs, tokenizers, strict=True)], weights
+    pairs = zip(funcs, tokenizers, strict=True)
+    return [_as_reward(f, t, init_kwargs, vocab_size, padding_id) for f, t in pairs], weights
 
 
 def _as_list(given: Any) -> list[Any]:
@@ -132,7 +150,11 @@ def _as_list(given: Any) -> list[Any]:
 
 
 def _as_reward(
-    func: Any, tokenizer: PreTrainedTokenizerBase | None, init_kwargs: dict[str, Any] | None, vocab_size: int
+    func: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    init_kwargs: dict[str, Any] | None,
+    vocab_size: int,
+    padding_id: int | None,
 ) -> Callable | RewardModel:
     if isinstance(func, str):
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(func, **of_tokenizer(init_kwargs))
@@ -164,12 +186,13 @@ def _as_reward(
             f"`reward_processing_classes` got None for a {type(base).__name__}, which cannot read the policy's token ids; give "
             "the model's own tokenizer, and it reads the text."
         )
-    if tokenizer is None and (known := model.get_input_embeddings().weight.shape[0]) < vocab_size:
+    needed = vocab_size - (padding_id == vocab_size - 1)
+    if tokenizer is None and (known := model.get_input_embeddings().weight.shape[0]) < needed:
         raise ConfigError(
             f"`reward_processing_classes` got None for a reward model with {known} embeddings, fewer than the policy's "
             f"{vocab_size} tokens; give the reward model's own tokenizer."
         )
-    return RewardModel(model, tokenizer)
+    return RewardModel(model, tokenizer, padding_id)
 
 
 def token_readers(funcs: list[Callable | RewardModel]) -> dict[str, PreTrainedModel | PeftModel]:

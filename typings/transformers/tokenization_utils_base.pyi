@@ -8,6 +8,7 @@ class PreTrainedTokenizerBase:
     # None where the tokenizer has no such token.
     pad_token_id: int | Any
     eos_token_id: int | Any
+    unk_token_id: int | None
     bos_token_id: int | Any
     chat_template: Any
     def __call__(self, text: str | list[str], *, add_special_tokens: bool = ..., **kwargs: Any) -> Any: ...
