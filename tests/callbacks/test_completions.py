@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests import tiny
-from trl_trustkl import BoundReportCallback, load_records
+from trl_trustkl import load_records
 from trl_trustkl.callbacks import completions
 from trl_trustkl.callbacks.completions import CompletionsCallback, as_columns
 from trl_trustkl.errors import ConfigError
@@ -72,33 +73,33 @@ class Tracker(SimpleNamespace):
     """What is used of Weights & Biases and of Trackio."""
 
     def __init__(self, **attributes: Any) -> None:
-        super().__init__(logged=[], Table=lambda dataframe: dataframe, __spec__=object(), **attributes)
+        super().__init__(logged=[], Table=lambda dataframe: dataframe, **attributes)
 
     def log(self, what: dict[str, Any]) -> None:
         self.logged.append(what["completions"])
 
 
 @pytest.mark.parametrize("has_rich", [True, False])
-def test_trackers_get_all_completions_of_the_update(tmp_path, monkeypatch, capsys, has_rich):
+@pytest.mark.parametrize("running", [True, False])
+def test_trackers_get_all_completions_of_the_update(tmp_path, monkeypatch, capsys, has_rich, running):
+    trained(tmp_path, max_steps=2, log_completions=False)
+    rows = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()][8:]
     monkeypatch.setattr(completions, "find_spec", lambda name: has_rich or None)
-    trackers = {"wandb": Tracker(run=object()), "trackio": Tracker()}
+    trackers = {"wandb": Tracker(run=object() if running else None), "trackio": Tracker()}
     for name, tracker in trackers.items():
         monkeypatch.setitem(sys.modules, name, tracker)
-    trainer = tiny.trainer(
-        tmp_path, reward_funcs=[first, second], callbacks=[BoundReportCallback(report=False)],
-        changes={"max_steps": 2, "log_completions": True, "num_completions_to_print": 1},
-    )  # fmt: skip
-    trainer.args.report_to = ["wandb", "trackio"]
-    trainer.train()
-    for tracker in trackers.values():
-        assert [len(table) for table in tracker.logged] == [8, 8]
-        table = tracker.logged[1]
-        assert list(table) == ["step", "prompt", "completion", "score", "first", "second", "first word"]
-        assert table["step"].tolist() == [2] * 8 and table["second"].isna().tolist() == [True] + [False] * 7
-    assert ("Step 1" in capsys.readouterr().out) == has_rich
-    trackers["wandb"].run = None
-    trainer.train()
-    assert len(trackers["wandb"].logged) == 2 and len(trackers["trackio"].logged) == 4
+    callback, args = CompletionsCallback(1), SimpleNamespace(report_to=["wandb", "trackio"])
+    callback.on_record(args, None, None, completions=rows)
+    for _ in range(2):  # the second log has nothing new
+        callback.on_log(args, SimpleNamespace(global_step=2), None, logs={"update": 2})
+    assert len(trackers["wandb"].logged) == running and len(trackers["trackio"].logged) == 1
+    table = trackers["trackio"].logged[0]
+    assert list(table) == ["step", "prompt", "completion", "score", "first", "second", "first word"]
+    assert table["step"].tolist() == [2] * 8 and table["second"].isna().tolist() == [True] + [False] * 7
+    assert ("Step 2" in capsys.readouterr().out) == has_rich
+    callback.on_record(SimpleNamespace(report_to=[]), None, None, completions=rows)
+    callback.on_log(SimpleNamespace(report_to=[]), SimpleNamespace(global_step=3), None, logs={"update": 3})
+    assert len(trackers["trackio"].logged) == 1
 
 
 def test_a_single_function_has_no_second_column_and_taken_names_get_numbers():

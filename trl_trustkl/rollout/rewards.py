@@ -75,7 +75,7 @@ class RewardModel:
         texts = [as_text(*pair, tokenizer) for pair in zip(prompts, completions, strict=True)]
         # A chat template writes the special tokens itself.
         special = not is_chat(prompts[0]) or tokenizer.chat_template is None
-        if special and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:  # or it would come twice
+        if special and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]:  # or it would come twice
             texts = [text.removeprefix(str(tokenizer.bos_token)) for text in texts]
         inputs = tokenizer(
             texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=special
