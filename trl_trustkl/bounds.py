@@ -101,6 +101,7 @@ def build_record(args: Any, *, update: int, episode: int, lr: float, lr_factor: 
         shares=shares,
         rewards=rollout.rewards,
         counterfactual=counterfactual,
+        trainer="TrustKLPPOTrainer",
     )  # fmt: skip
 
 

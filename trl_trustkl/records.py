@@ -128,14 +128,16 @@ class BoundRecord(NamedTuple):
         "as Adam. `none` where that is less than 1 % of the update, or the update was rejected.")]
     shares: Annotated[dict[str, float] | None, Meaning(
         "The share of the update in which each of these mechanisms intervened, which need not be the share by which it "
-        "changed the outcome; `null` for an update that was rejected. (That of the penalty is its part of the pull on the "
-        "sampled tokens.)", "share")] = None
+        "changed the outcome; `null` for an update that was rejected. With GRPO and RLOO, of those whose share is known. "
+        "(That of the penalty is its part of the pull on the sampled tokens.)", "share")] = None
     rewards: Annotated[dict[str, float | None] | None, Meaning(
         "Mean reward of each reward function, by its name.", "the reward's")] = None
     counterfactual: Annotated[dict[str, float | None] | None, Meaning(
         "**Counterfactual**: the `trust/kl` that the same update would have had without each of these mechanisms, and "
         "without `value_clip`; `null` for one that is off. `null` in updates that `attribution_every` leaves out.",
         "nats/token")] = None
+    trainer: Annotated[str | None, Meaning(
+        "The trainer: `TrustKLPPOTrainer`, or TRL's `GRPOTrainer`, `RLOOTrainer` or `PPOTrainer`, subclasses included.")] = None
 # fmt: on
 
 

@@ -49,7 +49,7 @@ def test_one_line_for_each_generation_batch_whatever_is_logged(case, tmp_path):
         norms = {log["step"]: log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log}
         wanted = [norms.get(update) if count == 1 else None for update, count in zip(updates, steps, strict=True)]
         assert [row.pop("gradient")["norm"] for row in rows] == wanted and len(norms) == 4 // logging_steps
-        found.append([row | {"binding": None} for row in rows])
+        found.append([row | {"binding": None, "shares": None} for row in rows])
     assert found[0] == found[1] == found[2]
     completions = [(tmp_path / str(number) / "completions.jsonl").read_text() for number in range(3)]
     assert completions[0] == completions[1] == completions[2]

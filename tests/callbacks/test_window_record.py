@@ -59,6 +59,7 @@ def test_a_record_holds_what_was_logged_measured_and_enforced():
     assert row["anchor"] == {
         "estimator": "k3", "placement": "loss", "gradient": "partial", "coef": 0.1, "share": None, "kl": 0.7,
         "kl_exact": 0.8, "kl_stderr": 0.05, "kl_per_token": 0.09, "target_per_token": 0.05, "target": 0.4,
+        "renewed": None,
     }  # fmt: skip
     assert row["trust"] == {
         "rule": "ppo", "low": 0.2, "high": 0.2, "gated": 0.0, "gated_low": 0.25, "gated_high": None, "coef": 0.0,
@@ -67,6 +68,14 @@ def test_a_record_holds_what_was_logged_measured_and_enforced():
         "guaranteed": 0.01,
     }  # fmt: skip
     assert row["gradient"] == {"norm": 2.0, "max_norm": 1.0, "scale": pytest.approx(0.5)}
+    assert row["shares"] == {
+        "clip": 0.0,
+        "stop": 0.0,
+        "backtrack": 0.75,
+        "grad_norm": pytest.approx(0.5),
+        "lr": pytest.approx(0.2),
+    }
+    assert row["trainer"] == "GRPOTrainer"
     assert row["binding"] == "backtrack" and row["sampler"] == {"kl": None} and row["value"]["clip"] is None
 
 

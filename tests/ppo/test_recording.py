@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 RECORD = {
     "": (
         "update episode score length eos_rate entropy lr refused seconds anchor trust value gradient sampler binding shares "
-        "rewards counterfactual"
+        "rewards counterfactual trainer"
     ),
     "seconds": "generate score optimise measure total",
     "anchor": "estimator placement gradient coef target kl kl_exact kl_stderr kl_per_token target_per_token renewed share",

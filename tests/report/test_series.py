@@ -13,7 +13,7 @@ from trl_trustkl.report.series import (
     factors,
     first_third,
     geometric_mean,
-    is_from_trl_logs,
+    is_from_trl,
     kl_without,
     largest,
     last_third,
@@ -49,9 +49,9 @@ def test_the_distance_is_the_exact_kl_or_the_estimate_where_there_is_none(run_of
 
 
 def test_records_of_trl_trainers_are_recognised_by_their_missing_keys(tmp_path, run_of) -> None:
-    assert is_from_trl_logs(trl_run(tmp_path).records)
-    assert not is_from_trl_logs(run_of().records)
-    assert not is_from_trl_logs(run_of(2, trust__kl=None, anchor__kl_exact=None).records)
+    assert is_from_trl(trl_run(tmp_path).records)
+    assert not is_from_trl(run_of().records)
+    assert not is_from_trl(run_of(2, trust__kl=None, anchor__kl_exact=None).records)
 
 
 def test_quantiles_go_by_their_level(run_of) -> None:

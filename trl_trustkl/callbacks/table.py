@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -29,10 +30,12 @@ def line(record: BoundRecord) -> str:
     update was rejected."""
     anchor, trust = record.anchor, record.trust
     score = "   –  " if record.score is None else f"{record.score:+.3f}"
-    target = "–" if anchor.target is None else _fit(anchor.target, 5, 1)
+    kl, target = anchor.kl_exact, "–" if anchor.target is None else _fit(anchor.target, 5, 1)
+    if anchor.target_per_token is not None:
+        kl, target = anchor.kl_exact / (record.length or math.nan), _fit(anchor.target_per_token, 5, 3)
     share = "–" if anchor.share is None else f"{anchor.share:.0%}"
     text = (
-        f"{record.update:4}  {score} {_fit(anchor.kl_exact, 5, 2)}  {target:>5} {_fit(anchor.coef, 6, 3)}  {share:>6} "
+        f"{record.update:4}  {score} {_fit(kl, 5, 2)}  {target:>5} {_fit(anchor.coef, 6, 3)}  {share:>6} "
         f"{trust.gated:5.0%}  {_fit(trust.kl, 8, 4)} {_fit(trust.max_ratio, 9, 1)}  "
     )
     text += one_line(record.binding if record.refused is None else f"rejected: {record.refused}")

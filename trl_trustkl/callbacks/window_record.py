@@ -63,6 +63,9 @@ def window_record(
         seconds={"measure": window.seconds, "total": sum(window.metrics["step_time"]) + window.seconds},
         anchor=anchor,
         trust=trust,
+        shares=None
+        if enforcement.rejected is not None
+        else {name: s for name, s in shares.items() if not math.isnan(s)},
         binding="none" if enforcement.rejected is not None else trl_logs.binding(shares, rescaled=rescaled),
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .schema import Run
-from .series import column, is_from_trl_logs, largest
+from .series import column, is_from_trl, largest, of_groups
 from .text import count, number
 
 FEW = 3  # updates at least for a finding that has to hold in every one of them, or for a median
@@ -34,8 +34,14 @@ def configured_lr(run: Run) -> float:
 def set_lr(run: Run, factor: float, in_words: str, field: str = "learning_rate") -> str:
     """The advice to set a learning rate; the records do not show whether `trust_lr_target` has raised the present one."""
     present = configured_lr(run)
-    at_most = "" if is_from_trl_logs(run.records) else "at most "
+    at_most = "" if is_from_trl(run.records) else "at most "
     return f"Set {field}={number(factor * present, 2)}, {in_words}, which is {at_most}{number(present)}"
+
+
+def set_limit(run: Run, value: float, name: str = "max_kl") -> str:
+    """The advice to set `trust_max_kl`, or another limit; for GRPO and RLOO with its name in the callback, too."""
+    also = f" (with TrustRegionCallback {name}={number(value, 2)})" if of_groups(run.records) else ""
+    return f"Set trust_{name}={number(value, 2)}{also}"
 
 
 def weaker_anchor(run: Run) -> str:

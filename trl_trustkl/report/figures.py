@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from ..files import write_atomically
 from ..records import BoundRecord
-from .series import Column, attributed, column, distance, kl_without, quantile, shares, token_range
+from .series import Column, attributed, column, distance, kl_without, quantile, shares, to_reference, token_range
 
 Records = Sequence[BoundRecord]
 
@@ -177,20 +177,27 @@ def frontier(figure: Figure, records: Records) -> None:
 
 
 def anchor(figure: Figure, records: Records) -> None:
-    x, kl = column(records, "update"), drawable(distance(records))
-    error, target = drawable(column(records, "anchor.kl_stderr")), drawable(column(records, "anchor.target"))
-    grid = figure.add_gridspec(2, 1, height_ratios=(3, 2), hspace=0.12)
-    above = add_axes(figure, "KL to the reference\n(nats per response)", "", grid[0])
+    x, (kl, target, unit) = column(records, "update"), to_reference(records)
+    kl, target, coef = drawable(kl), drawable(target), drawable(column(records, "anchor.coef"))
+    error = drawable(column(records, "anchor.kl_stderr"))
+    if unit == "nats per token":
+        error = error / column(records, "length")
+    penalised = (coef > 0).any()
+    grid = figure.add_gridspec(2, 1, height_ratios=(3, 2), hspace=0.12) if penalised else [111]
+    above = add_axes(figure, f"KL to the reference\n({unit})", "" if penalised else "update", grid[0])
     middle = binned(x, POINTS)
     if np.isfinite(error).any():
         low, high = binned(kl - error, POINTS, np.nanmin), binned(kl + error, POINTS, np.nanmax)
         above.fill_between(middle, low, high, color=BLUE, alpha=0.25, linewidth=0, label="± stderr")
     plot_line(above, x, kl, BLUE, r"KL($\pi\,\|\,\pi_{\mathrm{ref}}$)")
     plot_line(above, x, target, RED, "target", linestyle="--")
-    above.tick_params(labelbottom=False)
     add_legend(above, 3)
+    if not penalised:
+        update_axis(above, x)
+        return
+    above.tick_params(labelbottom=False)
     below = add_axes(figure, "β", "update", grid[1], sharex=above)
-    plot_line(below, x, drawable(column(records, "anchor.coef")), GREEN)
+    plot_line(below, x, coef, GREEN)
     below.set_ylim(bottom=0)
     update_axis(below, x)
     figure.align_ylabels()
@@ -242,6 +249,26 @@ def counterfactual(figure: Figure, records: Records) -> None:
     add_legend(axes, 3)
 
 
+def has(*keys: str) -> Callable[[Records], bool]:
+    """Whether one of these numbers is on record."""
+    return lambda records: any(np.isfinite(column(records, key)).any() for key in keys)
+
+
+def has_distance(records: Records) -> bool:
+    """Whether a KL to the reference is on record."""
+    return bool(np.isfinite(distance(records)).any())
+
+
+def has_frontier(records: Records) -> bool:
+    """Whether a score with a KL to the reference is on record."""
+    return bool((np.isfinite(distance(records)) & np.isfinite(column(records, "score"))).any())
+
+
+def has_interventions(records: Records) -> bool:
+    """Whether any mechanism intervened in any update."""
+    return any((values > 0).any() for values in shares(records).values())
+
+
 def has_counterfactual(records: Records) -> bool:
     """Whether there is an update whose KL without some mechanism can be drawn."""
     return any((values > 0).any() for values in kl_without(records).values())
@@ -284,18 +311,21 @@ FIGURES: dict[str, Kind] = {
         "Each dot is an update: higher is a better score, further right is farther from the reference, and a path that "
         "turns down towards the right is over-optimisation.",
         frontier,
+        has_frontier,
     ),
     "anchor": Kind(
         "The anchor: KL to the reference and its coefficient",
         "While the blue line is above the target, a controller raises the KL coefficient β (lower panel); while it is below, "
         "the controller lowers β.",
         anchor,
+        has_distance,
     ),
     "trust_region": Kind(
         "The trust region: how far each update moved the policy",
         "The KL from the policy that sampled the batch to the updated policy: only an enforced limit holds the blue line "
         "down, and the orange line shows the updates without enforcement.",
         trust_region,
+        has("trust.kl", "trust.kl_proposed"),
     ),
     "gated": Kind(
         "How much each mechanism intervened in the updates",
@@ -303,6 +333,7 @@ FIGURES: dict[str, Kind] = {
         "changed; shares overlap, so a stack can exceed 1, and a gap is an update in which no mechanism intervened or whose "
         "shares are not on record.",
         gated,
+        has_interventions,
     ),
     "counterfactual": Kind(
         "How far each update would have gone without a mechanism",
@@ -316,12 +347,14 @@ FIGURES: dict[str, Kind] = {
         "Clipping removes gradients outside the grey range but does not keep ratios inside it: the parts of the blue bands "
         "outside the range are ratios that left it nevertheless.",
         ratios,
+        has("trust.max_ratio"),
     ),
     "gradient": Kind(
         "The gradient's norm and its limit",
         "A gradient above the dashed line is scaled down to it; under an optimizer that rescales gradients itself, such as "
         "Adam, this hardly changes the update unless the gradient's norm varies from step to step.",
         gradient,
+        has("gradient.norm"),
     ),
 }
 """Every figure by the name of its files."""

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .advice import FEW, Finding, configured_lr, of_updates, set_lr, weaker_anchor
+from ..records import BoundRecord
+from .advice import FEW, Finding, configured_lr, of_updates, set_limit, set_lr, weaker_anchor
 from .outcome_findings import (
     anchor_pulls_more_than_reward,
     clip_halves_updates,
@@ -24,14 +25,16 @@ from .series import (
     column,
     distance,
     first_third,
-    is_from_trl_logs,
+    is_from_trl,
     largest,
     last_third,
     mean,
+    of_groups,
     quantile,
     reference_per_token,
     stderr,
     stop_share,
+    to_reference,
     token_range,
 )
 from .text import count, number, percent, shortened
@@ -54,7 +57,9 @@ def clip_never_binds(run: Run) -> Finding | None:
     if len(clipped) < FEW or not (column(clipped, "trust.gated") <= IDLE).all():  # NaN is not 0
         return None
     reached = largest(column(clipped, "trust.max_ratio"))
-    made, from_trl = count(len(clipped), "update"), is_from_trl_logs(run.records)
+    made, from_trl = count(len(clipped), "update"), is_from_trl(run.records)
+    if of_groups(run.records) and all(record.trust.epochs <= 1 for record in clipped):
+        return None if _all_limited(clipped) else _epsilon_has_no_effect(run, made, reached)
     if all(record.trust.epochs <= 1 for record in clipped):
         return Finding(
             "clip_never_binds",
@@ -76,6 +81,24 @@ def clip_never_binds(run: Run) -> Finding | None:
     )
 
 
+def _all_limited(records: list[BoundRecord]) -> bool:
+    return all(record.trust.guaranteed is not None for record in records)
+
+
+def _epsilon_has_no_effect(run: Run, made: str, reached: float) -> Finding:
+    """GRPO and RLOO with one optimizer step for each generation batch, TRL's default."""
+    kl = column(run.records, "trust.kl")
+    limit = float(np.nanmedian(kl)) / 2 if np.isfinite(kl).any() else 0.02
+    return Finding(
+        "clip_never_binds",
+        "epsilon has no effect: the ratio is 1 by construction",
+        f"In {made}, one optimizer step was made for each batch of completions, TRL's default. The policy that is trained is "
+        "still the one that sampled, so every ratio is 1 when the loss is computed, and nothing limits the step."
+        + (f" Measured after the step, the largest ratio was {number(reached)}." if np.isfinite(reached) else ""),
+        f"{set_limit(run, limit)}, in nats per token, which limits each step; or set num_iterations=2.",
+    )
+
+
 def _still_rising(kl: Column) -> bool:
     """Whether the last third of a run is clearly above the third before it, so that the KL may still reach its target."""
     third = max(1, len(kl) // 3)
@@ -84,14 +107,14 @@ def _still_rising(kl: Column) -> bool:
 
 def coefficient_pinned(run: Run) -> Finding | None:
     late = last_third(run.records)
-    coef, kl, target = column(late, "anchor.coef"), distance(late), column(late, "anchor.target")
+    coef, (kl, target, unit) = column(late, "anchor.coef"), to_reference(late)
     if len(late) < FEW or not np.isfinite(target).all() or np.ptp(coef) != 0:
         return None
     below, above = (kl < target / BAND).all(), (kl > target * BAND).all()
     if not (below or above):
         return None
     side, bound, end = ("below", "min_coef", "floor") if below else ("above", "max_coef", "ceiling")
-    if below and (coef[0] == 0 or _still_rising(distance(run.records))):
+    if below and (coef[0] == 0 or _still_rising(to_reference(run.records).kl)):
         return None
     value = number(coef[0] / 10 if below else 10 * coef[0] or 0.05, 2)
     fixed = np.ptp(column(run.records, "anchor.coef")) == 0
@@ -99,17 +122,17 @@ def coefficient_pinned(run: Run) -> Finding | None:
         "coefficient_pinned",
         f"The anchor's coefficient is constant while the KL is {side} its target",
         f"β was {number(coef[0])} in each of the last {count(len(late), 'update')}, although the KL to the reference was "
-        f"{number(mean(kl))} nats per response and its target {number(target[-1])}. A controller changes β unless it is "
+        f"{number(mean(kl))} {unit} and its target {number(target[-1])}. A controller changes β unless it is "
         f"held at its {end}" + (", or fixed." if fixed else "."),
         f"Give the controller {bound}={value}."
-        if is_from_trl_logs(run.records)
+        if is_from_trl(run.records)
         else f'Set kl_controller_kwargs={{"{bound}": {value}}}'
         + (', with kl_controller="adaptive" if it is "fixed".' if fixed else "."),
     )
 
 
 def target_never_reached(run: Run) -> Finding | None:
-    kl, target = distance(run.records), column(run.records, "anchor.target")
+    kl, target, unit = to_reference(run.records)
     late, aim = last_third(kl), last_third(target)
     if len(run.records) < SOME or not np.isfinite(aim).all() or not np.isfinite(late).any():
         return None
@@ -117,7 +140,7 @@ def target_never_reached(run: Run) -> Finding | None:
     above = bool(np.nanmin(late / aim) > 1 + NEAR)
     if not (below or above):
         return None
-    coef, from_trl = float(column(run.records, "anchor.coef")[-1]), is_from_trl_logs(run.records)
+    coef, from_trl = float(column(run.records, "anchor.coef")[-1]), is_from_trl(run.records)
     if below:
         came = f"reached at most {number(largest(kl))} in the entire run"
     else:
@@ -128,12 +151,12 @@ def target_never_reached(run: Run) -> Finding | None:
         )
         advice = f"Set {longer}, twice as many: the KL is still rising."
     else:
-        field = "the controller's coef" if from_trl else "kl_coef"
+        field = "beta" if of_groups(run.records) else "the controller's coef" if from_trl else "kl_coef"
         advice = f"Set {field}={number(coef / 2 if below else 2 * coef or 0.05, 2)}, {'half' if below else 'twice'} the last β."
     return Finding(
         "target_never_reached",
         "The KL to the reference never reached its target" if below else "The KL to the reference is above its target",
-        f"The target was {number(aim[-1])} nats per response; the KL {came}. The last β was {number(coef)}.",
+        f"The target was {number(aim[-1])} {unit}; the KL {came}. The last β was {number(coef)}.",
         advice,
     )
 
@@ -149,8 +172,9 @@ def negative_estimate(run: Run) -> Finding | None:
         f"The estimate of the KL to the reference was negative in {of_updates(negative)}, with a minimum of "
         f"{number(float(np.nanmin(kl)))} nats per response"
     )
-    from_trl = is_from_trl_logs(run.records)
-    evidence += ". " if from_trl else f"; the exact KL averaged {number(mean(exact[negative]))} in these updates. "
+    from_trl = is_from_trl(run.records)
+    known = np.isfinite(exact[negative]).any()
+    evidence += f"; the exact KL averaged {number(mean(exact[negative]))} in these updates. " if known else ". "
     if from_trl:
         why = "A KL cannot be negative: near 0, an estimate from few responses is mostly noise."
         advice = "Set gradient_accumulation_steps to twice its value: more responses reduce the noise."
@@ -178,8 +202,8 @@ def ratio_far_outside(run: Run) -> Finding | None:
     low, high = np.array([token_range(record.trust) for record in clipped], dtype=np.float64).T
     top, bottom = column(clipped, "trust.max_ratio"), quantile(clipped, "0.01")
     far = (top > FAR * high) | (bottom < low / FAR)
-    if not far.any():
-        return None
+    if not far.any() or (of_groups(run.records) and (column(clipped, "trust.gated") <= IDLE).all()):
+        return None  # a clip that cannot act has its own finding
     kl = column(clipped, "trust.kl")
     limited = clipped[-1].trust.limit is not None
     return Finding(
@@ -189,7 +213,7 @@ def ratio_far_outside(run: Run) -> Finding | None:
         f"factor of {FAR:g}: the largest ratio was {number(largest(top))}, and the lowest 1 % quantile was "
         f"{number(-largest(-bottom))}. Clipping removes the gradient of a token, but the gradients of other tokens still "
         "change its ratio.",
-        f"Set trust_max_kl={number(float(np.nanmedian(kl)) / 2, 2)} (nats per token), half of the median KL of an update"
+        f"{set_limit(run, float(np.nanmedian(kl)) / 2)} (nats per token), half of the median KL of an update"
         + (": the limit in force leaves room for such ratios." if limited else ": this limit is enforced."),
     )
 
@@ -222,8 +246,25 @@ def early_stop(run: Run) -> Finding | None:
     )
 
 
+def limit_decides(run: Run) -> Finding | None:
+    made = [record for record in run.records if record.refused is None]
+    scale, limit = column(made, "trust.scale"), column(made, "trust.limit")
+    shortened_by = scale < 1
+    if len(made) < FEW or shortened_by.mean() <= 0.5:
+        return None
+    target = float(np.nanmedian(limit)) / 2
+    return Finding(
+        "limit_decides",
+        "The limit decides most updates",
+        f"Backtracking shortened {of_updates(shortened_by)}, and kept {percent(float(np.median(scale[shortened_by])))} of the "
+        "step in the median: the learning rate is high for this limit. This is harmless, since the limit holds, but each of "
+        f"these updates took {number(mean(column(made, 'trust.tries')[shortened_by]), 2)} further measurements on average.",
+        f"{set_limit(run, target, 'lr_target')}, half of the limit in nats per token: the learning rate then adapts to it.",
+    )
+
+
 def learning_rate_floor(run: Run) -> Finding | None:
-    if is_from_trl_logs(run.records):  # TRL's trainers do not adapt the learning rate to the KL
+    if is_from_trl(run.records) and not of_groups(run.records):  # it does not adapt the learning rate to the KL
         return None
     lr, top = column(run.records, "lr"), configured_lr(run)
     floor = (lr > 0) & (lr <= 1.05 * LR_FLOOR * top)
@@ -293,7 +334,7 @@ def biased_estimator(run: Run) -> Finding | None:
         f"The estimator {shortened(last.estimator, 40)} with the placement {shortened(last.placement, 40)} gives a "
         f"gradient that {_GRADIENTS[last.gradient]}.",
         _better_estimator(last.placement, last.gradient)
-        if is_from_trl_logs(run.records)
+        if is_from_trl(run.records)
         else 'Set kl_estimator="k1" with kl_placement="reward"; "exact" with "both" has the least variance.',
     )
 
@@ -336,6 +377,7 @@ FINDINGS: dict[str, Callable[[Run], Finding | None]] = {
     "updates_go_further": updates_go_further,
     "clip_halves_updates": clip_halves_updates,
     "early_stop": early_stop,
+    "limit_decides": limit_decides,
     "learning_rate_floor": learning_rate_floor,
     "value_explains_nothing": value_explains_nothing,
     "grad_norm_without_effect": grad_norm_without_effect,

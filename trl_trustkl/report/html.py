@@ -53,6 +53,11 @@ class Section(NamedTuple):
     moments: list[Moment]
     updates: Table
 
+    @property
+    def likelihoods(self) -> bool:
+        """Whether the completions have a likelihood under the reference."""
+        return any(row.ref_logp is not None for row in self.run.completions)
+
 
 def section(run: Run, figures: list[Drawn]) -> Section:
     return Section(run, summarise(run), find(run), figures, settings(run), moments(run), updates(run))

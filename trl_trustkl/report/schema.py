@@ -19,6 +19,9 @@ from typing import Annotated, Any, NamedTuple
 from ..errors import DataError, is_finite
 from ..records import BOUNDS_FILE, COMPLETIONS_FILE, BoundRecord, Meaning, numbered_rows
 
+GROUPS = ("GRPOTrainer", "RLOOTrainer")
+"""TRL's trainers that sample several completions of a prompt, without a value."""
+
 
 class Completion(NamedTuple):
     """A line of `completions.jsonl`."""
@@ -53,13 +56,15 @@ def read_run(path: str | os.PathLike[str], *, completions: bool = True) -> Run:
     records: list[BoundRecord] = _rows(file, BoundRecord, notes)
     if not records:
         raise DataError(f"{file} holds no finished update; wait until the run has made one, or give another run.")
-    if any(later.update <= earlier.update for earlier, later in pairwise(records)):
-        notes.append(
-            f"{file.name}: the updates were not in order and have been sorted; of several with one number, the last was kept."
-        )
-        records = [record for _, record in sorted({record.update: record for record in records}.items())]
-    kept = folder / COMPLETIONS_FILE
-    texts: list[Completion] = _rows(kept, Completion, notes) if completions and kept.exists() else []
+    # An optimizer step of GRPO or RLOO may use several generation batches, each of which has a record.
+    several = records[-1].trainer in GROUPS
+    if any(later.update < earlier.update + (not several) for earlier, later in pairwise(records)):
+        kept = "" if several else "; of several with one number, the last was kept"
+        notes.append(f"{file.name}: the updates were not in order and have been sorted{kept}.")
+        last = {(record.update, index * several): record for index, record in enumerate(records)}
+        records = [record for _, record in sorted(last.items())]
+    rows = folder / COMPLETIONS_FILE
+    texts: list[Completion] = _rows(rows, Completion, notes) if completions and rows.exists() else []
     return Run(folder.resolve().name, folder, records, texts, notes)
 
 

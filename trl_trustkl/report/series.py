@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..records import BoundRecord, TrustRecord
 from ..surrogates import SEQUENCE_RANGE, WITHOUT_RANGE
-from .schema import Run
+from .schema import GROUPS, Run
 
 Column = NDArray[np.float64]
 
@@ -31,8 +31,34 @@ def distance(records: Sequence[BoundRecord]) -> Column:
     return np.where(np.isfinite(exact), exact, column(records, "anchor.kl"))
 
 
-def is_from_trl_logs(records: Sequence[BoundRecord]) -> bool:
-    """Whether the records look like those of one of TRL's trainers, which do not measure updates."""
+class ToReference(NamedTuple):
+    """The KL to the reference and its target, in the unit in which the target was given."""
+
+    kl: Column
+    target: Column
+    unit: str
+
+
+def to_reference(records: Sequence[BoundRecord]) -> ToReference:
+    """With GRPO and RLOO a target is in nats per token, otherwise in nats per response."""
+    target = column(records, "anchor.target_per_token")
+    if not np.isfinite(target).any():
+        return ToReference(distance(records), column(records, "anchor.target"), "nats per response")
+    exact = column(records, "anchor.kl_exact") / column(records, "length")
+    kl = np.where(np.isfinite(exact), exact, column(records, "anchor.kl_per_token"))
+    return ToReference(kl, target, "nats per token")
+
+
+def of_groups(records: Sequence[BoundRecord]) -> bool:
+    """Whether the records are of TRL's GRPO or RLOO trainer."""
+    return records[-1].trainer in GROUPS
+
+
+def is_from_trl(records: Sequence[BoundRecord]) -> bool:
+    """Whether the records are of one of TRL's trainers. Records of earlier versions do not name theirs; TRL's trainers alone do
+    not measure updates."""
+    if (trainer := records[-1].trainer) is not None:
+        return trainer in (*GROUPS, "PPOTrainer")
     keys = ("trust.kl", "anchor.kl_exact", "value.explained_variance")
     return not any(np.isfinite(column(records, key)).any() for key in keys)
 

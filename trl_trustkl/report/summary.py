@@ -16,7 +16,6 @@ from .series import (
     Column,
     attributed,
     column,
-    distance,
     factors,
     first_third,
     geometric_mean,
@@ -24,6 +23,7 @@ from .series import (
     last_third,
     mean,
     stderr,
+    to_reference,
     token_range,
 )
 from .text import count, listed, number, percent, shortened
@@ -123,7 +123,10 @@ def counterfactuals(changes: dict[str, Column], rerun: int) -> str:
 def interventions(records: Sequence[BoundRecord]) -> str:
     """In how many updates each mechanism had the largest share."""
     most = Counter("refused" if r.refused is not None else r.binding for r in records).most_common()
-    (first, times), *others = [(MECHANISMS.get(name, shortened(name, 40)), times) for name, times in most]
+    names = MECHANISMS
+    if any(record.shares for record in records):
+        names = names | {"unknown": "none of those on record (every share was below 1 %)"}
+    (first, times), *others = [(names.get(name, shortened(name, 40)), times) for name, times in most]
     parts = [
         f"{first} in {times:,} of {count(len(records), 'update')}",
         *(f"{name} in {n:,}" for name, n in others),
@@ -148,9 +151,9 @@ def _norm_left_out(record: BoundRecord) -> bool:
 def anchor(run: Run) -> str:
     """The KL to the reference at the end, its target if there is one, and the coefficient."""
     late = last_third(run.records)
-    kl, target = distance(late), column(late, "anchor.target")
+    kl, target, unit = to_reference(late)
     over = f"over the last {count(len(late), 'update')}" if len(late) > 1 else "in the last update"
-    averaged = f"averaged {number(mean(kl))} nats per response {over}"
+    averaged = f"averaged {number(mean(kl))} {unit} {over}"
     if not np.isfinite(column(late, "anchor.kl_exact")).any():
         averaged += f" (an estimate, by {shortened(late[-1].anchor.estimator, 40)})"
     if renewals := sum(bool(record.anchor.renewed) for record in run.records):

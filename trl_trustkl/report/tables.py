@@ -11,11 +11,22 @@ import numpy as np
 from ..records import BoundRecord
 from ..surrogates import SEQUENCE_RANGE
 from .schema import Completion, Run
-from .series import column, distance, largest, last_third, mean, reference_per_token, token_range
+from .series import (
+    column,
+    distance,
+    largest,
+    last_third,
+    mean,
+    of_groups,
+    reference_per_token,
+    to_reference,
+    token_range,
+)
 from .text import number, percent, shortened
 
 ROWS = 200  # of the table of updates
 SHOWN = 4  # completions of an update
+NOTHING = number(None)  # the cell of a number that is not on record
 
 
 class Table(NamedTuple):
@@ -34,6 +45,8 @@ class Moment(NamedTuple):
 def settings(run: Run) -> Table:
     """The run's settings that are on record; of one that changed during the run, the first and last value."""
     r = run.records
+    if of_groups(r):
+        return _settings_of_groups(r)
     rows = [
         ["anchor", "kl_estimator, kl_placement", f"{_over(r, _estimator)}; its gradient is {_over(r, _gradient)}"],
         ["anchor", "β (kl_coef)", _numbers(r, "anchor.coef")],
@@ -48,6 +61,25 @@ def settings(run: Run) -> Table:
         ["value", "cliprange_value", _numbers(r, "value.clip")],
         ["batch", "episodes per update", _episodes(r)],
     ]
+    return Table(["mechanism", "setting", "value"], rows)
+
+
+def _settings_of_groups(r: Sequence[BoundRecord]) -> Table:
+    """Those of TRL's GRPO and RLOO trainers, by the names of their fields; without those that are not on record."""
+    placement = f"{_over(r, _estimator)}; its gradient is {_over(r, _gradient)}"
+    rows = [
+        ["anchor", "estimator", placement] if (column(r, "anchor.coef") > 0).any() else ["anchor", "beta", "off"],
+        ["anchor", "beta", _numbers(r, "anchor.coef")],
+        ["anchor", "kl_target", _numbers(r, "anchor.target_per_token", " nats per token")],
+        ["trust region", "epsilon, epsilon_high", _over(r, _range)],
+        ["trust region", "passes made (num_iterations)", _numbers(r, "trust.epochs")],
+        ["trust region", "trust_max_kl", _numbers(r, "trust.limit", " nats per token")],
+        ["optimiser", "learning rate", _numbers(r, "lr")],
+        ["optimiser", "max_grad_norm", _numbers(r, "gradient.max_norm")],
+        ["batch", "episodes per generation batch", _episodes(r)],
+    ]
+    if not (column(r, "anchor.coef") > 0).any():
+        del rows[1]
     return Table(["mechanism", "setting", "value"], rows)
 
 
@@ -113,10 +145,12 @@ UPDATE_COLUMNS: dict[str, Callable[[BoundRecord], str]] = {
 
 
 def updates(run: Run) -> Table:
-    """A row for each update; for a long run ROWS of them, evenly spaced, with the first and the last."""
+    """A row for each update; for a long run ROWS of them, evenly spaced, with the first and the last. Columns of which nothing
+    is on record are left out."""
     chosen = np.unique(np.linspace(0, len(run.records) - 1, min(ROWS, len(run.records))).round().astype(int))
-    rows = [[cell(run.records[i]) for cell in UPDATE_COLUMNS.values()] for i in chosen]
-    return Table(list(UPDATE_COLUMNS), rows)
+    columns = {title: [cell(run.records[i]) for i in chosen] for title, cell in UPDATE_COLUMNS.items()}
+    columns = {title: cells for title, cells in columns.items() if set(cells) != {NOTHING}}
+    return Table(list(columns), [list(row) for row in zip(*columns.values(), strict=True)])
 
 
 def moments(run: Run) -> list[Moment]:
@@ -137,7 +171,7 @@ COMPARED: dict[str, Callable[[Run], str]] = {
     "updates": lambda run: f"{len(run.records):,}",
     "score, last third": lambda run: number(mean(last_third(column(run.records, "score")))),
     "KL to the reference, last third (nats per response)": lambda run: number(mean(last_third(distance(run.records)))),
-    "KL target": lambda run: number(run.records[-1].anchor.target),
+    "KL target": lambda run: _target(run.records),
     "β, first → last": lambda run: _numbers(run.records, "anchor.coef"),
     "clip rule": lambda run: shortened(run.records[-1].trust.rule, 40),
     "largest KL(π_old‖π) of an update (nats per token)": lambda run: number(largest(column(run.records, "trust.kl"))),
@@ -152,10 +186,16 @@ COMPARED: dict[str, Callable[[Run], str]] = {
 }
 
 
+def _target(records: Sequence[BoundRecord]) -> str:
+    _, target, unit = to_reference(records)
+    return number(target[-1]) + (" per token" if np.isfinite(target[-1]) and unit == "nats per token" else "")
+
+
 def _over_limit(run: Run) -> str:
     limit, proposed = column(run.records, "trust.limit"), column(run.records, "trust.kl_proposed")
     return percent(float((proposed > limit).mean())) if np.isfinite(limit).any() else "no limit"
 
 
 def comparison(runs: Sequence[Run]) -> Table:
-    return Table(["", *[run.name for run in runs]], [[title, *map(of_run, runs)] for title, of_run in COMPARED.items()])
+    rows = [[title, *map(of_run, runs)] for title, of_run in COMPARED.items()]
+    return Table(["", *[run.name for run in runs]], [row for row in rows if set(row[1:]) != {NOTHING}])

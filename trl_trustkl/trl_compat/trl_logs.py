@@ -33,6 +33,9 @@ ppo: per response. By `kl_estimator` (k1 or k3) at rollout, summed over a respon
 ESTIMATOR: dict[Kind, Literal["k1", "k3"]] = {"grpo": "k3", "rloo": "k1"}
 """The estimator of that KL; PPO's is an option."""
 
+TRAINER: dict[Kind, str] = {"grpo": "GRPOTrainer", "rloo": "RLOOTrainer", "ppo": "PPOTrainer"}
+"""The names of TRL's trainers in a record."""
+
 KL, TARGET, COEF = "kl/measured", "kl/target", "kl/coef"
 """What `AdaptiveKLCallback` adds to a trainer's logs: the KL and its target in the unit of `KL_METRIC`, and the coefficient
 at which that KL was measured."""
@@ -122,7 +125,7 @@ def record_of_update(
         refused=None,
         seconds={} if math.isnan(step_time) else {"total": step_time},
         anchor=anchor, trust=trust, value=value, gradient=gradient, sampler=SamplerRecord(kl=None),
-        binding=binding(shares, rescaled=rescaled), rewards=_rewards(logs),
+        binding=binding(shares, rescaled=rescaled), rewards=_rewards(logs), trainer=TRAINER[kind],
     )  # fmt: skip
 
 
