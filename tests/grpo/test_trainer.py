@@ -107,3 +107,26 @@ def test_two_reports_are_an_error_before_the_model_is_trained(tmp_path):
     trainer.add_callback(BoundReportCallback(report=False))
     with pytest.raises(ConfigError, match="BoundReportCallback"):
         trainer.train()
+
+
+@EACH
+def test_the_model_card_says_how_far_the_run_moved(kind, tmp_path):
+    trainer = ours(kind, tmp_path, trust_max_kl=0.01, save_strategy="steps", save_steps=3)
+    trainer.train()
+    trainer.create_model_card("name", dataset_name="data")
+    card = (tmp_path / "README.md").read_text()
+    for said in (
+        "## How far it may have moved",
+        "| anchor: KL(π‖π_ref) | beta=0.1 |",
+        "range \\[0.8, 1.2\\], without effect: one optimizer step",
+        "trust\\_max\\_kl=0.01 nats per token",
+        "**KL to the reference** in the last of 3 updates",
+        "at most 0.01 nats per token: backtracking enforced this bound",
+    ):
+        assert said.replace("\\", "") in card.replace("\\", ""), said
+    assert card.count("## How far it may have moved") == 1
+    unanchored = ours(kind, tmp_path / "b", kl_controller="fixed", beta=0.0, num_iterations=2, max_steps=2)
+    unanchored.train()
+    unanchored.create_model_card("name")
+    card = (tmp_path / "b" / "README.md").read_text().replace("\\", "")
+    assert "| anchor: KL(π‖π_ref) | off |" in card and "without effect" not in card and "Nothing: no mechanism" in card

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from trl import GRPOTrainer, RLOOTrainer
@@ -9,6 +10,7 @@ from trl import GRPOTrainer, RLOOTrainer
 from ..callbacks import AdaptiveKLCallback, BoundReportCallback, TrustRegionCallback
 from ..callbacks.bound_report import report_of
 from ..errors import ConfigError
+from ..report import model_card
 from .config import TrustKLGRPOConfig, TrustKLRLOOConfig, build_kl_controller
 
 
@@ -16,8 +18,8 @@ class TrustKLGRPOTrainer(GRPOTrainer):
     """TRL's `GRPOTrainer` with a trust region, a controller of `beta`, and a record of what bounded each update.
 
     It has the arguments of `GRPOTrainer`; `args` is a [`TrustKLGRPOConfig`]. It adds a `TrustRegionCallback`, a
-    `BoundReportCallback` unless `callbacks` has one, and with a `kl_controller` an `AdaptiveKLCallback`. Nothing else is
-    changed.
+    `BoundReportCallback` unless `callbacks` has one, and with a `kl_controller` an `AdaptiveKLCallback`. The model card gets a
+    section on what bounded the run. Nothing else is changed.
 
     Raises ConfigError for another kind of configuration, and where these callbacks do.
     """
@@ -26,6 +28,11 @@ class TrustKLGRPOTrainer(GRPOTrainer):
         args = checked(args, TrustKLGRPOConfig, default=f"{_name_of(model)}-GRPO")
         super().__init__(model, reward_funcs, args, *others, **options)
         add_callbacks(self, args)
+
+    def create_model_card(self, *arguments: Any, **options: Any) -> None:
+        """Write TRL's card into output_dir, with a section on how far the run may have moved the model."""
+        super().create_model_card(*arguments, **options)
+        describe(self)
 
 
 class TrustKLRLOOTrainer(RLOOTrainer):
@@ -38,6 +45,19 @@ class TrustKLRLOOTrainer(RLOOTrainer):
         args = checked(args, TrustKLRLOOConfig, default=f"{_name_of(model)}-RLOO")
         super().__init__(model, reward_funcs, args, *others, **options)
         add_callbacks(self, args)
+
+    def create_model_card(self, *arguments: Any, **options: Any) -> None:
+        """Write TRL's card into output_dir, with a section on how far the run may have moved the model."""
+        super().create_model_card(*arguments, **options)
+        describe(self)
+
+
+def describe(trainer: Any) -> None:
+    """Add the section to the card that TRL has written, from the records so far."""
+    if trainer.is_world_process_zero():
+        report = report_of(trainer.callback_handler.callbacks)
+        folder, page = Path(trainer.args.output_dir), None if report is None else report.rendered
+        model_card.describe(folder, trainer.args, update=trainer.state.global_step, report=page)
 
 
 def checked(args: Any, kind: type[Any], *, default: str) -> Any:

@@ -7,6 +7,7 @@ The Markdown is made without the packages of a report, which saving a model does
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -90,12 +91,35 @@ def _recorded(output: Path, update: int) -> list[BoundRecord]:
 
 
 def mechanisms(args: Any) -> list[tuple[str, str]]:
-    """Each mechanism with its settings, or "off"."""
+    """Each mechanism with its settings, or "off"; args: a TrustKLPPOConfig, TrustKLGRPOConfig or TrustKLRLOOConfig."""
+    if not hasattr(args, "kl_coef"):
+        return _mechanisms_of_groups(args)
     penalised = args.trust_coef != 0 or args.trust_controller != "fixed"
     return [
         ("anchor: KL(π‖π_ref)", _penalty(args, args.anchored, "kl", ("estimator", "placement", "coef"), "response")),
         ("clip", _clip(args)),
         ("penalty on KL(π_old‖π)", _penalty(args, penalised, "trust", ("estimator", "coef"), "token")),
+        ("early stop", _limit(args, "trust_stop")),
+        ("hard limit, by backtracking", _limit(args, "trust_max_kl")),
+        ("KL-adaptive learning rate", _limit(args, "trust_lr_target")),
+        ("gradient norm", _setting(args, "max_grad_norm") if args.max_grad_norm else "off"),
+    ]
+
+
+def _mechanisms_of_groups(args: Any) -> list[tuple[str, str]]:
+    """Those of TRL's GRPO and RLOO trainers with this package's fields."""
+    anchor = "off"
+    if args.beta > 0:
+        anchor = _setting(args, "beta")
+        if args.kl_controller != "fixed":
+            anchor += f", {_setting(args, 'kl_controller')}, {_setting(args, 'kl_target')} nats per token"
+    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    clip = f"range [{number(1 - args.epsilon)}, {number(1 + high)}]"
+    if args.num_iterations == 1 and args.steps_per_generation <= args.gradient_accumulation_steps:
+        clip += ", without effect: one optimizer step for each generation batch, so that the ratio is 1"
+    return [
+        ("anchor: KL(π‖π_ref)", anchor),
+        ("clip", clip),
         ("early stop", _limit(args, "trust_stop")),
         ("hard limit, by backtracking", _limit(args, "trust_max_kl")),
         ("KL-adaptive learning rate", _limit(args, "trust_lr_target")),
@@ -109,10 +133,14 @@ def outcome(records: Sequence[BoundRecord]) -> list[str]:
         return ["There are no records of the run, so it is not known how far it moved."]
     last = records[-1].anchor
     run = Run("", Path(), list(records), [], [])
+    exact = (
+        f"{number(last.kl_exact)} ± {number(last.kl_stderr, 2)} nats per response (exact, over the full vocabulary, before "
+        "that update's step; mean and standard error over its responses)"
+    )
     return [
         f"**KL to the reference** in the last of {len(records):,} update{'s' if len(records) > 1 else ''}: "
-        f"{number(last.kl_exact)} ± {number(last.kl_stderr, 2)} nats per response (exact, over the full vocabulary, before "
-        "that update's step; mean and standard error over its responses).",
+        + (exact if math.isfinite(last.kl_exact) else "not on record, because the trainer had no reference")
+        + ".",
         f"**Largest update.** {markdown(largest_update(run))}",
         f"**Guaranteed.** {markdown(guaranteed(run))}",
     ]
