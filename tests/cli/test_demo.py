@@ -15,8 +15,10 @@ import pytest
 from tests.processes import ROOT
 from trl_trustkl import load_records
 from trl_trustkl.cli import demo as command
+from trl_trustkl.demo import grpo as grpo_module
 from trl_trustkl.demo import run as run_module
 from trl_trustkl.demo.run import Options
+from trl_trustkl.errors import ConfigError
 
 
 def parsed(*arguments: str) -> argparse.Namespace:
@@ -35,6 +37,21 @@ def test_every_option_of_a_run_has_an_argument_with_its_default(monkeypatch):
     options = parsed(*flags)
     assert options.run(options) == 7 and asked == [Options(), changed]
     assert list(map(type, asked[1])) == list(map(type, Options()))
+
+
+def test_the_options_of_grpo(monkeypatch):
+    asked = []
+    monkeypatch.setattr(grpo_module, "run", lambda options: asked.append(options) or 7)
+    for flags, expected in [
+        ([], grpo_module.Options()),
+        (["--max-kl=0.1", "--updates=3", "--output-dir=f"], grpo_module.Options("f", 3, 0.1)),
+    ]:
+        options = parsed("--trainer=grpo", *flags)
+        assert options.run(options) == 7 and asked.pop() == expected
+    for flags in (["--trainer=grpo", "--kl-target=3"], ["--max-kl=0.1"]):
+        options = parsed(*flags)
+        with pytest.raises(ConfigError, match="has no such option"):
+            options.run(options)
 
 
 def start_demo(folder: Path, updates: int) -> subprocess.Popen:

@@ -58,6 +58,19 @@ def test_the_trainer_has_the_prompts_the_reward_and_an_adapter(tmp_path, monkeyp
     assert trainer.model.policy.peft_config["default"].r == 8
 
 
+def test_the_trainer_of_grpo_has_the_same_task_and_a_limit(tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(
+        smollm2, "load_smollm2", lambda **options: loaded.append(options) or (tiny.llama(), tiny.tokenizer())
+    )
+    trainer = task.sentiment_grpo_trainer(str(tmp_path), max_steps=2, bf16=False, trust_max_kl=0.01)
+    assert loaded == [{"quantize": False, "dtype": torch.float32}]
+    assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (len(TRAIN_PROMPTS), len(EVAL_PROMPTS))
+    assert trainer.args.generation_batch_size == 16 and trainer.args.num_generations == 8
+    assert trainer.reward_funcs == [sentiment] and trainer.args.trust_max_kl == 0.01
+    assert trainer.model.peft_config["default"].r == 8
+
+
 def test_the_libraries_are_quiet(capsys):
     task.quieten()
     assert logging.getLogger("bitsandbytes").level == logging.ERROR

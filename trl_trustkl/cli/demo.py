@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from ..demo import run as demo
+from ..demo import grpo
+from ..demo import run as ppo
+from ..errors import ConfigError
 
-HELP = "fine-tune SmolLM2-135M with QLoRA PPO and report what bounded every update"
+HELP = "fine-tune SmolLM2-135M with PPO or GRPO and report what bounded every update"
 DESCRIPTION = (
-    "Fine-tunes SmolLM2-135M-Instruct with QLoRA and PPO towards replies of positive sentiment (VADER). An adaptive controller "
-    "keeps the KL to the reference near a target, the updates are clipped, and every update is recorded."
+    "Fine-tunes SmolLM2-135M-Instruct towards replies of positive sentiment (VADER), and records every update. With PPO and "
+    "QLoRA, an adaptive controller keeps the KL to the reference near a target, and the updates are clipped. With GRPO and "
+    "LoRA, a hard limit keeps each update small at a learning rate that is far too high without it."
 )
 OPTIONS = {
     "output_dir": "folder for the records and the adapter",
@@ -17,18 +21,33 @@ OPTIONS = {
     "kl_target": "target of the KL to the reference, in nats per response",
     "kl_coef": "initial KL coefficient",
     "cliprange": "clip range of the ratio",
+    "max_kl": "hard limit of each update, in nats per token",
     "learning_rate": "learning rate",
     "seed": "seed",
 }
+TRAINERS: dict[str, Any] = {"ppo": ppo, "grpo": grpo}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
+    parser.add_argument("--trainer", choices=TRAINERS, default="ppo", help="the trainer (default: %(default)s)")
     for name, help in OPTIONS.items():
-        default = demo.Options._field_defaults[name]
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(default), default=default, help=f"{help} (default: %(default)s)")
+        defaults = {
+            trainer: demo.Options._field_defaults[name]
+            for trainer, demo in TRAINERS.items()
+            if name in demo.Options._fields
+        }
+        values = list(dict.fromkeys(map(str, defaults.values())))
+        said = values[0] if len(values) == 1 else ", ".join(f"{trainer} {value}" for trainer, value in defaults.items())
+        only = "" if len(defaults) == len(TRAINERS) else f"{next(iter(defaults)).upper()} only; "
+        kind = type(next(iter(defaults.values())))
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{help} ({only}default: {said})")
 
 
 def run(options: argparse.Namespace) -> int:
-    return demo.run(demo.Options(**{name: getattr(options, name) for name in OPTIONS}))
+    demo = TRAINERS[options.trainer]
+    given = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
+    for name in given:
+        if name not in demo.Options._fields:
+            raise ConfigError(f"`{name}` got {given[name]}, but the demo with {options.trainer} has no such option.")
+    return demo.run(demo.Options(**given))

@@ -109,9 +109,15 @@ def conclude(
     if done:
         console.print(Text(closing(options, done)))
     console.print()
-    folder = Path(options.output_dir)
+    print_files(console, Path(options.output_dir), len(done), report)
+
+
+def print_files(console: Any, folder: Path, updates: int, report: Path | None) -> None:
+    """Print where the files of a run are."""
+    from rich.text import Text
+
     files = {
-        "Records:": f"{folder / 'bounds.jsonl'} (a line for each of {len(done)} updates)",
+        "Records:": f"{folder / 'bounds.jsonl'} (a line for each of {updates} updates)",
         "Report:": report,
         "Completions:": folder / "completions.jsonl",
         "Adapter:": f"{folder / 'adapter'} (AutoPeftModelForCausalLM.from_pretrained)",
