@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.compare.jobs import TASK, Endless, Instant, yaml_file
+from tests.compare.jobs import GRPO_TASK, TASK, Endless, Instant, InThisProcess, yaml_file
 from tests.processes import ROOT
+from trl_trustkl import load_records
 from trl_trustkl.cli import compare as command
 from trl_trustkl.cli import main
 from trl_trustkl.compare import child, page, terminal
@@ -124,3 +125,31 @@ def test_a_comparison_in_real_processes_stops_and_resumes(tmp_path: Path) -> Non
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and f"{finished} of 4 runs are finished" in out, out
     assert (tmp_path / page.PAGE_FILE).exists()
+
+
+def test_settings_of_grpo_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = """
+trainer: grpo
+common: {learning_rate: 0.05}
+settings:
+  limit: {trust_max_kl: 0.01}
+  none: {num_iterations: 2}
+"""
+    file = yaml_file(tmp_path, text)
+    assert invoke(tmp_path / "out", str(file), "--task", GRPO_TASK, "--updates", "4", start=InThisProcess) == 0
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if not line.startswith("{") and str(tmp_path) not in line]
+    assert any("limit" in line for line in lines) and all(len(line) <= 80 for line in lines)
+    for name, bound in (("limit", 0.01), ("none", None)):
+        records = load_records(tmp_path / "out" / name / "seed-42")
+        assert {record["trainer"] for record in records} == {"GRPOTrainer"}
+        assert {record["trust"]["guaranteed"] for record in records} == {bound}
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert "nan" not in page.lower().split("<main>")[1].split("<svg")[0].replace("guaranteed", "")
+
+
+def test_rloo_needs_a_task(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    with pytest.raises(ConfigError, match="`task` got None with `trainer` rloo"):
+        command.prepare(parser.parse_args([str(yaml_file(tmp_path, "trainer: rloo"))]))

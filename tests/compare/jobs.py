@@ -9,6 +9,7 @@ from typing import Any
 
 from tests import tiny
 from tests.example_runs import Row, completions_of, rows_of, write_run
+from trl_trustkl import BoundReportCallback, TrustKLGRPOConfig, TrustKLGRPOTrainer
 from trl_trustkl.compare import child, settings
 from trl_trustkl.compare.runner import Job, Outcome, Runner
 
@@ -17,6 +18,18 @@ TASK = "tests.compare.jobs:tiny_task"
 
 def tiny_task(output_dir: str, *, callbacks: Sequence[Any] = (), **changes: Any) -> Any:
     return tiny.trainer(output_dir, changes=changes, callbacks=list(callbacks))
+
+
+GRPO_TASK = "tests.compare.jobs:tiny_grpo_task"
+
+
+def tiny_grpo_task(output_dir: str, *, callbacks: Sequence[Any] = (), **changes: Any) -> Any:
+    settings = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6, **tiny.QUIET}
+    args = TrustKLGRPOConfig(output_dir, **settings | changes)
+    return TrustKLGRPOTrainer(
+        tiny.llama(), tiny.good_words, args, train_dataset=tiny.prompts(), processing_class=tiny.tokenizer(),
+        peft_config=tiny.lora(), callbacks=[BoundReportCallback(report=False), *callbacks],
+    )  # fmt: skip
 
 
 def yaml_file(folder: Path, text: str) -> Path:
@@ -68,6 +81,21 @@ class Instant:
             return 1
         write_run(self.job.folder, rows, completions_of(rows))
         child.write(self.job.folder / child.DONE_FILE, self.job.made_with)
+        return 0
+
+    def terminate(self) -> None: ...
+
+    kill = terminate
+
+
+class InThisProcess:
+    """A process that trains its run when it is waited for, in a thread of this process."""
+
+    def __init__(self, job: Job, threads: int) -> None:
+        self.job = job
+
+    def wait(self, timeout: float | None = None) -> int:
+        child.run(self.job.folder)
         return 0
 
     def terminate(self) -> None: ...

@@ -83,3 +83,15 @@ def test_which_mechanisms_were_enabled_is_read_from_the_records(tmp_path: Path) 
     assert [(each.anchored, each.clipped, each.clip_end) for each in found] == [
         (False, False, None), (True, True, 1.2), (True, True, None),
     ]  # fmt: skip
+
+
+def test_a_clip_that_cannot_act_counts_as_none(tmp_path: Path) -> None:
+    """That of GRPO and RLOO with one optimizer step for each batch."""
+    runs = {}
+    for seed, changes in enumerate(
+        ({"trust__gated": 0.0}, {"trust__gated": 0.1}, {"trust__gated": 0.0, "trainer": None})
+    ):
+        rows = rows_of(3, **{"trainer": "GRPOTrainer", **changes})
+        runs[seed] = read_run(write_run(tmp_path / str(seed), rows))
+    found = [result("a", {}, {seed: run}, last=1) for seed, run in runs.items()]
+    assert [(each.clipped, each.clip_end) for each in found] == [(False, None), (True, 1.2), (True, 1.2)]

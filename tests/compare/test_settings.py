@@ -44,7 +44,7 @@ def test_a_file_with_everything_and_what_the_command_line_changes(tmp_path: Path
         ("- 1", "holds a list"),
         ("a: [1", "is not YAML: while parsing a flow sequence"),
         ("a: !!python/object/apply:os.system ['true']", "is not YAML: could not determine a constructor"),
-        ("seed: 1", "got 'seed'; it must be one of 'common', 'seeds', 'settings', 'updates'. Did you mean 'seeds'?"),
+        ("seed: 1", "got 'seed'; it must be one of 'common', 'seeds', 'settings', 'trainer', 'updates'. Did you mean 'seeds'?"),
         ("updates: 2\nupdates: 3", "the key 'updates' occurs twice"),
         ("settings: {a: {kl_coef: 1}, a: {}}", "the key 'a' occurs twice"),
         ("updates: 0", "`updates` got 0; it must be an integer from 1"),
@@ -100,3 +100,20 @@ def test_the_configuration_of_the_task_is_used_if_it_is_known() -> None:
     assert settings.validate(asked, sentiment_config).settings == asked.settings
     with pytest.raises(ConfigError, match="`num_mini_batches` got 32"):
         settings.validate(asked._replace(settings={"a": {"num_mini_batches": 32}}), sentiment_config)
+
+
+@pytest.mark.parametrize(("trainer", "config"), [("grpo", "TrustKLGRPOConfig"), ("rloo", "TrustKLRLOOConfig")])
+def test_the_settings_of_another_trainer_are_fields_of_its_configuration(tmp_path, trainer, config):
+    asked = settings.read(yaml_file(tmp_path, f"trainer: {trainer}\ncommon: {{per_device_train_batch_size: 8}}"))
+    assert asked.trainer == trainer and list(asked.settings) == [
+        "anchor + limit",
+        "limit only",
+        "anchor only",
+        "neither",
+    ]
+    assert settings.validate(asked).settings["limit only"]["trust_max_kl"] == settings.LIMIT
+    asked = settings.read(yaml_file(tmp_path, f"trainer: {trainer}\nsettings: {{a: {{kl_coef: 0.1}}}}"))
+    with pytest.raises(ConfigError, match=f"field of {config}"):
+        settings.validate(asked)
+    with pytest.raises(ConfigError, match="`trainer` got 'gropo'"):
+        settings.read(yaml_file(tmp_path, "trainer: gropo"))

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="count updates with a KL to the previous policy above this, in nats per token (default: %(default)s, the bound "
         "that a clip range of 0.2 would give if ratios stayed in it)",
     )  # fmt: skip
-    parser.add_argument("--task", default=task.SENTIMENT, help="what to train (default: the demo's task)")
+    parser.add_argument("--task", help="what to train (default: the demo's task)")
     parser.add_argument("--overwrite", action="store_true", help="replace runs that were made with other settings")
 
 
@@ -81,8 +81,8 @@ def run(options: argparse.Namespace, start: Start | None = None) -> int:
 
 def prepare(options: argparse.Namespace) -> tuple[settings.Comparison, str]:
     """The comparison and the task's name; everything is checked before anything runs."""
-    from ..demo.task import quieten, sentiment_config
-    from ..errors import out_of_range
+    from ..demo.task import quieten, sentiment_config, sentiment_grpo_config
+    from ..errors import ConfigError, out_of_range
 
     quieten()
     for field, value in (("--processes", options.processes), ("--last", options.last)):
@@ -93,6 +93,12 @@ def prepare(options: argparse.Namespace) -> tuple[settings.Comparison, str]:
     comparison = settings.read(options.settings, updates=options.updates, seeds=options.seeds)
     if options.last is not None and options.last > comparison.updates:
         raise out_of_range("--last", options.last, f"at most the {comparison.updates} updates of a run")
-    name = task.resolve(options.task)
+    known = {"ppo": (task.SENTIMENT, sentiment_config), "grpo": (task.SENTIMENT_GRPO, sentiment_grpo_config)}
+    own, build = known.get(comparison.trainer, ("", None))
+    if not (options.task or own):
+        raise ConfigError(
+            f"`task` got None with `trainer` {comparison.trainer}; give --task: the demo has ppo and grpo."
+        )
+    name = task.resolve(options.task or own)
     task.load(name)
-    return settings.validate(comparison, sentiment_config if name == task.SENTIMENT else None), name
+    return settings.validate(comparison, build if name == own else None), name

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..report.schema import Run
-from ..report.series import Column, column, largest, mean, reference_per_token
+from ..report.series import Column, column, largest, mean, of_groups, reference_per_token
 from ..report.text import number
 from .settings import LIMIT
 
@@ -49,8 +49,8 @@ METRICS: dict[str, Metric] = {
 class Result(NamedTuple):
     """The metrics of a setting.
 
-    config: the fields it was made with. anchored, clipped: whether an anchor and a clip rule were on, according to the
-    records. clip_end: the upper end of the clip range, None without PPO's clip. rows: its metrics by seed; runs: their source.
+    config: the fields it was made with. anchored, clipped: whether an anchor and a clip rule were on, and could act, according
+    to the records. clip_end: the upper end of the clip range, None without PPO's clip. rows: its metrics by seed; runs: their source.
     """
 
     name: str
@@ -70,12 +70,14 @@ def result(name: str, config: Mapping[str, Any], runs: dict[int, Run], *, last: 
     """The result of a setting from its runs by seed, at least one."""
     records = [record for run in runs.values() for record in run.records]
     trust = records[-1].trust
+    # With one step for each batch, TRL's default, the ratio is 1 when the loss of GRPO and RLOO is computed.
+    inert = of_groups(records) and not any(record.trust.gated > 0 for record in records)
     return Result(
         name,
         config,
         anchored=any(record.anchor.coef > 0 for record in records),
-        clipped=trust.rule != "none",
-        clip_end=1 + trust.high if trust.rule == "ppo" else None,
+        clipped=trust.rule != "none" and not inert,
+        clip_end=1 + trust.high if trust.rule == "ppo" and not inert else None,
         rows={seed: of_run(run, last=last, limit=limit) for seed, run in runs.items()},
         runs=runs,
     )

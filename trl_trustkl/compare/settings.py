@@ -1,5 +1,6 @@
 """What is compared: settings, seeds and the number of updates of a run.
 
+    trainer: ppo                           # or grpo, rloo
     updates: 20
     seeds: [42, 43]
     common: {learning_rate: 1.0e-3}        # fields of TrustKLPPOConfig, for all settings
@@ -8,8 +9,9 @@
       clip only:     {kl_coef: 0.0, clip_rule: ppo}
 
 Every key is optional. Without `settings`, the four combinations of anchor and
-clip, each on and off, are compared. Fields that a setting does not give have
-the task's values.
+clip, each on and off, are compared; with grpo and rloo, those of anchor and
+hard limit. Fields that a setting does not give have the task's values. Those of
+grpo and rloo are the fields of TrustKLGRPOConfig and TrustKLRLOOConfig.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from ..errors import ConfigError, out_of_range, unknown_name
 
 UPDATES = 20
 SEEDS = (42,)
-KEYS = ("updates", "seeds", "common", "settings")
+KEYS = ("updates", "seeds", "common", "settings", "trainer")
 RESERVED = {"seed": "`seeds`", "max_steps": "`updates`", "output_dir": "--output-dir"}
 # nats per token: about bounds.ratio_range_bounds(0.2).kl = 0.0204, the largest KL(π_old‖π) if every ratio stayed within PPO's
 # clip range of 1 ± 0.2. The clip does not enforce this; the share of updates over the limit shows how often it is exceeded.
@@ -45,12 +47,25 @@ CORNERS: dict[str, dict[str, Any]] = {
 }
 
 
+LIMITED_CORNERS: dict[str, dict[str, Any]] = {
+    "anchor + limit": {"beta": 0.04, "trust_max_kl": LIMIT},
+    "limit only": {"beta": 0.0, "trust_max_kl": LIMIT},
+    "anchor only": {"beta": 0.04},
+    "neither": {"beta": 0.0},
+}
+"""Those of GRPO and RLOO, whose clip cannot act with one optimizer step for each batch, TRL's default."""
+
+CONFIGS = {"ppo": "TrustKLPPOConfig", "grpo": "TrustKLGRPOConfig", "rloo": "TrustKLRLOOConfig"}
+"""The configuration of each trainer, by its name in this package."""
+
+
 class Comparison(NamedTuple):
-    """settings: name → fields of the configuration, including those common to all."""
+    """settings: name → fields of the configuration, including those common to all. trainer: a key of CONFIGS."""
 
     updates: int
     seeds: tuple[int, ...]
     settings: dict[str, dict[str, Any]]
+    trainer: str = "ppo"
 
 
 def read(
@@ -68,10 +83,13 @@ def read(
         if seed in seeds[:number]:
             raise ConfigError(f"`seeds` got {seed} twice; leave one out.")
     common = _fields("common", document.get("common", {}))
-    settings = document.get("settings", CORNERS)
+    trainer = document.get("trainer", "ppo")
+    if trainer not in CONFIGS:
+        raise unknown_name("trainer", trainer, CONFIGS)
+    settings = document.get("settings", CORNERS if trainer == "ppo" else LIMITED_CORNERS)
     _check_names(settings)
     complete = {name: common | _fields(f"settings → {name}", fields) for name, fields in settings.items()}
-    return Comparison(updates, tuple(seeds), complete)
+    return Comparison(updates, tuple(seeds), complete, trainer)
 
 
 def slug(name: str) -> str:
@@ -82,20 +100,22 @@ def slug(name: str) -> str:
 def validate(comparison: Comparison, build: Callable[..., Any] | None = None) -> Comparison:
     """Build every setting's configuration once, before anything runs; returns the settings as they will be used.
 
-    build: (output_dir, **fields) -> TrustKLPPOConfig, that of the task if it is known. By default the other fields have the
+    build: (output_dir, **fields) -> the configuration, that of the task if it is known. By default the other fields have the
     configuration's defaults, so a setting has to give fields that depend on each other together.
     """
-    from .. import TrustKLPPOConfig
+    import trl_trustkl
+
+    config = getattr(trl_trustkl, CONFIGS[comparison.trainer])
 
     def by_defaults(output_dir: str, **fields: Any) -> Any:
         # Whether this machine supports bf16 is checked by the run.
-        return TrustKLPPOConfig(output_dir=output_dir, **{"use_cpu": True, "bf16": False} | fields)
+        return config(output_dir=output_dir, **{"use_cpu": True, "bf16": False} | fields)
 
     settings = {}
     for name, fields in comparison.settings.items():
         try:
             # As they are read from JSON, since they are compared with what a finished run was made with.
-            settings[name] = json.loads(json.dumps(_typed(fields, TrustKLPPOConfig), allow_nan=False))
+            settings[name] = json.loads(json.dumps(_typed(fields, config), allow_nan=False))
             (build or by_defaults)(os.devnull, **settings[name])
         except (ValueError, TypeError) as error:
             raise ConfigError(f"setting {name!r}: {error}") from None
@@ -168,7 +188,7 @@ def _typed(fields: Mapping[str, Any], config: type) -> dict[str, Any]:
     hints, typed = get_type_hints(config), dict(fields)
     for name, value in fields.items():
         if name not in known:
-            raise unknown_name("field of TrustKLPPOConfig", name, known)
+            raise unknown_name(f"field of {config.__name__}", name, known)
         if isinstance(value, str) and hints[name] in (float, float | None):
             with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3, which has no point, as text
                 typed[name] = float(value)

@@ -11,6 +11,7 @@ from ..errors import ConfigError
 from ..import_paths import load_function
 
 SENTIMENT = "trl_trustkl.demo.task:sentiment_trainer"
+SENTIMENT_GRPO = "trl_trustkl.demo.task:sentiment_grpo_trainer"
 SIGNATURE = "(output_dir, *, callbacks=(), **config_changes) -> trainer"
 VALID = f"module:function or path/to/file.py:function, a function {SIGNATURE}"
 

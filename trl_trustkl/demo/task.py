@@ -24,14 +24,27 @@ def sentiment_trainer(output_dir: str, *, callbacks: Sequence[Any] = (), **chang
 
 def sentiment_grpo_trainer(output_dir: str, *, callbacks: Sequence[Any] = (), **changes: Any) -> Any:
     """TRL's GRPO trainer with a trust region on the same task, with LoRA on a model that is not quantized; `changes` are
-    configuration fields. An update has 16 completions of 24 tokens, 8 for each prompt."""
+    configuration fields."""
     quieten()
     import torch
     from transformers.trainer_callback import PrinterCallback
 
-    from .. import TrustKLGRPOConfig, TrustKLGRPOTrainer
-    from ..policy.cpu import computes_bf16
+    from .. import TrustKLGRPOTrainer
     from .smollm2 import load_smollm2
+
+    config = sentiment_grpo_config(output_dir, **changes)
+    model, tokenizer = load_smollm2(quantize=False, dtype=torch.float32)
+    trainer = TrustKLGRPOTrainer(
+        model=model, args=config, processing_class=tokenizer, callbacks=list(callbacks), **_task()
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def sentiment_grpo_config(output_dir: str, **changes: Any) -> Any:
+    """That of the GRPO task: an update has 16 completions of 24 tokens, 8 for each prompt."""
+    from .. import TrustKLGRPOConfig
+    from ..policy.cpu import computes_bf16
 
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 16,
@@ -39,17 +52,13 @@ def sentiment_grpo_trainer(output_dir: str, *, callbacks: Sequence[Any] = (), **
         "num_generations": 8,
         "num_generations_eval": 1,
         "max_completion_length": 24,
+        "learning_rate": 1e-3,
+        "bf16": computes_bf16(),
         "logging_strategy": "steps",
         "logging_steps": 1,
         **_quiet_run(),
     }
-    model, tokenizer = load_smollm2(quantize=False, dtype=torch.float32)
-    config = TrustKLGRPOConfig(output_dir, **settings | {"bf16": computes_bf16()} | changes)
-    trainer = TrustKLGRPOTrainer(
-        model=model, args=config, processing_class=tokenizer, callbacks=list(callbacks), **_task()
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    return TrustKLGRPOConfig(output_dir, **settings | changes)
 
 
 def _task() -> dict[str, Any]:
