@@ -50,7 +50,8 @@ class Result(NamedTuple):
     """The metrics of a setting.
 
     config: the fields it was made with. anchored, clipped: whether an anchor and a clip rule were on, and could act, according
-    to the records. clip_end: the upper end of the clip range, None without PPO's clip. rows: its metrics by seed; runs: their source.
+    to the records. clip_end: the upper end of the clip range, None without PPO's clip. rows: its metrics by seed; runs: their
+    source.
     """
 
     name: str
