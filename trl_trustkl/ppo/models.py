@@ -16,6 +16,7 @@ from ..rollout import sampling
 from ..rollout.prompts import TokenLimits, prepare_datasets, token_limits
 from ..rollout.rewards import build_rewards, token_readers
 from .config import TrustKLPPOConfig
+from .setup import check_inputs
 
 
 class Models(NamedTuple):
@@ -60,6 +61,7 @@ def prepare(
         raise ModelError("`ref_model` is the model itself; give a copy, or None and the trainer makes the reference.")
     if reward_model is not None and reward_funcs is not None:
         raise ConfigError("`reward_model` and `reward_funcs` were both given; put the model into `reward_funcs`.")
+    check_inputs(args, evaluation)
     set_seed(args.seed)  # adapters and value heads are initialised randomly
     policy, tokenizer = loading.load_policy(model, tokenizer, args)
     start = None if peft_config is None else probes.logits(policy)
