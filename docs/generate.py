@@ -122,18 +122,45 @@ def _literals(hint: Any) -> tuple[str, ...]:
 
 
 def inherited() -> str:
-    """The fields of transformers, with TRL's defaults."""
+    """The fields of transformers that have an effect, with TRL's defaults."""
     from transformers import TrainingArguments
 
     from trl_trustkl.ppo.config import TrustKLPPOConfig
+    from trl_trustkl.ppo.unsupported import REJECTED
+    from trl_trustkl.trl_compat.unused_fields import WITHOUT_EFFECT
 
-    own = config_fields()
+    own = {*config_fields(), *REJECTED, "fsdp", "deepspeed", *WITHOUT_EFFECT}
     rows = [
         (f"`{each.name}`", _default(TrustKLPPOConfig.__dataclass_fields__[each.name]), _cell(_first(_help(each))))
         for each in dataclasses.fields(TrainingArguments)
         if each.name not in own
     ]
     return table(("field", "default", "meaning"), rows)
+
+
+def rejected() -> str:
+    """The fields that accept only what turns them off."""
+    from trl_trustkl.ppo.unsupported import REJECTED
+
+    return _reasons(REJECTED)
+
+
+def unused() -> str:
+    """The fields of transformers and TRL that have no effect."""
+    from trl_trustkl.trl_compat.unused_fields import WITHOUT_EFFECT
+
+    return _reasons(WITHOUT_EFFECT)
+
+
+def _reasons(reasons: dict[str, str]) -> str:
+    """One row for each reason and the fields that exist in the installed versions."""
+    from trl_trustkl.ppo.config import TrustKLPPOConfig
+
+    fields: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        if name in TrustKLPPOConfig.__dataclass_fields__:
+            fields.setdefault(why, []).append(f"`{name}`")
+    return table(("field", "why"), ((", ".join(names), _cell(why)) for why, names in fields.items()))
 
 
 def _help(field: dataclasses.Field[Any]) -> str:
@@ -303,7 +330,7 @@ def contributing() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     each.__name__: each
     for each in (
-        configuration, trl_configuration, inherited, options, record, completions, estimators, rules,
+        configuration, trl_configuration, inherited, rejected, unused, options, record, completions, estimators, rules,
         controllers, gradients, bounds, others, memory, commands, contributing,
     )
 }  # fmt: skip

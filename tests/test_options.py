@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +68,55 @@ def test_the_checks_say_what_a_field_may_be(bad, message):
     with pytest.raises(ConfigError) as error:
         check_options(Other(**bad))
     assert str(error.value).startswith(message)
+
+
+class Size(enum.StrEnum):
+    SMALL = "small"
+    LARGE = "large"
+
+
+@dataclasses.dataclass
+class Named(Other):
+    """Fields whose names come from their annotation, their metadata or their option."""
+
+    size_by_name: Size | str = Size.SMALL
+    color: str = dataclasses.field(default="red", metadata={"choices": ["red", "blue"]})
+    shape: str | None = option(None, "A shape.", names={"round": 1})
+    title: str = ""
+    more: dict[str, Any] | str | None = None
+    deepspeed: dict | str | None = None
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "said"),
+    [
+        ({"size_by_name": "large"}, {"size_by_name": "medium"}, "it must be one of 'large', 'small'."),
+        ({"size_by_name": Size.LARGE}, {"size_by_name": 3}, "it must be one of 'large', 'small'."),
+        ({"color": "blue"}, {"color": "bleu"}, "it must be one of 'blue', 'red'. Did you mean 'blue'?"),
+        ({"shape": "round"}, {"shape": ["round"]}, "it must be one of 'round'."),
+        ({"title": "ö"}, {"title": "\ud800"}, "it must be text that can be written as UTF-8."),
+        ({"more": '{"a": 1}'}, {"more": "{"}, "which is not JSON"),
+        ({"deepspeed": "file.json"}, {"deepspeed": 1}, "it must be a dict, or text, or None."),
+    ],
+)
+def test_names_and_text_are_checked(good, bad, said):
+    check_options(Named(**good))
+    with pytest.raises(ConfigError) as error:
+        check_options(Named(**bad))
+    assert said in str(error.value) and f"`{next(iter(bad))}` got" in str(error.value)
+
+
+def test_an_integer_becomes_a_float_where_the_default_is_one():
+    check_options(given := Other(width=2, size=3))
+    assert [type(value) for value in (given.width, given.size)] == [float, int]
+
+
+def test_json_of_fields_without_a_group_is_read_unless_it_may_be_a_file():
+    assert dict_fields(Named) == ["extra"] and dict_fields(Named, of_others=True) == ["extra", "more"]
+    check_options(given := Named(more='{"a": 1}', deepspeed='{"a": 1}'))
+    assert (given.more, given.deepspeed) == ({"a": 1}, '{"a": 1}')
+    check_options(given := Named(more='{"a": 1}', color="green"), of_others=False)
+    assert given.more == '{"a": 1}'
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import os
 import types
@@ -73,17 +74,24 @@ def typed_fields(config: type) -> list[tuple[Field[Any], Any]]:
     return [(each, hints[each.name]) for each in fields(config) if each.name not in skipped]
 
 
-def dict_fields(config: type) -> list[str]:
-    """The names of the options that take a dict, or JSON."""
-    return [each.name for each, hint in typed_fields(config) if about(each).group and dict in typing.get_args(hint)]
+def dict_fields(config: type, *, of_others: bool = False) -> list[str]:
+    """The names of the options that take a dict, or JSON. of_others: as in `check_options`."""
+    files = ("deepspeed", "fsdp_config")  # their text may also be the path of a file
+    return [
+        each.name
+        for each, hint in typed_fields(config)
+        if {dict, str} <= {typing.get_origin(part) or part for part in typing.get_args(hint)}
+        and (about(each).group or (of_others and each.name not in files))
+    ]
 
 
 def check_options(args: Any, *, of_others: bool = True) -> None:
-    """ConfigError for the first field whose value is not of its type, or not in its range. JSON becomes a dict.
+    """ConfigError for the first field whose value is not of its type, in its range, or one of its names. JSON becomes a dict,
+    and an integer a float where the default is one.
 
     of_others: whether fields that were not declared by `option` with a group are checked too.
     """
-    for name in dict_fields(args.__class__):
+    for name in dict_fields(args.__class__, of_others=of_others):
         if getattr(args, name) is not None:
             setattr(args, name, _as_dict(name, getattr(args, name)))
     for each, hint in typed_fields(args.__class__):
@@ -91,14 +99,33 @@ def check_options(args: Any, *, of_others: bool = True) -> None:
         if not (of_others or own.group):
             continue
         default = each.default_factory() if each.default_factory is not MISSING else each.default
-        if (value is None and (default is None or fits(None, hint))) or (isinstance(value, str) and value in own.names):
+        if value is None and (default is None or fits(None, hint)):
             continue
-        if fits(value, hint) and (own.range is None or _within(value, own.range)):
-            continue
-        if (known := names(hint)) is not None:
-            raise unknown_name(each.name, value, {*known, *own.names})
-        valid = in_words(hint) if own.range is None else own.range.valid + ", or None" * fits(None, hint)
-        raise out_of_range(each.name, value, valid, unquoted(value) or own.fix)
+        if (known := _known(each, hint)) and (isinstance(value, str) or not fits(value, hint)):
+            if value not in known:
+                raise unknown_name(each.name, value, known)
+        elif not fits(value, hint) or not (own.range is None or _within(value, own.range)):
+            valid = in_words(hint) if own.range is None else own.range.valid + ", or None" * fits(None, hint)
+            raise out_of_range(each.name, value, valid, unquoted(value) or own.fix)
+        elif isinstance(value, str) and not _is_unicode(value):
+            raise out_of_range(each.name, value, "text that can be written as UTF-8")
+        elif isinstance(value, int) and isinstance(default, float):
+            setattr(args, each.name, float(value))  # torch and transformers reject an integer in some of these places
+
+
+def _known(each: Field[Any], hint: Any) -> list[Any]:
+    """The names that a field allows; none for a field that is not a name."""
+    enums = [part for part in (hint, *typing.get_args(hint)) if isinstance(part, type) and issubclass(part, enum.Enum)]
+    listed = [names(hint) or (), each.metadata.get("choices", ()), about(each).names]
+    return [name for some in listed for name in some] + [name.value for one in enums for name in one]
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _as_dict(name: str, value: Any) -> dict[str, Any]:

@@ -71,13 +71,19 @@ def test_several_rewards_with_weights_a_reference_and_a_value_model(place: Path,
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_a_checkpoint_is_passed_on_as_trls_scripts_do(place: Path, tmp_path: Path, monkeypatch) -> None:
-    asked = []
-    monkeypatch.setattr("trl_trustkl.ppo.trainer.TrustKLPPOTrainer.train", lambda self, **k: asked.append(k))
+def test_a_checkpoint_is_passed_on_as_trls_scripts_do(place: Path, tmp_path: Path, monkeypatch, caplog) -> None:
+    asked, known = [], []
+
+    def train(self, **arguments):
+        asked.append(arguments["resume_from_checkpoint"])
+        known.append(self.args.resume_from_checkpoint)
+
+    monkeypatch.setattr("trl_trustkl.ppo.trainer.TrustKLPPOTrainer.train", train)
     monkeypatch.setattr("trl_trustkl.cli.train._conclude", lambda *_: None)
     for value in ("True", "run/checkpoint-3", "false"):
         assert run_main(*flags(settings(place, tmp_path, resume_from_checkpoint=value))) == 0
-    assert [each["resume_from_checkpoint"] for each in asked] == [True, "run/checkpoint-3", None]
+    assert asked == [True, "run/checkpoint-3", None] and known == ["True", "run/checkpoint-3", "false"]
+    assert "no effect" not in caplog.text
 
 
 @pytest.mark.parametrize("failure", [None, OSError(28, "No space left on device")])

@@ -7,23 +7,29 @@ import dataclasses
 import io
 import json
 import math
+import random
+import shutil
+import signal
 import typing
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import transformers.trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import HfArgumentParser
+from transformers.utils import logging as hf_logging
 from trl import TrlParser
 
 from tests import tiny
 from tests.end_to_end.fuzzing import HUGE, INF, NAN, above, below, check_rejected, is_json, reproducible, text
-from trl_trustkl import TrustKLPPOConfig
+from trl_trustkl import BoundReportCallback, TrustKLPPOConfig, TrustKLPPOTrainer
 from trl_trustkl.controllers import CONTROLLERS
 from trl_trustkl.divergences import ESTIMATORS, gradient_kind
-from trl_trustkl.errors import ConfigError
+from trl_trustkl.errors import ConfigError, TrustKLError
 from trl_trustkl.options import dict_fields, names, typed_fields
 from trl_trustkl.surrogates import SURROGATES
 
@@ -285,3 +291,110 @@ def test_a_configuration_that_is_accepted_can_build_every_piece(options, kl, tar
     config.build_penalties(0.1, 0.1)
     json.dumps(config.to_dict())
     assert dataclasses.replace(config).to_dict() == config.to_dict()
+
+
+# -- every field, from the configuration to the first update -----------------------------------------------------------
+
+LARGE = 2**63
+BATTERY: list[Any] = [
+    None, "", "text", "nan", "1", "no", "epoch", "{", "{}", "[]", '{"a": 1}', "\0", "\ud800", "w" * 100_000, b"x",
+    -1, 0, 1, 2, LARGE, -LARGE, HUGE, 1.5, 0.5, -0.5, 1e-300, 1e300, INF, -INF, NAN, 1j, True, False, object(),
+    [], [1], ["a"], [None], (), ("a",), {1}, {}, {"a": 1}, {1: 2},
+]  # fmt: skip
+NAMES = [each.name for each in dataclasses.fields(TrustKLPPOConfig)]
+NAMED_INSTEAD = {"load_best_model_at_end": "metric_for_best_model"}
+ENDLESS = ("num_ppo_epochs", "max_steps", "total_episodes", "num_train_epochs")
+TINIEST = {
+    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "num_mini_batches": 1, "num_ppo_epochs": 1,
+    "max_steps": 1, "response_length": 2, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps",
+    "save_steps": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def contained(tmp_path, monkeypatch) -> Iterator[None]:
+    """In an empty folder, without the Hub, and with what a field changes for the entire process put back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers.Trainer, "init_hf_repo", lambda self, *_, **__: None)
+    monkeypatch.setattr(transformers.Trainer, "_push_from_checkpoint", lambda self, folder: None)
+    monkeypatch.setattr(transformers.trainer, "enable_full_determinism", transformers.set_seed)
+    verbosity = hf_logging.get_verbosity()
+    yield
+    hf_logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    def too_long(*_: Any) -> None:
+        raise TimeoutError(f"more than {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def only_errors_that_name(name: str) -> Iterator[None]:
+    """Suppress an error of this package about a field."""
+    with at_most(60), warnings.catch_warnings(action="ignore"):
+        try:
+            yield
+        except TrustKLError as error:
+            said = str(error).lower()
+            assert name in said or NAMED_INSTEAD.get(name, name) in said, error
+
+
+def accepted(name: str) -> list[Any]:
+    """The values of the battery with which a configuration can be made."""
+    given = []
+    for value in BATTERY:
+        with only_errors_that_name(name):
+            TrustKLPPOConfig(
+                **{"output_dir": "run", "use_cpu": True, "bf16": False, "report_to": "none"} | {name: value}
+            )
+            given.append(value)
+    return given
+
+
+def built(name: str, value: Any) -> Any:
+    args = TrustKLPPOConfig(**tiny.QUIET | {"output_dir": "run"} | TINIEST | {name: value})
+    return TrustKLPPOTrainer(
+        args=args, model=tiny.llama(num_hidden_layers=1), processing_class=tiny.tokenizer(), peft_config=tiny.lora(),
+        reward_funcs=tiny.good_words, train_dataset=tiny.prompts(4), eval_dataset=tiny.prompts(2),
+        callbacks=[BoundReportCallback(report=False)],
+    )  # fmt: skip
+
+
+def train(name: str, value: Any) -> None:
+    """One update with a value that a configuration accepts, except where a large value asks for a run without an end."""
+    with only_errors_that_name(name), contextlib.redirect_stdout(io.StringIO()):
+        trainer = built(name, value)
+        if name not in ENDLESS or not value or value < LARGE:
+            trainer.train()
+
+
+@pytest.mark.usefixtures("contained")
+@pytest.mark.parametrize("name", NAMES)
+def test_any_value_of_a_field_is_rejected_by_name_or_can_be_trained_with(name):
+    """The configuration gets every value, a trainer one of those that it accepts, and one trainer in three trains."""
+    chosen = random.Random(name)
+    if not (values := accepted(name)):
+        return
+    if chosen.random() < 1 / 3:
+        train(name, chosen.choice(values))
+    else:
+        with only_errors_that_name(name):
+            built(name, chosen.choice(values))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("contained")
+@pytest.mark.parametrize("name", NAMES)
+def test_every_value_that_a_configuration_accepts_can_be_trained_with(name):
+    for value in accepted(name):
+        train(name, value)
+        shutil.rmtree("run", ignore_errors=True)

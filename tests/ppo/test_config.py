@@ -21,6 +21,7 @@ from trl_trustkl.advantages import ScorePosition
 from trl_trustkl.controllers import CONTROLLERS, AdaptiveKL, ControllerName, FixedKL
 from trl_trustkl.divergences import ESTIMATORS, EstimatorName, KLEstimatorName
 from trl_trustkl.options import about, dict_fields, fits, typed_fields
+from trl_trustkl.ppo.training_fields import TrainingFields
 from trl_trustkl.surrogates import SURROGATES, ClipRuleName
 from trl_trustkl.trl_compat import ppo_base as _base
 
@@ -119,7 +120,8 @@ def test_the_fields_documented_here_are_ours_and_those_of_trl_that_a_user_sets()
 def test_a_field_declared_again_keeps_type_default_and_help_of_its_base():
     base, ours = fields(_base.PPOConfig), fields(TrustKLPPOConfig)
     base_types, our_types = typing.get_type_hints(_base.PPOConfig), typing.get_type_hints(TrustKLPPOConfig)
-    again = (set(TrustKLPPOConfig.__annotations__) & set(base)) - {"kl_estimator", "stop_token", "max_grad_norm"}
+    declared = {*TrustKLPPOConfig.__annotations__, *TrainingFields.__annotations__}
+    again = (declared & set(base)) - {"kl_estimator", "stop_token", "max_grad_norm"}
     assert len(again) > 20
     for name in again:
         assert (default(ours[name]), our_types[name]) == (default(base[name]), base_types[name]), name

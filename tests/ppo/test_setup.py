@@ -1,4 +1,4 @@
-"""The sizes of batches, and warnings of the anchor and the sampler."""
+"""The sizes of batches, checks of trackers and evaluation, and warnings of unused fields, the anchor and the sampler."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.messages import assert_says
 from trl_trustkl.errors import ConfigError
 from trl_trustkl.ppo import setup
 
@@ -43,6 +44,56 @@ def test_a_size_that_is_replaced_is_named(tmp_path, caplog):
     caplog.clear()
     setup.set_batch_sizes(args, rows=21, processes=1)
     assert not caplog.records, "a configuration that was used before was warned about"
+
+
+def test_sizes_of_a_batch_that_no_dataset_fills_are_found_at_once(tmp_path):
+    args = tiny.config(
+        tmp_path, per_device_train_batch_size=2**61 - 1, gradient_accumulation_steps=2, num_mini_batches=2
+    )
+    assert setup.set_batch_sizes(args, rows=21, processes=1).batch == 2 * (2**61 - 1)
+    args = tiny.config(
+        tmp_path, per_device_train_batch_size=2**61 - 1, gradient_accumulation_steps=1, num_mini_batches=1
+    )
+    assert setup.set_batch_sizes(args, rows=21, processes=1).micro_batch == 1, "2**61 - 1 is a prime"
+
+
+@pytest.mark.parametrize(
+    ("changes", "evaluation", "pieces"),
+    [
+        ({"report_to": "tensorbord"}, None, ("`report_to`", "'tensorbord'", "'tensorboard'", "'none'", "Did you mean")),
+        ({"report_to": ["tensorboard", None]}, None, ("`report_to`", "None")),
+        ({"report_to": ["comet_ml"]}, None, ("`report_to`", "'comet_ml'", "Install comet_ml")),
+        ({"eval_strategy": "epoch"}, None, ("`eval_strategy`", "'epoch'", "`eval_dataset` None", "'no'")),
+        ({"eval_strategy": "epoch", "report_to": ["none"]}, tiny.prompts(2), None),
+        ({}, None, None),
+    ],
+)
+def test_a_tracker_or_an_evaluation_that_cannot_be_had_is_named(tmp_path, monkeypatch, changes, evaluation, pieces):
+    monkeypatch.setattr(setup.integration_utils, "is_comet_available", lambda: False)
+    if pieces is None:
+        setup.check_inputs(tiny.config(tmp_path, **changes), evaluation)
+        return
+    with pytest.raises(ConfigError) as error:
+        setup.check_inputs(tiny.config(tmp_path, **changes), evaluation)
+    assert_says(error, *pieces)
+
+
+def test_trackers_and_evaluation_are_checked_before_anything_is_loaded(tmp_path):
+    for changes in ({"report_to": "x"}, {"eval_strategy": "steps"}):
+        with pytest.raises(ConfigError, match=f"`{next(iter(changes))}`"):
+            tiny.trainer(tmp_path, "no such model", changes=changes)
+
+
+def test_fields_without_effect_that_were_set_are_named_in_one_warning(tmp_path, caplog):
+    tiny.trainer(tmp_path, changes={"eval_strategy": "steps"}, eval_dataset=tiny.prompts(2))
+    assert "no effect" not in caplog.text
+    tiny.trainer(tmp_path, changes={"dataloader_num_workers": 2, "label_names": ["label"], "do_train": True})
+    (said,) = [record.getMessage() for record in caplog.records if "no effect" in record.getMessage()]
+    assert said == (
+        "These fields have no effect here. `dataloader_num_workers`: the trainer reads its batches from the dataset itself, "
+        "without a data loader; `label_names`: prompts have no labels; `do_train`: a script's switch; call trainer.train() or "
+        "trainer.evaluate()."
+    )
 
 
 def test_a_horizon_is_checked_against_the_responses_of_all_processes(tmp_path):

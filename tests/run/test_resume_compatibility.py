@@ -78,7 +78,7 @@ def test_harmless_settings_may_change(uninterrupted_run, run_copy):
 @on_pinned_transformers("Each release has other settings.")
 def test_every_setting_is_either_harmless_or_compared(tmp_path):
     fields = {field.name for field in dataclasses.fields(TrustKLPPOConfig) if field.init}
-    assert set(settings.HARMLESS) <= fields
+    assert set(settings.HARMLESS) - {"logging_dir"} <= fields  # transformers 5.0 has it
     assert len(set(settings.HARMLESS)) == len(settings.HARMLESS)
     args = tiny.config(tmp_path, lr_scheduler_type="linear")
     now = settings.compared(args)

@@ -52,8 +52,10 @@ def train(asked: Any, **arguments: Any) -> None:
     from ..callbacks.bound_report import report_of
 
     args = asked.training
+    checkpoint, args.resume_from_checkpoint = args.resume_from_checkpoint, None  # the trainer would warn of it
     trainer = build(asked.script.trainer, args=args, **arguments)
-    trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
+    args.resume_from_checkpoint = checkpoint  # a tracker may read it
+    trainer.train(resume_from_checkpoint=_checkpoint(checkpoint))
     trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():
         report = report_of(trainer.callback_handler.callbacks)

@@ -16,23 +16,22 @@ from ..controllers import (
     build_controller,
 )
 from ..divergences import ESTIMATORS, KLEstimatorName, Placement, build_estimator
-from ..errors import ConfigError, is_finite, shown
-from ..options import COUNT, COUNT_OR_0, NOT_NEGATIVE, PER_TOKEN, POSITIVE, Range, check_options, inherited, option
+from ..errors import ConfigError, is_finite
+from ..options import COUNT, COUNT_OR_0, NOT_NEGATIVE, PER_TOKEN, POSITIVE, Range, check_options, option
 from ..surrogates import SURROGATES, ClipRuleName, build_surrogate
-from ..trl_compat import activation_checkpointing, ppo_base
-from ..trl_compat.version import PPOConfig
+from ..trl_compat import activation_checkpointing
 from . import config_checks
 from .losses import Aggregation, Penalties
-from .unsupported import reject_unsupported
+from .training_fields import TrainingFields, only_transformers_checks, rejected_by_transformers
+from .training_fields import trl as _trl
+from .unsupported import reject_accelerator_config, reject_unsupported
 
 logger = logging.get_logger(__name__)
 
 TrustEstimator = Literal["exact", "k1", "k3"]
 
-_UP_TO_1, _BELOW_1 = Range("in [0, 1]", lambda x: 0 <= x <= 1), Range("in [0, 1)", lambda x: 0 <= x < 1)
+_UP_TO_1 = Range("in [0, 1]", lambda x: 0 <= x <= 1)
 
-# A field of TRL or transformers that has a unit or a range is declared again, with its default and its help text.
-_trl = partial(inherited, ppo_base.PPOConfig)
 _anchor = partial(option, group="anchor")
 _trust = partial(option, group="trust region")
 _value = partial(option, group="advantages and values")
@@ -41,7 +40,7 @@ _failure = partial(option, group="when something goes wrong")
 
 
 @dataclass
-class TrustKLPPOConfig(PPOConfig):
+class TrustKLPPOConfig(TrainingFields):
     """Configuration of [`TrustKLPPOTrainer`]: the fields of TRL's PPO, and those of this project.
 
     KL divergences are in nats, of the policy at `temperature`. The anchor is KL(π‖π_ref), the trust region
@@ -134,21 +133,9 @@ class TrustKLPPOConfig(PPOConfig):
 
     # -- optimising ---------------------------------------------------------------------------------------------------
     learning_rate: float = _run(*_trl("learning_rate"), unit="1", range=NOT_NEGATIVE)
-    weight_decay: float = option(*_trl("weight_decay"), range=NOT_NEGATIVE)
-    adam_beta1: float = option(*_trl("adam_beta1"), range=_BELOW_1)
-    adam_beta2: float = option(*_trl("adam_beta2"), range=_BELOW_1)
-    adam_epsilon: float = option(*_trl("adam_epsilon"), range=NOT_NEGATIVE)
     num_ppo_epochs: int = _run(*_trl("num_ppo_epochs"), unit="epochs", range=COUNT)
     num_mini_batches: int = _run(*_trl("num_mini_batches"), unit="mini-batches", range=COUNT)
-    per_device_train_batch_size: int = option(*_trl("per_device_train_batch_size"), range=COUNT)
-    per_device_eval_batch_size: int = option(*_trl("per_device_eval_batch_size"), range=COUNT)
-    gradient_accumulation_steps: int = option(*_trl("gradient_accumulation_steps"), range=COUNT)
     total_episodes: int | None = _run(*_trl("total_episodes"), unit="responses", range=Range("a positive integer"))
-    num_train_epochs: float = option(*_trl("num_train_epochs"), range=Range("a positive number"))
-    max_steps: int = option(
-        *_trl("max_steps"), range=Range("an integer >= 1, or -1", lambda x: x >= 1 or x == -1),
-        fix="-1 means that total_episodes gives the length of the run.")
-    seed: int = option(*_trl("seed"), range=Range("an integer from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32))
 
     # -- measuring, sampling, models ----------------------------------------------------------------------------------
     measure_fraction: float = _run(
@@ -204,17 +191,14 @@ class TrustKLPPOConfig(PPOConfig):
     """Tells callbacks that the trainer writes records and has controllers; TRL's configurations lack it."""
 
     def __post_init__(self) -> None:
-        reject_unsupported(self)
         check_options(self)
+        reject_unsupported(self)
         activation_checkpointing.adopt_fields(self)
         config_checks.check_batch(self)
         config_checks.choose_best(self)
-        try:
+        with rejected_by_transformers(only_transformers_checks(self)):
             super().__post_init__()
-        except (ArithmeticError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"transformers rejects this configuration: {shown(error)}; see its TrainingArguments."
-            ) from error
+        reject_accelerator_config(self.accelerator_config)
         config_checks.check(self)
 
     # What the trainer reads, so that each option is interpreted in one place.

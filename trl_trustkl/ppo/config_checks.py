@@ -145,6 +145,12 @@ def check_saving(args: Any) -> None:
     if in_the_way or args.output_dir == "":
         why = f"{in_the_way[0]} is a file." if in_the_way else "It has no name."
         raise out_of_range("output_dir", args.output_dir, "a folder, or one that can be created", why)
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:  # too long, or with a null byte
+        raise out_of_range("output_dir", args.output_dir, "the name of a folder", f"{error}.") from None
     if args.enable_jit_checkpoint:
         # transformers' handler would replace ours for SIGTERM, and write checkpoints that may be incomplete.
         logger.warning("`enable_jit_checkpoint` is ignored: this trainer saves on SIGTERM and Ctrl-C by itself.")

@@ -21,6 +21,7 @@ from ..rollout.prompt_stream import PromptStream
 from ..rollout.prompts import TokenLimits, prepare_datasets, prepare_row, token_limits
 from ..rollout.rewards import build_rewards, token_readers
 from .config import TrustKLPPOConfig
+from .setup import check_inputs
 
 
 class Models(NamedTuple):
@@ -66,6 +67,7 @@ def prepare(
         raise ModelError("`ref_model` is the model itself; give a copy, or None and the trainer makes the reference.")
     if reward_model is not None and reward_funcs is not None:
         raise ConfigError("`reward_model` and `reward_funcs` were both given; put the model into `reward_funcs`.")
+    check_inputs(args, evaluation)
     given = reward_funcs if reward_model is None else reward_model
     _check_sharing(model, value_model, given if isinstance(given, (list, tuple)) else [given])
     set_seed(args.seed)  # adapters and value heads are initialised randomly
@@ -132,4 +134,5 @@ def _stream(train: IterableDataset, tokenizer: PreTrainedTokenizerBase, limits: 
             f"`max_steps` got {args.max_steps} with a `train_dataset` that is an IterableDataset, which has no length; set the "
             "number of updates."
         )
-    return PromptStream(train, args.seed, partial(prepare_row, tokenizer=tokenizer, limits=limits, args=args))
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return PromptStream(train, seed, partial(prepare_row, tokenizer=tokenizer, limits=limits, args=args))

@@ -31,7 +31,7 @@ from .evaluation import Evaluator
 from .models import Models
 from .optimise import Optimisation, adopt
 from .scoring import Scoring
-from .setup import set_batch_sizes, warn_of_gradient, warn_of_horizons
+from .setup import set_batch_sizes, warn_of_gradient, warn_of_horizons, warn_of_unused_fields
 
 
 class Parts:
@@ -57,6 +57,7 @@ class Parts:
         optimizer, scheduler = optimizers
         if optimizer is not None:
             adopt(optimizer, models.trained, rate=args.value_learning_rate, scheduled=scheduler is not None)
+        warn_of_unused_fields(args)
         warn_of_gradient(args)
         self.models = models
         self.processes = processes = Processes(accelerator)
@@ -67,10 +68,11 @@ class Parts:
         for model in (models.reference.model, *(getattr(func, "model", None) for func in models.reward_funcs)):
             if model is not None and not is_quantized(model):  # a quantized model is on its device already
                 model.to(processes.device)
+        seed = args.seed if args.data_seed is None else args.data_seed
         self.order = (
             StreamOrder(self.sizes.batch, self.sizes.updates)
             if rows is None
-            else PromptOrder(rows, self.sizes.batch, args.seed)
+            else PromptOrder(rows, self.sizes.batch, seed)
         )
         self.collate = Collator(data_collator, models.tokenizer.pad_token_id, processes.device)
         self.engine: RolloutEngine = TransformersEngine(

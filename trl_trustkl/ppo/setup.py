@@ -1,15 +1,18 @@
-"""The sizes of batches, and warnings about the anchor and the sampler."""
+"""The sizes of batches, checks of trackers and evaluation, and warnings about unused fields, the anchor and the sampler."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from transformers.integrations import integration_utils
 from transformers.utils import logging
 
 from ..controllers import AdaptiveKL
 from ..divergences import gradient_kind
+from ..errors import ConfigError, out_of_range, unknown_name
 from ..records import BoundRecord
+from ..trl_compat.unused_fields import COMPUTED, set_in_vain
 from .config import TrustKLPPOConfig
 from .config_checks import check_horizons
 
@@ -22,17 +25,6 @@ _GRADIENT_WARNINGS = {
     "biased": "its gradient is not that of the KL divergence, so the run converges to another policy",
     "partial": "its gradient is only a part of the KL divergence's: it leaves out the cost of this token or of later ones",
 }
-
-
-_COMPUTED = {
-    "local_batch_size": "per_device_train_batch_size × gradient_accumulation_steps",
-    "micro_batch_size": "per_device_train_batch_size × processes",
-    "batch_size": "per_device_train_batch_size × gradient_accumulation_steps × processes",
-    "local_mini_batch_size": "per_device_train_batch_size × gradient_accumulation_steps / num_mini_batches",
-    "mini_batch_size": "per_device_train_batch_size × gradient_accumulation_steps × processes / num_mini_batches",
-    "num_total_batches": "total_episodes / (responses of an update), or max_steps",
-}
-"""The fields that follow from others, and how."""
 
 
 class BatchSizes(NamedTuple):
@@ -48,7 +40,7 @@ class BatchSizes(NamedTuple):
 def set_batch_sizes(args: TrustKLPPOConfig, *, rows: int | None, processes: int) -> BatchSizes:
     """Set the fields of `args` that follow from others, from the rows of the dataset (None for a stream) and the number of
     processes. A warning names those that were given another value."""
-    given = {name: getattr(args, name) for name in _COMPUTED}
+    given = {name: getattr(args, name) for name in COMPUTED}
     args.world_size = processes
     args.local_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     args.micro_batch_size = args.per_device_train_batch_size * processes
@@ -64,11 +56,36 @@ def set_batch_sizes(args: TrustKLPPOConfig, *, rows: int | None, processes: int)
     for name, value in given.items():
         if value not in (None, getattr(args, name)):
             logger.warning(
-                f"`{name}` got {value} and is replaced by {getattr(args, name)}, {_COMPUTED[name]}; set these instead."
+                f"`{name}` got {value} and is replaced by {getattr(args, name)}, {COMPUTED[name]}; set these instead."
             )
-    sizes = range(1, min(args.per_device_train_batch_size, args.local_mini_batch_size) + 1)
-    micro_batch = max(size for size in sizes if args.local_mini_batch_size % size == 0)
+    largest = min(args.per_device_train_batch_size, args.local_mini_batch_size)
+    if rows is not None:  # no run has a batch of more rows
+        largest = min(largest, rows)
+    micro_batch = next(size for size in range(largest, 0, -1) if args.local_mini_batch_size % size == 0)
     return BatchSizes(args.local_batch_size, args.batch_size, args.num_total_batches, micro_batch)
+
+
+def check_inputs(args: TrustKLPPOConfig, evaluation: Any) -> None:
+    """ConfigError for a tracker that does not exist or is not installed, and for evaluations without a dataset."""
+    trackers = sorted(integration_utils.INTEGRATION_TO_CALLBACK)
+    for name in args.report_to:
+        if name not in trackers:
+            raise unknown_name("report_to", name, [*trackers, "all", "none"])
+        probes = [f"is_{known}_available" for known in (name.replace("_", ""), name.removesuffix("_ml"))]
+        if not all(getattr(integration_utils, probe)() for probe in probes if hasattr(integration_utils, probe)):
+            raise out_of_range("report_to", name, "a tracker that is installed", f"Install {name}, or leave it out.")
+    if args.eval_strategy != "no" and evaluation is None:
+        raise ConfigError(
+            f"`eval_strategy` got {str(getattr(args.eval_strategy, 'value', args.eval_strategy))!r} and `eval_dataset` None; "
+            "give the trainer one, or leave `eval_strategy` at 'no'."
+        )
+
+
+def warn_of_unused_fields(args: TrustKLPPOConfig) -> None:
+    """Warn once about the fields that were set and have no effect."""
+    if found := set_in_vain(args):
+        reasons = "; ".join(f"`{name}`: {why}" for name, why in found.items())
+        logger.warning(f"These fields have no effect here. {reasons}.")
 
 
 def warn_of_gradient(args: TrustKLPPOConfig) -> None:

@@ -43,6 +43,7 @@ from .loop import TrainingLoop
 from .optimise import separate_value
 from .parts import Parts
 from .shaping import shaped
+from .training_fields import OPTIMIZER, SCHEDULE, rejected_by_transformers
 from .unsupported import reject_sharding
 
 
@@ -322,7 +323,8 @@ class TrustKLPPOTrainer(PPOTrainer):
             self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
-        self.create_scheduler(num_training_steps=self.parts.sizes.updates)
+        with rejected_by_transformers(SCHEDULE):
+            self.create_scheduler(num_training_steps=self.parts.sizes.updates)
         self.model.train()
         self.parts.optimisation.prepare(self.model_wrapped, self.optimizer)
 
@@ -330,7 +332,8 @@ class TrustKLPPOTrainer(PPOTrainer):
         """TRL's optimizer, with the value's parameters in separate groups for `value_learning_rate`."""
         if self.optimizer is not None:
             return self.optimizer
-        optimizer = super().create_optimizer(*args)
+        with rejected_by_transformers(OPTIMIZER):
+            optimizer = super().create_optimizer(*args)
         separate_value(optimizer, trainable(self.model.value), rate=self.args.value_learning_rate)
         return optimizer
 

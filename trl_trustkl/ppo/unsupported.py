@@ -1,4 +1,4 @@
-"""Features of transformers that this version rejects: sharding, other kernels and loops, some optimizers and schedules."""
+"""What transformers and TRL offer and this version rejects: fields, sharding, callbacks, some optimizers and schedules."""
 
 from __future__ import annotations
 
@@ -7,19 +7,60 @@ from collections.abc import Sequence
 from typing import Any
 
 from accelerate.utils import parse_flag_from_env
+from transformers.trainer_pt_utils import AcceleratorConfig
 
-from ..errors import NotAvailableYetError, shown
+from ..errors import NotAvailableYetError, out_of_range, shown
 from ..trl_compat.trl_trainers import steps_in_backward
+
+_KERNELS = "sampling, scoring and stepping have to compute the same numbers"
+
+REJECTED = {
+    "torch_compile": _KERNELS,
+    "torch_compile_backend": _KERNELS,
+    "torch_compile_mode": _KERNELS,
+    "use_liger_kernel": "log-probabilities and exact KLs are computed in chunks here, without [B, T, V] logits in memory",
+    "liger_kernel_config": "it configures `use_liger_kernel`, which is not available either",
+    "parallelism_config": "models are not sharded; one process, or several with DDP, work",
+    "neftune_noise_alpha": "with noise in the embeddings, the ratio would not be 1 before the first step",
+    "auto_find_batch_size": "the batch is a part of the algorithm; set a smaller per_device_train_batch_size",
+    "train_sampling_strategy": "every pass over the dataset has a new random order",
+    "group_by_length": "every pass over the dataset has a new random order",
+    "label_smoothing_factor": "the losses of PPO have no labels",
+    "average_tokens_across_devices": "the losses are always averages over all processes",
+    "bf16_full_eval": "an evaluation computes as training does, with `bf16` or without",
+    "fp16_full_eval": "an evaluation computes as training does, with `fp16` or without",
+    "include_num_input_tokens_seen": "tokens are not counted; `episode` counts the responses, and their length is logged",
+    "debug": "an update that is not finite is rolled back, and its record says what was not finite",
+}
+"""Fields that accept only what turns them off, and why. Some exist only in some versions of transformers."""
+
+_ON_UNLESS = {
+    "torch_compile_backend": (),
+    "torch_compile_mode": (),
+    "average_tokens_across_devices": (True,),
+    "train_sampling_strategy": ("random",),
+    "include_num_input_tokens_seen": ("no", False),
+}
+"""The values besides None with which a field asks for nothing; for all others: 0, False, and what is empty."""
 
 
 def reject_unsupported(args: Any) -> None:
-    """Raise NotAvailableYetError for a configuration that asks for one of them."""
+    """Raise NotAvailableYetError for a configuration that asks for one of them; before transformers reads it."""
     reject_sharding(
         fsdp=args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"),
         deepspeed=args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"),
     )
-    _reject_kernels(args)
-    _reject_loops(args)
+    for name, why in REJECTED.items():
+        value = getattr(args, name, None)
+        if value is not None and (value not in _ON_UNLESS[name] if name in _ON_UNLESS else value):
+            raise NotAvailableYetError(
+                f"`{name}` got {shown(value)}, which is not available in this version; leave it out: {why}."
+            )
+    accelerator = args.accelerator_config
+    if accelerator is not None and not isinstance(accelerator, (AcceleratorConfig, dict, str, os.PathLike)):
+        valid = "an AcceleratorConfig, a dict, JSON, the path of a JSON file, or None"
+        raise out_of_range("accelerator_config", accelerator, valid)
+    _reject_launcher()
     _reject_optimizers(args)
 
 
@@ -50,31 +91,26 @@ def reject_callbacks(callbacks: Sequence[Any]) -> None:
             )
 
 
-def _reject_kernels(args: Any) -> None:
-    """With compiled or patched kernels, the passes would differ and the ratio would not be 1 before the first step."""
-    compiled = args.torch_compile or args.torch_compile_backend or args.torch_compile_mode
-    if compiled or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+def _reject_launcher() -> None:
+    """What a launcher asks for in the environment."""
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise NotAvailableYetError(
-            "`torch_compile` is not available yet in this version: sampling, scoring and stepping have to compute the same "
-            "numbers. Leave `torch_compile`, its backend and mode out, and accelerate's `dynamo_backend` at no."
+            f"accelerate's `dynamo_backend` is not available yet in this version; leave it at no: {_KERNELS}."
         )
-    if args.use_liger_kernel:
+    if parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
         raise NotAvailableYetError(
-            "`use_liger_kernel` is not available yet in this version; it must be False. Log-probabilities and exact KLs are "
-            "computed in chunks here, without [B, T, V] logits in memory."
+            "accelerate's `parallelism_config` is not available yet in this version; leave it out: "
+            f"{REJECTED['parallelism_config']}."
         )
 
 
-def _reject_loops(args: Any) -> None:
-    """Options of transformers' training loop, which would be ignored silently."""
-    reasons = {
-        "neftune_noise_alpha": "with noise in the embeddings, the ratio would not be 1 before the first step",
-        "auto_find_batch_size": "the batch is a part of the algorithm; set a smaller per_device_train_batch_size",
-    }
-    for name, why in reasons.items():
-        if getattr(args, name):
+def reject_accelerator_config(given: Any) -> None:
+    """Raise NotAvailableYetError for what transformers' `AcceleratorConfig` changes about the batches."""
+    for name in ("split_batches", "gradient_accumulation_kwargs"):
+        if value := getattr(given, name):
             raise NotAvailableYetError(
-                f"`{name}` got {shown(getattr(args, name))}, which is not available in this version; leave it out: {why}."
+                f"`accelerator_config` got {name}={shown(value)}, which is not available in this version; leave it out, and "
+                "set per_device_train_batch_size and gradient_accumulation_steps."
             )
 
 

@@ -13,45 +13,38 @@ from peft import PeftModel
 
 from ..errors import ConfigError
 from ..policy.value_head import PolicyAndValue
+from ..trl_compat.unused_fields import WITHOUT_EFFECT
 from .weights import count
+
+_LENGTH = "num_total_batches"
+_ENDLESS_SCHEDULES = ("constant", "constant_with_warmup")
 
 HARMLESS = (
     # where and how the run is reported, saved and evaluated
-    "output_dir", "logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter",
-    "include_num_input_tokens_seen", "log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project",
-    "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "eval_strategy", "eval_steps", "eval_delay",
-    "per_device_eval_batch_size", "prediction_loss_only", "eval_on_start", "eval_do_concat_batches",
-    "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics", "save_only_model",
-    "save_strategy", "save_steps", "save_on_each_node", "save_total_limit", "enable_jit_checkpoint", "push_to_hub",
-    "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision",
-    "load_best_model_at_end", "num_sample_generations", "log_completions",
-    "num_completions_to_print", "debug", "skip_memory_metrics",
+    "output_dir", "logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "log_level",
+    "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id",
+    "trackio_static_space_id", "eval_strategy", "eval_steps", "eval_delay", "per_device_eval_batch_size", "eval_on_start",
+    "save_only_model", "save_strategy", "save_steps", "save_on_each_node", "save_total_limit", "push_to_hub", "hub_token",
+    "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "load_best_model_at_end",
+    "restore_callback_states_from_checkpoint", "num_sample_generations",
+    "log_completions", "num_completions_to_print",
     # memory, devices and workers, which change numbers only by rounding
     "torch_empty_cache_steps", "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
-    "activation_checkpointing_kwargs", "bf16_full_eval", "fp16_full_eval", "use_cpu", "full_determinism",
-    "accelerator_config", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph",
-    "ddp_backend", "ddp_timeout", "ds3_gather_for_generation", "dataset_num_proc", "dataloader_drop_last",
-    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
-    "dataloader_multiprocessing_context", "dataloader_in_order",
-    # fields of other trainers and of scripts, which this trainer does not read
-    "average_tokens_across_devices", "ignore_data_skip", "restore_callback_states_from_checkpoint", "data_seed",
-    "remove_unused_columns", "label_names", "train_sampling_strategy", "length_column_name", "do_train", "do_eval",
-    "do_predict", "resume_from_checkpoint", "local_rank", "sft_model_path", "reward_model_path",
+    "activation_checkpointing_kwargs", "use_cpu", "full_determinism", "ddp_find_unused_parameters", "ddp_bucket_cap_mb",
+    "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout", "dataset_num_proc",
     # what a run does when something goes wrong
     "grace_seconds", "max_refused", "reward_retries",
     # what is recorded
     "attribution_every",
-    # the length of the run, compared as the number of updates; and fields that follow from others and the processes
-    "max_steps", "num_train_epochs", "total_episodes", "world_size", "local_batch_size", "micro_batch_size",
-    "local_mini_batch_size", "mini_batch_size",
+    # the length of the run, which is compared as the number of updates
+    "max_steps", "num_train_epochs", "total_episodes",
+    # what accepts only its default, and what has no effect
+    "debug", *(name for name in WITHOUT_EFFECT if name not in ("batch_size", _LENGTH)),
 )  # fmt: skip
 """Fields that may differ between a checkpoint and the run that resumes it. All others must be the same, including those
 that later versions add."""
 
 _ADAPTER_NOTES = ("inference_mode", "peft_version", "base_model_name_or_path", "auto_mapping", "revision")
-
-_LENGTH = "num_total_batches"
-_ENDLESS_SCHEDULES = ("constant", "constant_with_warmup")
 
 
 def compared(args: Any) -> dict[str, Any]:
