@@ -49,7 +49,7 @@ QUIET = {"dataloader_pin_memory", "dataloader_prefetch_factor", "enable_jit_chec
 """Needs a GPU; needs workers, below; has its own warning; is set by launchers; have their own warnings."""
 
 
-@pytest.mark.parametrize("name", WITHOUT_EFFECT.keys() - QUIET)
+@pytest.mark.parametrize("name", sorted(WITHOUT_EFFECT.keys() - QUIET))
 def test_a_field_that_is_set_is_found(tmp_path, name):
     if name not in FIELDS:
         pytest.skip("another version of transformers has it")
