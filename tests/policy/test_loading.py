@@ -39,6 +39,16 @@ def test_a_model_by_name_is_loaded_with_its_tokenizer(tmp_path):
     )
 
 
+@pytest.mark.parametrize("given", [{"layers": 1}, {"device_map": [1]}, {"dtype": "float33"}], ids=str)
+def test_arguments_that_a_model_cannot_be_loaded_with_are_named(tmp_path, given):
+    tiny.llama().save_pretrained(tmp_path / "model")
+    tiny.scalar_model(tiny.llama()).save_pretrained(tmp_path / "value")
+    for load, name in ((loading.load_causal_lm, "model"), (loading.load_scalar_model, "value")):
+        with pytest.raises(ModelError, match=r"cannot be loaded with `model_init_kwargs` \{.*\}: \w+Error: ") as error:
+            load(str(tmp_path / name), given)
+        assert repr(str(tmp_path / name)) in str(error.value) and str(given) in str(error.value)
+
+
 @pytest.mark.parametrize("with_tokenizer", [True, False])
 def test_an_adapter_by_name_is_trained_on_its_base_model(tmp_path, with_tokenizer):
     """As the policy, with the tokenizer of its folder or of its base model, and as the reference."""

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+import accelerate
 import pytest
 import torch
 import transformers.trainer
 import transformers.training_args
-from accelerate import ParallelismConfig
 from accelerate.state import PartialState
 from datasets import Dataset
 from transformers import TrainerCallback
@@ -236,7 +236,7 @@ def wrapping(folder: Any, monkeypatch: pytest.MonkeyPatch, changes: dict[str, An
         getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", None)
         for module in trainer.model.policy.modules()
     ]
-    return vars(trainer.accelerator.ddp_handler), trainer.accelerator.mixed_precision, checkpointing, keywords
+    return str(trainer.accelerator.ddp_handler), trainer.accelerator.mixed_precision, checkpointing, keywords
 
 
 def environment(folder: Any, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> Any:
@@ -456,7 +456,9 @@ ASKING = {
     "debug": "underflow_overflow",
     "fsdp": "full_shard",
     "deepspeed": {"zero_optimization": {"stage": 2}},
-    "parallelism_config": ParallelismConfig(dp_replicate_size=2),
+    "parallelism_config": getattr(accelerate, "ParallelismConfig", dict)(
+        dp_replicate_size=2
+    ),  # accelerate 1.4 has none
 }
 
 

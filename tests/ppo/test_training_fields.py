@@ -33,7 +33,7 @@ def test_steps_are_counted_or_a_share_of_the_run(tmp_path, name, good, bad):
         ({"accelerator_config": "{"}, ("`accelerator_config`", "JSONDecodeError")),
         ({"accelerator_config": {"batches": 1}}, ("`accelerator_config`", "'batches'")),
         ({"torch_empty_cache_steps": -1}, ("`torch_empty_cache_steps`", "bigger than 0")),
-        ({"warmup_steps": -1}, ("`warmup_steps`", ">= 0")),
+        ({"warmup_steps": -1}, ("`warmup_steps`", "ValueError")),
     ],
     ids=lambda each: next(iter(each), "") if isinstance(each, dict) else "",
 )

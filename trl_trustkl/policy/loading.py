@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,9 +44,26 @@ def _only(names: tuple[str, ...], init_kwargs: dict[str, Any] | None) -> dict[st
     return {key: value for key, value in (init_kwargs or {}).items() if key in names}
 
 
+@contextmanager
+def _with_arguments(name: str, init_kwargs: dict[str, Any] | None) -> Iterator[None]:
+    """Raise an error of `from_pretrained` as a ModelError that names the arguments it may be about."""
+    try:
+        yield
+    except (AttributeError, TypeError, ValueError) as error:
+        if not init_kwargs:
+            raise
+        raise ModelError(
+            f"{name!r} cannot be loaded with `model_init_kwargs` {shown(init_kwargs)}: {type(error).__name__}: {error}"
+        ) from error
+
+
 def load_causal_lm(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedModel | PeftModel:
     """The model of that name. The name of an adapter gives its base model with the adapter, ready to train."""
-    kwargs = init_kwargs or {}
+    with _with_arguments(name, init_kwargs):
+        return _load_causal_lm(name, init_kwargs or {})
+
+
+def _load_causal_lm(name: str, kwargs: dict[str, Any]) -> PreTrainedModel | PeftModel:
     base = base_of_adapter(name, kwargs)
     if base is None:
         return AutoModelForCausalLM.from_pretrained(name, **kwargs)
@@ -83,7 +102,8 @@ def load_tokenizer(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedT
 def load_scalar_model(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedModel:
     """A reward or value model: a sequence classifier with one label. ModelError for one that was saved with several."""
     try:
-        return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **(init_kwargs or {}))
+        with _with_arguments(name, init_kwargs):
+            return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **(init_kwargs or {}))
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise

@@ -22,6 +22,7 @@ from ..run.recorder import Recorder
 from ..run.resume_compatibility import RunSettings, setup_of
 from ..run.signals import StopRequest
 from ..run.state import Progress
+from ..trl_compat.ddp import set_ddp_options
 from ..trust.limits import Limits, TrustRegion
 from ..types import Prompts, Scored
 from .attribution import Attribution
@@ -58,6 +59,7 @@ class Parts:
         if optimizer is not None:
             adopt(optimizer, models.trained, rate=args.value_learning_rate, scheduled=scheduler is not None)
         warn_of_unused_fields(args)
+        set_ddp_options(accelerator, args)
         warn_of_gradient(args)
         self.models = models
         self.processes = processes = Processes(accelerator)

@@ -37,6 +37,7 @@ REJECTED = {
 _ON_UNLESS = {
     "torch_compile_backend": (),
     "torch_compile_mode": (),
+    "parallelism_config": (),
     "average_tokens_across_devices": (True,),
     "train_sampling_strategy": ("random",),
     "include_num_input_tokens_seen": ("no", False),
