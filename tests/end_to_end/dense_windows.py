@@ -133,7 +133,7 @@ class SetUp:
 
     Args:
         changes: of TRL's configuration.
-        kind: the trainer.
+        kind: the trainer. config: of its configuration, if that is a class of its own.
         model: makes the policy, which may be saved under the given folder.
         adapter: changes of the LoRA configuration; None for no new adapter.
         data: makes the prompts.
@@ -151,6 +151,7 @@ class SetUp:
     reference: Literal["base", "start"] | None = "base"
     options: dict[str, Any] = field(default_factory=lambda: {"max_kl": tiny.LIMIT})
     arguments: dict[str, Any] = field(default_factory=dict)
+    config: type | None = None
     before: tuple[Callable[[Any], TrainerCallback], ...] = ()
     after: tuple[Callable[[Any], TrainerCallback], ...] = ()
 
@@ -166,7 +167,7 @@ class SetUp:
             "lr_scheduler_type": "constant",
             **tiny.QUIET,
         }
-        config = RLOOConfig if issubclass(self.kind, RLOOTrainer) else GRPOConfig
+        config: Any = self.config or (RLOOConfig if issubclass(self.kind, RLOOTrainer) else GRPOConfig)
         arguments = {
             "reward_funcs": tiny.good_words, "train_dataset": self.data(), "processing_class": tiny.tokenizer(),
             "peft_config": None if self.adapter is None else tiny.lora(**self.adapter),
