@@ -7,6 +7,7 @@ witness in float64 (see dense_windows.py), and the records agree with it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
@@ -24,7 +25,7 @@ from tests.pages import table_rows
 from tests.tiny import LIMIT
 from tests.trl_trainers import KINDS, trainer_of
 from tests.weights import same, trained_weights
-from tests.windows import limited, records_of, saved
+from tests.windows import kls, limited, records_of, saved
 from trl_trustkl import AdaptiveKLCallback, TrustRegionCallback, load_records
 from trl_trustkl.controllers import DualKL
 from trl_trustkl.errors import ConfigError
@@ -57,6 +58,12 @@ def assert_held(held: Run, precision: float = SINGLE) -> None:
             assert anchor["kl_exact"] == near(window.anchor[0])
             assert anchor["kl"] == pytest.approx(window.anchor[1], rel=precision, abs=precision / 4)  # its terms cancel
     assert sum(window.record["trust"]["scale"] < 1 for window in held.windows) > len(held.windows) / 2
+
+
+def test_each_row_of_the_page_is_tested():
+    source = Path(__file__).read_text("utf-8")
+    tested = {*OF_GRPO, *(name.split(",")[0] for name in OF_BOTH), *re.findall(r'ROWS\["(\w+)"\]', source)}
+    assert tested == set(ROWS)
 
 
 # -- what reward functions, tools and environments do --------------------------------------------------------------------
@@ -191,6 +198,7 @@ def test_a_setup_that_works(name, kind, tmp_path, packages):
         coefs = [window.record["anchor"]["coef"] for window in held.windows]
         assert coefs == pytest.approx([log["kl/coef"] for log in held.trainer.state.log_history if "kl/coef" in log])
         assert len(set(coefs)) == len(coefs)
+        assert {window.record["anchor"]["target_per_token"] for window in held.windows} == {0.02}
     if name == "use_liger_kernel":
         assert any(hasattr(module, "replaced") for module in held.trainer.model.modules())
 
@@ -199,7 +207,7 @@ def test_a_setup_that_works(name, kind, tmp_path, packages):
 @KINDS
 def test_a_vision_language_model_on_prompts_of_text(kind, adapter, tmp_path):
     tiny_vision = pytest.importorskip("tests.tiny_vision", reason="needs Pillow")
-    assert ROWS["ProcessorMixin"].startswith("works")
+    assert "works on prompts of text" in ROWS["ProcessorMixin"]
     changes = {"learning_rate": 0.05 if adapter else 5e-3, "beta": 0.0}
     setup = SetUp(
         changes, kind=LABELLED[kind], model=lambda folder: tiny_vision.llava(), adapter=adapter,
@@ -212,7 +220,7 @@ def test_a_vision_language_model_on_prompts_of_text(kind, adapter, tmp_path):
 @KINDS
 def test_images_are_rejected_before_the_first_rollout(kind, tmp_path):
     tiny_vision = pytest.importorskip("tests.tiny_vision", reason="needs Pillow")
-    assert ROWS["image"] == ROWS["images"] and ROWS["image"].startswith("error")
+    assert "is an error at construction" in ROWS["image"] == ROWS["images"]
     trainer = trainer_of(
         kind, tmp_path, model=tiny_vision.llava(), processing_class=tiny_vision.processor(), max_steps=1, beta=0.0,
         train_dataset=tiny_vision.prompts(images=True), peft_config=tiny.lora(target_modules=["q_proj"]),
@@ -308,13 +316,17 @@ def test_the_best_model_of_a_run_that_stops_early_is_one_within_the_limit(kind, 
     best = Path(trainer.state.best_model_checkpoint)
     assert trainer.state.global_step < 8, "nothing stopped the run"
     assert same(trained_weights(trainer.model), saved(best))
-    rows = load_records(tmp_path)
-    assert rows and all(row["trust"]["kl"] <= LIMIT for row in rows)
+    for step in range(1, trainer.state.global_step + 1):
+        batch = trainer.witness.batches[(step - 1) // 2]
+        folder = tmp_path / f"checkpoint-{step}"
+        assert float(kls(batch.rollout, batch.old, saved(folder)).mean()) <= LIMIT + ROUNDING
+    proposed = [row["trust"]["kl_proposed"] for row in load_records(tmp_path)]
+    assert max(proposed) > LIMIT
 
 
 @KINDS
 def test_a_search_of_hyperparameters_is_not_part_of_these_trainers(kind, tmp_path):
-    assert ROWS["hyperparameter_search"].startswith("error of TRL")
+    assert ROWS["hyperparameter_search"] == ROWS["model_init"] and ROWS["model_init"].startswith("error of TRL")
     with pytest.raises(TypeError, match="model_init"):
         trainer_of(kind, tmp_path, model_init=tiny.llama)
     trainer = limited(kind, tmp_path, max_kl=LIMIT)
@@ -361,7 +373,7 @@ def test_a_step_that_fp16_skips_moves_nothing_and_leaves_the_learning_rate(kind,
 
 @KINDS
 def test_what_reward_functions_log_is_in_the_completions(kind, tmp_path):
-    assert ROWS["log_extra"].startswith("works")
+    assert ROWS["log_extra"].startswith("works") and ROWS["log_metric"].startswith("works")
     trainer = limited(
         kind, tmp_path, max_kl=LIMIT, reward_funcs=[word_count, tiny.good_words], max_steps=3, **EVALUATED
     )
