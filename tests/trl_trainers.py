@@ -43,6 +43,15 @@ class SpiedRLOO(Spied, RLOOTrainer):
         return outputs
 
 
+OTHER_ARGUMENTS = (
+    "callbacks",
+    "reward_processing_classes",
+    "tools",
+    "rollout_func",
+    "environment_factory",
+    "model_init",
+)
+
 TRAINERS = {"grpo": (SpiedGRPO, GRPOConfig), "rloo": (SpiedRLOO, RLOOConfig)}
 KINDS = pytest.mark.parametrize("kind", TRAINERS)
 
@@ -57,7 +66,7 @@ def trainer_of(kind: str, folder: Any, **changes: Any) -> Any:
         "processing_class": tiny.tokenizer(),
         "peft_config": tiny.lora(),
     }
-    arguments |= {name: changes.pop(name) for name in (*arguments, "callbacks") if name in changes}
+    arguments |= {name: changes.pop(name) for name in (*arguments, *OTHER_ARGUMENTS) if name in changes}
     settings = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,

@@ -94,12 +94,15 @@ def test_a_trainer_without_generation_batches(name, tmp_path):
     with pytest.raises(ConfigError) as error:
         TrustRegionCallback(trainer, max_kl=0.1)
     assert str(error.value) == (
-        f"`trainer` got a {name}, which makes no generation batches; it must be TRL's GRPOTrainer or RLOOTrainer."
+        f"`trainer` got a {name}; it must be TRL's GRPOTrainer or RLOOTrainer, or a subclass of these such as GMPOTrainer: "
+        "TrustRegionCallback reads their generation batches."
     )
 
 
 def test_a_trainer_with_the_configuration_of_grpo_that_keeps_no_batch(trainer):
-    with pytest.raises(ConfigError, match="`trainer` got a SimpleNamespace, which makes no generation batches"):
+    with pytest.raises(
+        ConfigError, match="`trainer` got a SimpleNamespace; it must be TRL's GRPOTrainer or RLOOTrainer"
+    ):
         checked_kind(SimpleNamespace(args=trainer.args))
 
 

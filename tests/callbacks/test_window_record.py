@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from trl import GRPOConfig, RLOOConfig
 
 from tests.example_runs import record as example
@@ -34,7 +35,7 @@ class Window:
         self.coef, self.lr, self.lr_factor, self.seconds = 0.1, 1e-3, 0.8, 0.5
         self.steps, self.dropped_steps, self.epochs = 1, 0, 1.0
         self.anchor, self.enforcement = ANCHOR, ENFORCEMENT
-        self.completions = [Completion("p", "c", 0.5), Completion("q", "d", None)]
+        self.completions = [Completion("p", "c", 0.5, {"one": 0.5}, {}), Completion("q", "d", None, {"one": None}, {})]
         for name, value in changes.items():
             setattr(self, name, value)
 
@@ -140,11 +141,22 @@ def test_rloo():
 
 
 def test_completions_are_rows_without_numbers_that_are_not_finite():
-    window = Window(completions=[Completion("p", "c", 0.5), Completion("q", "d", math.inf)])
-    assert completion_rows(window, 7) == [
-        {"update": 7, "prompt": "p", "completion": "c", "score": 0.5, "ref_logp": None},
-        {"update": 7, "prompt": "q", "completion": "d", "score": None, "ref_logp": None},
-    ]
+    first = Completion("p", "c", 0.5, {"one": 0.5, "two": None}, {})
+    second = Completion("q", "d", math.inf, {"one": math.inf, "two": 1.0}, {"words": math.nan})
+    assert completion_rows(Window(completions=[first, second]), 7) == [
+        {"update": 7, "prompt": "p", "completion": "c", "score": 0.5, "ref_logp": None, "rewards": {"one": 0.5, "two": None}},
+        {
+            "update": 7, "prompt": "q", "completion": "d", "score": None, "ref_logp": None,
+            "rewards": {"one": None, "two": 1.0}, "words": None,
+        },
+    ]  # fmt: skip
+
+
+def test_columns_that_reward_functions_log_keep_off_the_columns_of_the_row():
+    extra = {"score": 7, "score_2": torch.tensor(8), 9: {1, 2}, "words": ["a"]}
+    (row,) = completion_rows(Window(completions=[Completion("p", "c", 0.5, {}, extra)]), 7)
+    assert row["score"] == 0.5
+    assert {name: row[name] for name in list(row)[6:]} == {"score_2": 7, "score_2_2": 8, "9": "{1, 2}", "words": ["a"]}
 
 
 def test_the_numbers_of_anchor_and_trust_region_are_tracked_by_their_flat_names():

@@ -69,12 +69,19 @@ class Labelled:
         return outputs
 
     def _compute_loss(self, model: Any, inputs: Any) -> Any:
+        self._label(inputs)
+        return super()._compute_loss(model, inputs)
+
+    def compute_liger_loss(self, model: Any, inputs: Any) -> Any:  # of GRPO, in TRL 1.12
+        self._label(inputs)
+        return super().compute_liger_loss(model, inputs)
+
+    def _label(self, inputs: Any) -> None:
         if self.model.training:
             self.labels = list(zip(inputs["generation"].tolist(), inputs["row"].tolist(), strict=True))
             for index in {index for index, _ in self.labels}:
                 if self.state.global_step not in self.generations[index].steps:
                     self.generations[index].steps.append(self.state.global_step)
-        return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
@@ -126,12 +133,14 @@ class SetUp:
 
     Args:
         changes: of TRL's configuration.
-        kind: the trainer.
+        kind: the trainer. config: of its configuration, if that is a class of its own.
         model: makes the policy, which may be saved under the given folder.
         adapter: changes of the LoRA configuration; None for no new adapter.
         data: makes the prompts.
         reference: what TRL's reference is: the policy without its adapter, the policy before training, or none.
         options: of the callback.
+        arguments: further ones of the trainer.
+        before, after: make the callbacks that are added before and after the TrustRegionCallback.
     """
 
     changes: dict[str, Any] = field(default_factory=dict)
@@ -141,6 +150,10 @@ class SetUp:
     data: Callable[[], Dataset] = tiny.prompts
     reference: Literal["base", "start"] | None = "base"
     options: dict[str, Any] = field(default_factory=lambda: {"max_kl": tiny.LIMIT})
+    arguments: dict[str, Any] = field(default_factory=dict)
+    config: type | None = None
+    before: tuple[Callable[[Any], TrainerCallback], ...] = ()
+    after: tuple[Callable[[Any], TrainerCallback], ...] = ()
 
     def trainer(self, folder: Path) -> Any:
         settings = {
@@ -154,12 +167,13 @@ class SetUp:
             "lr_scheduler_type": "constant",
             **tiny.QUIET,
         }
-        config = RLOOConfig if issubclass(self.kind, RLOOTrainer) else GRPOConfig
-        return self.kind(
-            model=self.model(folder), reward_funcs=tiny.good_words, args=config(**settings | self.changes),
-            train_dataset=self.data(), processing_class=tiny.tokenizer(),
-            peft_config=None if self.adapter is None else tiny.lora(**self.adapter),
-        )  # fmt: skip
+        config: Any = self.config or (RLOOConfig if issubclass(self.kind, RLOOTrainer) else GRPOConfig)
+        arguments = {
+            "reward_funcs": tiny.good_words, "train_dataset": self.data(), "processing_class": tiny.tokenizer(),
+            "peft_config": None if self.adapter is None else tiny.lora(**self.adapter),
+        }  # fmt: skip
+        args = config(**settings | self.changes)
+        return self.kind(model=self.model(folder), args=args, **arguments | self.arguments)
 
     def witness(self, folder: Path) -> nn.Module:
         """The policy before training, in float64. It shares nothing with that of a trainer."""
@@ -211,9 +225,13 @@ def train(setup: SetUp, folder: Path, *, limited: bool = True) -> tuple[Any, Kee
     trainer = setup.trainer(folder)
     keeps = KeepsWeights(trainer)
     trainer.add_callback(keeps)
+    for make in setup.before:
+        trainer.add_callback(make(trainer))
     if limited:
         trainer.add_callback(BoundReportCallback(report=False))
         trainer.add_callback(TrustRegionCallback(trainer, **setup.options))
+    for make in setup.after:
+        trainer.add_callback(make(trainer))
     trainer.train()
     return trainer, keeps
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOTrainer, RLOOTrainer
 
@@ -106,7 +107,7 @@ def test_micro_batches_have_trls_tokens_padding_and_order():
 
 def test_no_batch_yet_and_a_batch_with_images():
     assert generation.micro_batches(SimpleNamespace(_buffered_inputs=None)) == []
-    with pytest.raises(ModelError, match="the generation batch has images.*train on prompts of text, or remove"):
+    with pytest.raises(ModelError, match="the generation batch has images.*train on prompts of text, without a column"):
         generation.micro_batches(SimpleNamespace(_buffered_inputs=[part(0, pixel_values=torch.zeros(2, 3))]))
 
 
@@ -189,15 +190,54 @@ def test_each_value_of_a_metric_is_read_exactly_once(seed):
     assert read == wanted
 
 
-def logs(prompts: list, completions: list, rewards: dict[str, list[float]], count: int) -> Any:
+def dataset(*, stream: bool = False, **columns: Any) -> Any:
+    """A trainer with these columns."""
+    data = Dataset.from_dict(columns)
+    return SimpleNamespace(train_dataset=data.to_iterable_dataset() if stream else data)
+
+
+PICTURE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}]
+TEXT = [{"role": "user", "content": "what is it?"}]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "where"),
+    [
+        (dataset(prompt=["a"], wanted=["b"]), None),
+        (dataset(prompt=[TEXT]), None),
+        (dataset(prompt=[[{"role": "user", "content": [{"type": "text", "text": "a"}]}]]), None),
+        (dataset(prompt=[]), None),
+        (dataset(environment=["one"]), None),
+        (SimpleNamespace(train_dataset=None), None),
+        (dataset(prompt=["a"], image=[None]), "the column 'image'"),
+        (dataset(images=[[]], prompt=["a"]), "the column 'images'"),
+        (dataset(prompt=[PICTURE]), "an image in the first prompt"),
+        (dataset(stream=True, prompt=["a"], image=[1]), "the column 'image'"),
+        (dataset(stream=True, prompt=[PICTURE]), None),
+    ],
+)  # fmt: skip
+def test_images_are_found_before_a_rollout(trainer, where):
+    assert generation.images(trainer) == where
+
+
+def logs(
+    prompts: list,
+    completions: list,
+    rewards: dict[str, list[float]],
+    count: int,
+    *,
+    extra: Any = None,
+    names: Any = None,
+) -> Any:
     """A trainer with these logs, of which the last `count` are of its last batch."""
     return SimpleNamespace(
         args=SimpleNamespace(generation_batch_size=count),
-        reward_func_names=list(rewards),
+        reward_func_names=list(rewards) if names is None else names,
         reward_weights=torch.tensor([1.0, 0.5][: len(rewards)]),
         _logs={
             "prompt": deque(prompts), "completion": deque(completions),
             "rewards": {name: deque(values) for name, values in rewards.items()},
+            "extra": {name: deque(values) for name, values in (extra or {}).items()},
         },
     )  # fmt: skip
 
@@ -205,7 +245,24 @@ def logs(prompts: list, completions: list, rewards: dict[str, list[float]], coun
 def test_completions_are_the_last_rows_with_their_weighted_rewards():
     rewards = {"one": [9.0, 1.0, math.nan, 3.0, math.nan], "two": [9.0, 2.0, 4.0, math.nan, math.nan]}
     trainer = logs(list("pqrst"), list("abcde"), rewards, count=4)
-    assert generation.completions(trainer) == [("q", "b", 2.0), ("r", "c", 2.0), ("s", "d", 3.0), ("t", "e", None)]
+    found = generation.completions(trainer)
+    assert [row[:3] for row in found] == [("q", "b", 2.0), ("r", "c", 2.0), ("s", "d", 3.0), ("t", "e", None)]
+    assert [row.rewards for row in found] == [
+        {"one": 1.0, "two": 2.0}, {"one": None, "two": 4.0}, {"one": 3.0, "two": None}, {"one": None, "two": None},
+    ]  # fmt: skip
+
+
+def test_completions_have_what_reward_functions_logged():
+    extra = {"words": [9, 1, "two"], "of an evaluation": [1]}
+    found = generation.completions(logs(list("pqr"), list("abc"), {"one": [9.0, 1.0, 2.0]}, count=2, extra=extra))
+    assert [row.extra for row in found] == [{"words": 1}, {"words": "two"}]
+
+
+def test_functions_of_one_name_have_the_rewards_of_the_second_and_no_score():
+    trainer = logs(list("pq"), list("ab"), {"one": [3.0, 4.0]}, count=2, names=["one", "one"])
+    assert [(row.score, row.rewards) for row in generation.completions(trainer)] == [
+        (None, {"one": 3.0}), (None, {"one": 4.0}),
+    ]  # fmt: skip
 
 
 def test_conversations_are_lines_of_text():
@@ -213,10 +270,12 @@ def test_conversations_are_lines_of_text():
     prompt = [{"role": "system", "content": "be brief"}, {"role": "user", "content": image}]
     answer = [{"role": "assistant", "content": None}, {"role": "tool", "content": "42"}]
     (row,) = generation.completions(logs([prompt], [answer], {"one": [0.5]}, count=1))
-    assert row == ("system: be brief\nuser: <image> what is it?", "assistant: \ntool: 42", 0.5)
+    assert row[:3] == ("system: be brief\nuser: <image> what is it?", "assistant: \ntool: 42", 0.5)
 
 
-def none_for_short(prompts: list, completions: list, **_: Any) -> list[float | None]:
+def none_for_short(prompts: list, completions: list, log_extra: Any = None, **_: Any) -> list[float | None]:
+    if log_extra is not None:
+        log_extra("length", [len(text) for text in completions])
     return [None if len(text.split()) % 2 else 1.0 for text in completions]
 
 
@@ -251,4 +310,7 @@ def test_completions_of_a_real_trainer(kind, tmp_path):
         first, second = tiny.good_words(prompts, texts), none_for_short(prompts, texts)
         weighted = [a + 0.25 * (b or 0.0) for a, b in zip(first, second, strict=True)]
         assert [row.score for row in rows] == pytest.approx(weighted)
+        assert [row.rewards["none_for_short"] for row in rows] == second
+        assert [row.rewards["good_words"] for row in rows] == pytest.approx(first)
+        assert [row.extra for row in rows] == [{"length": len(text)} for text in texts]
     assert any(score is None for _, texts in generated for score in none_for_short([], texts))

@@ -14,6 +14,8 @@ from ..trl_compat.trl_logs import Kind
 from ..trl_compat.trl_trainers import GenerationTrainer, steps_in_backward
 
 EVERY = ("generation", "step")
+REPLAYING = ("GRPOWithReplayBufferTrainer",)
+"""Subclasses of TRL's trainers, by name, that train on responses of earlier generation batches."""
 
 
 def check_options(limits: dict[str, Any], every: Any, anchor: Any) -> None:
@@ -42,8 +44,15 @@ def checked_kind(trainer: Any) -> Kind:
         )
     kind = trl_logs.kind_of(args)
     if kind not in ("grpo", "rloo") or not generation.generates(trainer):
+        instead = " For PPO, use TrustKLPPOTrainer with trust_max_kl." if kind == "ppo" else ""
         raise ConfigError(
-            f"`trainer` got a {name}, which makes no generation batches; it must be TRL's GRPOTrainer or RLOOTrainer."
+            f"`trainer` got a {name}; it must be TRL's GRPOTrainer or RLOOTrainer, or a subclass of these such as GMPOTrainer: "
+            f"TrustRegionCallback reads their generation batches.{instead}"
+        )
+    if any(each.__name__ in REPLAYING for each in type(trainer).__mro__):
+        raise ConfigError(
+            f"`trainer` got a {name}, whose batches have responses of earlier policies: they tell nothing about the policy "
+            "that was sampled from last. Use GRPOTrainer."
         )
     for flag, engine in (("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")):
         if getattr(trainer, flag):
@@ -58,6 +67,8 @@ def checked_kind(trainer: Any) -> Kind:
         )
     if trainer.is_in_train:
         raise ConfigError(f"`trainer` got a {name} that is training; add the callback before train() is called.")
+    if (where := generation.images(trainer)) is not None:
+        raise ConfigError(f"`train_dataset` has {where}, {generation.NO_IMAGES}.")
     if not trainable(trainer.model):
         raise ConfigError(
             f"`trainer` got a {name} whose model has no trainable parameter; there is no update to limit."

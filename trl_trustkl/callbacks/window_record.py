@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import bounds, records
 from ..records import BoundRecord
+from ..rollout.reward_log import RESERVED, as_json, free_name
 from ..trl_compat import trl_logs
 from ..trl_compat.trl_logs import Kind
 from ..types import Enforcement, Measurement
@@ -87,8 +88,16 @@ def _logs(window: Window, target: float | None, grad_norm: float | None) -> dict
 
 def completion_rows(window: Window, update: int) -> list[dict[str, Any]]:
     """The rows of `completions.jsonl`. TRL keeps no likelihood of a row under the reference."""
-    rows = [{"update": update, **each._asdict(), "ref_logp": None} for each in window.completions]
-    return [records.as_dict(row) for row in rows]
+    rows: list[dict[str, Any]] = []
+    for each in window.completions:
+        row = {
+            "update": update, "prompt": each.prompt, "completion": each.completion, "score": each.score,
+            "ref_logp": None, "rewards": each.rewards,
+        }  # fmt: skip
+        for column, value in each.extra.items():
+            row[free_name(str(column), {*RESERVED, *row})] = as_json(value)
+        rows.append(records.as_dict(row))
+    return rows
 
 
 def tracked(record: BoundRecord) -> dict[str, float]:

@@ -31,7 +31,7 @@ class RewardLog:
                 f"log_extra({column!r}) got {shown(values)}; it must be a list of {self._count} values, one per completion."
             )
         columns = self._logged.columns
-        columns[free_name(str(column), {*RESERVED, *columns})] = [_as_json(value) for value in values]
+        columns[free_name(str(column), {*RESERVED, *columns})] = [as_json(value) for value in values]
 
     def log_metric(self, name: str, value: Any) -> None:
         """Add a number to the logged metrics, which are means over the calls and the processes. NaN is left out."""
@@ -67,7 +67,7 @@ def means_of(metrics: Iterable[dict[str, list[float]]], processes: Processes) ->
     return {name: sum(values) / len(values) for name, values in sorted(numbers.items())}
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """The value if JSON has it, a scalar of NumPy or torch as its number, and anything else as text."""
     if getattr(value, "ndim", None) == 0:
         value = value.item()

@@ -9,18 +9,37 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from datasets import Dataset
 
 from ..errors import ModelError
 from ..types import MicroBatch
 from .trl_trainers import GenerationTrainer
 
 _NEEDED = ("_buffered_inputs", "_step", "_metrics", "_logs")
+NO_IMAGES = (
+    "with which this version of TrustRegionCallback cannot measure a divergence; train on prompts of text, without a column "
+    "`image` or `images`, or remove the callback"
+)
 
 
 def generates(trainer: Any) -> bool:
     """Whether the trainer makes generation batches as GRPO and RLOO do."""
     args = getattr(trainer, "args", None)
     return all(hasattr(trainer, name) for name in _NEEDED) and hasattr(args, "steps_per_generation")
+
+
+def images(trainer: GenerationTrainer) -> str | None:
+    """Where the prompts of training have images, if that is known without a pass over a stream: a column, or a prompt."""
+    dataset = trainer.train_dataset
+    for name in getattr(dataset, "column_names", None) or ():
+        if name in ("image", "images"):
+            return f"the column {name!r}"
+    if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names or not len(dataset):
+        return None
+    prompt = dataset[0]["prompt"]
+    parts = [part for message in prompt for part in message["content"] or ()] if isinstance(prompt, list) else []
+    found = any(isinstance(part, dict) and part.get("type") == "image" for part in parts)
+    return "an image in the first prompt" if found else None
 
 
 def passes_per_generation(trainer: GenerationTrainer) -> int:
@@ -53,14 +72,11 @@ def end_of_generation(trainer: GenerationTrainer) -> int:
 
 def micro_batches(trainer: GenerationTrainer) -> list[MicroBatch]:
     """The current generation batch of this process, in TRL's micro-batches with TRL's padding. The response tokens that count
-    are those with a loss: a tool's output is masked out. ModelError for a batch with images."""
+    are those with a loss: a tool's output is masked out. ModelError for a batch with images, as from a tool."""
     found, first = [], 0
     for part in trainer._buffered_inputs or []:
         if "pixel_values" in part:
-            raise ModelError(
-                "the generation batch has images, with which this version of TrustRegionCallback cannot measure a divergence; "
-                "train on prompts of text, or remove the callback."
-            )
+            raise ModelError(f"the generation batch has images, {NO_IMAGES}.")
         ids, mask = part["completion_ids"], part["completion_mask"]
         counts = mask * part["tool_mask"] if "tool_mask" in part else mask
         found.append(
@@ -95,24 +111,41 @@ class NewMetrics:
 
 
 class Completion(NamedTuple):
-    """One row of a generation batch, with its weighted reward; None where no function gave one."""
+    """One row of a generation batch.
+
+    rewards: of each function by its name; None where it gave none. score: their weighted sum; None where no function gave a
+    reward, or where two functions have one name, of which TRL keeps only the second's. extra: what the functions logged with
+    `log_extra`.
+    """
 
     prompt: str
     completion: str
     score: float | None
+    rewards: dict[str, float | None]
+    extra: dict[str, Any]
 
 
 def completions(trainer: GenerationTrainer) -> list[Completion]:
     """The rows that were generated last, of all processes."""
     logs, count = trainer._logs, trainer.args.generation_batch_size
-    rewards = [list(logs["rewards"][name])[-count:] for name in trainer.reward_func_names]
-    weights = trainer.reward_weights.tolist()
-    rows = zip(list(logs["prompt"])[-count:], list(logs["completion"])[-count:], *rewards, strict=True)
-    return [Completion(_text(prompt), _text(text), _total(weights, each)) for prompt, text, *each in rows]
+
+    def last(column: Any) -> list[Any]:
+        return list(column)[-count:]
+
+    names = trainer.reward_func_names
+    weights = dict(zip(names, trainer.reward_weights.tolist(), strict=True)) if len({*names}) == len(names) else {}
+    rewards = {name: last(logs["rewards"][name]) for name in names}
+    extra = {name: last(column) for name, column in logs["extra"].items() if len(column) >= count}
+    found = []
+    for i, (prompt, text) in enumerate(zip(last(logs["prompt"]), last(logs["completion"]), strict=True)):
+        own = {name: None if math.isnan(column[i]) else column[i] for name, column in rewards.items()}
+        logged = {name: column[i] for name, column in extra.items()}
+        found.append(Completion(_text(prompt), _text(text), _total(weights, own), own, logged))
+    return found
 
 
-def _total(weights: list[float], rewards: list[float]) -> float | None:
-    known = [weight * reward for weight, reward in zip(weights, rewards, strict=True) if not math.isnan(reward)]
+def _total(weights: dict[str, float], rewards: dict[str, float | None]) -> float | None:
+    known = [weight * reward for name, weight in weights.items() if (reward := rewards[name]) is not None]
     return sum(known) if known else None
 
 

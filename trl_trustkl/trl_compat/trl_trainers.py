@@ -55,6 +55,7 @@ class GenerationTrainer(TRLTrainer, Protocol):
     ref_model: Any
     accelerator: Accelerator
     optimizer: Any
+    train_dataset: Any
     temperature: float
     reward_func_names: list[str]
     reward_weights: Tensor
