@@ -28,7 +28,8 @@ def test_the_closing_paragraph_says_what_the_records_say():
     assert all(len(line) <= 80 for line in closing(Options(), [limited(0.019, 0.5, 0.2)]).splitlines())
 
 
-def test_the_conclusion_shows_scores_completions_and_files(tmp_path):
+def test_the_conclusion_shows_scores_completions_and_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a short name, on one line
     rows = [{"completion": text} for text in ("grey", "middle", "[red]bright\x1b[2J")]
     (tmp_path / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     console = Console(file=io.StringIO(), width=80, highlight=False)

@@ -1,17 +1,24 @@
-"""What a callback requests on one process alone is done by both. The tests start this file as a program in two processes."""
+"""Two processes: what a callback requests on one of them is done by both, what reward functions log on one of them is logged
+for both, and a row of a stream that one of them cannot use ends both. The tests start this file as a program."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
+from datasets import IterableDataset
 from transformers import TrainerCallback
 
 from tests import survival, tiny
 from tests.processes import ROOT, in_two_processes
+from trl_trustkl import load_records
+from trl_trustkl.errors import DataError
+from trl_trustkl.rollout.prompt_stream import PromptStream
 
 WITHIN, AT_THE_END = {"evaluate": [], "save": []}, {"evaluate": [2, 4], "save": []}
 EXPECTED: dict[tuple[str, str], dict[str, Any]] = {
@@ -59,8 +66,16 @@ class Asks(TrainerCallback):
 
 
 def program(folder: Path) -> None:
-    """Make four updates, two passes over the prompts, for each case; each process writes what it did."""
     survival.quieten()
+    accelerator = ask(folder)
+    log_on_one(folder)
+    read_a_stream(folder)
+    accelerator.free_memory()
+    accelerator.end_training()
+
+
+def ask(folder: Path) -> Accelerator:
+    """Make four updates, two passes over the prompts, for each case; each process writes what it did."""
     found = []
     for request, event in EXPECTED:
         every = {"eval_strategy": "steps", "eval_steps": 2} if event == "evaluate" else {}
@@ -72,24 +87,83 @@ def program(folder: Path) -> None:
         trainer.add_callback(asks)
         trainer.train()
         found.append({**asks.seen, "updates": trainer.state.global_step})
-    accelerator = trainer.accelerator
-    (folder / f"{accelerator.process_index}.json").write_text(json.dumps(found))
-    del trainer
-    accelerator.free_memory()
-    accelerator.end_training()
+    (folder / f"{trainer.accelerator.process_index}.json").write_text(json.dumps(found))
+    return trainer.accelerator
+
+
+def log_on_one(folder: Path) -> None:
+    """Train with a reward function that logs one of its columns and one of its metrics only on the second process."""
+
+    def func(completions: list, log_extra: Any, log_metric: Any, **_: Any) -> list[float]:
+        log_metric("rank", rank)
+        log_extra("rank", [rank] * len(completions))
+        if rank == 1:
+            log_metric("only", 5.0)
+            log_extra("only", ["here"] * len(completions))
+        return [0.0] * len(completions)
+
+    trainer = tiny.trainer(folder / "logs", reward_funcs=func, changes={"max_steps": 1})
+    rank = trainer.accelerator.process_index
+    trainer.train()
+    (folder / f"log-{rank}.json").write_text(json.dumps(trainer.state.log_history[0]))
+
+
+def read_a_stream(folder: Path) -> None:
+    """Train on a stream, and again with a row that the second process cannot use in the second update."""
+    streams = [IterableDataset.from_generator(stream_rows) for _ in range(2)]
+    good, bad = (
+        tiny.trainer(folder / name, train_dataset=stream, changes={"max_steps": 2})
+        for name, stream in zip(("good", "bad"), streams, strict=True)
+    )
+    good.train()
+    prepare = bad.parts.stream.prepare
+
+    def fails(row: Any, place: int) -> Any:
+        if place == 31:
+            raise DataError("a bad row")
+        return prepare(row, place)
+
+    bad.parts.stream.prepare = fails
+    with pytest.raises(DataError, match="a bad row"):
+        bad.train()
+    (folder / f"done-{bad.accelerator.process_index}").touch()
+
+
+def stream_rows() -> Iterator[dict[str, str]]:
+    return ({"prompt": f"w{place}"} for place in range(40))
+
+
+def completions(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> list[list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("control")
-    in_two_processes("-m", "tests.ppo.test_loop_in_two_processes", str(folder), cwd=ROOT)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+def folder(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("two")
+    in_two_processes("-m", "tests.ppo.test_loop_in_two_processes", str(place), cwd=ROOT)
+    return place
 
 
 @pytest.mark.parametrize("case", EXPECTED, ids="-".join)
-def test_what_one_process_requests_is_done_by_both(found, case):
-    for each in found:
-        assert each[list(EXPECTED).index(case)] == EXPECTED[case]
+def test_what_one_process_requests_is_done_by_both(folder, case):
+    for rank in range(2):
+        found = json.loads((folder / f"{rank}.json").read_text())
+        assert found[list(EXPECTED).index(case)] == EXPECTED[case]
+
+
+def test_what_reward_functions_log_on_one_process_is_logged_by_both(folder):
+    for rank in range(2):
+        log = json.loads((folder / f"log-{rank}.json").read_text())
+        assert log["rank"] == 0.5 and log["only"] == 5.0
+    rows = completions(folder / "logs")
+    assert [(row["rank"], row.get("only")) for row in rows] == [(0, None)] * 8 + [(1, "here")] * 8
+
+
+def test_the_rows_of_a_stream_are_shared_and_a_bad_one_ends_both(folder):
+    assert all((folder / f"done-{rank}").exists() for rank in range(2))
+    stream = PromptStream(IterableDataset.from_generator(stream_rows), 42, lambda row, place: row)
+    assert [row["prompt"] for row in completions(folder / "good")] == [stream[i]["prompt"] for i in range(32)]
+    assert len(load_records(folder / "bad")) == 1 and (folder / "bad" / "checkpoint-1").exists()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 from tests import survival, tiny
-from tests.processes import in_two_processes
 from tests.watched import run
 from trl_trustkl import load_records
 from trl_trustkl.errors import ConfigError, DataError
@@ -167,41 +165,3 @@ def test_an_evaluation_reads_the_stream_to_its_end(tmp_path):
     assert len(trainer.evaluate_completions(streamed(5))) == 5
     with pytest.raises(DataError, match="`eval_dataset`: the stream could not be read"):
         tiny.trainer(tmp_path, eval_dataset=fails_at(2))
-
-
-def program(folder: Path) -> None:
-    """Two processes on a stream, the second of which meets a bad row in the second update."""
-    rows = [{"prompt": f"w{place}"} for place in range(40)]
-    good = tiny.trainer(folder / "good", train_dataset=IterableDataset.from_generator(lambda: iter(rows)), changes=TWO)
-    good.train()
-    accelerator = good.accelerator
-    bad = tiny.trainer(folder / "bad", train_dataset=IterableDataset.from_generator(lambda: iter(rows)), changes=TWO)
-    prepare = bad.parts.stream.prepare
-
-    def fails(row: Any, place: int) -> Any:
-        if place == 31:
-            raise DataError("a bad row")
-        return prepare(row, place)
-
-    bad.parts.stream.prepare = fails
-    with pytest.raises(DataError, match="a bad row"):
-        bad.train()
-    (folder / f"done-{accelerator.process_index}").touch()
-    del good, bad
-    accelerator.free_memory()
-    accelerator.end_training()
-
-
-TWO = {"max_steps": 2}
-
-
-def test_two_processes_share_the_rows_and_fail_together(tmp_path):
-    in_two_processes("-m", "tests.rollout.test_prompt_stream", str(tmp_path), cwd=tmp_path)
-    assert all((tmp_path / f"done-{rank}").exists() for rank in range(2))
-    rows = IterableDataset.from_generator(lambda: ({"prompt": f"w{place}"} for place in range(40)))
-    assert prompts_of(tmp_path / "good") == read(rows, 42, 32)
-    assert len(load_records(tmp_path / "bad")) == 1 and (tmp_path / "bad" / "checkpoint-1").exists()
-
-
-if __name__ == "__main__":
-    program(Path(sys.argv[1]))

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from tests import tiny
-from tests.processes import in_two_processes
 from trl_trustkl.errors import RewardError
 from trl_trustkl.rollout.reward_log import RESERVED, RewardLog, free_name
 from trl_trustkl.types import Logged
@@ -144,37 +141,3 @@ def test_an_attempt_that_fails_logs_nothing(tmp_path):
     trainer.train()
     rows = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
     assert {row["call"] for row in rows} == {2} and trainer.state.log_history[0]["call"] == 2
-
-
-def program(folder: Path) -> None:
-    """Two processes of which only the second logs one of the columns and one of the metrics."""
-
-    def func(completions, log_extra, log_metric, **_):
-        log_metric("rank", rank)
-        log_extra("rank", [rank] * len(completions))
-        if rank == 1:
-            log_metric("only", 5.0)
-            log_extra("only", ["here"] * len(completions))
-        return [0.0] * len(completions)
-
-    trainer = tiny.trainer(folder, reward_funcs=func, changes={"max_steps": 1})
-    rank = trainer.accelerator.process_index
-    trainer.train()
-    (folder / f"log-{rank}.json").write_text(json.dumps(trainer.state.log_history[0]))
-    accelerator = trainer.accelerator
-    del trainer
-    accelerator.free_memory()
-    accelerator.end_training()
-
-
-def test_two_processes_log_for_both(tmp_path):
-    in_two_processes("-m", "tests.rollout.test_reward_log", str(tmp_path), cwd=tmp_path)
-    for rank in range(2):
-        log = json.loads((tmp_path / f"log-{rank}.json").read_text())
-        assert log["rank"] == 0.5 and log["only"] == 5.0
-    rows = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
-    assert [(row["rank"], row.get("only")) for row in rows] == [(0, None)] * 8 + [(1, "here")] * 8
-
-
-if __name__ == "__main__":
-    program(Path(sys.argv[1]))
