@@ -10,6 +10,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaForCausalLM
 
 from tests import tiny
-from tests.callbacks.test_trust_region_setups import assert_held
-from tests.end_to_end.dense_windows import Labelled, SetUp, run
+from tests.end_to_end.dense_windows import Labelled, SetUp, assert_held, run
 from tests.pages import table_rows
 from tests.tiny import LIMIT
 from tests.trl_trainers import trl_ppo
@@ -60,6 +60,16 @@ def test_the_page_has_a_row_for_every_trainer():
     assert gone == {name for name in gone if not hasattr(trl, name)}
     assert all(said.startswith(("works", "error", "not tried: needs ")) for said in ROWS.values())
     assert {"SDPOTrainer", "GMPOTrainer", "AsyncGRPOTrainer", "PPOTrainer"} <= set(ROWS)
+
+
+def test_what_is_not_tried_has_no_configuration_of_grpo():
+    spec = importlib.util.find_spec("trl")
+    assert spec is not None and spec.submodule_search_locations
+    texts = [path.read_text("utf-8") for path in Path(spec.submodule_search_locations[0]).rglob("*_config.py")]
+    for name in ROWS.keys() - {*WORKS, *ERRORS}:
+        pattern = rf"class {name.removesuffix('Trainer')}Config\((\w+)\)"
+        (base,) = [found for text in texts for found in re.findall(pattern, text)]
+        assert base in ("_BaseConfig", "DistillationConfig")
 
 
 def here(name: str) -> list[Any]:

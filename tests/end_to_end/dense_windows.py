@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
@@ -26,6 +27,8 @@ from tests.dense import dense_kl
 from tests.witness import in_float64
 from trl_trustkl import BoundReportCallback, TrustRegionCallback, load_records
 
+ROUNDING, SINGLE = 1e-6, 2e-5
+"""How far a KL in float32 may be from the one computed here: in nats, and relative to it."""
 COLUMNS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
 
 
@@ -300,3 +303,22 @@ class Judge:
         estimate = -log_ratio if k1 else log_ratio.exp() - 1 - log_ratio
         exact, sampled = (float((each * counts).sum(1).mean()) for each in (dense_kl(old, ref), estimate))
         return exact, sampled
+
+
+def assert_held(held: Run, precision: float = SINGLE) -> None:
+    """By the witness every batch is within the limit, most steps were shortened, and the records agree."""
+
+    def near(value: float) -> Any:
+        return pytest.approx(value, rel=precision, abs=ROUNDING)
+
+    assert len(held.windows) >= 2
+    for window in held.windows:
+        trust, anchor = window.record["trust"], window.record["anchor"]
+        assert window.kl <= tiny.LIMIT * (1 + precision) + ROUNDING and trust["kl"] <= tiny.LIMIT == trust["guaranteed"]
+        assert trust["kl"] == near(window.kl) and trust["kl_proposed"] == near(window.proposed)
+        if window.anchor is None:
+            assert anchor["kl_exact"] is None
+        else:
+            assert anchor["kl_exact"] == near(window.anchor[0])
+            assert anchor["kl"] == pytest.approx(window.anchor[1], rel=precision, abs=precision / 4)  # its terms cancel
+    assert sum(window.record["trust"]["scale"] < 1 for window in held.windows) > len(held.windows) / 2

@@ -81,9 +81,9 @@ class TrustRegionCallback(TrainerCallback):
     record for each generation batch. Several processes (DDP) measure and decide together. State for resuming is saved in
     checkpoints.
 
-    Raises ConfigError for an option out of range and for a trainer that it does not support: one without generation batches,
-    under FSDP or DeepSpeed, with an optimizer that steps within the backward pass, or one that is training. Raises ModelError
-    if the model's passes are random even without dropout.
+    Raises ConfigError for an option out of range and for a trainer that it does not support: one without generation batches or
+    that fills them with earlier responses, under FSDP or DeepSpeed, with an optimizer that steps within the backward pass, with
+    images in its dataset, or one that is training. Raises ModelError if the model's passes are random even without dropout.
     """
 
     def __init__(
