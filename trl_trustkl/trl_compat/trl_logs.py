@@ -203,9 +203,12 @@ def _clip(kind: Kind, args: TRLConfig) -> tuple[str, float, float]:
     if kind == "ppo":
         return "ppo", args.cliprange, args.cliprange
     high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    if any(each.__name__ == "GMPOConfig" for each in type(args).__mro__):  # of trl.experimental; it clips the log-ratio
+        return "gmpo", -math.expm1(-args.epsilon), math.expm1(high)
     loss = args.loss_type if kind == "grpo" else "grpo"
     if loss in _CLIPS:
-        sequences = kind == "grpo" and args.importance_sampling_level == "sequence"
+        # "sequence_token" is GSPO-token of trl.experimental: a token's gradient with the ratio of its sequence.
+        sequences = kind == "grpo" and args.importance_sampling_level in ("sequence", "sequence_token")
         # GRPO's `delta` caps the ratio of tokens with a negative advantage, as dual-clip PPO does.
         token_rule = "ppo" if getattr(args, "delta", None) is None else "dual"
         return "gspo" if sequences else token_rule, args.epsilon, high
