@@ -25,6 +25,7 @@ def args_of(config: Any = GRPOConfig, **changes: Any) -> Any:
         ({}, "ppo", 0.2, 0.2),
         ({"epsilon_high": 0.28, "loss_type": "dr_grpo"}, "ppo", 0.2, 0.28),
         ({"importance_sampling_level": "sequence"}, "gspo", 0.2, 0.2),
+        ({"importance_sampling_level": "sequence_token"}, "gspo", 0.2, 0.2),
         ({"delta": 4.0}, "dual", 0.2, 0.2),
         ({"loss_type": "cispo", "epsilon_high": 5.0}, "cispo", math.nan, 4.0),
         ({"loss_type": "sapo"}, "sapo", math.nan, math.nan),
@@ -35,6 +36,14 @@ def test_clip_rules_of_grpo(changes, rule, low, high):
     assert record.trust.rule == rule
     assert (record.trust.low, record.trust.high) == pytest.approx((low, high), nan_ok=True)
     assert math.isnan(record.trust.gated) and record.binding == "unknown"
+
+
+def test_gmpo_clips_the_log_ratio():
+    experimental = pytest.importorskip("trl.experimental.gmpo")
+    args = args_of(experimental.GMPOConfig, epsilon=0.4, epsilon_high=0.5)
+    record = record_of(args, TrainerState(global_step=3), {"loss": 0.0, "grad_norm": 0.5})
+    assert record.trust.rule == "gmpo"
+    assert (1 - record.trust.low, 1 + record.trust.high) == pytest.approx((math.exp(-0.4), math.exp(0.5)))
 
 
 @pytest.mark.parametrize(
