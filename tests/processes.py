@@ -34,7 +34,7 @@ def in_two_processes(*command: str, cwd: Path) -> None:
     common = environment()
     processes = [
         subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, "-m", "tests.as_main", *command],
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,9 +34,7 @@ def test_the_conclusion_shows_scores_completions_and_files(tmp_path, monkeypatch
     rows = [{"completion": text} for text in ("grey", "middle", "[red]bright\x1b[2J")]
     (tmp_path / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     console = Console(file=io.StringIO(), width=80, highlight=False)
-    conclude(
-        console, Options(output_dir=str(tmp_path)), 0.25, 0.75, [limited(0.01, 0.1, 0.5)], tmp_path / "report.html"
-    )
+    conclude(console, Options(output_dir="."), 0.25, 0.75, [limited(0.01, 0.1, 0.5)], Path("report.html"))
     text = console.file.getvalue()
     assert "before: score +0.25" in text and "after: score +0.75" in text and "middle" not in text
     assert "Sampled first: grey" in text and "Sampled last:  [red]bright\\x1b[2J" in text and "\x1b" not in text
