@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,13 +19,18 @@ from trl_trustkl.demo.grpo import Options, closing, conclude
 
 
 def limited(kl: float, proposed: float, scale: float) -> Any:
-    return record(trust=record().trust._replace(kl=kl, kl_proposed=proposed, scale=scale, gated=0.0))
+    return record(trust=record().trust._replace(kl=kl, kl_proposed=proposed, scale=scale, gated=0.0, guaranteed=0.02))
 
 
 def test_the_closing_paragraph_says_what_the_records_say():
     text = " ".join(closing(Options(), [limited(0.019, 0.5, 0.2), limited(0.004, 0.004, 1.0)]).split())
     assert "clip removed 0% of the gradient" in text and "by up to 0.500 nats per token" in text
     assert "The hard limit of 0.02 shortened 1 of 2 updates: the largest one moved the policy by 0.0190." in text
+    assert "The limit is guaranteed in 2 of 2 updates" in text
+    rejected = limited(math.nan, math.nan, 0.0)
+    rejected = rejected._replace(refused="why", trust=rejected.trust._replace(guaranteed=None))
+    text = " ".join(closing(Options(), [limited(0.019, 0.5, 0.2), rejected]).split())
+    assert "guaranteed in 1 of 2 updates" in text and "by 0.0190" in text and "nan" not in text
     assert "has grown to 5.6 nats per response" in text
     assert all(len(line) <= 80 for line in closing(Options(), [limited(0.019, 0.5, 0.2)]).splitlines())
 

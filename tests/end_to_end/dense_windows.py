@@ -136,7 +136,7 @@ class SetUp:
 
     Args:
         changes: of TRL's configuration.
-        kind: the trainer. config: of its configuration, if that is a class of its own.
+        kind: the trainer. config: of its configuration, if that is another class.
         model: makes the policy, which may be saved under the given folder.
         adapter: changes of the LoRA configuration; None for no new adapter.
         data: makes the prompts.

@@ -112,14 +112,14 @@ def read_a_stream(folder: Path) -> None:
         for name, stream in zip(("good", "bad"), streams, strict=True)
     )
     good.train()
-    prepare = bad.parts.stream.prepare
+    prepare = bad.parts.models.stream.prepare
 
     def fails(row: Any, place: int) -> Any:
         if place == 31:
             raise DataError("a bad row")
         return prepare(row, place)
 
-    bad.parts.stream.prepare = fails
+    bad.parts.models.stream.prepare = fails
     with pytest.raises(DataError, match="a bad row"):
         bad.train()
     (folder / f"done-{bad.accelerator.process_index}").touch()

@@ -33,9 +33,8 @@ def run(folder: Path) -> None:
     changes = {**made_with["config"], "seed": made_with["seed"], "max_steps": made_with["updates"]}
     trainer = function(str(folder), callbacks=(), **changes)
     trainer.train()
-    made = load_records(folder)[-1][
-        "update"
-    ]  # GRPO has a record for each generation batch, which may serve several updates
+    # GRPO has a record for each generation batch, which may serve several updates.
+    made = max((record["update"] for record in load_records(folder)), default=0)
     if made != made_with["updates"]:
         raise DataError(f"the run ended early: it has records up to update {made} of {made_with['updates']}.")
     write(folder / DONE_FILE, made_with)

@@ -7,6 +7,8 @@ import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .run import print_files, train
+
 
 class Options(NamedTuple):
     """The settings of the demo; `max_kl` in nats per token. The learning rate is far too high without the limit."""
@@ -39,16 +41,8 @@ def run(options: Options) -> int:
     )
     before = trainer.evaluate()["eval_reward"]
     console.print(_evaluation_line("before", before))
-    status, after = 0, None
-    with table.progress:
-        try:
-            trainer.train()
-        except KeyboardInterrupt:
-            console.print("Stopped.", style="yellow")
-            status = 130
-    trainer.save_model(str(Path(options.output_dir) / "adapter"))
-    if status == 0:
-        after = trainer.evaluate()["eval_reward"]
+    status = train(trainer, table, console, Path(options.output_dir))
+    after = trainer.evaluate()["eval_reward"] if status == 0 else None
     conclude(console, options, before, after, table.records, table.rendered)
     return status
 
@@ -64,7 +58,6 @@ def conclude(
     from rich.text import Text
 
     from ..report.text import one_line
-    from .run import print_files
 
     console.print()
     if after is not None:
@@ -89,15 +82,18 @@ def _first_and_last(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def closing(options: Options, done: list[Any]) -> str:
     """What the limit did, and how far the run has moved."""
-    kl, proposed = ([getattr(record.trust, name) for record in done] for name in ("kl", "kl_proposed"))
+    from ..report.series import column, largest
+
+    kl, proposed = (largest(column(done, f"trust.{name}")) for name in ("kl", "kl_proposed"))
+    held = sum(record.trust.guaranteed is not None for record in done)
     shortened = sum(record.trust.scale is not None and record.trust.scale < 1 for record in done)
     return textwrap.fill(
         f"TRL's GRPO makes one step for each batch of completions. The ratio is then 1 when the loss is computed, so that its "
         f"clip removed {max(record.trust.gated for record in done):.0%} of the gradient in every update and bounds nothing. At "
-        f"this learning rate an update would have moved the policy by up to {max(proposed):.3f} nats per token, measured over "
+        f"this learning rate an update would have moved the policy by up to {proposed:.3f} nats per token, measured over "
         f"the full vocabulary. The hard limit of {options.max_kl:g} shortened {shortened} of {len(done)} updates: the largest "
-        f"one moved the policy by {max(kl):.4f}. This is guaranteed, for the tokens of each batch. There is no anchor "
-        f"(beta=0): the KL to the model that the run started from has grown to {done[-1].anchor.kl_exact:.1f} nats per "
+        f"one moved the policy by {kl:.4f}. The limit is guaranteed in {held} of {len(done)} "
+        f"updates, for the tokens of their batches. There is no anchor (beta=0): the KL to the model that the run started from has grown to {done[-1].anchor.kl_exact:.1f} nats per "
         "response.",
         width=80,
     )

@@ -23,7 +23,6 @@ def run(options: Options) -> int:
     """Train, evaluate before and after, and print the results; returns 0, or 128 + the signal that ended the run."""
     from rich.console import Console
 
-    from ..errors import Interrupted
     from .task import quieten
 
     quieten()
@@ -32,6 +31,16 @@ def run(options: Options) -> int:
     trainer, table = build(options, console)
     before = evaluate(trainer)
     console.print(_evaluation_line("before", before))
+    status = train(trainer, table, console, Path(options.output_dir))
+    after = evaluate(trainer) if status == 0 else None
+    conclude(console, options, before, after, table.records, table.rendered)
+    return status
+
+
+def train(trainer: Any, table: Any, console: Any, folder: Path) -> int:
+    """Train with the progress bar, and save the adapter; returns 0, or 128 + the signal that ended the run."""
+    from ..errors import Interrupted
+
     status = 0
     with table.progress:
         try:
@@ -41,9 +50,7 @@ def run(options: Options) -> int:
         except KeyboardInterrupt:
             console.print("Stopped.", style="yellow")
             status = 130
-    trainer.save_model(str(Path(options.output_dir) / "adapter"))
-    after = evaluate(trainer) if status == 0 else None
-    conclude(console, options, before, after, table.records, table.rendered)
+    trainer.save_model(str(folder / "adapter"))
     return status
 
 

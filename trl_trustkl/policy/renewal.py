@@ -92,9 +92,7 @@ class ReferenceRenewal:
 
     @property
     def _adapter(self) -> str:
-        assert (
-            self._reference.adapter is not None
-        )  # `build_reference` gives a reference that is renewed an adapter of its own
+        assert self._reference.adapter is not None  # `build_reference` has added one
         return self._reference.adapter
 
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from transformers.utils import logging
-
 from ..advantages import ScorePosition
 from ..controllers import (
     CONTROLLERS,
@@ -25,8 +23,6 @@ from .losses import Aggregation, Penalties
 from .training_fields import TrainingFields, only_transformers_checks, rejected_by_transformers
 from .training_fields import trl as _trl
 from .unsupported import reject_accelerator_config, reject_unsupported
-
-logger = logging.get_logger(__name__)
 
 TrustEstimator = Literal["exact", "k1", "k3"]
 
@@ -240,6 +236,11 @@ class TrustKLPPOConfig(TrainingFields):
     def build_kl_estimator(self):
         """(logp, ref_logp) -> [B, T]; None for `exact`, which is not estimated from samples."""
         return None if self.exact_anchor else build_estimator(self.kl_estimator, self.arguments("kl_estimator_kwargs"))
+
+    @property
+    def prompt_seed(self) -> int:
+        """The seed of the order of prompts."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     def renews_reference(self, update: int) -> bool:
         """Whether the reference is renewed after this update, which is counted from 1."""

@@ -18,7 +18,7 @@ from ..parallel.processes import Processes
 from ..policy.probes import as_in_training
 from ..records import as_rows
 from ..rollout.prompts import Collator, prepare_dataset, prompt_texts
-from ..rollout.reward_log import free_name, means_of
+from ..rollout.reward_log import with_means
 from ..rollout.sampling import ended
 from ..run.failure_handling import raised_on_all
 from ..types import Prompts, Scored
@@ -51,8 +51,7 @@ class Evaluator:
         for name in sorted({name for row in rows for name in row["rewards"]}):
             known = [row["rewards"][name] for row in rows if not math.isnan(row["rewards"].get(name, math.nan))]
             found[f"rewards/{name}"] = sum(known) / len(known) if known else math.nan
-        for name, value in means_of(logged, self.processes).items():
-            found[free_name(name, found)] = value
+        found = with_means(found, logged, self.processes)
         found["runtime"] = time.perf_counter() - started
         return {f"{prefix}_{key}": value for key, value in found.items()}
 
@@ -107,9 +106,9 @@ class Evaluator:
             "length": mask.sum(1).float().tolist(),
             "eos_rate": ended(scored.rollout, self.models.stop_ids).float().tolist(),
             **scored.logged.columns,
+            "rewards": as_rows({name: each.tolist() for name, each in scored.rewards.items()}, len(scored.completions)),
         }
-        by_function = as_rows({name: each.tolist() for name, each in scored.rewards.items()}, len(scored.completions))
-        return [{**row, "rewards": rewards} for row, rewards in zip(as_rows(columns), by_function, strict=True)]
+        return as_rows(columns)
 
 
 def chosen_dataset(given: Any, own: Any) -> Any:

@@ -22,6 +22,7 @@ from ..errors import CheckpointError, Interrupted
 from ..policy.value_head import PolicyAndValue
 from ..records import BoundRecord
 from ..report import model_card
+from ..rollout.reward_log import with_means
 from ..run import checkpoint_folder, rng
 from ..run.checkpointer import (
     POLICY_FILE,
@@ -172,7 +173,7 @@ class TrainingLoop:
         speed = (state.episode - self._episodes_before) / (time.perf_counter() - self._started)
         metrics = recording.metrics(batch, stats, record, parts, speed=speed)
         parts.progress.add(
-            recording.with_logged(metrics, batch, parts),
+            with_means(metrics, [batch.scored.logged.metrics], parts.processes),
             loss=stats.total.policy_loss + args.vf_coef * stats.total.value_loss,
             rejected=record.refused is not None,
         )
@@ -184,6 +185,7 @@ class TrainingLoop:
         pass_is_over = run_is_over or state.global_step % parts.order.batches_per_pass == 0
         if pass_is_over:
             trainer.event("epoch_end")
+            self._agree_on_control()
         wanted = args.num_sample_generations
         if wanted > 0 and (state.global_step - 1) % max(1, parts.sizes.updates // wanted) == 0:
             trainer.generate_completions(sampling=True)
@@ -209,8 +211,7 @@ class TrainingLoop:
             )
 
     def _act_on_control(self) -> None:
-        """Log, evaluate and save where a callback requested it."""
-        self._agree_on_control()
+        """Log, evaluate and save where a callback requested it, on all processes."""
         trainer, control = self._trainer, self._trainer.control
         if control.should_log and trainer.state.global_step > self._parts.progress.logged_step:
             self._log()
@@ -285,6 +286,7 @@ class TrainingLoop:
         metrics = {"train_runtime": seconds, "train_samples_per_second": episodes / max(seconds, 1e-9)}
         metrics["refused_updates"] = progress.rejections.total
         trainer.event("train_end")
+        self._agree_on_control()
         self._act_on_control()
         readme = Path(args.output_dir) / model_card.README
         if not readme.exists() or model_card.has_section(readme):  # any other README is not ours to replace

@@ -134,5 +134,4 @@ def _stream(train: IterableDataset, tokenizer: PreTrainedTokenizerBase, limits: 
             f"`max_steps` got {args.max_steps} with a `train_dataset` that is an IterableDataset, which has no length; set the "
             "number of updates."
         )
-    seed = args.seed if args.data_seed is None else args.data_seed
-    return PromptStream(train, seed, partial(prepare_row, tokenizer=tokenizer, limits=limits, args=args))
+    return PromptStream(train, args.prompt_seed, partial(prepare_row, tokenizer=tokenizer, limits=limits, args=args))

@@ -63,18 +63,16 @@ class Parts:
         warn_of_gradient(args)
         self.models = models
         self.processes = processes = Processes(accelerator)
-        self.stream = models.stream
         rows = None if isinstance(models.train, IterableDataset) else len(models.train)
         self.sizes = set_batch_sizes(args, rows=rows, processes=processes.count)
         warn_of_horizons(args, self.sizes)
         for model in (models.reference.model, *(getattr(func, "model", None) for func in models.reward_funcs)):
             if model is not None and not is_quantized(model):  # a quantized model is on its device already
                 model.to(processes.device)
-        seed = args.seed if args.data_seed is None else args.data_seed
         self.order = (
             StreamOrder(self.sizes.batch, self.sizes.updates)
             if rows is None
-            else PromptOrder(rows, self.sizes.batch, seed)
+            else PromptOrder(rows, self.sizes.batch, args.prompt_seed)
         )
         self.collate = Collator(data_collator, models.tokenizer.pad_token_id, processes.device)
         self.engine: RolloutEngine = TransformersEngine(

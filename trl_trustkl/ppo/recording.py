@@ -13,7 +13,6 @@ from ..divergences import k3
 from ..masking import masked_mean, masked_sum
 from ..records import BoundRecord
 from ..rollout.prompts import prompt_texts
-from ..rollout.reward_log import free_name, means_of
 from ..rollout.sampling import ended
 from ..types import Batch, Enforcement, Measurement, RolloutSummary, UpdateStats
 from .config import TrustKLPPOConfig
@@ -101,14 +100,6 @@ def metrics(batch: Batch, stats: UpdateStats, record: BoundRecord, parts: Parts,
     }
 
 
-def with_logged(metrics: dict[str, Any], batch: Batch, parts: Parts) -> dict[str, Any]:
-    """The metrics, and those that reward functions logged."""
-    found = dict(metrics)
-    for name, value in means_of([batch.scored.logged.metrics], parts.processes).items():
-        found[free_name(name, found)] = value
-    return found
-
-
 def completion_rows(batch: Batch, parts: Parts, *, update: int) -> list[dict[str, Any]]:
     """The rows of `completions.jsonl`, with the columns that reward functions logged; `ref_logp` is the reference's
     log-likelihood of the completion, in nats."""
@@ -119,12 +110,9 @@ def completion_rows(batch: Batch, parts: Parts, *, update: int) -> list[dict[str
         "score": scored.scores.tolist(),
         "ref_logp": masked_sum(scored.ref_logp, scored.rollout.response_mask, dim=1).tolist(),
         **scored.logged.columns,
+        "rewards": records.as_rows(
+            {name: each.tolist() for name, each in scored.rewards.items()}, len(scored.completions)
+        ),
     }
-    by_function = {name: rewards.tolist() for name, rewards in scored.rewards.items()}
-    rows = [
-        {"update": update, **row, "rewards": rewards}
-        for row, rewards in zip(
-            records.as_rows(columns), records.as_rows(by_function, len(scored.completions)), strict=True
-        )
-    ]
+    rows = [{"update": update, **row} for row in records.as_rows(columns)]
     return [records.as_dict(row) for row in parts.processes.gather_objects(rows)]

@@ -152,7 +152,7 @@ class TrustKLPPOTrainer(PPOTrainer):
         rows, local = self.parts.order.rows(self.state.global_step), self.parts.sizes.local
         mine = rows[self.parts.processes.index * local :][:local]
         with raised_on_all(self.parts.processes, DataError):
-            dataset = self.parts.stream or self.train_dataset
+            dataset = self.parts.models.stream or self.train_dataset
             prompts = self.parts.collate([dataset[row] for row in mine])
         return prompts
 
@@ -227,7 +227,7 @@ class TrustKLPPOTrainer(PPOTrainer):
     @property
     def dataloader(self) -> PromptLoader:
         """The training prompts, by the batch of one process; TRL's name. The run draws its batches from `next_prompts`."""
-        stream = self.parts.stream
+        stream = self.parts.models.stream
         rows = self.train_dataset if stream is None else self.train_dataset.map(stream.prepare, with_indices=True)
         return prompt_loader(rows, self.parts.collate, self.parts.sizes.local, drop_last=True)
 

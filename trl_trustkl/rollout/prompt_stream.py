@@ -31,14 +31,15 @@ class PromptStream:
     def _restart(self) -> None:
         self._pass = 0
         self._place = 0
+        self._last: dict[str, Any] = {}
         self._rows: Iterator[dict[str, Any]] = self._begin()
 
     def __getitem__(self, place: int) -> dict[str, Any]:
-        if place < self._place:
+        if place < self._place - 1:
             self._restart()
-        while self._place < place:
-            self._next()
-        return self.prepare(self._next(), place)
+        while self._place <= place:
+            self._last = self._next()
+        return self.prepare(self._last, place)
 
     def _begin(self) -> Iterator[dict[str, Any]]:
         self._dataset.set_epoch(self._pass)

@@ -58,13 +58,18 @@ def free_name(name: str, taken: Container[str]) -> str:
     return free
 
 
-def means_of(metrics: Iterable[dict[str, list[float]]], processes: Processes) -> dict[str, float]:
-    """The mean of each metric that reward functions logged, over all batches of all processes."""
+def with_means(
+    metrics: dict[str, Any], logged: Iterable[dict[str, list[float]]], processes: Processes
+) -> dict[str, Any]:
+    """The metrics, and the mean of each one that reward functions logged, over all batches of all processes."""
     numbers: dict[str, list[float]] = defaultdict(list)
-    for each in processes.gather_objects(list(metrics)):
+    for each in processes.gather_objects(list(logged)):
         for name, values in each.items():
             numbers[name] += values
-    return {name: sum(values) / len(values) for name, values in sorted(numbers.items())}
+    found = dict(metrics)
+    for name, values in sorted(numbers.items()):
+        found[free_name(name, found)] = sum(values) / len(values)
+    return found
 
 
 def as_json(value: Any) -> Any:
