@@ -90,10 +90,10 @@ def closing(options: Options, done: list[Any]) -> str:
     return textwrap.fill(
         f"TRL's GRPO makes one step for each batch of completions. The ratio is then 1 when the loss is computed, so that its "
         f"clip removed {max(record.trust.gated for record in done):.0%} of the gradient in every update and bounds nothing. At "
-        f"this learning rate an update would have moved the policy by up to {proposed:.3f} nats per token, measured over "
-        f"the full vocabulary. The hard limit of {options.max_kl:g} shortened {shortened} of {len(done)} updates: the largest "
-        f"one moved the policy by {kl:.4f}. The limit is guaranteed in {held} of {len(done)} "
-        f"updates, for the tokens of their batches. There is no anchor (beta=0): the KL to the model that the run started from has grown to {done[-1].anchor.kl_exact:.1f} nats per "
-        "response.",
+        f"this learning rate an update would have moved the policy by up to {proposed:.3f} nats per token, measured over the "
+        f"full vocabulary. The hard limit of {options.max_kl:g} shortened {shortened} of {len(done)} updates: the largest one "
+        f"moved the policy by {kl:.4f}. The limit is guaranteed in {held} of {len(done)} updates, for the tokens of their "
+        f"batches. There is no anchor (beta=0): the KL to the model that the run started from has grown to "
+        f"{done[-1].anchor.kl_exact:.1f} nats per response.",
         width=80,
     )
