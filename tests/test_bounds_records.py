@@ -135,7 +135,7 @@ def test_guaranteed_needs_a_limit_the_entire_batch_and_the_kl_within_it(limit, c
 def args(**changes: object) -> SimpleNamespace:
     settings = {
         "kl_estimator": "k3", "kl_placement": "reward", "kl_target": 6.0, "clip_rule": "ppo", "low": 0.2, "high": 0.28,
-        "num_ppo_epochs": 2, "value_range": 0.2, "norm_limit": 1.0,
+        "anchor_max_kl": 7.0, "num_ppo_epochs": 2, "value_range": 0.2, "norm_limit": 1.0,
     }  # fmt: skip
     return SimpleNamespace(**settings | changes)
 
@@ -160,15 +160,16 @@ def record(config: SimpleNamespace, enforcement: Enforcement = OFF, update: Upda
 
 def test_a_record_holds_what_was_measured() -> None:
     update = stats(gated=0.2, gated_low=0.15, gated_high=0.05, steps=3, stopped=True)
-    line = record(args(), Enforcement(0.09, scale=0.4, tries=3, limit=0.03), update)
+    line = record(args(), Enforcement(0.09, scale=0.4, tries=3, limit=0.03, decided="trust_max_kl"), update)
     assert (line.update, line.episode, line.lr, line.refused, line.seconds) == (3, 48, 1e-4, None, {"total": 1.5})
     assert (line.score, line.length, line.eos_rate, line.entropy) == (0.6, 20.5, 0.25, 2.5)
-    assert line.anchor == ("k3", "reward", "biased", 0.05, 6.0, 5.5, 5.0, 0.4, 0.25, 0.27, None, None)
+    assert line.anchor == ("k3", "reward", "biased", 0.05, 6.0, 5.5, 5.0, 0.4, 0.25, 0.27, None, None, 7.0, None, None)
     assert line.trust._asdict() == {
         "rule": "ppo", "low": 0.2, "high": 0.28, "gated": 0.2, "gated_low": 0.15, "gated_high": 0.05, "coef": 0.7,
         "epochs": 1.5, "stopped": True, "kl": 0.02, "kl_max": 0.3, "kl_proposed": 0.09, "tv": 0.05, "max_ratio": 7.0,
         "ratio_quantiles": {"0.5": 1.0}, "scale": 0.4, "tries": 3, "limit": 0.03, "guaranteed": 0.03,
-        "kl_response_max": 0.5,
+        "kl_response_max": 0.5, "limit_token": None, "limit_response": None, "guaranteed_token": None,
+        "guaranteed_response": None, "decided": "trust_max_kl",
     }  # fmt: skip
     assert line.value == (0.2, 0.3, 0.4)
     assert line.gradient == (2.0, 1.0, 1.0)

@@ -188,7 +188,7 @@ PLANTS = (
     Plant("policy/reference.py", "self.split_lm.hidden_states", "self.split_lm.hiden_states", "hiden_states"),
     Plant("parallel/processes.py", "self._accelerator.gather(", "self._accelerator.gathr(", "gathr"),
     Plant("run/checkpointer.py", "self._write_model(unfinished)", "self._write_modell(unfinished)", "_write_modell"),
-    Plant("trust/limits.py", "self.limits.max_kl", "self.limits.max_kll", "max_kll"),
+    Plant("trust/limits.py", "(found.kl, self.max_kl)", "(found.kl, self.max_kll)", "max_kll"),
     Plant("rollout/rewards.py", "context_length(self.model)", "context_length(self.modle)", "modle"),
     Plant("rollout/scorer.py", "range(self.retries)", "range(self.retrys)", "retrys"),
     Plant("rollout/transformers_engine.py", "self._causal.generate(", "self._causal.genrate(", "genrate"),

@@ -11,6 +11,8 @@ import time
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from tests import tiny
@@ -51,6 +53,16 @@ class Update(NamedTuple):
     seconds: float
 
 
+class Dense(NamedTuple):
+    """One update, by the witness: the largest KL(π_old‖π) of a token, and the largest sum over a response; KL(π‖π_ref) per
+    response before and after the update."""
+
+    token: float
+    response: float
+    anchor_before: float
+    anchor: float
+
+
 class Witnessed(TrustKLPPOTrainer):
     """Keeps the weights from before each update, and computes its KL again once the trainer has recorded it."""
 
@@ -58,6 +70,8 @@ class Witnessed(TrustKLPPOTrainer):
         super().__init__(*args, **kwargs)
         self.witness = in_float64(self.model.policy)
         self.updates: list[Update] = []
+        self.dense: list[Dense] = []
+        self.start = [p.detach().clone() for p in trainable(self.model.policy)]
 
     def optimise(self, batch: Batch) -> UpdateStats:
         self.before = [p.detach().clone() for p in trainable(self.model.policy)]
@@ -73,10 +87,23 @@ class Witnessed(TrustKLPPOTrainer):
         record = super().record(batch, stats, measured)
         after = [p.detach().clone() for p in trainable(self.model.policy)]
         rollout = batch.scored.rollout
-        dense = float(dense_kl(self.at(self.before, rollout), self.at(after, rollout)).mean())
-        self.updates.append(Update(record, dense, self.enforcing))
+        old, new = self.at(self.before, rollout), self.at(after, rollout)
+        dense, counts = dense_kl(old, new), rollout.response_mask.sum(1).tolist()
+        ref = self.of_reference(rollout)
+        before, anchor = (float(dense_kl(each, ref).sum()) / len(counts) for each in (old, new))
+        largest = max(float(part.sum()) for part in dense.split(counts))
+        self.updates.append(Update(record, float(dense.mean()), self.enforcing))
+        self.dense.append(Dense(float(dense.max()), largest, before, anchor))
         return record
 
+    def of_reference(self, rollout: Rollout) -> Tensor:
+        """log π_ref at the response tokens: without the adapter, or with the weights from before training."""
+        if isinstance(self.witness, PeftModel):
+            with self.witness.disable_adapter():
+                return rollout_logps(self.witness, rollout, self.args.temperature)
+        return self.at(self.start, rollout)
+
+    @torch.no_grad()
     def at(self, weights: list[Tensor], rollout: Rollout) -> Tensor:
         names = [name for name, p in self.model.policy.named_parameters() if p.requires_grad]
         own = dict(self.witness.named_parameters())

@@ -67,15 +67,34 @@ def _largest(shares: dict[str, float]) -> str:
     return max(known, key=known.__getitem__, default="none")
 
 
-def guaranteed(measurement: Measurement, enforcement: Enforcement) -> float | None:
-    """The guaranteed bound on the batch's mean KL(π_old‖π), in nats per token, or None.
+class Guarantees(NamedTuple):
+    """What backtracking enforced on the contexts of a batch, each None where it enforced nothing: the mean KL(π_old‖π), in nats
+    per token; the largest of one token, and the largest sum over one response, in nats; KL(π‖π_ref) in nats per response."""
 
-    A number only where backtracking enforced a limit on the complete batch: then `measurement.kl` is within it. It holds for
-    the contexts of this batch.
-    """
-    if enforcement.limit is None or not measurement.complete or not measurement.kl <= enforcement.limit:
-        return None
-    return enforcement.limit
+    mean: float | None
+    token: float | None
+    response: float | None
+    anchor: float | None
+
+
+def guarantees(measurement: Measurement, enforcement: Enforcement) -> Guarantees:
+    """Each limit that was enforced on the complete batch, and that the measurement is within."""
+    pairs = (
+        (measurement.kl, enforcement.limit),
+        (measurement.kl_max, enforcement.limit_token),
+        (measurement.kl_response_max, enforcement.limit_response),
+        (measurement.anchor_kl, enforcement.limit_anchor),
+    )
+    held = (
+        limit if limit is not None and value is not None and measurement.complete and value <= limit else None
+        for value, limit in pairs
+    )
+    return Guarantees(*held)
+
+
+def guaranteed(measurement: Measurement, enforcement: Enforcement) -> float | None:
+    """The guaranteed bound on the batch's mean KL(π_old‖π), in nats per token, or None; see `guarantees`."""
+    return guarantees(measurement, enforcement).mean
 
 
 def build_record(args: Any, *, update: int, episode: int, lr: float, lr_factor: float, trust_coef: float,
@@ -91,7 +110,8 @@ def build_record(args: Any, *, update: int, episode: int, lr: float, lr_factor: 
         lr=lr, refused=refused, seconds=seconds,
         anchor=AnchorRecord(
             args.kl_estimator, args.kl_placement, gradient_kind(args.kl_estimator, args.kl_placement),
-            target=args.kl_target, target_per_token=None, renewed=renewed, **anchor._asdict(),
+            target=args.kl_target, target_per_token=None, renewed=renewed, limit=args.anchor_max_kl,
+            kl_after=measured.anchor_kl, guaranteed=guarantees(measured, enforcement).anchor, **anchor._asdict(),
         ),
         trust=_trust_record(args, trust_coef, stats, measured, enforcement),
         value=ValueRecord(args.value_range, stats.total.value_gated, rollout.explained_variance),
@@ -116,7 +136,7 @@ def _binding(
 def _trust_record(
     args: Any, coef: float, stats: UpdateStats, measured: Measurement, enforcement: Enforcement
 ) -> TrustRecord:
-    ranged = args.clip_rule not in WITHOUT_RANGE
+    ranged, held = args.clip_rule not in WITHOUT_RANGE, guarantees(measured, enforcement)
     return TrustRecord(
         rule=args.clip_rule,
         low=args.low if ranged else math.nan,
@@ -129,7 +149,9 @@ def _trust_record(
         kl_proposed=enforcement.kl_proposed, tv=measured.tv,
         max_ratio=measured.max_ratio, ratio_quantiles=measured.ratio_quantiles,
         scale=enforcement.scale, tries=enforcement.tries, limit=enforcement.limit,
-        guaranteed=guaranteed(measured, enforcement),
+        guaranteed=held.mean,
+        limit_token=enforcement.limit_token, limit_response=enforcement.limit_response,
+        guaranteed_token=held.token, guaranteed_response=held.response, decided=enforcement.decided,
     )  # fmt: skip
 
 

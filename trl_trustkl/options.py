@@ -85,6 +85,13 @@ def dict_fields(config: type, *, of_others: bool = False) -> list[str]:
     ]
 
 
+def unmasked(args: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """The values of transformers' `to_dict`, which takes each field that ends in "_token" for a secret, with our fields among
+    these as they are."""
+    ours = {each.name: getattr(args, each.name) for each in fields(args) if about(each).group}
+    return values | {name: value for name, value in ours.items() if name in values and name.endswith("_token")}
+
+
 def check_options(args: Any, *, of_others: bool = True) -> None:
     """ConfigError for the first field whose value is not of its type, in its range, or one of its names. JSON becomes a dict,
     and an integer a float where the default is one.

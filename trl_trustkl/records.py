@@ -50,6 +50,14 @@ class AnchorRecord(NamedTuple):
         "The target where it is given per token, as with GRPO and RLOO; else `null`.", "nats/token")] = None
     renewed: Annotated[bool | None, Meaning(
         "Whether the reference was renewed after this update (`sync_ref_model`); `null` with GRPO and RLOO.")] = None
+    limit: Annotated[float | None, Meaning("`anchor_max_kl`, or `null`.", "nats/response")] = None
+    kl_after: Annotated[float | None, Meaning(
+        "**Measured** after the update and its enforcement: the exact KL(π‖π_ref) on the contexts of this batch; `null` "
+        "without `anchor_max_kl`.", "nats/response")] = None
+    guaranteed: Annotated[float | None, Meaning(
+        "**Guaranteed**: `anchor/kl_after` is within it, on the contexts of this batch: `anchor_max_kl`, or `anchor/kl_exact` "
+        "where that was above it before the update. The next batch has other contexts, on which the KL may be larger.",
+        "nats/response")] = None
 
 
 class TrustRecord(NamedTuple):
@@ -71,8 +79,8 @@ class TrustRecord(NamedTuple):
     max_ratio: Annotated[float, Meaning("Largest π/π_old of a sampled token, after the update.")]
     ratio_quantiles: Annotated[dict[str, float], Meaning("Quantiles of that ratio, by their level.")]
     scale: Annotated[float | None, Meaning(
-        "What was kept of the step: 1 where the limit already held, 0 for a rejected update, `null` without `trust_max_kl`.",
-        "share")]
+        "What was kept of the step: 1 where the limits already held, 0 for an update that was rejected, or blocked because no "
+        "scale was within them, `null` without a hard limit.", "share")]
     tries: Annotated[int, Meaning("Scales that backtracking tried.")]
     limit: Annotated[float | None, Meaning("`trust_max_kl`, or `null`.", "nats/token")]
     guaranteed: Annotated[float | None, Meaning(
@@ -80,6 +88,17 @@ class TrustRecord(NamedTuple):
         "nats/token")]
     kl_response_max: Annotated[float | None, Meaning(
         "The largest sum of KL(π_old‖π) over one response.", "nats/response")] = None
+    limit_token: Annotated[float | None, Meaning("`trust_max_kl_token`, or `null`.", "nats")] = None
+    limit_response: Annotated[float | None, Meaning("`trust_max_kl_response`, or `null`.", "nats/response")] = None
+    guaranteed_token: Annotated[float | None, Meaning(
+        "**Guaranteed**: `trust/kl_max` is within it, where `trust_max_kl_token` was enforced on the complete batch.",
+        "nats")] = None
+    guaranteed_response: Annotated[float | None, Meaning(
+        "**Guaranteed**: `trust/kl_response_max` is within it, where `trust_max_kl_response` was enforced on the complete "
+        "batch.", "nats/response")] = None
+    decided: Annotated[str | None, Meaning(
+        "The hard limit that kept the step from being longer, by the name of its field: `trust_max_kl`, `trust_max_kl_token`, "
+        "`trust_max_kl_response` or `anchor_max_kl`; `null` for a step that was not shortened.")] = None
 
 
 class ValueRecord(NamedTuple):

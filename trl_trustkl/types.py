@@ -160,10 +160,11 @@ class Scored(NamedTuple):
     """A rollout with everything that is fixed before the first optimizer step; [B, T] unless stated.
 
     micro_batches, old_snapshots: the fixed micro-batches, and π_old at their tokens. ref_snapshots: π_ref there, None
-    where the loss does not need it. logp, ref_logp: log-probabilities of the sampled tokens. ref_kl: exact KL(π_old‖π_ref)
-    per context. entropy: of π_old. values: V(state before the token). loss_mask: tokens that get a gradient (the response
-    mask without the rows that have no reward). value_mask: positions whose value is trained. scores: [B], NaN where no
-    function gave a reward. rewards: those of each function, [B], NaN where it gave none. logged: by the reward functions.
+    where neither the loss nor the measurement needs it. logp, ref_logp: log-probabilities of the sampled tokens. ref_kl:
+    exact KL(π_old‖π_ref) per context. entropy: of π_old. values: V(state before the token). loss_mask: tokens that get a
+    gradient (the response mask without the rows that have no reward). value_mask: positions whose value is trained. scores:
+    [B], NaN where no function gave a reward. rewards: those of each function, [B], NaN where it gave none. logged: by the
+    reward functions.
     """
 
     rollout: Rollout
@@ -292,7 +293,8 @@ class Measurement(NamedTuple):
 
     kl: mean exact KL(π_old‖π) over the measured contexts; kl_max: the largest; kl_response_max: the largest sum over one
     response. tv: mean total variation. max_ratio and ratio_quantiles: of π/π_old at the sampled tokens. tokens: contexts
-    measured; complete: whether these were all.
+    measured; complete: whether these were all. anchor_kl: the mean exact KL(π‖π_ref), summed over a response, nats per
+    response; anchor_start: the same of π_old, before the update; None where the reference was not measured.
     """
 
     kl: float
@@ -303,13 +305,18 @@ class Measurement(NamedTuple):
     ratio_quantiles: dict[str, float]
     tokens: int
     complete: bool
+    anchor_kl: float | None = None
+    anchor_start: float | None = None
 
 
 class Enforcement(NamedTuple):
-    """The result of enforcement: the KL before it, the scale kept of the step, the number of tries, and the limit.
+    """The result of enforcement: the KL before it, the scale kept of the step, the number of tries, and the limits.
 
-    scale: None without a limit, 0 for an update that was rejected. measured: the batch after enforcement, None where
-    nothing was enforced. rejected: why the update was rolled back, or None.
+    scale: None without a limit that is held by backtracking, 0 for an update that was rejected. limit: of the mean KL, in nats
+    per token. measured: the batch after enforcement, None where nothing was enforced. rejected: why the update was rolled
+    back, or None. limit_token, limit_response: of the largest KL of one token, and of its sum over one response, in nats.
+    limit_anchor: of KL(π‖π_ref), in nats per response, the KL before the update where that was larger. decided: the limit that
+    kept the step from being longer, by the name of its field; None for a step that was not shortened.
     """
 
     kl_proposed: float
@@ -318,3 +325,7 @@ class Enforcement(NamedTuple):
     limit: float | None
     measured: Measurement | None = None
     rejected: str | None = None
+    limit_token: float | None = None
+    limit_response: float | None = None
+    limit_anchor: float | None = None
+    decided: str | None = None

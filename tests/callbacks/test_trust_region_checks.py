@@ -18,7 +18,12 @@ from trl_trustkl.callbacks.trust_region_checks import check_options, check_stop,
 from trl_trustkl.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-LIMITS = ("max_kl", "stop", "lr_target", "panic_kl")
+PER_TOKEN = "nats per token"
+LIMITS = {
+    "max_kl": PER_TOKEN, "stop": PER_TOKEN, "lr_target": PER_TOKEN, "panic_kl": PER_TOKEN, "max_kl_token": "nats",
+    "max_kl_response": "nats per completion", "anchor_max_kl": "nats per completion",
+}  # fmt: skip
+"""Every limit with its unit."""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +38,7 @@ def test_a_limit_must_be_a_positive_number(name, value, trainer):
     with pytest.raises(ConfigError) as error:
         TrustRegionCallback(trainer, **{name: value})
     assert str(error.value).startswith(f"`{name}` got ")
-    assert "it must be a positive number of nats per token, or None. None turns it off." in str(error.value)
+    assert f"it must be a positive number of {LIMITS[name]}, or None. None turns it off." in str(error.value)
     assert trainer.callback_handler.callbacks == callbacks, "the trainer was changed"
 
 
@@ -65,9 +70,25 @@ def test_another_option_of_a_wrong_value(options, said, trainer):
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize("limit", ["max_kl", "panic_kl"])
+@pytest.mark.parametrize("limit", [name for name in LIMITS if name not in ("stop", "lr_target")])
 def test_limits_that_can_hold_after_each_step(limit):
     check_options(dict.fromkeys(LIMITS) | {limit: 0.1}, "step", True)
+
+
+@KINDS
+def test_a_limit_on_the_kl_to_the_reference_needs_a_reference_that_stays(kind, tmp_path):
+    full = trainer_of(kind, tmp_path, beta=0.0, peft_config=None)
+    with pytest.raises(
+        ConfigError, match=r"`anchor_max_kl` got 5 without a reference: with beta=0 .* such as beta=1e-12"
+    ):
+        TrustRegionCallback(full, anchor_max_kl=5.0)
+    anchored = trainer_of(kind, tmp_path, beta=0.1)
+    with pytest.raises(ConfigError, match="with anchor=False it is not measured"):
+        TrustRegionCallback(anchored, anchor_max_kl=5.0, anchor=False)
+    assert TrustRegionCallback(anchored, anchor_max_kl=5.0).limits.anchor_max_kl == 5.0
+    anchored.args.sync_ref_model = True
+    with pytest.raises(ConfigError, match="`anchor_max_kl` got 5 with sync_ref_model=True, which moves the reference"):
+        TrustRegionCallback(anchored, anchor_max_kl=5.0)
 
 
 @KINDS

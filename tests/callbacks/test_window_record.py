@@ -18,7 +18,7 @@ from trl_trustkl.types import AnchorMeasurement, Enforcement, Measurement
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MEASURED = Measurement(0.008, 0.3, 0.5, 0.04, 3.0, {"0.5": 1.01}, tokens=60, complete=True)
-ENFORCEMENT = Enforcement(0.09, scale=0.25, tries=2, limit=0.01, measured=MEASURED)
+ENFORCEMENT = Enforcement(0.09, scale=0.25, tries=2, limit=0.01, measured=MEASURED, decided="trust_max_kl")
 ANCHOR = AnchorMeasurement(coef=0.1, kl=0.7, kl_exact=0.8, kl_stderr=0.05, share=None, kl_per_token=0.09)
 
 
@@ -46,7 +46,9 @@ def args_of(config: Any = GRPOConfig, **changes: Any) -> Any:
 
 
 def made(kind: str = "grpo", config: Any = GRPOConfig, *, settings: Any = None, **changes: Any) -> dict[str, Any]:
-    options = {name: changes.pop(name) for name in ("target", "grad_norm", "rescaled") if name in changes}
+    options = {
+        name: changes.pop(name) for name in ("target", "grad_norm", "rescaled", "anchor_limit") if name in changes
+    }
     given = {"update": 3, "target": None} | options
     return as_dict(window_record(kind, args_of(config, **settings or {}), Window(**changes), **given))
 
@@ -60,13 +62,14 @@ def test_a_record_holds_what_was_logged_measured_and_enforced():
     assert row["anchor"] == {
         "estimator": "k3", "placement": "loss", "gradient": "partial", "coef": 0.1, "share": None, "kl": 0.7,
         "kl_exact": 0.8, "kl_stderr": 0.05, "kl_per_token": 0.09, "target_per_token": 0.05, "target": 0.4,
-        "renewed": None,
+        "renewed": None, "limit": None, "kl_after": None, "guaranteed": None,
     }  # fmt: skip
     assert row["trust"] == {
         "rule": "ppo", "low": 0.2, "high": 0.2, "gated": 0.0, "gated_low": 0.25, "gated_high": None, "coef": 0.0,
         "epochs": 1.0, "stopped": False, "kl": 0.008, "kl_max": 0.3, "kl_response_max": 0.5, "kl_proposed": 0.09,
         "tv": 0.04, "max_ratio": 3.0, "ratio_quantiles": {"0.5": 1.01}, "scale": 0.25, "tries": 2, "limit": 0.01,
-        "guaranteed": 0.01,
+        "guaranteed": 0.01, "limit_token": None, "limit_response": None, "guaranteed_token": None,
+        "guaranteed_response": None, "decided": "trust_max_kl",
     }  # fmt: skip
     assert row["gradient"] == {"norm": 2.0, "max_norm": 1.0, "scale": pytest.approx(0.5)}
     assert row["shares"] == {
@@ -78,6 +81,17 @@ def test_a_record_holds_what_was_logged_measured_and_enforced():
     }
     assert row["trainer"] == "GRPOTrainer"
     assert row["binding"] == "backtrack" and row["sampler"] == {"kl": None} and row["value"]["clip"] is None
+
+
+def test_every_limit_and_what_it_guarantees_is_recorded():
+    measured = MEASURED._replace(anchor_kl=0.9, anchor_start=0.8)
+    limits = {"limit_token": 0.4, "limit_response": 0.45, "limit_anchor": 0.9}
+    found = ENFORCEMENT._replace(measured=measured, decided="anchor_max_kl", **limits)
+    row = made(enforcement=found, anchor_limit=0.7)
+    trust, anchor = row["trust"], row["anchor"]
+    assert trust["limit_token"] == trust["guaranteed_token"] == 0.4 and trust["decided"] == "anchor_max_kl"
+    assert trust["limit_response"] == 0.45 and trust["guaranteed_response"] is None, "0.5 was measured"
+    assert (anchor["limit"], anchor["kl_after"], anchor["guaranteed"]) == (0.7, 0.9, 0.9)
 
 
 def test_what_is_not_known_is_null():

@@ -36,6 +36,7 @@ DESIGN_FIELDS: dict[str, Any] = {
     "kl_controller_kwargs": None,
     "kl_target": None,
     "kl_horizon": 10_000,
+    "anchor_max_kl": None,
     "sync_ref_model": False,
     "ref_model_mixup_alpha": 0.6,
     "ref_model_sync_steps": 512,
@@ -51,6 +52,8 @@ DESIGN_FIELDS: dict[str, Any] = {
     "trust_controller_kwargs": None,
     "trust_stop": None,
     "trust_max_kl": None,
+    "trust_max_kl_token": None,
+    "trust_max_kl_response": None,
     "trust_lr_target": None,
     "whiten_advantages": True,
     "detach_value_head": True,
@@ -249,11 +252,12 @@ def test_an_unknown_name_is_rejected_on_the_command_line(tmp_path, capsys):
 
 
 def test_a_configuration_can_be_converted_to_a_dict_and_back(tmp_path):
-    first = tiny.config(tmp_path, **{name: value for name, value in OPTIONS.items() if name != "stop_token"})
+    """transformers takes each field whose name ends in "_token" for a secret, and masks its value."""
+    changes = {"measure_fraction": 1.0, "trust_max_kl_token": 0.5, "hub_token": "secret"}
+    first = tiny.config(tmp_path, **OPTIONS | changes)
     kept = first.to_dict()
     assert json.loads(json.dumps(kept)) == kept
-    # transformers writes "<STOP_TOKEN>" for the value of any field whose name ends in "_token".
-    del kept["stop_token"]
+    assert (kept["trust_max_kl_token"], kept["hub_token"]) == (0.5, "<HUB_TOKEN>")
     (second,) = HfArgumentParser(TrustKLPPOConfig).parse_dict(kept)
     assert second.to_dict() == first.to_dict()
 
@@ -323,8 +327,7 @@ def test_a_greater_score_and_a_lower_kl_are_better(tmp_path, metric, greater, ho
 
 def test_the_better_direction_is_kept_in_a_copy(tmp_path):
     config = tiny.config(tmp_path, **EVALUATED, load_best_model_at_end=True, metric_for_best_model="kl")
-    kept = {name: value for name, value in config.to_dict().items() if name != "stop_token"}
-    (other,) = HfArgumentParser(TrustKLPPOConfig).parse_dict(kept)
+    (other,) = HfArgumentParser(TrustKLPPOConfig).parse_dict(config.to_dict())
     for copied in (other, dataclasses.replace(config, max_steps=5)):
         assert (copied.metric_for_best_model, copied.greater_is_better) == ("kl", False)
     assert tiny.config(tmp_path).greater_is_better is None

@@ -73,7 +73,10 @@ TESTED = {
     "trust_estimator": "ppo/test_losses_penalty.py::"
     "test_the_penalty_by_k1_makes_the_sampled_tokens_likelier_and_the_update_larger",
     "trust_stop": "ppo/test_optimise_early_stop.py::test_trust_stop_ends_the_update_after_the_step_that_went_too_far",
+    "anchor_max_kl": "ppo/test_parts.py::test_the_trust_region_has_the_limits_of_the_configuration",
     "trust_max_kl": "ppo/test_parts.py::test_the_trust_region_has_the_limits_of_the_configuration",
+    "trust_max_kl_token": "ppo/test_parts.py::test_the_trust_region_has_the_limits_of_the_configuration",
+    "trust_max_kl_response": "ppo/test_parts.py::test_the_trust_region_has_the_limits_of_the_configuration",
     "panic_kl": "ppo/test_parts.py::test_the_trust_region_has_the_limits_of_the_configuration",
     "trust_lr_target": "ppo/test_coefficients_in_training.py::"
     "test_the_factor_is_fed_the_proposed_kl_and_not_the_enforced_one",

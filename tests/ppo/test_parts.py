@@ -30,7 +30,9 @@ def test_sizes_and_order_follow_from_the_batch(tmp_path):
 
 
 def test_the_trust_region_has_the_limits_of_the_configuration(tmp_path):
-    assert parts(tmp_path, changes={"trust_max_kl": 0.1, "panic_kl": 0.5})[1].trust_region.limits == Limits(0.1, 0.5)
+    changes = {"trust_max_kl": 0.1, "panic_kl": 0.5, "trust_max_kl_token": 0.7, "trust_max_kl_response": 0.9}
+    found = parts(tmp_path, changes=changes | {"anchor_max_kl": 2.0})[1].trust_region.limits
+    assert found == Limits(max_kl=0.1, panic_kl=0.5, max_kl_token=0.7, max_kl_response=0.9, anchor_max_kl=2.0)
     assert parts(tmp_path)[1].trust_region.limits == Limits(None, None)
 
 

@@ -18,10 +18,12 @@ RECORD = {
         "rewards counterfactual trainer"
     ),
     "seconds": "generate score optimise measure total",
-    "anchor": "estimator placement gradient coef target kl kl_exact kl_stderr kl_per_token target_per_token renewed share",
+    "anchor": "estimator placement gradient coef target kl kl_exact kl_stderr kl_per_token target_per_token renewed share "
+    "limit kl_after guaranteed",
     "trust": (
         "rule low high gated gated_low gated_high coef epochs stopped kl kl_max kl_response_max kl_proposed tv "
-        "max_ratio ratio_quantiles scale tries limit guaranteed"
+        "max_ratio ratio_quantiles scale tries limit guaranteed "
+        "limit_token limit_response guaranteed_token guaranteed_response decided"
     ),
     "value": "clip gated explained_variance",
     "gradient": "norm max_norm scale",

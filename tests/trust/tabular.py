@@ -73,6 +73,13 @@ class Tabular:
         kl = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=x) for x in (old, new)))
         return float(kl[self.mask].mean())
 
+    def dense_kls(self) -> tuple[float, float, float]:
+        """In float64: the mean KL(π_old‖π) of the contexts that count, the largest, and the largest sum over one row."""
+        old, new = (copy.deepcopy(model).double()(self.features.double()) for model in (self.old, self.policy))
+        logits = (each.detach() for each in (old, new))
+        kl = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=x) for x in logits)) * self.mask
+        return float(kl[self.mask].mean()), float(kl.max()), float(kl.sum(1).max())
+
     @property
     def covered(self) -> list[nn.Parameter]:
         """The parameters that a snapshot covers."""

@@ -69,6 +69,29 @@ def test_the_proposal_is_measured_at_scale_1_where_it_is_not_given():
     assert found.tries == 1 and curve.set[0] == 1.0
 
 
+@pytest.mark.parametrize("slope", [0.02, 0.3, 5.0])
+@pytest.mark.parametrize("start", [0.1, 0.5, 0.9, 0.99])
+def test_from_a_start_above_0_most_of_what_the_limit_leaves_is_used(start, slope):
+    """A KL to another policy than θ_old: start·LIMIT at scale 0, with a slope there."""
+    curve = Curve(lambda a: LIMIT * (start + slope * a + a * a))
+    found = curve.shorten(LIMIT, start=start * LIMIT)
+    left = (1 - start) * LIMIT
+    assert found.measured <= LIMIT and found.measured >= LIMIT - 0.2 * left and found.tries <= 6
+    assert curve.scale == found.scale
+
+
+def test_a_step_that_increases_a_measure_at_its_limit_is_blocked_after_few_tries():
+    curve = Curve(lambda a: LIMIT * (1 + a))
+    found = curve.shorten(LIMIT, start=LIMIT)
+    assert (found.scale, found.measured) == (0.0, LIMIT) and found.tries <= 3 and curve.scale == 0.0
+
+
+def test_a_step_that_first_decreases_a_measure_at_its_limit_is_kept_in_part():
+    curve = Curve(lambda a: LIMIT * (1 - a + 4 * a * a))  # back at the limit at a quarter of the step
+    found = curve.shorten(LIMIT, start=LIMIT)
+    assert 0.18 < found.scale <= 0.25 and found.measured <= LIMIT and curve.scale == found.scale and found.tries <= 8
+
+
 SHAPES = {
     "linear": lambda a: a,
     "fourth power": lambda a: a**4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -147,3 +148,134 @@ def test_a_batch_without_a_token_is_within_every_limit():
     nothing = measurement(*[torch.zeros(2, 3)] * 3, torch.zeros(2, 3, dtype=torch.bool), complete=True)
     found = TrustRegion(Limits(max_kl=0.0, panic_kl=0.0)).enforce(snapshot, toy.measure, nothing)
     assert found.scale == 1.0 and found.measured.tokens == 0 and found.rejected is None
+
+
+# -- several limits ----------------------------------------------------------------------------------------------------
+
+FIELDS = {
+    "max_kl": ("trust_max_kl", "kl", "limit"),
+    "max_kl_token": ("trust_max_kl_token", "kl_max", "limit_token"),
+    "max_kl_response": ("trust_max_kl_response", "kl_response_max", "limit_response"),
+}
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("name", FIELDS)
+def test_each_limit_holds_by_itself_and_is_used(optimizer, name):
+    field, measured, recorded = FIELDS[name]
+    toy, snapshot, _, proposed = updated(optimizer, 20.0)
+    limit = getattr(proposed, measured) / 30
+    found = TrustRegion(Limits(**{name: limit})).enforce(snapshot, toy.measure, proposed)
+    assert 0 < found.scale < 1 and found.decided == field and getattr(found, recorded) == limit
+    kl, token, response = toy.dense_kls()
+    dense = {"max_kl": kl, "max_kl_token": token, "max_kl_response": response}[name]
+    assert 0.5 * limit < dense <= limit + ROUNDING
+    assert getattr(found.measured, measured) == pytest.approx(dense, rel=1e-3, abs=ROUNDING)
+
+
+@pytest.mark.parametrize("tightest", FIELDS)
+def test_of_several_limits_all_hold_and_the_record_says_which_decided(tightest):
+    toy, snapshot, _, proposed = updated("adamw", 20.0)
+    limits = {
+        name: getattr(proposed, measured) / (90 if name == tightest else 30)
+        for name, (_, measured, _) in FIELDS.items()
+    }
+    found = TrustRegion(Limits(**limits)).enforce(snapshot, toy.measure, proposed)
+    assert found.decided == FIELDS[tightest][0] and 0 < found.scale < 1
+    for name, (_, measured, _) in FIELDS.items():
+        assert getattr(found.measured, measured) <= limits[name]
+    assert getattr(found.measured, FIELDS[tightest][1]) > 0.5 * limits[tightest]
+
+
+def test_an_update_within_all_limits_was_decided_by_none():
+    toy, snapshot, _, proposed = updated("adamw", 20.0)
+    limits = Limits(proposed.kl, None, proposed.kl_max, proposed.kl_response_max)
+    found = TrustRegion(limits).enforce(snapshot, toy.measure, proposed)
+    assert (found.scale, found.tries, found.decided) == (1.0, 0, None) and toy.measured == 0
+
+
+def test_a_value_above_a_limit_by_one_rounding_is_above_it():
+    proposed = updated("adamw", 1.0)[3]
+    for limit in (0.1, 0.02, 1 / 3, 5e-4, 7.0):
+        at, above = proposed._replace(kl=limit), proposed._replace(kl=math.nextafter(limit, 9))
+        used = Limits(max_kl=limit).used
+        assert used(at)["trust_max_kl"] == 1.0 and used(above)["trust_max_kl"] > 1.0
+    assert Limits(max_kl=1.0).used(proposed._replace(kl=math.nan)) == {"trust_max_kl": math.inf}
+
+
+class ToReference:
+    """A policy after a step from its reference, and an update that goes further, or back to the reference."""
+
+    def __init__(self, *, towards: bool) -> None:
+        self.toy = Tabular("adamw")
+        self.reference = copy.deepcopy(self.toy.policy).requires_grad_(False)
+        self.toy.step(20.0)
+        self.snapshot = self.toy.snapshot()
+        with torch.no_grad():
+            for parameter, start in zip(self.toy.policy.parameters(), self.reference.parameters(), strict=True):
+                parameter.copy_(torch.lerp(start, parameter, 0.0 if towards else 2.0))
+        self.start = self.kl(self.toy.old)
+        self.proposed = self.measure()
+
+    @torch.no_grad()
+    def kl(self, policy: torch.nn.Module) -> float:
+        logps, ref = (model(self.toy.features).log_softmax(-1) for model in (policy, self.reference))
+        return float(((logps.exp() * (logps - ref)).sum(-1) * self.toy.mask).sum(1).double().mean())
+
+    def measure(self):
+        with torch.no_grad():
+            return self.toy.measure()._replace(anchor_kl=self.kl(self.toy.policy), anchor_start=self.start)
+
+    def enforced(self, limit: float, **others: float):
+        limits = Limits(anchor_max_kl=limit, **others)
+        return TrustRegion(limits).enforce(self.snapshot, self.measure, self.proposed)
+
+
+def test_the_kl_to_the_reference_ends_within_its_limit():
+    away = ToReference(towards=False)
+    limit = away.start + 0.3 * (away.proposed.anchor_kl - away.start)
+    assert 0 < away.start < limit < away.proposed.anchor_kl
+    found = away.enforced(limit)
+    assert 0 < found.scale < 1 and found.decided == "anchor_max_kl" and found.limit_anchor == limit
+    assert limit - 0.2 * (limit - away.start) <= found.measured.anchor_kl <= limit
+    assert found.measured.anchor_kl == away.kl(away.toy.policy)
+
+
+def test_an_update_from_above_the_limit_must_not_increase_the_kl():
+    away = ToReference(towards=False)
+    limit = 0.5 * away.start
+    found = away.enforced(limit)
+    assert found.scale == 0 and found.rejected is None and found.decided == "anchor_max_kl"
+    assert found.limit_anchor == found.measured.anchor_kl == away.start > limit
+    assert found.tries <= 3 and found.measured.kl == 0
+
+
+def test_an_update_from_above_the_limit_towards_the_reference_is_kept():
+    back = ToReference(towards=True)
+    found = back.enforced(0.1 * back.start)
+    assert found.scale == 1 and found.decided is None and found.measured.anchor_kl < 1e-6
+    assert found.limit_anchor == back.start
+
+
+def test_the_anchor_and_the_trust_region_are_held_together():
+    away = ToReference(towards=False)
+    limit = away.start + 0.9 * (away.proposed.anchor_kl - away.start)
+    found = away.enforced(limit, max_kl=away.proposed.kl / 50)
+    assert found.decided == "trust_max_kl" and found.measured.kl <= away.proposed.kl / 50
+    assert found.measured.anchor_kl <= limit
+
+
+@pytest.mark.parametrize("start", [math.nan, math.inf])
+def test_without_a_finite_kl_to_the_reference_an_update_is_rejected(start):
+    away = ToReference(towards=False)
+    away.start = start
+    away.proposed = away.measure()
+    found = away.enforced(1.0)
+    assert "π_ref" in found.rejected and found.scale == 0.0 and found.measured.kl == 0
+
+
+def test_a_proposal_infinitely_far_from_the_reference_is_shortened():
+    away = ToReference(towards=False)
+    away.proposed = away.proposed._replace(anchor_kl=math.inf)
+    found = away.enforced(0.5 * (away.start + away.kl(away.toy.policy)))
+    assert 0 < found.scale < 1 and found.decided == "anchor_max_kl"

@@ -66,7 +66,7 @@ class Batch:
         generator = torch.Generator().manual_seed(2)
         self.logp, self.old_logp, self.kl, self.tv = (torch.rand(5, 4, generator=generator).to(dtype) for _ in range(4))
 
-    def compare(self, micro: MicroBatch, old: PolicySnapshot) -> TokenOutputs:
+    def compare(self, micro: MicroBatch, old: PolicySnapshot, ref: PolicySnapshot | None) -> TokenOutputs:
         assert any(micro is each and old is other for each, other in zip(self.micros, self.old, strict=True))
         length = micro.response_ids.shape[1]
         logp, old_logp, kl, tv = (each[micro.rows, :length] for each in (self.logp, self.old_logp, self.kl, self.tv))

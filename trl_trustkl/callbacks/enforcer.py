@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ class Enforcer:
         self._trainer = trainer
         self._model = model
         self._region = TrustRegion(limits)
-        self.limited = limits.max_kl is not None or limits.panic_kl is not None
+        self.limited = limits.hard or limits.panic_kl is not None
         self._snapshot: UpdateSnapshot | None = None
 
     def take_snapshot(self) -> None:
@@ -38,12 +37,12 @@ class Enforcer:
         self._snapshot = None
 
     def enforce(self, windows: Sequence[Window]) -> None:
-        """Hold the limits on these windows together: the largest of their KLs decides."""
+        """Hold the limits on these windows together: the one that exceeds them most decides."""
         tried: list[list[Measurement]] = []
 
         def measure() -> Measurement:
             tried.append([window.measure() for window in windows])
-            return max(tried[-1], key=lambda found: (not math.isfinite(found.kl), found.kl, found.tokens))
+            return max(tried[-1], key=lambda found: (*self._region.limits.exceeds(found), found.kl, found.tokens))
 
         with self.measuring(windows):
             proposed = measure()
@@ -52,7 +51,8 @@ class Enforcer:
                 found = self._enforced(self._snapshot, measure, proposed)
         after = next(each for each in reversed(tried) if any(measured is found.measured for measured in each))
         for window, before, measured in zip(windows, tried[0], after, strict=True):
-            window.enforcement = found._replace(kl_proposed=before.kl, measured=measured)
+            limit = self._region.limits.anchor_limit(measured)
+            window.enforcement = found._replace(kl_proposed=before.kl, measured=measured, limit_anchor=limit)
 
     def _enforced(
         self, snapshot: UpdateSnapshot, measure: Callable[[], Measurement], proposed: Measurement

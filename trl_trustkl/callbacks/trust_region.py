@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
-from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
 
 from ..controllers import LearningRateByKL
 from ..divergences import ESTIMATORS
@@ -17,21 +17,26 @@ from ..errors import ConfigError, ModelError
 from ..parallel.processes import Processes
 from ..policy.dropout import has_noise
 from ..policy.loading import trainable
-from ..policy.observed_lm import ObservedLM
-from ..policy.reference import Reference
+from ..policy.observed_lm import ObservedLM, observed_reference
 from ..records import BoundRecord
 from ..run.recorder import Recorder
 from ..trl_compat import generation, trl_logs
 from ..trl_compat.trl_trainers import GenerationTrainer
 from ..trust.gradient_scale import rescales_gradients
 from ..trust.learning_rate import scaled_learning_rate
-from ..trust.limits import Limits
+from ..trust.limits import Limits, blocked_at_the_anchor
 from .adaptive_kl import AdaptiveKLCallback
 from .bound_report import is_report, report_of
 from .enforcer import Enforcer
-from .trust_region_checks import check_options, check_stop, checked_kind, not_repeatable
+from .trust_region_checks import check_anchor_limit, check_options, check_stop, checked_kind, not_repeatable
 from .window import Window
 from .window_record import completion_rows, enforced, tracked, window_record
+
+logger = logging.get_logger(__name__)
+
+CONTROLLER = (
+    "kl_controller='dual' with a kl_target below it in nats per token, or add AdaptiveKLCallback(DualKL(…), trainer)"
+)
 
 
 class TrustRegionState(TrainerCallback, ExportableState):
@@ -57,25 +62,30 @@ class TrustRegionCallback(TrainerCallback):
     With TRL's defaults the ratio of these trainers is always 1, so that their clipping never acts. Here the divergence
     KL(π_old‖π) of each update is computed over the vocabulary, and an update that exceeds a limit is shortened or rolled
     back. A *window* consists of the optimizer steps on one generation batch; π_old is the policy that generated it. The
-    limits are on the mean over all completion tokens with a loss, in nats per token, under the forward pass that TRL trains:
-    its padding, temperature and precision, with dropout off. Nothing of TRL is replaced or wrapped.
+    limits are on the completion tokens with a loss, under the forward pass that TRL trains: its padding, temperature and
+    precision, with dropout off. Nothing of TRL is replaced or wrapped.
 
     Args:
         trainer: the trainer that the callback is added to.
-        max_kl: hard limit of KL(π_old‖π), held at the end of each window, and before the model is saved, by backtracking on
-            the segment from π_old to the proposed policy.
-        stop: the remaining steps of a window make no change once KL(π_old‖π) exceeds this. Their passes still run, so that no
-            time is saved.
-        lr_target: the learning rate is multiplied by a factor that brings the proposed KL(π_old‖π) near this. The
+        max_kl: hard limit of the mean KL(π_old‖π), in nats per token, held at the end of each window, and before the model is
+            saved, by backtracking on the segment from π_old to the proposed policy. So are the next three; the record says
+            which limit decided.
+        max_kl_token: hard limit of the largest KL(π_old‖π) of one token, in nats.
+        max_kl_response: hard limit of the largest sum of KL(π_old‖π) over one completion, in nats.
+        anchor_max_kl: hard limit of KL(π‖π_ref) on the window's contexts, in nats per completion, the mean of the sums; a
+            window that begins above it must not increase it. It holds on these contexts, not on those of the next window.
+        stop: the remaining steps of a window make no change once the mean KL(π_old‖π) exceeds this. Their passes still run, so
+            that no time is saved.
+        lr_target: the learning rate is multiplied by a factor that brings the mean KL(π_old‖π) proposed near this. The
             scheduler does not notice.
-        panic_kl: a window is rolled back, with the optimizer's state, if it exceeds this before any backtracking.
-        every: "generation" holds max_kl and panic_kl at the end of a window, "step" after each of its optimizer steps as
-            well. Where optimizer steps share generation batches, as with steps_per_generation=3 and
-            gradient_accumulation_steps=2, and with enable_jit_checkpoint, they always hold after each step.
+        panic_kl: a window is rolled back, with the optimizer's state, if its mean KL exceeds this before any backtracking.
+        every: "generation" holds the limits at the end of a window, "step" after each of its optimizer steps as well. Where
+            optimizer steps share generation batches, as with steps_per_generation=3 and gradient_accumulation_steps=2, and
+            with enable_jit_checkpoint, they always hold after each step.
         anchor: whether the exact KL(π_old‖π_ref) is measured too, also with beta=0. π_ref is TRL's: the model with its adapter
             disabled (or with the adapter "ref"), else `ref_model`; without one it is not measured.
 
-    With max_kl or panic_kl, a window whose KL is not finite, or in which no token counts, is rolled back.
+    With a hard limit or panic_kl, a window whose KL is not finite, or in which no token counts, is rolled back.
 
     The numbers are added to TRL's logs as `trust/…` and `anchor/…`, and a `BoundReportCallback` of the same trainer writes a
     record for each generation batch. Several processes (DDP) measure and decide together. State for resuming is saved in
@@ -83,7 +93,8 @@ class TrustRegionCallback(TrainerCallback):
 
     Raises ConfigError for an option out of range and for a trainer that it does not support: one without generation batches or
     that fills them with earlier responses, under FSDP or DeepSpeed, with an optimizer that steps within the backward pass, with
-    images in its dataset, or one that is training. Raises ModelError if the model's passes are random even without dropout.
+    images in its dataset, or one that is training; and for anchor_max_kl without a reference that stays the same. Raises
+    ModelError if the model's passes are random even without dropout.
     """
 
     def __init__(
@@ -91,14 +102,17 @@ class TrustRegionCallback(TrainerCallback):
         trainer: Any,
         *,
         max_kl: float | None = None,
+        max_kl_token: float | None = None,
+        max_kl_response: float | None = None,
+        anchor_max_kl: float | None = None,
         stop: float | None = None,
         lr_target: float | None = None,
         panic_kl: float | None = None,
         every: Literal["generation", "step"] = "generation",
         anchor: bool = True,
     ) -> None:
-        limits = {"max_kl": max_kl, "stop": stop, "lr_target": lr_target, "panic_kl": panic_kl}
-        check_options(limits, every, anchor)
+        limits = Limits(max_kl, panic_kl, max_kl_token, max_kl_response, anchor_max_kl)
+        check_options(limits._asdict() | {"stop": stop, "lr_target": lr_target}, every, anchor)
         self.kind = checked_kind(trainer)
         self.trainer: GenerationTrainer = trainer
         self._check_added(0)
@@ -108,8 +122,10 @@ class TrustRegionCallback(TrainerCallback):
         self.shared_steps = generation.steps_are_shared(trainer)
         self.processes = Processes(trainer.accelerator)
         self.model = ObservedLM(trainer.model, autocast=trainer.accelerator.autocast, temperature=trainer.temperature)
-        self.reference = _reference(trainer, self.model) if anchor else None
-        self._enforcer = Enforcer(trainer, self.model, Limits(max_kl, panic_kl))
+        self.reference = observed_reference(trainer, self.model) if anchor else None
+        check_anchor_limit(anchor_max_kl, trainer, measured=self.reference is not None)
+        self.limits = limits
+        self._enforcer = Enforcer(trainer, self.model, limits)
         saves_any_time = getattr(trainer.args, "enable_jit_checkpoint", False)  # a checkpoint on SIGTERM
         needs_every_step = self._enforcer.limited and (self.shared_steps or saves_any_time)
         self.every_step = every == "step" or needs_every_step
@@ -165,6 +181,8 @@ class TrustRegionCallback(TrainerCallback):
         self._restore(state)
         self._run.callback(self.model.watch())
         self._rescaled = rescales_gradients(self.trainer.optimizer)
+        if (anchor_limit := self.limits.anchor_max_kl) is not None and self._anchor_target() is None:
+            logger.warning(blocked_at_the_anchor(anchor_limit, CONTROLLER))
         self.trainer.add_callback(self._before_save)
         self._run.callback(callbacks.remove, self._before_save)
         if (report := report_of(callbacks)) is not None:
@@ -275,7 +293,8 @@ class TrustRegionCallback(TrainerCallback):
         if not self._checked:
             self._check_start(window)
         if self.reference is not None:
-            window.measure_anchor(self.reference, ESTIMATORS[trl_logs.ESTIMATOR[self.kind]])
+            estimator = ESTIMATORS[trl_logs.ESTIMATOR[self.kind]]
+            window.measure_anchor(self.reference, estimator, keep=self.limits.anchor_max_kl is not None)
 
     def _check_start(self, window: Window) -> None:
         """Check that KL(π_old‖π_old) is 0. If it is not with the states of training's passes, they are not used."""
@@ -315,13 +334,17 @@ class TrustRegionCallback(TrainerCallback):
             self._store()
 
     def _record(self, window: Window, update: int, grad_norm: float | None = None) -> BoundRecord:
+        known, target = grad_norm if window.steps == 1 else None, self._anchor_target()
+        return window_record(
+            self.kind, self.trainer.args, window, update=update, target=target, rescaled=self._rescaled, grad_norm=known,
+            anchor_limit=self.limits.anchor_max_kl,
+        )  # fmt: skip
+
+    def _anchor_target(self) -> float | None:
+        """The target of the controller of β, in nats per token; None without one."""
         callbacks = self.trainer.callback_handler.callbacks
         controllers = [each.controller for each in callbacks if isinstance(each, AdaptiveKLCallback)]
-        target = getattr(controllers[0], "target", None) if controllers else None
-        known = grad_norm if window.steps == 1 else None
-        return window_record(
-            self.kind, self.trainer.args, window, update=update, target=target, rescaled=self._rescaled, grad_norm=known
-        )
+        return getattr(controllers[0], "target", None) if controllers else None
 
     def _write(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, grad_norm: float | None = None
@@ -374,15 +397,3 @@ class _BeforeSave(TrainerCallback):
 
 def _may_save(args: TrainingArguments, control: TrainerControl) -> bool:
     return control.should_save or (control.should_evaluate and args.save_strategy == "best")
-
-
-def _reference(trainer: GenerationTrainer, model: ObservedLM) -> Reference | None:
-    """TRL's reference; None where TRL has none."""
-    policy = trainer.model
-    if isinstance(policy, PeftModel):
-        return Reference(policy, model, adapter="ref" if "ref" in policy.peft_config else None)
-    if trainer.ref_model is None:
-        return None
-    ref_model = trainer.accelerator.unwrap_model(trainer.ref_model)
-    ref_lm = ObservedLM(ref_model, autocast=model.autocast, temperature=model.temperature, name="ref_model")
-    return Reference(policy, model, ref_model, ref_lm=ref_lm)

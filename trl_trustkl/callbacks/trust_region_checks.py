@@ -12,25 +12,42 @@ from ..policy.loading import trainable
 from ..trl_compat import generation, trl_logs
 from ..trl_compat.trl_logs import Kind
 from ..trl_compat.trl_trainers import GenerationTrainer, steps_in_backward
+from ..trust.limits import Limits, reject_moving_reference
 
 EVERY = ("generation", "step")
 REPLAYING = ("GRPOWithReplayBufferTrainer",)
 """Subclasses of TRL's trainers, by name, that train on responses of earlier generation batches."""
 
 
+UNITS = {"max_kl_token": "nats", "max_kl_response": "nats per completion", "anchor_max_kl": "nats per completion"}
+"""Of the limits that are not in nats per token."""
+
+
 def check_options(limits: dict[str, Any], every: Any, anchor: Any) -> None:
     """ConfigError for a limit that is not a positive number, or another option of a wrong value."""
     for name, value in limits.items():
         if value is not None and not (is_finite(value) and value > 0):
-            raise out_of_range(name, value, "a positive number of nats per token, or None", "None turns it off.")
+            unit = UNITS.get(name, "nats per token")
+            raise out_of_range(name, value, f"a positive number of {unit}, or None", "None turns it off.")
     if every not in EVERY:
         raise unknown_name("every", every, EVERY)
     if not isinstance(anchor, bool):
         raise out_of_range("anchor", anchor, "True or False")
-    if every == "step" and limits["max_kl"] is None and limits["panic_kl"] is None:
+    if every == "step" and all(limits.get(name) is None for name in Limits._fields):
         raise ConfigError(
             "`every` got 'step' without a limit that could hold after each step; set max_kl or panic_kl, or leave "
             "every='generation'."
+        )
+
+
+def check_anchor_limit(limit: float | None, trainer: Any, *, measured: bool) -> None:
+    """ConfigError for a limit on the KL to a reference that does not exist, is not measured, or is moved."""
+    reject_moving_reference(limit, moves=getattr(trainer.args, "sync_ref_model", False))
+    if limit is not None and not measured:
+        raise ConfigError(
+            f"`anchor_max_kl` got {limit:g} without a reference: with beta={trainer.beta:g} and no adapter TRL loads none, and "
+            "with anchor=False it is not measured. Set a small beta, such as beta=1e-12, or train an adapter (`peft_config`), "
+            "and leave anchor True."
         )
 
 

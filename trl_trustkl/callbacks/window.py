@@ -46,6 +46,7 @@ class Window:
         self.mask = self._mask()
         self.states: dict[int, Tensor] = {}
         self.old: list[PolicySnapshot] = []
+        self.ref: list[PolicySnapshot] | None = None
         self.metrics: defaultdict[str, list[float]] = defaultdict(list)
         self.passes = 0
         self.epochs = 0.0
@@ -83,8 +84,8 @@ class Window:
             self.epochs = self.passes / len(self.micro_batches)
 
     def release(self) -> None:
-        """Free the memory of π_old, after the last measurement."""
-        self.old = []
+        """Free the memory of π_old and π_ref, after the last measurement."""
+        self.old, self.ref = [], None
 
     def fix_old_policy(self) -> None:
         """Make the current policy π_old: its states are those in `states`, and come from a pass where they are missing."""
@@ -95,11 +96,19 @@ class Window:
         ]
         self.states = {}
 
-    def measure_anchor(self, reference: Reference, estimator: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Measure KL(π_old‖π_ref), if any token counts: exactly, and by `estimator(logp, ref_logp)` at the sampled tokens."""
+    def measure_anchor(
+        self, reference: Reference, estimator: Callable[[Tensor, Tensor], Tensor], *, keep: bool = False
+    ) -> None:
+        """Measure KL(π_old‖π_ref), if any token counts: exactly, and by `estimator(logp, ref_logp)` at the sampled tokens.
+
+        With `keep`, π_ref is kept for `measure`.
+        """
         estimate, exact = (torch.zeros(self.mask.shape, device=self.mask.device) for _ in range(2))
+        kept = []
         for micro, old in zip(self.micro_batches, self.old, strict=True):
-            out = self._model.to_reference(micro, old, reference.snapshot(micro))
+            ref = reference.snapshot(micro)
+            kept.append(ref)
+            out = self._model.to_reference(micro, old, ref)
             assert out.ref_logp is not None and out.ref_kl is not None
             length = micro.response_ids.shape[1]
             estimate[micro.rows, :length] = estimator(out.logp.float(), out.ref_logp.float())
@@ -108,7 +117,14 @@ class Window:
         mask = gather(self.mask)
         if mask.any():
             self.anchor = anchor_measurement(gather(estimate), gather(exact), mask, coef=self.coef)
+        if keep:
+            self.ref = kept
 
     def measure(self) -> Measurement:
-        """KL(π_old‖π) and ratios of the current policy, over the batch of all processes."""
-        return measure(self._model.compare, self.micro_batches, self.old, self.mask, gather=self._processes.gather)
+        """KL(π_old‖π) and ratios of the current policy, and KL(π‖π_ref) where π_ref was kept, over the batch of all
+        processes."""
+        return measure(
+            self._model.compare, self.micro_batches, self.old, self.mask,
+            ref=self.ref, anchor_start=0.0 if self.anchor is None else self.anchor.kl_exact,
+            gather=self._processes.gather,
+        )  # fmt: skip

@@ -23,30 +23,34 @@ def window_record(
     target: float | None,
     rescaled: bool = True,
     grad_norm: float | None = None,
+    anchor_limit: float | None = None,
 ) -> BoundRecord:
     """The record of a window that was measured and enforced.
 
     TRL's metrics are averaged over the window's passes. update: optimizer steps made. target: of the controller of β, nats
     per token. rescaled: whether the optimizer rescales gradients. grad_norm: of the window's only step, before clipping; None
-    where it is unknown.
+    where it is unknown. anchor_limit: `anchor_max_kl`.
     """
     enforcement, measured = enforced(window)
     record = trl_logs.record_of_update(kind, args, _logs(window, target, grad_norm), update=update, rescaled=rescaled)
+    held = bounds.guarantees(measured, enforcement)
     trust = record.trust._replace(
         epochs=window.epochs, stopped=window.dropped_steps > 0,
         scale=enforcement.scale, tries=enforcement.tries, limit=enforcement.limit,
+        limit_token=enforcement.limit_token, limit_response=enforcement.limit_response, decided=enforcement.decided,
     )  # fmt: skip
     if measured.tokens:
         trust = trust._replace(
             kl=measured.kl, kl_max=measured.kl_max, kl_response_max=measured.kl_response_max,
             kl_proposed=enforcement.kl_proposed, tv=measured.tv, max_ratio=measured.max_ratio,
-            ratio_quantiles=measured.ratio_quantiles, guaranteed=bounds.guaranteed(measured, enforcement),
+            ratio_quantiles=measured.ratio_quantiles, guaranteed=held.mean,
+            guaranteed_token=held.token, guaranteed_response=held.response,
         )  # fmt: skip
-    anchor = record.anchor._replace(coef=window.coef)
+    anchor = record.anchor._replace(coef=window.coef, limit=anchor_limit)
     if window.anchor is not None:
         anchor = anchor._replace(
             kl=window.anchor.kl, kl_exact=window.anchor.kl_exact, kl_stderr=window.anchor.kl_stderr,
-            kl_per_token=window.anchor.kl_per_token,
+            kl_per_token=window.anchor.kl_per_token, kl_after=measured.anchor_kl, guaranteed=held.anchor,
         )  # fmt: skip
     elif not measured.tokens:
         anchor = anchor._replace(kl=math.nan, kl_per_token=math.nan)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from trl import GRPOConfig, RLOOConfig
 
 from ..controllers import CONTROLLERS, Controller, ControllerName, FixedKL, ScheduledKL, build_controller
 from ..errors import ConfigError
-from ..options import PER_TOKEN, Range, check_options, option
+from ..options import PER_TOKEN, Range, check_options, option, unmasked
 from ..trl_compat import activation_checkpointing
+from ..trust.limits import reject_moving_reference
 
 _anchor = partial(option, group="anchor")
 _trust = partial(option, group="trust region")
@@ -32,9 +34,19 @@ class TrustRegionFields:
         10_000, "Horizon of the adaptive controller, in episodes.", unit="responses",
         range=Range("a positive number of episodes"))
     kl_controller_kwargs: dict | str | None = _anchor(None, "Further arguments of the controller, as a dict or JSON.")
+    anchor_max_kl: float | None = _anchor(
+        None, "Hard limit of the generation batch's exact KL(π‖π_ref) after an update, in nats per completion, enforced by "
+        "backtracking; an update from above it must not increase the KL.", unit="nats/response", off="None",
+        range=Range("a positive number of nats per completion"))
     trust_max_kl: float | None = _trust(
         None, "Hard limit of the generation batch's mean KL(π_old‖π), in nats per token, enforced by backtracking.",
         **PER_TOKEN)
+    trust_max_kl_token: float | None = _trust(
+        None, "Hard limit of the largest KL(π_old‖π) of one token of the generation batch, in nats, enforced by "
+        "backtracking.", unit="nats", off="None", range=Range("a positive number of nats"))
+    trust_max_kl_response: float | None = _trust(
+        None, "Hard limit of the largest sum of KL(π_old‖π) over one completion of the generation batch, in nats, enforced by "
+        "backtracking.", unit="nats/response", off="None", range=Range("a positive number of nats per completion"))
     trust_stop: float | None = _trust(
         None, "Make no further change on a generation batch once its KL(π_old‖π) exceeds this, in nats per token.",
         **PER_TOKEN)
@@ -63,6 +75,7 @@ def build_kl_controller(args: TrustRegionFields, beta: float) -> Controller:
 def check(args: TrustRegionFields, beta: float) -> None:
     """ConfigError for a field out of its range, or a combination that cannot work."""
     check_options(args, of_others=False)
+    reject_moving_reference(args.anchor_max_kl, moves=getattr(args, "sync_ref_model", False))
     if args.kl_controller != "fixed" and not beta > 0:
         raise ConfigError(
             f"`beta` got {beta!r} with kl_controller={args.kl_controller!r}; it must be above 0: at 0 TRL loads no reference, "
@@ -89,6 +102,10 @@ class TrustKLGRPOConfig(TrustRegionFields, GRPOConfig):
         super().__post_init__()
         check(self, self.beta)
 
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as transformers saves and logs them: the Hub's tokens are masked."""
+        return unmasked(self, super().to_dict())
+
 
 @dataclass
 class TrustKLRLOOConfig(TrustRegionFields, RLOOConfig):
@@ -98,3 +115,7 @@ class TrustKLRLOOConfig(TrustRegionFields, RLOOConfig):
         activation_checkpointing.adopt_fields(self)
         super().__post_init__()
         check(self, self.beta)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as transformers saves and logs them: the Hub's tokens are masked."""
+        return unmasked(self, super().to_dict())

@@ -88,6 +88,9 @@ def add_callbacks(trainer: Any, args: TrustKLGRPOConfig | TrustKLRLOOConfig) -> 
         TrustRegionCallback(
             trainer,
             max_kl=args.trust_max_kl,
+            max_kl_token=args.trust_max_kl_token,
+            max_kl_response=args.trust_max_kl_response,
+            anchor_max_kl=args.anchor_max_kl,
             stop=args.trust_stop,
             lr_target=args.trust_lr_target,
             panic_kl=args.panic_kl,

@@ -27,7 +27,8 @@ class ForwardPass:
             return self.model(micro, entropy=True, ref=reference)
 
     @torch.no_grad()
-    def compare(self, micro: MicroBatch, old: PolicySnapshot) -> TokenOutputs:
-        """Log-probabilities, and the exact KL(π_old‖π) and total variation at these tokens; values are 0."""
+    def compare(self, micro: MicroBatch, old: PolicySnapshot, reference: PolicySnapshot | None = None) -> TokenOutputs:
+        """Log-probabilities, the exact KL(π_old‖π) and total variation, and with a reference KL(π‖π_ref) at these tokens;
+        values are 0."""
         with self.autocast():
-            return self.model(micro, values=False, old=old)
+            return self.model(micro, values=False, old=old, ref=reference)

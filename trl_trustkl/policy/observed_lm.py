@@ -12,10 +12,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..trl_compat.trl_trainers import GenerationTrainer
 from ..types import MicroBatch, PolicySnapshot
 from .dropout import noise_places, without_dropout
 from .exact_kl import TokenStatistics, token_statistics
 from .probes import as_in_training
+from .reference import Reference
 from .split_lm import SplitLM
 
 
@@ -104,9 +106,10 @@ class ObservedLM(SplitLM):
             hook.remove()
         return _of_response(states[-1], micro)
 
-    def compare(self, micro: MicroBatch, old: PolicySnapshot) -> TokenStatistics:
-        """Log-probabilities under the current policy and π_old, exact KL(π_old‖π) and total variation, [b, t] each."""
-        return self._statistics(micro, PolicySnapshot(self.hidden_states(micro), self.head), old=old)
+    def compare(self, micro: MicroBatch, old: PolicySnapshot, ref: PolicySnapshot | None = None) -> TokenStatistics:
+        """Log-probabilities under the current policy and π_old, exact KL(π_old‖π) and total variation, and with a reference
+        KL(π‖π_ref), [b, t] each."""
+        return self._statistics(micro, PolicySnapshot(self.hidden_states(micro), self.head), old=old, ref=ref)
 
     def to_reference(self, micro: MicroBatch, policy: PolicySnapshot, ref: PolicySnapshot) -> TokenStatistics:
         """Log-probabilities under a snapshot and the reference, and the exact KL(snapshot‖reference), [b, t] each."""
@@ -126,6 +129,18 @@ class ObservedLM(SplitLM):
                 policy.hidden, micro.response_ids[mask], policy.head, vocab_size=self.vocab_size,
                 temperature=self.temperature, ref=ref, old=old,
             ).spread(mask)  # fmt: skip
+
+
+def observed_reference(trainer: GenerationTrainer, model: ObservedLM) -> Reference | None:
+    """The reference of a trainer of TRL, whose policy is `model`; None where TRL has none."""
+    policy = trainer.model
+    if isinstance(policy, PeftModel):
+        return Reference(policy, model, adapter="ref" if "ref" in policy.peft_config else None)
+    if trainer.ref_model is None:
+        return None
+    ref_model = trainer.accelerator.unwrap_model(trainer.ref_model)
+    ref_lm = ObservedLM(ref_model, autocast=model.autocast, temperature=model.temperature, name="ref_model")
+    return Reference(policy, model, ref_model, ref_lm=ref_lm)
 
 
 def _last_states(output: Any) -> Tensor:

@@ -66,7 +66,7 @@ class Attribution:
             "clip": args.clip_rule != "none",
             "penalty": batch.trust_coef > 0,
             "stop": args.trust_stop is not None,
-            "backtrack": args.trust_max_kl is not None,
+            "backtrack": args.limits.hard,
             "grad_norm": args.norm_limit is not None,
             "lr": args.trust_lr_target is not None,
             "value_clip": args.value_range is not None and args.vf_coef > 0 and self._shares_backbone,

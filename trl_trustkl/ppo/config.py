@@ -15,9 +15,10 @@ from ..controllers import (
 )
 from ..divergences import ESTIMATORS, KLEstimatorName, Placement, build_estimator
 from ..errors import ConfigError, is_finite
-from ..options import COUNT, COUNT_OR_0, NOT_NEGATIVE, PER_TOKEN, POSITIVE, Range, check_options, option
+from ..options import COUNT, COUNT_OR_0, NOT_NEGATIVE, PER_TOKEN, POSITIVE, Range, check_options, option, unmasked
 from ..surrogates import SURROGATES, ClipRuleName, build_surrogate
 from ..trl_compat import activation_checkpointing
+from ..trust.limits import Limits
 from . import config_checks
 from .losses import Aggregation, Penalties
 from .training_fields import TrainingFields, only_transformers_checks, rejected_by_transformers
@@ -70,6 +71,10 @@ class TrustKLPPOConfig(TrainingFields):
     kl_horizon: int = _anchor(
         10_000, "Horizon of the adaptive controller, in episodes.", unit="responses",
         range=Range("a positive number of episodes"))
+    anchor_max_kl: float | None = _anchor(
+        None, "Hard limit of the batch's exact KL(π‖π_ref) after an update, in nats per response, enforced by backtracking; an "
+        "update from above it must not increase the KL.", unit="nats/response", off="None",
+        range=Range("a positive number of nats per response"))
     sync_ref_model: bool = _anchor(
         False, "Whether the reference is renewed every `ref_model_sync_steps` updates, as in TRL's GRPO; with PEFT, an adapter "
         "that starts as the policy's is the reference, and is renewed.", off="False")
@@ -111,6 +116,12 @@ class TrustKLPPOConfig(TrainingFields):
         **PER_TOKEN)
     trust_max_kl: float | None = _trust(
         None, "Hard limit of the batch's mean KL(π_old‖π), in nats per token, enforced by backtracking.", **PER_TOKEN)
+    trust_max_kl_token: float | None = _trust(
+        None, "Hard limit of the largest KL(π_old‖π) of one token of the batch, in nats, enforced by backtracking.",
+        unit="nats", off="None", range=Range("a positive number of nats"))
+    trust_max_kl_response: float | None = _trust(
+        None, "Hard limit of the largest sum of KL(π_old‖π) over one response of the batch, in nats, enforced by "
+        "backtracking.", unit="nats/response", off="None", range=Range("a positive number of nats per response"))
     trust_lr_target: float | None = _trust(
         None, "Target KL that the learning rate is adapted to, in nats per token.", **PER_TOKEN)
 
@@ -197,6 +208,10 @@ class TrustKLPPOConfig(TrainingFields):
         reject_accelerator_config(self.accelerator_config)
         config_checks.check(self)
 
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as transformers saves and logs them: the Hub's tokens are masked."""
+        return unmasked(self, super().to_dict())
+
     # What the trainer reads, so that each option is interpreted in one place.
 
     @property
@@ -236,6 +251,18 @@ class TrustKLPPOConfig(TrainingFields):
     def build_kl_estimator(self):
         """(logp, ref_logp) -> [B, T]; None for `exact`, which is not estimated from samples."""
         return None if self.exact_anchor else build_estimator(self.kl_estimator, self.arguments("kl_estimator_kwargs"))
+
+    @property
+    def limits(self) -> Limits:
+        """The hard limits of an update."""
+        return Limits(
+            self.trust_max_kl, self.panic_kl, self.trust_max_kl_token, self.trust_max_kl_response, self.anchor_max_kl
+        )
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether π_ref at the tokens of a batch is used after scoring: by the loss, or by the measurement."""
+        return self.anchor_max_kl is not None or (self.anchor_in_loss and self.exact_anchor)
 
     @property
     def prompt_seed(self) -> int:

@@ -13,8 +13,12 @@ from ..divergences import gradient_kind
 from ..errors import ConfigError, out_of_range
 from ..rollout.generation_options import check_generation_kwargs
 from ..surrogates import WITHOUT_RANGE
+from ..trust.limits import reject_moving_reference
 
 logger = logging.get_logger(__name__)
+
+HARD_LIMITS = ("trust_max_kl", "trust_max_kl_token", "trust_max_kl_response", "anchor_max_kl")
+"""The fields of the limits that backtracking holds."""
 
 
 def check(args: Any) -> None:
@@ -77,6 +81,7 @@ def check_renewal(args: Any) -> None:
             "`sync_ref_model` got True with kl_coef=0 and kl_controller='fixed': without an anchor, the reference has no "
             "effect. Set kl_coef above 0, or leave sync_ref_model False."
         )
+    reject_moving_reference(args.anchor_max_kl, moves=args.sync_ref_model)
     for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
         value = getattr(args, name)
         if not args.sync_ref_model and value != args.__dataclass_fields__[name].default:
@@ -116,11 +121,13 @@ def check_trust_region(args: Any) -> None:
             f"`cliprange_high` got {args.cliprange_high} with clip_rule={args.clip_rule!r}, which has no range; leave it "
             "None."
         )
-    if args.trust_max_kl is not None and args.measure_fraction != 1.0:
-        raise ConfigError(
-            f"`measure_fraction` got {args.measure_fraction}; it must be 1 with trust_max_kl={args.trust_max_kl}: "
-            "a guarantee needs the complete batch, not a subset."
-        )
+    if args.measure_fraction != 1.0:
+        for name in HARD_LIMITS:
+            if (limit := getattr(args, name)) is not None:
+                raise ConfigError(
+                    f"`measure_fraction` got {args.measure_fraction}; it must be 1 with {name}={limit}: "
+                    "a guarantee needs the complete batch, not a subset."
+                )
 
 
 def check_generation(args: Any) -> None:

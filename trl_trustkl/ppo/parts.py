@@ -23,7 +23,7 @@ from ..run.resume_compatibility import RunSettings, setup_of
 from ..run.signals import StopRequest
 from ..run.state import Progress
 from ..trl_compat.ddp import set_ddp_options
-from ..trust.limits import Limits, TrustRegion
+from ..trust.limits import TrustRegion
 from ..types import Prompts, Scored
 from .attribution import Attribution
 from .coefficients import Coefficients
@@ -32,7 +32,13 @@ from .evaluation import Evaluator
 from .models import Models
 from .optimise import Optimisation, adopt
 from .scoring import Scoring
-from .setup import set_batch_sizes, warn_of_gradient, warn_of_horizons, warn_of_unused_fields
+from .setup import (
+    set_batch_sizes,
+    warn_of_frozen_anchor,
+    warn_of_gradient,
+    warn_of_horizons,
+    warn_of_unused_fields,
+)
 
 
 class Parts:
@@ -61,6 +67,7 @@ class Parts:
         warn_of_unused_fields(args)
         set_ddp_options(accelerator, args)
         warn_of_gradient(args)
+        warn_of_frozen_anchor(args)
         self.models = models
         self.processes = processes = Processes(accelerator)
         rows = None if isinstance(models.train, IterableDataset) else len(models.train)
@@ -95,7 +102,7 @@ class Parts:
         self.optimisation = Optimisation(args, models.trained, accelerator, processes)
         self.coefficients = Coefficients(args)
         self.attribution = Attribution(args, self.optimisation, self.coefficients, processes)
-        self.trust_region = TrustRegion(Limits(args.trust_max_kl, args.panic_kl))
+        self.trust_region = TrustRegion(args.limits)
         self.evaluator = Evaluator(args, models, processes, self.collate, score_held_out)
         self.recorder = Recorder(callbacks, processes)
         self.progress = Progress()

@@ -83,7 +83,7 @@ class Scoring:
             completions=completions,
             rewards=rewards,
             logged=logged,
-            ref_snapshots=ref_snapshots if self.args.anchor_in_loss and self.args.exact_anchor else None,
+            ref_snapshots=ref_snapshots if self.args.keeps_reference else None,
             **columns,
         )
 

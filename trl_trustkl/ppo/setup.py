@@ -13,6 +13,7 @@ from ..divergences import gradient_kind
 from ..errors import ConfigError, out_of_range, unknown_name
 from ..records import BoundRecord
 from ..trl_compat.unused_fields import COMPUTED, set_in_vain
+from ..trust.limits import blocked_at_the_anchor
 from .config import TrustKLPPOConfig
 from .config_checks import check_horizons
 
@@ -97,6 +98,14 @@ def warn_of_gradient(args: TrustKLPPOConfig) -> None:
             f"{_GRADIENT_WARNINGS[kind]}. kl_estimator='k1' with kl_placement='reward', and 'exact' with 'both', have the "
             "gradient of the KL divergence. The record's anchor/gradient says which kind a run used."
         )
+
+
+def warn_of_frozen_anchor(args: TrustKLPPOConfig) -> None:
+    """Warn about a limit on the KL to the reference at which training may stop."""
+    if args.anchor_max_kl is None or (args.kl_target is not None and args.kl_target < args.anchor_max_kl):
+        return
+    target = f"kl_target={args.anchor_max_kl / 2:.3g}"
+    logger.warning(blocked_at_the_anchor(args.anchor_max_kl, f"kl_controller='dual' with {target}"))
 
 
 def warn_of_horizons(args: TrustKLPPOConfig, sizes: BatchSizes) -> None:

@@ -189,12 +189,15 @@ class TrustKLPPOTrainer(PPOTrainer):
         return self.parts.optimisation.update(batch, too_far, lr_factor=lr_factor)
 
     def measure(self, batch: Batch) -> Measurement:
-        """Measure the batch under the new policy: exact KL(π_old‖π), total variation and ratios."""
+        """Measure the batch under the new policy: exact KL(π_old‖π), total variation and ratios, and KL(π‖π_ref) where
+        `anchor_max_kl` limits it."""
         count = len(batch.scored.micro_batches)
-        return self._measure(batch, range(math.ceil(self.args.measure_fraction * count)))
+        return self._measure(
+            batch, range(math.ceil(self.args.measure_fraction * count)), anchor=self.args.anchor_max_kl is not None
+        )
 
     def enforce(self, batch: Batch, proposed: Measurement) -> Measurement:
-        """Enforce `trust_max_kl` by backtracking; roll back an update that is not finite, or exceeds `panic_kl`."""
+        """Enforce the hard limits by backtracking; roll back an update that is not finite, or exceeds `panic_kl`."""
         context = batch.context
         found = self.parts.trust_region.enforce(
             context.taken_snapshot(), lambda: self.measure(batch), proposed, rejected=context.rejected
@@ -273,12 +276,13 @@ class TrustKLPPOTrainer(PPOTrainer):
         """The current coefficient λ of the penalty on KL(π_old‖π)."""
         return self.parts.coefficients.trust
 
-    def _measure(self, batch: Batch, indices: Iterable[int]) -> Measurement:
+    def _measure(self, batch: Batch, indices: Iterable[int], *, anchor: bool = False) -> Measurement:
         """Measure some of the micro-batches under the current policy; a guarantee needs all of them."""
         scored = batch.scored
         return measure(
-            self.parts.forward.compare, scored.micro_batches, scored.old_snapshots,
-            scored.rollout.response_mask, gather=self.parts.processes.gather, indices=indices,
+            self.parts.forward.compare, scored.micro_batches, scored.old_snapshots, scored.rollout.response_mask,
+            ref=scored.ref_snapshots if anchor else None, anchor_start=batch.anchor.kl_exact,
+            gather=self.parts.processes.gather, indices=indices,
         )  # fmt: skip
 
     def evaluate(

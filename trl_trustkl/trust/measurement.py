@@ -17,7 +17,7 @@ QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 class Comparison(Protocol):
     """The tokens of a micro-batch under a policy and π_old, [b, t] each: log π(token), log π_old(token), exact KL(π_old‖π),
-    total variation."""
+    total variation, and exact KL(π‖π_ref) where the reference was given."""
 
     @property
     def logp(self) -> Tensor: ...
@@ -27,31 +27,37 @@ class Comparison(Protocol):
     def old_kl(self) -> Tensor | None: ...
     @property
     def old_tv(self) -> Tensor | None: ...
+    @property
+    def ref_kl(self) -> Tensor | None: ...
 
 
 def measure(
-    compare: Callable[[MicroBatch, PolicySnapshot], Comparison],
+    compare: Callable[[MicroBatch, PolicySnapshot, PolicySnapshot | None], Comparison],
     micro_batches: Sequence[MicroBatch],
     old: Sequence[PolicySnapshot],
     response_mask: Tensor,
     *,
+    ref: Sequence[PolicySnapshot] | None = None,
+    anchor_start: float | None = None,
     gather: Callable[[Tensor], Tensor] = lambda rows: rows,
     indices: Iterable[int] | None = None,
 ) -> Measurement:
-    """Measure a batch under the current policy against π_old.
+    """Measure a batch under the current policy against π_old, and against π_ref where it is given.
 
     Args:
-        compare: compares the current policy with π_old on a micro-batch.
+        compare: compares the current policy with π_old, and with π_ref or None, on a micro-batch.
         micro_batches, old: the micro-batches that π_old was evaluated on, and π_old at the tokens of each.
         response_mask: the tokens that count, [B, T].
+        ref: π_ref at the tokens of each micro-batch.
+        anchor_start: the mean KL(π_old‖π_ref) of the batch, nats per response.
         gather: gathers rows from all processes, such as `Processes.gather`; by default there is one process.
         indices: of the micro-batches to measure; None for all, which a guarantee requires.
     """
     mask = torch.zeros_like(response_mask)
-    kl, tv, log_ratio = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
+    kl, tv, log_ratio, ref_kl = (torch.zeros(mask.shape, device=mask.device) for _ in range(4))
     for index in range(len(micro_batches)) if indices is None else indices:
         micro = micro_batches[index]
-        out = compare(micro, old[index])
+        out = compare(micro, old[index], None if ref is None else ref[index])
         length = micro.response_ids.shape[1]
         mask[micro.rows, :length] = micro.response_mask
         assert out.old_logp is not None and out.old_kl is not None and out.old_tv is not None
@@ -61,9 +67,19 @@ def measure(
             (log_ratio, out.logp.float() - out.old_logp.float()),
         ):
             column[micro.rows, :length] = values.float()
+        if out.ref_kl is not None:
+            ref_kl[micro.rows, :length] = out.ref_kl.float()
     mask = gather(mask)
     complete = bool((mask == gather(response_mask)).all())
-    return measurement(gather(kl), gather(tv), gather(log_ratio), mask, complete=complete)
+    found = measurement(gather(kl), gather(tv), gather(log_ratio), mask, complete=complete)
+    if ref is None:
+        return found
+    return found._replace(anchor_kl=mean_of_sums(gather(ref_kl), mask), anchor_start=anchor_start)
+
+
+def mean_of_sums(values: Tensor, mask: Tensor) -> float:
+    """The mean over responses of a sum over their tokens, from values and mask [B, T] of all processes."""
+    return float(masked_sum(values, mask, dim=1).double().mean())
 
 
 def anchor_measurement(
@@ -77,8 +93,8 @@ def anchor_measurement(
     error = float(sums.std() / math.sqrt(len(sums))) if len(sums) > 1 else math.nan
     return AnchorMeasurement(
         coef=coef,
-        kl=float(masked_sum(estimate, mask, dim=1).double().mean()),
-        kl_exact=float(sums.mean()),
+        kl=mean_of_sums(estimate, mask),
+        kl_exact=mean_of_sums(exact, mask),
         kl_stderr=error,
         share=share,
         kl_per_token=float(masked_mean(estimate.double(), mask)),
