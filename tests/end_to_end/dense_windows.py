@@ -190,7 +190,8 @@ class Window(NamedTuple):
     steps: the optimizer steps that used it. counts: its tokens that have a loss. kls: KL(π_old‖π) after each of these
     steps, in nats per token; proposed: after the last one, before enforcement. anchor: KL(π_old‖π_ref) in nats per
     response, exact and as estimated at the sampled tokens. difference: the largest of a log-probability from that of TRL,
-    before the first step. record: that of the callback, empty without one.
+    before the first step. record: that of the callback, empty without one. token, response, anchor_after: after the last
+    step, the largest KL(π_old‖π) of a token and the largest sum over a response, and KL(π‖π_ref) in nats per response.
     """
 
     steps: list[int]
@@ -200,6 +201,9 @@ class Window(NamedTuple):
     anchor: tuple[float, float] | None
     difference: float
     record: dict[str, Any]
+    token: float
+    response: float
+    anchor_after: float | None
 
     @property
     def kl(self) -> float:
@@ -279,6 +283,9 @@ class Judge:
         def kl(weights: list[Tensor]) -> float:
             return float(dense_kl(old, self.logps(weights, rows))[counts].mean())
 
+        new = self.logps(keeps.kept[steps[-1]], rows)
+        moved, after = dense_kl(old, new) * counts, self.anchor(new, rows, counts)
+
         sampled = old.gather(-1, rows["completion_ids"].unsqueeze(-1)).squeeze(-1)
         differences = [(logps - sampled[row])[counts[row]] for row, logps in generation.logps.items()]
         return Window(
@@ -289,6 +296,9 @@ class Judge:
             anchor=self.anchor(old, rows, counts),
             difference=max((float(each.abs().max()) for each in differences if len(each)), default=0.0),
             record=record,
+            token=float(moved.max()),
+            response=float(moved.sum(1).max()),
+            anchor_after=None if after is None else after[0],
         )
 
     def anchor(self, old: Tensor, rows: dict[str, Tensor], counts: Tensor) -> tuple[float, float] | None:
