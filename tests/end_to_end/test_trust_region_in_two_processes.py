@@ -81,6 +81,9 @@ SET_UPS = {
     "RLOO, LoRA, limit after each step": replace(
         GRPO, changes=TWICE | {"beta": 0.1}, kind=ScriptedRLOO, options={"max_kl": LIMIT, "every": "step"}
     ),
+    "GRPO, LoRA, every limit": replace(
+        GRPO, options={"max_kl": LIMIT, "max_kl_token": 0.02, "max_kl_response": 0.03, "anchor_max_kl": 0.04}
+    ),
 }
 
 
@@ -147,6 +150,20 @@ def assert_limit_over_both_parts(parts: list[Window], every_step: bool) -> None:
     assert trust["kl_proposed"] == pytest.approx(pooled(parts, [part.proposed for part in parts]), rel=2e-5)
 
 
+def assert_every_limit_over_both_parts(parts: list[Window], limits: dict[str, float]) -> None:
+    """Each process has as many completions; an anchor of one in which no token counts is 0."""
+    trust, anchor = parts[0].record["trust"], parts[0].record["anchor"]
+    token, response = max(part.token for part in parts), max(part.response for part in parts)
+    before, after = (
+        sum(each) / 2 for each in zip(*((part.anchor[0], part.anchor_after) for part in parts), strict=True)
+    )
+    assert trust["kl_max"] == pytest.approx(token, rel=1e-4, abs=1e-6) and token <= limits["max_kl_token"] + 1e-6
+    assert trust["kl_response_max"] == pytest.approx(response, rel=1e-4, abs=1e-6)
+    assert response <= limits["max_kl_response"] + 1e-6
+    assert anchor["kl_after"] == pytest.approx(after, rel=1e-4, abs=1e-6)
+    assert after <= max(limits["anchor_max_kl"], before) + 1e-6
+
+
 def largest_difference(one: list[Tensor], other: list[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
 
@@ -167,6 +184,8 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
             assert parts[0].counts.shape[1] < parts[1].counts.shape[1], "both processes have the same padding"
             assert parts[0].counts.any() == (index != MASKED) and parts[1].counts.any()
             assert_limit_over_both_parts(parts, setup.options.get("every") == "step")
+            if "anchor_max_kl" in setup.options:
+                assert_every_limit_over_both_parts(parts, setup.options)
         assert all(0 < record["trust"]["scale"] < 1 for record in records), name
 
 

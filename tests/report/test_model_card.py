@@ -107,7 +107,7 @@ def test_controllers_and_limits_are_named_with_their_options(tmp_path):
     assert "kl_controller=adaptive (min_coef=0.01), kl_target=6 nats per response" in text
     assert "| penalty on KL(π_old‖π) | trust_estimator=exact, trust_coef=0.5 |" in text
     assert "trust_stop=0.03 nats per token" in text and "trust_lr_target=0.02 nats per token" in text
-    assert "max_grad_norm=0.5" in text and "| hard limit, by backtracking | off |" in text
+    assert "max_grad_norm=0.5" in text and "| hard limits, by backtracking | off |" in text
 
 
 @pytest.mark.parametrize(

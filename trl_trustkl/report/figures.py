@@ -191,6 +191,10 @@ def anchor(figure: Figure, records: Records) -> None:
         above.fill_between(middle, low, high, color=BLUE, alpha=0.25, linewidth=0, label="± stderr")
     plot_line(above, x, kl, BLUE, r"KL($\pi\,\|\,\pi_{\mathrm{ref}}$)")
     plot_line(above, x, target, RED, "target", linestyle="--")
+    if unit == "nats per response" and np.isfinite(hard := column(records, "anchor.limit")).any():
+        after = drawable(column(records, "anchor.kl_after"))
+        plot_line(above, x, after, SKY, "after the update", linewidth=0.9)
+        plot_line(above, x, drawable(hard), INK, "hard limit", linestyle=":")
     add_legend(above, 3)
     if not penalised:
         update_axis(above, x)
@@ -204,15 +208,16 @@ def anchor(figure: Figure, records: Records) -> None:
 
 
 def trust_region(figure: Figure, records: Records) -> None:
-    x, keys = column(records, "update"), ("kl_proposed", "kl", "limit", "kl_max")
-    proposed, kl, limit, worst = (positive(column(records, f"trust.{key}")) for key in keys)
+    x, keys = column(records, "update"), ("kl_proposed", "kl", "limit", "kl_max", "limit_token")
+    proposed, kl, limit, worst, of_token = (positive(column(records, f"trust.{key}")) for key in keys)
     axes = add_axes(figure, r"KL($\pi_{\mathrm{old}}\,\|\,\pi$) after the update" "\n(nats per token)")
     plot_line(axes, x, worst, SKY, "worst token", linewidth=0.9, alpha=0.8)
     if (column(records, "trust.scale") < 1).any():
         plot_line(axes, x, proposed, ORANGE, "mean, without enforcement")
     plot_line(axes, x, kl, BLUE, "mean, as measured")
     plot_line(axes, x, limit, RED, "limit that is enforced", linestyle="--")
-    log_scale(axes, proposed, kl, limit, worst)
+    plot_line(axes, x, of_token, RED, "limit of each token", linestyle=":")
+    log_scale(axes, proposed, kl, limit, worst, of_token)
     update_axis(axes, x)
     add_legend(axes)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..records import BoundRecord
 from .advice import FEW, Finding, configured_lr, of_updates, set_limit, set_lr, weaker_anchor
+from .limit_findings import anchor_blocks, limit_decides
 from .outcome_findings import (
     anchor_pulls_more_than_reward,
     clip_halves_updates,
@@ -82,7 +83,10 @@ def clip_never_binds(run: Run) -> Finding | None:
 
 
 def _all_limited(records: list[BoundRecord]) -> bool:
-    return all(record.trust.guaranteed is not None for record in records)
+    guarantees = (
+        (record.trust.guaranteed, record.trust.guaranteed_token, record.trust.guaranteed_response) for record in records
+    )
+    return all(any(bound is not None for bound in bounds) for bounds in guarantees)
 
 
 def _epsilon_has_no_effect(run: Run, made: str, reached: float) -> Finding:
@@ -204,8 +208,8 @@ def ratio_far_outside(run: Run) -> Finding | None:
     far = (top > FAR * high) | (bottom < low / FAR)
     if not far.any() or (of_groups(run.records) and (column(clipped, "trust.gated") <= IDLE).all()):
         return None  # a clip that cannot act has its own finding
-    kl = column(clipped, "trust.kl")
-    limited = clipped[-1].trust.limit is not None
+    kl, trust = column(clipped, "trust.kl"), clipped[-1].trust
+    limited = any(limit is not None for limit in (trust.limit, trust.limit_token, trust.limit_response))
     return Finding(
         "ratio_far_outside",
         "Ratios far outside the clip range, although clipping is on",
@@ -243,23 +247,6 @@ def early_stop(run: Run) -> Finding | None:
         f"{of_updates(stopped)} ended at trust_stop, after {number(mean(made))} epochs on average; at least "
         f"{percent(mean(left_out))} of their steps were skipped.",
         set_lr(run, 1 / 2, "half of the present one") + ", so that the planned epochs fit within the limit.",
-    )
-
-
-def limit_decides(run: Run) -> Finding | None:
-    made = [record for record in run.records if record.refused is None]
-    scale, limit = column(made, "trust.scale"), column(made, "trust.limit")
-    shortened_by = scale < 1
-    if len(made) < FEW or shortened_by.mean() <= 0.5:
-        return None
-    target = float(np.nanmedian(limit)) / 2
-    return Finding(
-        "limit_decides",
-        "The limit decides most updates",
-        f"Backtracking shortened {of_updates(shortened_by)}, and kept {percent(float(np.median(scale[shortened_by])))} of the "
-        "step in the median: the learning rate is high for this limit. This is harmless, since the limit holds, but each of "
-        f"these updates took {number(mean(column(made, 'trust.tries')[shortened_by]), 2)} further measurements on average.",
-        f"{set_limit(run, target, 'lr_target')}, half of the limit in nats per token: the learning rate then adapts to it.",
     )
 
 
@@ -370,6 +357,7 @@ FINDINGS: dict[str, Callable[[Run], Finding | None]] = {
     "negative_estimate": negative_estimate,
     "target_never_reached": target_never_reached,
     "coefficient_pinned": coefficient_pinned,
+    "anchor_blocks": anchor_blocks,
     "anchor_outweighs": anchor_outweighs,
     "anchor_pulls_more_than_reward": anchor_pulls_more_than_reward,
     "clip_never_binds": clip_never_binds,

@@ -100,7 +100,7 @@ def mechanisms(args: Any) -> list[tuple[str, str]]:
         ("clip", _clip(args)),
         ("penalty on KL(π_old‖π)", _penalty(args, penalised, "trust", ("estimator", "coef"), "token")),
         ("early stop", _limit(args, "trust_stop")),
-        ("hard limit, by backtracking", _limit(args, "trust_max_kl")),
+        ("hard limits, by backtracking", _hard_limits(args)),
         ("KL-adaptive learning rate", _limit(args, "trust_lr_target")),
         ("gradient norm", _setting(args, "max_grad_norm") if args.max_grad_norm else "off"),
     ]
@@ -121,7 +121,7 @@ def _mechanisms_of_groups(args: Any) -> list[tuple[str, str]]:
         ("anchor: KL(π‖π_ref)", anchor),
         ("clip", clip),
         ("early stop", _limit(args, "trust_stop")),
-        ("hard limit, by backtracking", _limit(args, "trust_max_kl")),
+        ("hard limits, by backtracking", _hard_limits(args)),
         ("KL-adaptive learning rate", _limit(args, "trust_lr_target")),
         ("gradient norm", _setting(args, "max_grad_norm") if args.max_grad_norm else "off"),
     ]
@@ -171,8 +171,16 @@ def _clip(args: Any) -> str:
     return f"{rule}, range [{number(1 - args.low)}, {number(1 + args.high)}]"
 
 
-def _limit(args: Any, name: str) -> str:
-    return "off" if getattr(args, name) is None else f"{_setting(args, name)} nats per token"
+def _limit(args: Any, name: str, unit: str = "nats per token") -> str:
+    return "off" if getattr(args, name) is None else f"{_setting(args, name)} {unit}"
+
+
+def _hard_limits(args: Any) -> str:
+    """Those that are on."""
+    units = {"trust_max_kl": "nats per token", "trust_max_kl_token": "nats"}
+    names = ("trust_max_kl", "trust_max_kl_token", "trust_max_kl_response", "anchor_max_kl")
+    on = [name for name in names if getattr(args, name) is not None]
+    return ", ".join(_limit(args, name, units.get(name, "nats per response")) for name in on) or "off"
 
 
 def _setting(args: Any, name: str) -> str:

@@ -43,6 +43,14 @@ MECHANISMS = {
 }
 
 
+BOUNDS = {
+    "trust.guaranteed": "the mean KL(π_old‖π) over the tokens of the batch was at most {} nats per token",
+    "trust.guaranteed_token": "the KL(π_old‖π) of each of its tokens was at most {} nats",
+    "trust.guaranteed_response": "the sum of the KL(π_old‖π) over each of its responses was at most {} nats",
+    "anchor.guaranteed": "the mean KL(π‖π_ref) of its responses was at most {} nats",
+}
+"""What backtracking may enforce, by its column."""
+PENALTY = " The anchor is a penalty: it determines where the run ends, but does not bound any update."
 SAME = 0.01  # a KL that differs by less, relative to the KL as it was, counts as the same
 
 
@@ -161,20 +169,24 @@ def anchor(run: Run) -> str:
     coefs = column(run.records, "anchor.coef")
     if not np.isfinite(kl).any():
         return f"The KL to the reference is not on record{'; β was 0 throughout' if (coefs == 0).all() else ''}."
+    limit = column(run.records, "anchor.limit")
+    limited = f"A hard limit of {number(largest(limit))} nats per response was enforced on each batch."
+    limited = f" {limited}" if np.isfinite(limit).any() else ""
     if (coefs == 0).all():
-        return f"None: β was 0 throughout, so nothing limited the KL to the reference. It {averaged}."
+        nothing = "no penalty limited" if limited else "nothing limited"
+        return f"None: β was 0 throughout, so {nothing} the KL to the reference. It {averaged}.{limited}"
     first, last = number(coefs[0]), number(coefs[-1])
     beta = f"β went from {first} to {last}" if first != last else f"β began and ended at {first}"
     beta = f"β was constant at {first}" if np.ptp(coefs) == 0 else beta
     share = mean(column(run.records, "anchor.share"))
     weight = f", and the penalty made up {percent(share)} of the advantage on average" if np.isfinite(share) else ""
     if not np.isfinite(target[-1]):
-        return f"The KL to the reference {averaged}, without a target; {beta}{weight}."
+        return f"The KL to the reference {averaged}, without a target; {beta}{weight}.{limited}"
     relative = mean(kl / target)
     side = "close to" if abs(relative - 1) <= 0.1 else "below" if relative < 1 else "above"
     return (
         f"The KL to the reference {averaged}, {side} its target of {number(target[-1])} ({percent(relative)} of it); {beta}"
-        f"{weight}. The anchor is a penalty: it determines where the run ends, but does not bound any update."
+        f"{weight}.{limited or PENALTY}"
     )
 
 
@@ -195,39 +207,66 @@ def largest_update(run: Run) -> str:
         text += f", with a clip range of [{number(clip[0], 2)}, {number(clip[1], 2)}]"
     standing = [record for record in run.records if record.refused is None]
     proposed = column(standing, "trust.kl_proposed")
-    shortened_by = int((column(standing, "trust.scale") < 1).sum())
-    if shortened_by:
+    scale = column(standing, "trust.scale")
+    if shortened_by := int((scale < 1).sum()):
         text += (
             f". Backtracking shortened {count(shortened_by, 'update')}; without it the largest would have moved the policy "
             f"by {number(largest(proposed))}"
         )
+    decided = Counter(record.trust.decided for record in standing if record.trust.decided is not None).most_common()
+    if len(decided) > 1 or (decided and decided[0][0] != "trust_max_kl"):
+        named = [f"{shortened(name, 40)} in {count(n, 'update')}" for name, n in decided]
+        text += f". The limit that decided was {listed(named)}"
+        if blocked := int((scale == 0).sum()):
+            text += f"; {count(blocked, 'update')} changed nothing"
     return text + "."
 
 
 def guaranteed(run: Run) -> str:
     """The bound that was enforced, if any."""
-    bounds = column(run.records, "trust.guaranteed")
-    held = np.isfinite(bounds)
-    if not held.any():
+    found: dict[str, list[str]] = {}
+    for key, bound in BOUNDS.items():
+        held = np.isfinite(values := column(run.records, key))
+        if held.any():
+            which = "in every update" if held.all() else f"in {int(held.sum()):,} of {count(len(held), 'update')}"
+            found.setdefault(which, []).append(bound.format(number(largest(values))))
+    if not found:
         measured = np.isfinite(column(run.records, "trust.kl")).any()
         scope = "The numbers above were measured after each update." if measured else "Nor was any update measured."
         return f"Nothing: no mechanism of this run enforces a bound. {scope}"
-    which = "In every update" if held.all() else f"In {int(held.sum()):,} of {count(len(bounds), 'update')}"
+    several = "these bounds" if sum(map(len, found.values())) > 1 else "this bound"
+    text = "; ".join(f"{which}, {listed(bounds)}" for which, bounds in found.items())
+    text = text[0].upper() + text[1:]
+    return f"{text}: backtracking enforced {several}, on the contexts of the batch.{_above_the_limit(run)}"
+
+
+def _above_the_limit(run: Run) -> str:
+    """The updates from above the limit of the anchor, whose bound is the KL before them."""
+    limit, bound = column(run.records, "anchor.limit"), column(run.records, "anchor.guaranteed")
+    above = int((bound > limit).sum())
+    if not above:
+        return ""
+    made = "was" if above == 1 else "were"
     return (
-        f"{which}, the mean KL(π_old‖π) over the tokens of the batch was at most {number(largest(bounds))} nats per token: "
-        "backtracking enforced this bound, on the contexts of the batch."
+        f" {count(above, 'update')} {made} made from above the limit of {number(largest(limit))} nats per response on the KL "
+        "to the reference, and did not increase it."
     )
 
 
 def not_guaranteed(run: Run) -> str:
     """What no mechanism of this run bounds."""
     last = run.records[-1]
-    unbounded = ["the KL to the reference" + (" (the anchor is a penalty)" if last.anchor.coef > 0 else "")]
-    if np.isfinite(column(run.records, "trust.guaranteed")).any():
-        worst = number(largest(column(run.records, "trust.kl_max")))
-        unbounded += [f"the KL at a single token (the largest was {worst} nats)", "prompts that were not in the batch"]
-    else:
+    held = {key for key in BOUNDS if np.isfinite(column(run.records, key)).any()}
+    unbounded = []
+    if "anchor.guaranteed" not in held:
+        unbounded.append("the KL to the reference" + (" (the anchor is a penalty)" if last.anchor.coef > 0 else ""))
+    if not held - {"anchor.guaranteed"}:
         unbounded.append("the size of an update")
+    elif held <= {"trust.guaranteed", "anchor.guaranteed"}:
+        worst = number(largest(column(run.records, "trust.kl_max")))
+        unbounded.append(f"the KL at a single token (the largest was {worst} nats)")
+    if held:
+        unbounded.append("prompts that were not in the batch")
     if last.trust.rule != "none":
         unbounded.append("the ratio (the clip removes gradients, but does not keep ratios in its range)")
     return f"Nothing bounds {listed(unbounded, 'or')}."

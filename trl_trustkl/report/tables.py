@@ -56,6 +56,7 @@ def settings(run: Run) -> Table:
         ["trust region", "epochs made", _numbers(r, "trust.epochs")],
         ["trust region", "trust_coef", _numbers(r, "trust.coef")],
         ["trust region", "trust_max_kl", _numbers(r, "trust.limit", " nats per token")],
+        *_further_limits(r),
         ["optimiser", "learning rate", _numbers(r, "lr")],
         ["optimiser", "max_grad_norm", _numbers(r, "gradient.max_norm")],
         ["value", "cliprange_value", _numbers(r, "value.clip")],
@@ -74,6 +75,7 @@ def _settings_of_groups(r: Sequence[BoundRecord]) -> Table:
         ["trust region", "epsilon, epsilon_high", _over(r, _range)],
         ["trust region", "passes made (num_iterations)", _numbers(r, "trust.epochs")],
         ["trust region", "trust_max_kl", _numbers(r, "trust.limit", " nats per token")],
+        *_further_limits(r),
         ["optimiser", "learning rate", _numbers(r, "lr")],
         ["optimiser", "max_grad_norm", _numbers(r, "gradient.max_norm")],
         ["batch", "episodes per generation batch", _episodes(r)],
@@ -81,6 +83,16 @@ def _settings_of_groups(r: Sequence[BoundRecord]) -> Table:
     if not (column(r, "anchor.coef") > 0).any():
         del rows[1]
     return Table(["mechanism", "setting", "value"], rows)
+
+
+def _further_limits(r: Sequence[BoundRecord]) -> list[list[str]]:
+    """Those of the hard limits per token, per response and of the anchor that are on."""
+    rows = [
+        ["trust region", "trust_max_kl_token", _numbers(r, "trust.limit_token", " nats")],
+        ["trust region", "trust_max_kl_response", _numbers(r, "trust.limit_response", " nats per response")],
+        ["anchor", "anchor_max_kl", _numbers(r, "anchor.limit", " nats per response")],
+    ]
+    return [row for row in rows if row[2] != "off"]
 
 
 def _estimator(record: BoundRecord) -> str:
@@ -139,7 +151,11 @@ UPDATE_COLUMNS: dict[str, Callable[[BoundRecord], str]] = {
     "lr": lambda r: number(r.lr),
     "seconds": lambda r: number(r.seconds.get("total")),
     "bound by": lambda r: (
-        f"rejected: {shortened(r.refused, 80)}" if r.refused is not None else shortened(r.binding, 40)
+        f"rejected: {shortened(r.refused, 80)}"
+        if r.refused is not None
+        else f"backtrack ({shortened(r.trust.decided, 40)})"
+        if r.binding == "backtrack" and r.trust.decided is not None
+        else shortened(r.binding, 40)
     ),
 }
 
