@@ -53,6 +53,12 @@ def option(default: Any, help: str, **about: Any) -> Any:
 _NATS = Range("a positive number of nats per token")
 PER_TOKEN: dict[str, Any] = {"unit": "nats/token", "off": "None", "range": _NATS, "fix": "None turns it off."}
 """The arguments of `option` for a KL per token that may be None."""
+OF_TOKEN: dict[str, Any] = PER_TOKEN | {"unit": "nats", "range": POSITIVE._replace(valid="a positive number of nats")}
+"""The same for the KL of one token."""
+PER_RESPONSE: dict[str, Any] = PER_TOKEN | {
+    "unit": "nats/response", "range": POSITIVE._replace(valid="a positive number of nats per response"),
+}  # fmt: skip
+"""The same for a KL summed over a response."""
 
 
 def inherited(base: type, name: str) -> tuple[Any, str]:

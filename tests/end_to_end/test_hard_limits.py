@@ -73,7 +73,7 @@ FAMILIES = tiny.FAMILIES | {"qwen3": qwen3}
 def run_of(folder: Any, limit: Limit | None, family: str, *, full: bool, updates: int) -> Witnessed:
     changes = TOO_FAST | {"max_steps": updates} | ({} if limit is None else {limit.field: limit.value})
     if full:
-        changes |= {"learning_rate": 1e-2}
+        changes |= {"learning_rate": 5e-2 if family == "gemma2" else 1e-2}
     arguments = {"peft_config": None} if full else {}
     trainer = witnessed(folder, FAMILIES[family](), changes=changes, **arguments)
     trainer.train()

@@ -38,6 +38,13 @@ def test_the_added_fields_have_the_names_of_ppo():
     [
         ({"trust_max_kl": 0.0}, "`trust_max_kl` got 0.0; it must be a positive number of nats per token"),
         ({"trust_max_kl": -1.0}, "`trust_max_kl` got -1.0"),
+        ({"trust_max_kl_token": 0.0}, "`trust_max_kl_token` got 0.0; it must be a positive number of nats"),
+        ({"trust_max_kl_response": -1.0}, "must be a positive number of nats per response"),
+        ({"anchor_max_kl": 0}, "`anchor_max_kl` got 0; it must be a positive number of nats per response"),
+        (
+            {"anchor_max_kl": 5.0, "sync_ref_model": True, "beta": 0.1},
+            "`anchor_max_kl` got 5 with sync_ref_model=True, which moves the reference",
+        ),
         ({"trust_stop": float("nan")}, "`trust_stop` got nan"),
         ({"trust_lr_target": "0.1"}, "`trust_lr_target` got '0.1'"),
         ({"panic_kl": True}, "`panic_kl` got True"),
@@ -70,6 +77,13 @@ def test_the_controller_starts_at_beta_and_holds_the_target(config):
     args = config("run", **CPU, beta=0.2, kl_controller="dual", kl_target=0.1, kl_controller_kwargs='{"lr": 0.3}')
     assert build_kl_controller(args, args.beta) == DualKL(coef=0.2, target=0.1, lr=0.3)
     assert isinstance(build_kl_controller(config("run", **CPU), 0.0), FixedKL)
+
+
+@EACH
+def test_a_limit_whose_name_ends_like_a_secret_is_not_masked(config):
+    """transformers masks the value of each field whose name ends in "_token"."""
+    saved = config("run", **CPU, trust_max_kl_token=0.5, hub_token="secret").to_dict()
+    assert (saved["trust_max_kl_token"], saved["hub_token"]) == (0.5, "<HUB_TOKEN>")
 
 
 def test_values_that_trl_converts_are_left_to_trl():

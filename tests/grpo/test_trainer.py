@@ -20,6 +20,7 @@ from trl_trustkl import (
     load_records,
 )
 from trl_trustkl.errors import ConfigError
+from trl_trustkl.trust.limits import Limits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -71,6 +72,13 @@ def test_without_a_field_training_is_trls_bit_for_bit(kind, tmp_path):
     records = load_records(tmp_path / "ours")
     assert len(records) == 3 and all(record["trust"]["kl"] > 0 for record in records)
     assert all(record["trust"]["limit"] is None for record in records)
+
+
+@EACH
+def test_every_limit_reaches_the_callback(kind, tmp_path):
+    limits = {"trust_max_kl": 0.1, "trust_max_kl_token": 0.2, "trust_max_kl_response": 0.3, "anchor_max_kl": 0.4}
+    found = added(ours(kind, tmp_path, panic_kl=0.5, **limits), TrustRegionCallback).limits
+    assert found == Limits(max_kl=0.1, panic_kl=0.5, max_kl_token=0.2, max_kl_response=0.3, anchor_max_kl=0.4)
 
 
 @EACH

@@ -11,6 +11,7 @@ from tests.messages import assert_says
 from trl_trustkl.controllers import CONTROLLERS
 from trl_trustkl.divergences import ESTIMATORS
 from trl_trustkl.errors import ConfigError
+from trl_trustkl.ppo.config_checks import HARD_LIMITS
 from trl_trustkl.surrogates import SURROGATES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -106,6 +107,9 @@ ADAPTIVE = {"kl_controller": "adaptive", "kl_target": 1.0}
         ({"measure_fraction": 1.5}, ("(0, 1]",)),
         ({"trust_stop": 0.0}, ("nats per token", "None turns it off")),
         ({"trust_max_kl": -1.0}, ("nats per token", "None turns it off")),
+        ({"trust_max_kl_token": 0.0}, ("a positive number of nats", "None turns it off")),
+        ({"trust_max_kl_response": -1.0}, ("nats per response", "None turns it off")),
+        ({"anchor_max_kl": 0.0}, ("nats per response", "None turns it off")),
         ({"trust_lr_target": 0.0}, ("nats per token", "None turns it off")),
         ({"trust_target": -1.0}, ("nats per token", "None turns it off")),
         ({"missing_eos_penalty": -1.0}, (">= 0",)),
@@ -168,9 +172,13 @@ def test_a_controller_that_multiplies_rejects_a_coefficient_of_0(tmp_path, prefi
     [
         ({"kl_target": 3.0}, ("`kl_target`", "3.0", "kl_controller='fixed'", "'adaptive'", "None")),
         ({"kl_controller": "adaptive"}, ("`kl_target`", "None", "'adaptive'", "'fixed'")),
+        *(
+            ({"measure_fraction": 0.5, name: 0.1}, ("`measure_fraction`", "0.5", "must be 1", f"{name}=0.1", "subset"))
+            for name in HARD_LIMITS
+        ),
         (
-            {"measure_fraction": 0.5, "trust_max_kl": 0.1},
-            ("`measure_fraction`", "0.5", "must be 1", "trust_max_kl=0.1", "subset"),
+            {"anchor_max_kl": 5.0, "sync_ref_model": True},
+            ("`anchor_max_kl`", "5", "sync_ref_model=True", "moves the reference", "False", "None"),
         ),
         (
             {"trust_controller": "adaptive", "trust_coef": 0.1},

@@ -122,6 +122,24 @@ def test_a_horizon_that_does_not_suit_the_run_is_named(tmp_path, caplog, changes
 
 
 @pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({"anchor_max_kl": 5.0}, True),
+        ({"anchor_max_kl": 5.0, "kl_coef": 0.0}, True),
+        ({"anchor_max_kl": 5.0, "kl_controller": "dual", "kl_target": 5.0}, True),
+        ({"anchor_max_kl": 5.0, "kl_controller": "dual", "kl_target": 4.0}, False),
+        ({"kl_coef": 0.0}, False),
+    ],
+)
+def test_a_limit_of_the_anchor_at_which_training_may_stop_is_named(tmp_path, caplog, changes, warned):
+    setup.warn_of_frozen_anchor(tiny.config(tmp_path, **changes))
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == warned
+    assert not warned or "`anchor_max_kl` got 5 without a controller whose target is below it" in said[0]
+    assert not warned or "Set kl_controller='dual' with kl_target=2.5" in said[0]
+
+
+@pytest.mark.parametrize(
     ("estimator", "placement", "kind"),
     [("k3", "reward", "biased"), ("exact", "loss", "partial"), ("k1", "reward", None), ("exact", "both", None)],
 )

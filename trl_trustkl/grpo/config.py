@@ -10,7 +10,7 @@ from trl import GRPOConfig, RLOOConfig
 
 from ..controllers import CONTROLLERS, Controller, ControllerName, FixedKL, ScheduledKL, build_controller
 from ..errors import ConfigError
-from ..options import PER_TOKEN, Range, check_options, option, unmasked
+from ..options import OF_TOKEN, PER_RESPONSE, PER_TOKEN, Range, check_options, option, unmasked
 from ..trl_compat import activation_checkpointing
 from ..trust.limits import reject_moving_reference
 
@@ -36,17 +36,16 @@ class TrustRegionFields:
     kl_controller_kwargs: dict | str | None = _anchor(None, "Further arguments of the controller, as a dict or JSON.")
     anchor_max_kl: float | None = _anchor(
         None, "Hard limit of the generation batch's exact KL(π‖π_ref) after an update, in nats per completion, enforced by "
-        "backtracking; an update from above it must not increase the KL.", unit="nats/response", off="None",
-        range=Range("a positive number of nats per completion"))
+        "backtracking; an update from above it must not increase the KL.", **PER_RESPONSE)
     trust_max_kl: float | None = _trust(
         None, "Hard limit of the generation batch's mean KL(π_old‖π), in nats per token, enforced by backtracking.",
         **PER_TOKEN)
     trust_max_kl_token: float | None = _trust(
         None, "Hard limit of the largest KL(π_old‖π) of one token of the generation batch, in nats, enforced by "
-        "backtracking.", unit="nats", off="None", range=Range("a positive number of nats"))
+        "backtracking.", **OF_TOKEN)
     trust_max_kl_response: float | None = _trust(
         None, "Hard limit of the largest sum of KL(π_old‖π) over one completion of the generation batch, in nats, enforced by "
-        "backtracking.", unit="nats/response", off="None", range=Range("a positive number of nats per completion"))
+        "backtracking.", **PER_RESPONSE)
     trust_stop: float | None = _trust(
         None, "Make no further change on a generation batch once its KL(π_old‖π) exceeds this, in nats per token.",
         **PER_TOKEN)

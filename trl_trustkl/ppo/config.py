@@ -15,7 +15,19 @@ from ..controllers import (
 )
 from ..divergences import ESTIMATORS, KLEstimatorName, Placement, build_estimator
 from ..errors import ConfigError, is_finite
-from ..options import COUNT, COUNT_OR_0, NOT_NEGATIVE, PER_TOKEN, POSITIVE, Range, check_options, option, unmasked
+from ..options import (
+    COUNT,
+    COUNT_OR_0,
+    NOT_NEGATIVE,
+    OF_TOKEN,
+    PER_RESPONSE,
+    PER_TOKEN,
+    POSITIVE,
+    Range,
+    check_options,
+    option,
+    unmasked,
+)
 from ..surrogates import SURROGATES, ClipRuleName, build_surrogate
 from ..trl_compat import activation_checkpointing
 from ..trust.limits import Limits
@@ -73,8 +85,7 @@ class TrustKLPPOConfig(TrainingFields):
         range=Range("a positive number of episodes"))
     anchor_max_kl: float | None = _anchor(
         None, "Hard limit of the batch's exact KL(π‖π_ref) after an update, in nats per response, enforced by backtracking; an "
-        "update from above it must not increase the KL.", unit="nats/response", off="None",
-        range=Range("a positive number of nats per response"))
+        "update from above it must not increase the KL.", **PER_RESPONSE)
     sync_ref_model: bool = _anchor(
         False, "Whether the reference is renewed every `ref_model_sync_steps` updates, as in TRL's GRPO; with PEFT, an adapter "
         "that starts as the policy's is the reference, and is renewed.", off="False")
@@ -117,11 +128,10 @@ class TrustKLPPOConfig(TrainingFields):
     trust_max_kl: float | None = _trust(
         None, "Hard limit of the batch's mean KL(π_old‖π), in nats per token, enforced by backtracking.", **PER_TOKEN)
     trust_max_kl_token: float | None = _trust(
-        None, "Hard limit of the largest KL(π_old‖π) of one token of the batch, in nats, enforced by backtracking.",
-        unit="nats", off="None", range=Range("a positive number of nats"))
+        None, "Hard limit of the largest KL(π_old‖π) of one token of the batch, in nats, enforced by backtracking.", **OF_TOKEN)
     trust_max_kl_response: float | None = _trust(
         None, "Hard limit of the largest sum of KL(π_old‖π) over one response of the batch, in nats, enforced by "
-        "backtracking.", unit="nats/response", off="None", range=Range("a positive number of nats per response"))
+        "backtracking.", **PER_RESPONSE)
     trust_lr_target: float | None = _trust(
         None, "Target KL that the learning rate is adapted to, in nats per token.", **PER_TOKEN)
 
