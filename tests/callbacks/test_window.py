@@ -140,6 +140,27 @@ def test_the_anchor_is_that_of_the_old_policy_to_the_reference(name):
 
 
 @torch.no_grad()
+def test_where_the_reference_is_kept_the_policy_is_measured_to_it():
+    case = Case()
+    with case.lm.without_noise():
+        case.window.fix_old_policy()
+        case.window.measure_anchor(Reference(case.model, case.lm), ESTIMATORS["k1"], keep=True)
+        start = case.window.measure()
+        case.move()
+        found, new = case.window.measure(), rows_of(case.logps())
+        with case.model.disable_adapter():
+            ref = rows_of(case.logps())
+    exact = [float(dense_kl(p, q).sum()) for p, q in zip(new, ref, strict=True)]
+    assert found.anchor_kl == pytest.approx(sum(exact) / 5, rel=1e-4)
+    assert found.anchor_start == start.anchor_start == start.anchor_kl == case.window.anchor.kl_exact, (
+        "before a step the KL is not that of the old policy bit for bit"
+    )
+    assert abs(found.anchor_kl - found.anchor_start) > 0.01
+    case.window.release()
+    assert case.window.ref is None
+
+
+@torch.no_grad()
 def test_a_batch_in_which_no_token_counts():
     case = Case([micro(0, [0, 0], 4)])
     with case.lm.without_noise():

@@ -187,6 +187,24 @@ def test_of_several_limits_all_hold_and_the_record_says_which_decided(tightest):
     assert getattr(found.measured, FIELDS[tightest][1]) > 0.5 * limits[tightest]
 
 
+def test_the_limit_that_decided_is_the_one_next_to_the_scale_kept():
+    """At the end of the step the mean exceeds its limit most; but the step is kept up to where a token reaches its limit."""
+    toy, snapshot, _, proposed = updated("adamw", 20.0)
+    end = copies(toy.policy.parameters())[0]
+
+    def scale() -> float:
+        start, now = snapshot.path.start[0], next(toy.policy.parameters()).detach()
+        return float((now - start).norm() / (end - start).norm())
+
+    def measure():
+        return proposed._replace(kl=0.1 * scale() ** 4, kl_max=0.5 * scale() ** 2)
+
+    limits = Limits(max_kl=0.01, max_kl_token=0.1)
+    assert limits.used(measure()) == pytest.approx({"trust_max_kl": 10, "trust_max_kl_token": 5})
+    found = TrustRegion(limits).enforce(snapshot, measure, measure())
+    assert found.decided == "trust_max_kl_token" and 0.9 * 0.2**0.5 < found.scale <= 0.2**0.5
+
+
 def test_an_update_within_all_limits_was_decided_by_none():
     toy, snapshot, _, proposed = updated("adamw", 20.0)
     limits = Limits(proposed.kl, None, proposed.kl_max, proposed.kl_response_max)
@@ -196,7 +214,7 @@ def test_an_update_within_all_limits_was_decided_by_none():
 
 def test_a_value_above_a_limit_by_one_rounding_is_above_it():
     proposed = updated("adamw", 1.0)[3]
-    for limit in (0.1, 0.02, 1 / 3, 5e-4, 7.0):
+    for limit in (0.1, 0.02, 1 / 3, 5e-4, math.nextafter(2.0, 0.0)):  # 2 / the last one is rounded to 1
         at, above = proposed._replace(kl=limit), proposed._replace(kl=math.nextafter(limit, 9))
         used = Limits(max_kl=limit).used
         assert used(at)["trust_max_kl"] == 1.0 and used(above)["trust_max_kl"] > 1.0

@@ -99,3 +99,23 @@ def test_rows_of_other_processes_are_gathered():
     twice = [torch.cat([each, each]) for each in (kl, tv, log_ratio, batch.mask)]
     found = batch.measured(gather=lambda rows: torch.cat([rows, rows]))
     assert found == measurement(*twice, complete=True) and found.tokens == 24
+
+
+def test_the_kl_to_the_reference_is_summed_over_responses_and_averaged_over_those_of_all_processes():
+    batch = Batch()
+    refs = [PolicySnapshot(torch.zeros(0), torch.nn.Identity()) for _ in batch.micros]
+    ref_kl = torch.rand(5, 4, generator=torch.Generator().manual_seed(7))
+
+    def compare(micro: MicroBatch, old: PolicySnapshot, ref: PolicySnapshot | None) -> TokenOutputs:
+        assert any(micro is each and ref is other for each, other in zip(batch.micros, refs, strict=True))
+        return batch.compare(micro, old, None)._replace(ref_kl=ref_kl[micro.rows, : micro.response_ids.shape[1]])
+
+    wanted = float((ref_kl * batch.mask).sum(1).mean())
+    found = measure(compare, batch.micros, batch.old, batch.mask, ref=refs, anchor_start=0.25)
+    assert found.anchor_kl == pytest.approx(wanted, rel=1e-6) and found.anchor_start == 0.25
+    assert found._replace(anchor_kl=None, anchor_start=None) == batch.measured()
+    padded = measure(
+        compare, batch.micros, batch.old, batch.mask, ref=refs,
+        gather=lambda rows: torch.cat([rows, torch.zeros_like(rows)]),
+    )  # fmt: skip
+    assert padded.anchor_kl == pytest.approx(wanted / 2, rel=1e-6)
