@@ -214,7 +214,7 @@ def test_an_update_within_all_limits_was_decided_by_none():
 
 def test_a_value_above_a_limit_by_one_rounding_is_above_it():
     proposed = updated("adamw", 1.0)[3]
-    for limit in (0.1, 0.02, 1 / 3, 5e-4, math.nextafter(2.0, 0.0)):  # 2 / the last one is rounded to 1
+    for limit in (0.1, 0.02, 1 / 3, 5e-4, math.nextafter(2.0, 0.0)):
         at, above = proposed._replace(kl=limit), proposed._replace(kl=math.nextafter(limit, 9))
         used = Limits(max_kl=limit).used
         assert used(at)["trust_max_kl"] == 1.0 and used(above)["trust_max_kl"] > 1.0

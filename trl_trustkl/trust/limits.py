@@ -10,9 +10,6 @@ from ..errors import ConfigError
 from ..types import Enforcement, Measurement, Snapshot
 from .backtracking import backtrack
 
-ABOVE = math.nextafter(1.0, math.inf)
-
-
 class Limits(NamedTuple):
     """Limits of an update on the contexts of its batch; None disables one. All but `panic_kl` are held by backtracking.
 
@@ -160,6 +157,7 @@ def blocked_at_the_anchor(limit: float, fix: str) -> str:
 
 
 def _share(value: float, limit: float) -> float:
-    if not value <= limit:  # NaN included
-        return max(value / limit, ABOVE) if limit and math.isfinite(value) else math.inf
-    return value / limit if limit else 0.0
+    """Above 1 if and only if the value is above the limit: a quotient of two neighbouring floats is not rounded to 1."""
+    if math.isnan(value):
+        return math.inf
+    return value / limit if limit else math.inf if value > 0 else 0.0
