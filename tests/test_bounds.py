@@ -347,6 +347,41 @@ def test_the_adaptive_bound_is_attained(trees, horizon: int) -> None:
     assert truth.error.item() == pytest.approx(of_pair(truth, 0, horizon).adaptive, rel=1e-9)
 
 
+def rare(p: float, kept: float, old: list[float], new: list[float], horizon: int) -> Trees:
+    """The first token moves from 1 to 0, both rare, and only after these the policies differ, by `old` and `new` at each token.
+
+    After token 0 those responses score that π makes more likely, after token 1 the others: V^π − V^μ is as large as it can be.
+    """
+    first, after = ([p, p, 1 - 2 * p], [p * (2 - kept), p * kept, 1 - 2 * p]), (f64(old).log(), f64(new).log())
+    policies = [[f64(each).log()[None, None]] for each in first]
+    future = torch.zeros(2, 1, dtype=torch.float64)
+    for t in range(1, horizon):
+        moved = after[1].repeat(3**t, 1)
+        moved[2 * 3 ** (t - 1) :] = after[0]
+        policies[0].append(after[0].repeat(3**t, 1)[None])
+        policies[1].append(moved[None])
+        future = (future[..., None] + torch.stack(after)[:, None]).flatten(1)
+    better = (future[1] > future[0]).double()
+    return Trees(*policies, torch.cat([better, 1 - better, torch.zeros_like(better)])[None])
+
+
+NEVER = 1e-12
+
+
+@pytest.mark.parametrize(
+    ("trees", "least"),
+    [
+        (rare(0.01, NEVER, [1 - 2 * NEVER, NEVER, NEVER], [0.99 - NEVER, 0.01, NEVER], 3), 0.98),  # (T − t)·TV
+        (rare(5e-4, 0.5, [0.5, 0.5, NEVER], [0.51, 0.49, NEVER], 5), 0.65),  # √((T − t)·D/2)
+    ],
+)
+def test_the_adaptive_bound_of_a_step_whose_future_adds_up(trees: Trees, least: float) -> None:
+    truth = enumerate_trees(trees)
+    share = truth.error.item() / of_pair(truth, 0, len(trees.old)).adaptive
+    print(f"{share:.4f}")
+    assert least <= share <= 1
+
+
 def test_how_near_pairs_come_to_the_error_bounds_in_kl() -> None:
     truth = enumerate_trees(crossing(1e-3))
     shares = truth.error.item() / f64(of_pair(truth, 0, 2))
@@ -444,7 +479,10 @@ GIVEN = ("kl_max", "kl_sequence", "tv_max", "tv_sequence")
         (lambda: masking_bound(2, -1e-9), "kl_max"),
         (lambda: masking_bound(2, 0.1, math.inf), "kl_sequence"),
         (lambda: masking_bound(math.inf, 0.1), "horizon"),
-        (lambda: error_bounds(2, **dict.fromkeys(GIVEN, 0.1) | {"tv_sequence": 1.1}, tv_positions=[0.1]), "tv_sequence"),
+        (
+            lambda: error_bounds(2, **dict.fromkeys(GIVEN, 0.1) | {"tv_sequence": 1.1}, tv_positions=[0.1]),
+            "tv_sequence",
+        ),
         (lambda: error_bounds(1, **dict.fromkeys(GIVEN, 0.1), tv_positions=[0.1, 0.1]), "horizon"),
         (lambda: error_bounds(1, **dict.fromkeys(GIVEN, 0.1), tv_positions=[0.1], width=-1.0), "width"),
         (lambda: ratio_range_bounds(1.0), "epsilon"),

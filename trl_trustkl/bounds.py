@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 from .divergences import gradient_kind
 from .errors import out_of_range
 from .options import NOT_NEGATIVE, Range
-from .records import AnchorRecord, BoundRecord, GradientRecord, SamplerRecord, TrustRecord, ValueRecord
+from .records import (
+    AnchorRecord,
+    BoundRecord,
+    CertificateRecord,
+    GradientRecord,
+    SamplerRecord,
+    TrustRecord,
+    ValueRecord,
+)
 from .surrogates import WITHOUT_RANGE
 from .types import AnchorMeasurement, Enforcement, Measurement, RolloutSummary, UpdateStats
 
@@ -83,7 +91,7 @@ def build_record(args: Any, *, update: int, episode: int, lr: float, lr_factor: 
                  refused: str | None, seconds: dict[str, float], rollout: RolloutSummary, anchor: AnchorMeasurement,
                  stats: UpdateStats, measured: Measurement, enforcement: Enforcement, rescaled: bool = False,
                  counterfactual: dict[str, float | None] | None = None,
-                 renewed: bool | None = None) -> BoundRecord:  # fmt: skip
+                 renewed: bool | None = None, certificate: CertificateRecord | None = None) -> BoundRecord:  # fmt: skip
     """The record of one update; `args` is the run's configuration (a TrustKLPPOConfig). rescaled: see `binding`."""
     shares = None if refused is not None else binding_shares(anchor, stats, enforcement, lr_factor)
     return BoundRecord(
@@ -94,7 +102,7 @@ def build_record(args: Any, *, update: int, episode: int, lr: float, lr_factor: 
             args.kl_estimator, args.kl_placement, gradient_kind(args.kl_estimator, args.kl_placement),
             target=args.kl_target, target_per_token=None, renewed=renewed, **anchor._asdict(),
         ),
-        trust=_trust_record(args, trust_coef, stats, measured, enforcement),
+        trust=_trust_record(args, trust_coef, stats, measured, enforcement)._replace(certificate=certificate),
         value=ValueRecord(args.value_range, stats.total.value_gated, rollout.explained_variance),
         gradient=GradientRecord(norm=stats.grad_norm, max_norm=args.norm_limit, scale=stats.grad_scale),
         sampler=SamplerRecord(kl=rollout.sampler_kl),
@@ -223,9 +231,9 @@ def error_bounds(horizon: int, *, kl_max: float, kl_sequence: float, tv_max: flo
     2·Σ_t E_μ[TV_t]·min(1, (T − t)·TV, √((T − t)·D/2)), each × the width of R's range.
 
     After Trust Region Masking (arXiv 2512.23075v5), by the names of its bounds: classical, Pinsker-marginal and mixed in KL,
-    classical and mixed in TV, adaptive. The constants are those of the following proofs; the first three bounds are at most half
-    of the paper's, which are in `masking_bound`. For R in [0, 1], V^π(h) and V^μ(h) the expected R after the tokens h, d_t the
-    distribution of t tokens, and TV² ≤ KL/2 (Pinsker):
+    classical and mixed in TV, adaptive. The constants are those of the proofs below; the first three are at most half of those
+    of `masking_bound`. For R in [0, 1], V^π(h) and V^μ(h) the expected R after the tokens h, d_t the distribution of the first
+    t tokens, and TV² ≤ KL/2 (Pinsker):
 
     - ∏w − 1 − Σ(w_t − 1) = Σ_t (w_t − 1)(∏_{s>t} w_s − 1), so the error is Σ_t E_μ[(w_t − 1)(V^π − V^μ)(h_t)]. Given the
       tokens before t, E_μ|w_t − 1| = 2·TV_t. |V^π − V^μ| is at most the total variation of the T − t tokens that follow,
@@ -235,8 +243,8 @@ def error_bounds(horizon: int, *, kl_max: float, kl_sequence: float, tv_max: flo
 
     horizon: T, tokens. kl_max, kl_sequence: D and D_seq, as above, in nats. tv_max, tv_sequence: TV and TV_seq, the total
     variation between μ and π of a context, at most, and of complete responses. tv_positions: E_μ[TV_t] for t = 1, 2, …, 0 after
-    a response's end; may end before T. Looseness: the error reaches at most 51, 27, 41, 72, 66 and 89 % on random trees, in this
-    order; bad ones attain all but Pinsker-marginal (53 %) and mixed (71 %), each at T = 2.
+    a response's end; may end before T. Looseness: the error reaches at most 51, 27, 41, 72, 66 and 89 % on random trees, in
+    this order; bad ones attain all but Pinsker-marginal (53 %) and mixed (71 %), each at T = 2.
     """
     _check(horizon=horizon, kl_max=kl_max, kl_sequence=kl_sequence, tv_max=tv_max, tv_sequence=tv_sequence, width=width)
     if len(tv_positions) > horizon:

@@ -21,7 +21,7 @@ RECORD = {
     "anchor": "estimator placement gradient coef target kl kl_exact kl_stderr kl_per_token target_per_token renewed share",
     "trust": (
         "rule low high gated gated_low gated_high coef epochs stopped kl kl_max kl_response_max kl_proposed tv "
-        "max_ratio ratio_quantiles scale tries limit guaranteed"
+        "max_ratio ratio_quantiles scale tries limit guaranteed certificate"
     ),
     "value": "clip gated explained_variance",
     "gradient": "norm max_norm scale",
@@ -29,6 +29,7 @@ RECORD = {
     "shares": "anchor clip penalty stop backtrack grad_norm lr",
 }
 """The keys of a record, by group."""
+CERTIFICATE = "gain stderr bound difference smallest kl_needed"
 BINDING = {"anchor", "clip", "penalty", "stop", "backtrack", "grad_norm", "lr", "none"}
 
 
@@ -38,6 +39,7 @@ def test_a_record_has_exactly_the_keys_of_the_design(tmp_path):
     for record in records:
         for group, keys in RECORD.items():
             assert sorted(record[group] if group else record) == sorted(keys.split()), group
+        assert list(record["trust"]["certificate"]) == CERTIFICATE.split()
 
 
 def test_a_record_holds_what_it_says(tmp_path):

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from .. import bounds, records
+from ..certificate import certificate
 from ..records import BoundRecord
 from ..rollout.reward_log import RESERVED, as_json, free_name
 from ..trl_compat import trl_logs
@@ -42,6 +43,9 @@ def window_record(
             kl_proposed=enforcement.kl_proposed, tv=measured.tv, max_ratio=measured.max_ratio,
             ratio_quantiles=measured.ratio_quantiles, guaranteed=bounds.guaranteed(measured, enforcement),
         )  # fmt: skip
+    if enforcement.rejected is None:
+        horizon = args.max_completion_length or 1  # TRL's None is no limit: that of the batch
+        trust = trust._replace(certificate=certificate(window.scores, measured, horizon=horizon))
     anchor = record.anchor._replace(coef=window.coef)
     if window.anchor is not None:
         anchor = anchor._replace(
