@@ -201,8 +201,11 @@ def meanings(schema: Any, prefix: str = "") -> dict[str, Any]:
     """The keys of a record as they are logged to trackers, with the annotations of their fields."""
     found: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(schema, include_extras=True).items():
-        nested = hasattr(hint, "_fields")
-        found |= meanings(hint, f"{prefix}{name}/") if nested else {f"{prefix}{name}": hint.__metadata__[0]}
+        if hasattr(hint, "__metadata__"):
+            found[f"{prefix}{name}"] = hint.__metadata__[0]
+        kinds = (hint, *typing.get_args(getattr(hint, "__origin__", None)))
+        for nested in (kind for kind in kinds if hasattr(kind, "_fields")):  # a record, or one that may be null
+            found |= meanings(nested, f"{prefix}{name}/")
     return found
 
 
@@ -266,18 +269,18 @@ def bounds() -> str:
     from trl_trustkl import bounds as module
 
     named = ("finite_horizon_tv_bound", "finite_horizon_sum_bound", "finite_horizon_bound", "masking_bound",
-             "ratio_range_bounds", "trpo_penalty_coef")  # fmt: skip
+             "error_bounds", "ratio_range_bounds", "trpo_penalty_coef")  # fmt: skip
     rows = ((f"`bounds.{name}`", _formula(getattr(module, name))) for name in named)
     return table(("function", "what it bounds"), rows)
 
 
 def others() -> str:
-    from trl_trustkl import advantages, bounds, divergences, trust_region
+    from trl_trustkl import advantages, bounds, certificate, divergences, trust_region
 
     functions = (
         divergences.exact, divergences.exact_from_logps, advantages.gae, advantages.anchor_rewards,
         advantages.place_scores, advantages.anchor_share, advantages.explained_variance, trust_region.measurement,
-        trust_region.backtrack, bounds.guaranteed, bounds.binding,
+        trust_region.backtrack, bounds.guaranteed, bounds.binding, certificate.certificate,
     )  # fmt: skip
     public = {trust_region.measurement: "trust_region", trust_region.backtrack: "trust_region"}
     rows = (

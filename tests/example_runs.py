@@ -27,7 +27,7 @@ HEALTHY: Row = {
         "rule": "ppo", "low": 0.2, "high": 0.2, "gated": 0.1, "gated_low": 0.04, "gated_high": 0.06, "coef": 0.0,
         "epochs": 2.0, "stopped": False, "kl": 0.01, "kl_max": 0.3, "kl_response_max": 0.5, "kl_proposed": 0.01,
         "tv": 0.05, "max_ratio": 2.0, "ratio_quantiles": QUANTILES, "scale": None, "tries": 0, "limit": None,
-        "guaranteed": None,
+        "guaranteed": None, "certificate": None,
     },
     "value": {"clip": 0.2, "gated": 0.05, "explained_variance": 0.4},
     "gradient": {"norm": 0.5, "max_norm": 1.0, "scale": 1.0},

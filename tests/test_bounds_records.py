@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from trl_trustkl.bounds import binding, binding_by_outcome, binding_shares, build_record, guaranteed
+from trl_trustkl.records import CertificateRecord
 from trl_trustkl.surrogates import ClipRuleName, build_surrogate
 from trl_trustkl.types import AnchorMeasurement, Enforcement, EpochStats, Measurement, RolloutSummary, UpdateStats
 
@@ -37,6 +38,9 @@ MEASURED = Measurement(
     tokens=64,
     complete=True,
 )
+
+
+CERTIFICATE = CertificateRecord(0.02, 0.01, 0.3, -0.28, "adaptive", 0.001)
 
 
 OFF = Enforcement(kl_proposed=0.02, scale=None, tries=0, limit=None)
@@ -155,6 +159,7 @@ def record(config: SimpleNamespace, enforcement: Enforcement = OFF, update: Upda
         stats=update,
         measured=MEASURED,
         enforcement=enforcement,
+        certificate=CERTIFICATE,
     )
 
 
@@ -169,7 +174,7 @@ def test_a_record_holds_what_was_measured() -> None:
         "epochs": 1.5, "stopped": True, "kl": 0.02, "kl_max": 0.3, "kl_proposed": 0.09, "tv": 0.05, "max_ratio": 7.0,
         "ratio_quantiles": {"0.5": 1.0}, "scale": 0.4, "tries": 3, "limit": 0.03, "guaranteed": 0.03,
         "kl_response_max": 0.5, "limit_token": None, "limit_response": None, "guaranteed_token": None,
-        "guaranteed_response": None, "decided": "trust_max_kl",
+        "guaranteed_response": None, "decided": "trust_max_kl", "certificate": CERTIFICATE,
     }  # fmt: skip
     assert line.value == (0.2, 0.3, 0.4)
     assert line.gradient == (2.0, 1.0, 1.0)

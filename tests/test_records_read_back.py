@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 from tests.watched import run
 from trl_trustkl import load_records
 from trl_trustkl.errors import DataError
+from trl_trustkl.records import as_dict
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -22,7 +23,7 @@ def test_records_are_read_back_as_they_were_written(tmp_path):
     run(tmp_path, callbacks=[Keep()])
     read = load_records(tmp_path)
     assert read == load_records(tmp_path / "bounds.jsonl") == load_records(str(tmp_path))
-    assert [record["trust"] for record in read] == [record.trust._asdict() for record in seen]
+    assert [record["trust"] for record in read] == [as_dict(record.trust) for record in seen]
     assert [record["seconds"] for record in read] == [record.seconds for record in seen]
 
 

@@ -30,7 +30,17 @@ ABOUT_THE_PROJECT = {
 
 LAYERS = (
     ("errors", "files", "import_paths", "types"),
-    ("advantages", "bounds", "controllers", "divergences", "masking", "options", "records", "surrogates"),
+    (
+        "advantages",
+        "bounds",
+        "certificate",
+        "controllers",
+        "divergences",
+        "masking",
+        "options",
+        "records",
+        "surrogates",
+    ),
     ("trl_compat",),
     ("parallel", "policy"),
     ("report", "rollout", "run", "trust", "trust_region"),

@@ -60,6 +60,23 @@ class AnchorRecord(NamedTuple):
         "nats/response")] = None
 
 
+class CertificateRecord(NamedTuple):
+    gain: Annotated[float, Meaning(
+        "The surrogate's estimate of the improvement by this update: the mean of (reward − mean of the other rewards) × "
+        "Σ(π/π_old − 1). The update was fitted to this batch, so it is optimistic.", "the reward's")]
+    stderr: Annotated[float, Meaning("Standard error of the gain over the responses of the batch.", "the reward's")]
+    bound: Annotated[float, Meaning(
+        "The smallest of the bounds on the surrogate's error; the largest KL and total variation of the batch and the range of "
+        "its rewards stand for those of all contexts and responses.", "the reward's")]
+    difference: Annotated[float, Meaning("`gain` − `bound`. Above 0 the update is certified on its batch.", "the reward's")]
+    smallest: Annotated[str, Meaning(
+        "The bound that was smallest: `classical`, `pinsker_marginal`, `mixed`, `classical_tv`, `mixed_tv` or `adaptive` "
+        "([bounds](mathematics.md#bounds)).")]
+    kl_needed: Annotated[float | None, Meaning(
+        "The `trust/kl_max` up to which a shorter step in the same direction would be certified, to first order in the gain; "
+        "`trust/kl_max` itself for a certified update, `null` where the gain is not above 0.", "nats/token")]
+
+
 class TrustRecord(NamedTuple):
     rule: Annotated[str, Meaning("`clip_rule`.")]
     low: Annotated[float, Meaning(
@@ -99,6 +116,10 @@ class TrustRecord(NamedTuple):
     decided: Annotated[str | None, Meaning(
         "The hard limit that kept the step from being longer, by the name of its field: `trust_max_kl`, `trust_max_kl_token`, "
         "`trust_max_kl_response` or `anchor_max_kl`; `null` for a step that was not shortened.")] = None
+    certificate: Annotated[CertificateRecord | None, Meaning(
+        "**Certified** where `difference` is above 0: whether the surrogate's gain exceeds the bound on its error, as far as "
+        "the batch shows ([certificate](mathematics.md#certificate)). A statement about this batch, no proof. `null` for a "
+        "rejected update, a batch measured in part, or fewer than two responses with a reward.")] = None
 
 
 class ValueRecord(NamedTuple):

@@ -288,13 +288,29 @@ class RolloutSummary(NamedTuple):
     rewards: dict[str, float | None]
 
 
+class ResponseMeasurement(NamedTuple):
+    """The responses of a batch under the new policy against π_old.
+
+    moved: Σ_t (w_t − 1) of each response, w = π/π_old at its tokens, in the order of the gathered rows; tokens: how many of its
+    tokens count. Over the responses with such a token: kl, the mean sum of KL(π_old‖π), nats per response; tv_positions, the
+    mean total variation at each position, 0 after a response's end. tv_max: the largest of any context.
+    """
+
+    moved: tuple[float, ...]
+    tokens: tuple[int, ...]
+    kl: float
+    tv_max: float
+    tv_positions: tuple[float, ...]
+
+
 class Measurement(NamedTuple):
     """The batch under the new policy against π_old, gathered from all processes; nats per token.
 
     kl: mean exact KL(π_old‖π) over the measured contexts; kl_max: the largest; kl_response_max: the largest sum over one
     response. tv: mean total variation. max_ratio and ratio_quantiles: of π/π_old at the sampled tokens. tokens: contexts
     measured; complete: whether these were all. anchor_kl: the mean exact KL(π‖π_ref), summed over a response, nats per
-    response; anchor_start: the same of π_old, before the update; None where the reference was not measured.
+    response; anchor_start: the same of π_old, before the update; None where the reference was not measured. responses: of
+    the complete batch, None where it was measured in part.
     """
 
     kl: float
@@ -307,6 +323,7 @@ class Measurement(NamedTuple):
     complete: bool
     anchor_kl: float | None = None
     anchor_start: float | None = None
+    responses: ResponseMeasurement | None = None
 
 
 class Enforcement(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from tests import tiny
+from tests.certificates import by_definition
 from tests.dense import dense_kl
 from tests.trl_trainers import DUAL, KINDS, TARGET, TRAINERS, logged, trainer_of
 from tests.watched import without_seconds
@@ -134,6 +135,23 @@ def test_divergences_are_those_of_the_generation_batch(observed):
         )
         assert row["length"] == pytest.approx(float(lengths.float().mean()))
     assert rows[0]["anchor"]["kl_exact"] == 0.0 and rows[2]["anchor"]["kl_exact"] > 1e-3
+
+
+def test_certificates_are_those_of_the_definition(observed):
+    """The rewards are computed again from each row's text: TRL shuffles the rows after it has logged them."""
+    trainer, rows, _, rewards = observed
+    decode = tiny.tokenizer().batch_decode
+    for row, batch, kept in zip(rows, trainer.witness.batches, trainer.witness.kept, strict=True):
+        rollout = batch.rollout
+        texts = decode(rollout.response_ids, skip_special_tokens=True)
+        given = zip(rewards.first([], texts), rewards.second([], texts), strict=True)
+        rewards.given.pop()
+        scores = torch.tensor([a + 0.5 * (b or 0.0) for a, b in given], dtype=torch.float64)
+        p, q = (logps(rollout, weights, trainer.temperature) for weights in (batch.old, kept))
+        wanted = by_definition(scores, p, q, rollout, horizon=trainer.args.max_completion_length)
+        found = row["trust"]["certificate"]
+        assert found.pop("smallest") == wanted.pop("smallest")
+        assert found == pytest.approx(wanted, rel=2e-3, abs=1e-6)
 
 
 def test_rewards_and_what_trl_logs(observed):

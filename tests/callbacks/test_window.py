@@ -72,8 +72,33 @@ def test_the_mask_covers_all_rows_at_the_length_of_the_longest_response_of_any_p
         def max(self, number: int) -> int:
             return number + 2
 
+        def any(self, flag: bool) -> bool:
+            return flag
+
     wide = Window(Case().lm, Longer(), BATCH, ends_at=0, coef=0.0, completions=[]).mask
     assert wide.shape == (5, 7) and torch.equal(wide[:, :5], mask) and not wide[:, 5:].any()
+
+
+def test_scores_are_gathered_unless_those_of_a_process_are_unknown():
+    class Two:
+        def __init__(self, unknown: bool) -> None:
+            self.unknown = unknown
+
+        def any(self, flag: bool) -> bool:
+            return flag or self.unknown
+
+        def max(self, number: int) -> int:
+            return number
+
+        def gather(self, rows: Tensor) -> Tensor:
+            return torch.cat([rows, rows + 10])
+
+    def scores(given: Tensor | None, unknown: bool = False) -> Tensor | None:
+        options = {"ends_at": 0, "coef": 0.0, "completions": []}
+        return Window(Case().lm, Two(unknown), BATCH, scores=given, **options).scores
+
+    assert scores(torch.arange(5)).tolist() == [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]
+    assert scores(None) is None and scores(torch.arange(5), unknown=True) is None
 
 
 @torch.no_grad()

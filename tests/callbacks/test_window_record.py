@@ -12,9 +12,10 @@ from trl import GRPOConfig, RLOOConfig
 
 from tests.example_runs import record as example
 from trl_trustkl.callbacks.window_record import completion_rows, enforced, tracked, window_record
+from trl_trustkl.certificate import certificate
 from trl_trustkl.records import as_dict
 from trl_trustkl.trl_compat.generation import Completion
-from trl_trustkl.types import AnchorMeasurement, Enforcement, Measurement
+from trl_trustkl.types import AnchorMeasurement, Enforcement, Measurement, ResponseMeasurement
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MEASURED = Measurement(0.008, 0.3, 0.5, 0.04, 3.0, {"0.5": 1.01}, tokens=60, complete=True)
@@ -34,7 +35,7 @@ class Window:
         }  # fmt: skip
         self.coef, self.lr, self.lr_factor, self.seconds = 0.1, 1e-3, 0.8, 0.5
         self.steps, self.dropped_steps, self.epochs = 1, 0, 1.0
-        self.anchor, self.enforcement = ANCHOR, ENFORCEMENT
+        self.anchor, self.enforcement, self.scores = ANCHOR, ENFORCEMENT, None
         self.completions = [Completion("p", "c", 0.5, {"one": 0.5}, {}), Completion("q", "d", None, {"one": None}, {})]
         for name, value in changes.items():
             setattr(self, name, value)
@@ -69,7 +70,7 @@ def test_a_record_holds_what_was_logged_measured_and_enforced():
         "epochs": 1.0, "stopped": False, "kl": 0.008, "kl_max": 0.3, "kl_response_max": 0.5, "kl_proposed": 0.09,
         "tv": 0.04, "max_ratio": 3.0, "ratio_quantiles": {"0.5": 1.01}, "scale": 0.25, "tries": 2, "limit": 0.01,
         "guaranteed": 0.01, "limit_token": None, "limit_response": None, "guaranteed_token": None,
-        "guaranteed_response": None, "decided": "trust_max_kl",
+        "guaranteed_response": None, "decided": "trust_max_kl", "certificate": None,
     }  # fmt: skip
     assert row["gradient"] == {"norm": 2.0, "max_norm": 1.0, "scale": pytest.approx(0.5)}
     assert row["shares"] == {
@@ -133,6 +134,20 @@ def test_a_window_that_was_rolled_back_says_why():
     row = made(enforcement=ENFORCEMENT._replace(scale=0.0, rejected="its KL is above panic_kl"))
     assert row["refused"] == "its KL is above panic_kl" and row["trust"]["kl_proposed"] == 0.09
     assert row["trust"]["guaranteed"] == 0.01
+
+
+def test_the_certificate_is_that_of_the_scores_and_the_measured_responses():
+    """Its horizon is the longest completion that can be sampled; without a limit, that of the batch."""
+    responses = ResponseMeasurement((0.1, -0.2, 0.3), (2, 3, 1), kl=1e-3, tv_max=0.05, tv_positions=(0.04, 0.02, 0.01))
+    measured, scores = MEASURED._replace(responses=responses), torch.tensor([1.0, math.nan, 0.25])
+    enforcement = ENFORCEMENT._replace(measured=measured)
+    for limit, horizon in ((9, 9), (None, 3)):
+        row = made(scores=scores, enforcement=enforcement, settings={"max_completion_length": limit})
+        wanted = certificate(scores, measured, horizon=horizon)
+        assert wanted is not None and row["trust"]["certificate"] == wanted._asdict()
+    assert made(scores=None, enforcement=enforcement)["trust"]["certificate"] is None
+    rejected = enforcement._replace(scale=0.0, rejected="it is too far")
+    assert made(scores=scores, enforcement=rejected)["trust"]["certificate"] is None
 
 
 @pytest.mark.parametrize("limit", [0.01, None])

@@ -46,7 +46,8 @@ def misfit(hint: Any) -> st.SearchStrategy[Any]:
     if any(typing.get_origin(part) is dict for part in parts):
         return st.one_of(other, text, st.integers(), st.booleans(), st.just({"0.5": "much"}))
     if bool in parts:
-        return st.one_of(other, text, st.integers(), st.none(), st.just({}))
+        null = st.nothing() if optional else st.none()
+        return st.one_of(other, text, st.integers(), null, st.just({}))
     if str in parts:
         return st.one_of(other, st.integers(), st.booleans(), st.floats(0, 1), st.just({}))
     if int in parts:

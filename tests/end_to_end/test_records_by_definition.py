@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests import tiny
+from tests.certificates import by_definition
 from tests.dense import dense_kl, row_logps, unpadded
 from tests.tiny import EOS
 from trl_trustkl import TrustKLPPOTrainer
@@ -120,6 +121,8 @@ def recomputed(t: Witness) -> dict[str, Any]:
         "value/explained_variance": explained,
         "sampler/kl": 0.0,
     }
+    whole = by_definition(scores, torch.cat(old), torch.cat(new), rollout, horizon=args.response_length)
+    out |= {f"trust/certificate/{name}": value for name, value in whole.items() if name != "smallest"}
     return out | steps_by_hand(t, distributions, responses, advantages, old, ref, spread)
 
 

@@ -23,7 +23,7 @@ RECORD = {
     "trust": (
         "rule low high gated gated_low gated_high coef epochs stopped kl kl_max kl_response_max kl_proposed tv "
         "max_ratio ratio_quantiles scale tries limit guaranteed "
-        "limit_token limit_response guaranteed_token guaranteed_response decided"
+        "limit_token limit_response guaranteed_token guaranteed_response decided certificate"
     ),
     "value": "clip gated explained_variance",
     "gradient": "norm max_norm scale",
@@ -31,6 +31,7 @@ RECORD = {
     "shares": "anchor clip penalty stop backtrack grad_norm lr",
 }
 """The keys of a record, by group."""
+CERTIFICATE = "gain stderr bound difference smallest kl_needed"
 BINDING = {"anchor", "clip", "penalty", "stop", "backtrack", "grad_norm", "lr", "none"}
 
 
@@ -40,6 +41,7 @@ def test_a_record_has_exactly_the_keys_of_the_design(tmp_path):
     for record in records:
         for group, keys in RECORD.items():
             assert sorted(record[group] if group else record) == sorted(keys.split()), group
+        assert list(record["trust"]["certificate"]) == CERTIFICATE.split()
 
 
 def test_a_record_holds_what_it_says(tmp_path):

@@ -49,6 +49,11 @@ def without(key: str) -> bytes:
         (changed("trust.kl", True), "`trust.kl` must be a number, got True"),
         (changed("trust.kl", 10**400), "`trust.kl` must be a number below 1e308, got an integer of more than 20"),
         (changed("trust", [1]), "`trust` must be an object with rule, low"),
+        (changed("trust.certificate", 1.5), "`trust.certificate` must be an object with gain, stderr"),
+        (
+            changed("trust.certificate", {"gain": 1.5}),
+            "the key `trust.certificate.stderr` is missing; expected a number",
+        ),
         (changed("trust.ratio_quantiles", {"0.5": "x"}), "`trust.ratio_quantiles.'0.5'` must be a number, got 'x'"),
         (changed("trust.stopped", "no"), "`trust.stopped` must be true or false, got 'no'"),
         (changed("update", 1.5), "`update` must be an integer >= 0, got 1.5"),
@@ -107,7 +112,14 @@ def test_unknown_keys_blank_lines_and_optional_keys_are_no_error(tmp_path: Path)
     assert len(run.records) == 3 and run.records[0].trust.limit is None and run.notes == [] and run.completions == []
 
 
-LATER = ("shares", "rewards", "anchor.kl_per_token", "anchor.target_per_token", "trust.kl_response_max")
+LATER = (
+    "shares",
+    "rewards",
+    "anchor.kl_per_token",
+    "anchor.target_per_token",
+    "trust.kl_response_max",
+    "trust.certificate",
+)
 """Keys that records of earlier versions do not have."""
 
 

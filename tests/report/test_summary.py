@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from typing import Any
 
 import pytest
 
@@ -168,3 +170,37 @@ def test_an_unknown_anchor_is_not_reported_as_off(tmp_path):
     run = trl_run(tmp_path, anchor__coef=None)
     assert "β was 0" not in words(run)["The anchor"]
     assert json.loads((tmp_path / "run" / "bounds.jsonl").read_text().splitlines()[0])["anchor"]["coef"] is None
+
+
+def certificate(gain: float, bound: float, needed: float | None) -> dict[str, Any]:
+    values = {"gain": gain, "stderr": 0.01, "bound": bound, "difference": gain - bound, "smallest": "adaptive"}
+    return values | {"kl_needed": needed}
+
+
+def test_how_many_updates_are_certified(run_of) -> None:
+    """Of 12 updates: 3 are, 6 would be with a smaller limit, 2 with none, and 1 has no certificate."""
+    found = [certificate(0.2, 0.1, 0.3)] * 3 + [certificate(0.1, 0.5, 0.01 * i) for i in range(1, 7)]
+    found += [certificate(-0.1, 0.5, None), certificate(0.0, 0.5, None), None]
+    text = words(run_of(trust__certificate=lambda p: found[round(12 * p) - 1], trust__kl_max=lambda p: p))["Certified"]
+    assert text == (
+        "On their own batch, 3 of 11 updates with a certificate on record are certified: the surrogate's gain is above the "
+        "bound on its error. For 6 others, the largest KL of one token would have had to be at most 0.035 nats (median) "
+        "instead of 0.542. In 2, the gain was not above 0, so that no limit would have helped. This is a statement about each "
+        "batch, no proof."
+    )
+
+
+def test_every_update_is_certified(run_of) -> None:
+    text = words(run_of(trust__certificate=certificate(0.2, 0.1, 0.3)))["Certified"]
+    assert text == (
+        "On their own batch, 12 of 12 updates are certified: the surrogate's gain is above the bound on its error. This is a "
+        "statement about each batch, no proof."
+    )
+
+
+@pytest.mark.parametrize("missing", [None, certificate(math.nan, math.nan, math.nan)])
+def test_a_certificate_that_is_not_on_record(run_of, missing) -> None:
+    topics = words(run_of(trust__certificate=missing))
+    assert ("Certified" in topics) == (missing is not None)
+    if missing is not None:
+        assert topics["Certified"].startswith("On their own batch, 0 of 12 updates are certified: ")

@@ -288,6 +288,7 @@ def test_completions_of_a_real_trainer(kind, tmp_path):
     )  # fmt: skip
     generated: list[tuple[list[str], list[str]]] = []
     found: list[Any] = []
+    scored: list[tuple[Any, list[str]]] = []
     calculate = trainer._calculate_rewards
 
     def keep(inputs: Any, prompts: Any, completions: Any, *rest: Any) -> Any:
@@ -300,6 +301,9 @@ def test_completions_of_a_real_trainer(kind, tmp_path):
     class Reads(TrainerCallback):
         def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
             found.append(generation.completions(trainer))
+            ids = torch.cat([part["completion_ids"] for part in trainer._buffered_inputs])
+            texts = tiny.tokenizer().batch_decode(ids, skip_special_tokens=True)
+            scored.append((generation.scores(trainer), texts))
 
     trainer.add_callback(Reads())
     trainer.train()
@@ -314,3 +318,95 @@ def test_completions_of_a_real_trainer(kind, tmp_path):
         assert [row.rewards["good_words"] for row in rows] == pytest.approx(first)
         assert [row.extra for row in rows] == [{"length": len(text)} for text in texts]
     assert any(score is None for _, texts in generated for score in none_for_short([], texts))
+    for scores, texts in scored:
+        both = zip(tiny.good_words([], texts), none_for_short([], texts), strict=True)
+        assert scores.tolist() == pytest.approx([a + 0.25 * (b or 0.0) for a, b in both])
+    assert [texts for _, texts in scored] != [texts for _, texts in generated], "TRL did not shuffle the rows"
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
+def chat(*contents: str) -> list[dict[str, str]]:
+    return [
+        {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), contents, strict=False)
+    ]
+
+
+def answer(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def shuffled(rows: list[tuple[Any, Any, float, float]], order: list[int], process: int = 0) -> Any:
+    """A trainer whose logs have these rows (prompt, completion, advantage, reward), and whose batch those of `order`, in two
+    micro-batches, of this one of two processes."""
+    tokenizer = tiny.tokenizer()
+    prompts, completions, advantages, rewards = zip(*rows, strict=True)
+    trainer = logs(list(prompts), list(completions), {"one": list(rewards)}, count=len(rows))
+    trainer._logs["advantages"] = deque(advantages)
+    trainer.processing_class, trainer.accelerator = tokenizer, SimpleNamespace(process_index=process)
+
+    def ids(texts: list[str], side: str) -> torch.Tensor:
+        encoded = [tokenizer(text)["input_ids"] for text in texts]
+        width = max(map(len, encoded))
+        pads = [[tokenizer.pad_token_id] * (width - len(each)) for each in encoded]
+        return torch.tensor([p + e if side == "left" else e + p for e, p in zip(encoded, pads, strict=True)])
+
+    def rendered(prompt: Any) -> str:
+        return prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, tokenize=False)
+
+    parts = [order[: len(order) // 2], order[len(order) // 2 :]]
+    trainer._buffered_inputs = [
+        {
+            "prompt_ids": ids([rendered(prompts[i]) for i in part], "left"),
+            "completion_ids": ids([generation._contents(completions[i])[0] + " <eos>" for i in part], "right"),
+            "advantages": torch.tensor([advantages[i] for i in part]),
+        }
+        for part in parts
+    ]
+    return trainer
+
+
+UNIQUE = [("w1", "w2", 0.5, 3.0), ("w1", "w3", -0.5, 1.0), ("w4", "w2", 0.25, math.nan), ("w4", "w5", -0.25, 8.0)]
+BY_TEXT = [("w1", "w2", 0.0, 1.0), ("w1", "w3", 0.0, 1.0), ("w4", "w5", 0.0, 0.0), ("w4", "w6 w7", 0.0, 0.0)]
+BY_PROMPT = [("w1", "w2", 0.0, 1.0), ("w1", "w2", 0.0, 1.0), ("w1 w4", "w2", 0.0, 0.0), ("w1 w4", "w2", 0.0, 0.0)]
+CHATS = [
+    (chat("w1"), answer("w2"), 0.0, 1.0), (chat("w1"), answer("w2"), 0.0, 1.0),
+    (chat("w1", "w5", "w4"), answer("w2"), 0.0, 0.0), (chat("w1", "w5", "w4"), answer("w2"), 0.0, 0.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [UNIQUE, BY_TEXT, BY_PROMPT, CHATS])
+@pytest.mark.parametrize("order", [[2, 0, 3, 1], [3, 2, 1, 0], [0, 1, 2, 3]])
+def test_scores_are_in_the_order_of_the_batch(rows, order):
+    wanted = [rows[i][3] for i in order]
+    assert generation.scores(shuffled(rows, order)).tolist() == pytest.approx(wanted, nan_ok=True)
+
+
+def test_scores_are_those_of_this_process():
+    rows = [(prompt, text, advantage, reward + 10) for prompt, text, advantage, reward in UNIQUE]
+    assert generation.scores(shuffled(UNIQUE + rows, [5, 4, 7, 6], process=1)).tolist() == pytest.approx(
+        [11.0, 13.0, 18.0, math.nan], nan_ok=True
+    )
+    assert generation.scores(shuffled(UNIQUE + rows, [1, 0, 3, 2])).tolist() == pytest.approx(
+        [1.0, 3.0, 8.0, math.nan], nan_ok=True
+    )
+
+
+def test_scores_that_cannot_be_told_apart_are_unknown():
+    same = [("w1", "w2", 0.0, 1.0), ("w1", "w2", 0.0, 0.0)]
+    assert generation.scores(shuffled(same, [0, 1])) is None
+    parsed = [(chat("w1"), [{"role": "assistant", "content": None}], 0.0, float(i)) for i in range(2)]
+    trainer = shuffled(BY_TEXT[:2], [0, 1])
+    trainer._logs["completion"], trainer._logs["rewards"]["one"] = deque(row[1] for row in parsed), deque([0.0, 1.0])
+    assert generation.scores(trainer) is None, "the logged completion is not the text of the tokens"
+
+
+def test_scores_of_rows_that_are_not_logged_are_unknown():
+    trainer = shuffled(UNIQUE, [0, 1, 2, 3])
+    trainer._buffered_inputs[0]["advantages"] += 1.0
+    assert generation.scores(trainer) is None
+    trainer._buffered_inputs[0]["advantages"] = torch.zeros(2, 3)
+    assert generation.scores(trainer) is None, "an advantage for each token"
+    trainer._buffered_inputs = None
+    assert generation.scores(trainer) is None

@@ -33,6 +33,25 @@ def test_the_measurement_equals_that_of_numpy(seed):
     np.testing.assert_allclose(list(got.ratio_quantiles.values()), expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_responses_equal_those_of_numpy(seed):
+    rng = np.random.default_rng(seed)
+    kl, tv = rng.exponential(size=(5, 7)), rng.uniform(size=(5, 7))
+    log_ratio = rng.normal(scale=3.0, size=(5, 7))
+    mask = np.arange(7) < np.array([[6], [2], [0], [5], [1]])
+    for array in (kl, tv, log_ratio):
+        array[~mask] = rng.choice([np.nan, np.inf, 1e9])
+    columns = list(map(torch.from_numpy, (kl, tv, log_ratio, mask)))
+    found = measurement(*columns, complete=True).responses
+    assert found.tokens == (6, 2, 0, 5, 1) and found.tv_max == pytest.approx(tv[mask].max(), rel=1e-12)
+    moved = [sum(np.exp(log_ratio[i, :n]) - 1) for i, n in enumerate(found.tokens)]
+    assert found.moved == pytest.approx(moved, rel=1e-9)
+    assert found.kl == pytest.approx(kl[mask].sum() / 4, rel=1e-12), "a mean over the responses with a token"
+    positions = [sum(tv[i, t] for i, n in enumerate(found.tokens) if t < n) / 4 for t in range(7)]
+    assert found.tv_positions == pytest.approx(positions, rel=1e-12) and positions[-1] == 0
+    assert measurement(*columns, complete=False).responses is None
+
+
 def test_the_measurement_of_nothing_is_that_of_no_change():
     ones = torch.ones(2, 3)
     got = measurement(ones * math.nan, ones, ones, torch.zeros(2, 3, dtype=torch.bool), complete=False)
@@ -44,8 +63,10 @@ def test_the_measurement_neither_overflows_nor_hides_nan():
     mask = torch.ones(1, 3, dtype=torch.bool)
     huge = measurement(mask.float(), mask.float(), torch.tensor([[0.0, 1.0, 5e4]]), mask, complete=True)
     assert math.isfinite(huge.max_ratio) and huge.max_ratio > 1e300
+    assert math.isfinite(huge.responses.moved[0]) and huge.responses.moved[0] > 1e300
     broken = measurement(torch.tensor([[0.0, math.nan, 1.0]]), mask.float(), mask * math.nan, mask, complete=True)
     assert math.isnan(broken.kl) and math.isnan(broken.max_ratio)
+    assert math.isnan(broken.responses.kl) and math.isnan(broken.responses.moved[0])
 
 
 def test_a_mean_of_many_small_numbers_is_taken_in_float64():

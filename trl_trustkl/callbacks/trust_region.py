@@ -279,6 +279,7 @@ class TrustRegionCallback(TrainerCallback):
                     self.model, self.processes, generation.micro_batches(trainer),
                     ends_at=generation.end_of_generation(trainer), coef=trainer.beta,
                     completions=generation.completions(trainer) if self.processes.is_main else [],
+                    scores=generation.scores(trainer),
                 )
             )  # fmt: skip
         window = self._windows[-1]

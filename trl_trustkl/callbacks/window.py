@@ -25,6 +25,7 @@ class Window:
         ends_at: the number of training passes after which the batch is not used any more.
         coef: the coefficient β of the anchor that the steps use.
         completions: the rows of the batch as text, of all processes.
+        scores: those of the rows of this process, NaN for none, in the order of the micro-batches; None where unknown.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Window:
         ends_at: int,
         coef: float,
         completions: Sequence[Completion],
+        scores: Tensor | None = None,
     ) -> None:
         self._model = model
         self._processes = processes
@@ -43,6 +45,7 @@ class Window:
         self.ends_at = ends_at
         self.coef = coef
         self.completions = completions
+        self.scores = None if processes.any(scores is None) or scores is None else processes.gather(scores)
         self.mask = self._mask()
         self.states: dict[int, Tensor] = {}
         self.old: list[PolicySnapshot] = []

@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from .. import bounds, records
-from ..records import BoundRecord
+from ..certificate import certificate
+from ..records import AnchorRecord, BoundRecord, TrustRecord
 from ..rollout.reward_log import RESERVED, as_json, free_name
 from ..trl_compat import trl_logs
 from ..trl_compat.trl_logs import Kind
@@ -31,29 +32,9 @@ def window_record(
     per token. rescaled: whether the optimizer rescales gradients. grad_norm: of the window's only step, before clipping; None
     where it is unknown. anchor_limit: `anchor_max_kl`.
     """
-    enforcement, measured = enforced(window)
+    enforcement, _ = enforced(window)
     record = trl_logs.record_of_update(kind, args, _logs(window, target, grad_norm), update=update, rescaled=rescaled)
-    held = bounds.guarantees(measured, enforcement)
-    trust = record.trust._replace(
-        epochs=window.epochs, stopped=window.dropped_steps > 0,
-        scale=enforcement.scale, tries=enforcement.tries, limit=enforcement.limit,
-        limit_token=enforcement.limit_token, limit_response=enforcement.limit_response, decided=enforcement.decided,
-    )  # fmt: skip
-    if measured.tokens:
-        trust = trust._replace(
-            kl=measured.kl, kl_max=measured.kl_max, kl_response_max=measured.kl_response_max,
-            kl_proposed=enforcement.kl_proposed, tv=measured.tv, max_ratio=measured.max_ratio,
-            ratio_quantiles=measured.ratio_quantiles, guaranteed=held.mean,
-            guaranteed_token=held.token, guaranteed_response=held.response,
-        )  # fmt: skip
-    anchor = record.anchor._replace(coef=window.coef, limit=anchor_limit)
-    if window.anchor is not None:
-        anchor = anchor._replace(
-            kl=window.anchor.kl, kl_exact=window.anchor.kl_exact, kl_stderr=window.anchor.kl_stderr,
-            kl_per_token=window.anchor.kl_per_token, kl_after=measured.anchor_kl, guaranteed=held.anchor,
-        )  # fmt: skip
-    elif not measured.tokens:
-        anchor = anchor._replace(kl=math.nan, kl_per_token=math.nan)
+    trust, anchor = _trust(record.trust, args, window), _anchor(record.anchor, window, anchor_limit)
     shares = {
         "anchor": 0.0 if window.coef == 0 else math.nan,
         "clip": trust.gated,
@@ -73,6 +54,41 @@ def window_record(
         else {name: s for name, s in shares.items() if not math.isnan(s)},
         binding="none" if enforcement.rejected is not None else trl_logs.binding(shares, rescaled=rescaled),
     )
+
+
+def _trust(record: TrustRecord, args: Any, window: Window) -> TrustRecord:
+    """What was measured and enforced, in the place of what TRL logged."""
+    enforcement, measured = enforced(window)
+    trust = record._replace(
+        epochs=window.epochs, stopped=window.dropped_steps > 0,
+        scale=enforcement.scale, tries=enforcement.tries, limit=enforcement.limit,
+        limit_token=enforcement.limit_token, limit_response=enforcement.limit_response, decided=enforcement.decided,
+    )  # fmt: skip
+    if measured.tokens:
+        held = bounds.guarantees(measured, enforcement)
+        trust = trust._replace(
+            kl=measured.kl, kl_max=measured.kl_max, kl_response_max=measured.kl_response_max,
+            kl_proposed=enforcement.kl_proposed, tv=measured.tv, max_ratio=measured.max_ratio,
+            ratio_quantiles=measured.ratio_quantiles, guaranteed=held.mean,
+            guaranteed_token=held.token, guaranteed_response=held.response,
+        )  # fmt: skip
+    if enforcement.rejected is None:
+        horizon = args.max_completion_length or 1  # TRL's None is no limit: that of the batch
+        trust = trust._replace(certificate=certificate(window.scores, measured, horizon=horizon))
+    return trust
+
+
+def _anchor(record: AnchorRecord, window: Window, limit: float | None) -> AnchorRecord:
+    """The exact KL to the reference, in the place of TRL's estimate."""
+    enforcement, measured = enforced(window)
+    anchor = record._replace(coef=window.coef, limit=limit)
+    if window.anchor is not None:
+        return anchor._replace(
+            kl=window.anchor.kl, kl_exact=window.anchor.kl_exact, kl_stderr=window.anchor.kl_stderr,
+            kl_per_token=window.anchor.kl_per_token, kl_after=measured.anchor_kl,
+            guaranteed=bounds.guarantees(measured, enforcement).anchor,
+        )  # fmt: skip
+    return anchor if measured.tokens else anchor._replace(kl=math.nan, kl_per_token=math.nan)
 
 
 def enforced(window: Window) -> tuple[Enforcement, Measurement]:

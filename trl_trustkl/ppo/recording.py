@@ -9,6 +9,7 @@ import torch
 
 from .. import bounds, records
 from ..advantages import explained_variance
+from ..certificate import certificate
 from ..divergences import k3
 from ..masking import masked_mean, masked_sum
 from ..records import BoundRecord
@@ -54,6 +55,8 @@ def record(
 ) -> BoundRecord:
     """What bounded this update: gated, measured and guaranteed. scheduled_lr: the policy's learning rate by the schedule."""
     context, lr_factor = batch.context, parts.coefficients.lr_factor
+    scores = parts.processes.gather(batch.scored.scores)
+    certified = certificate(scores, measured, horizon=args.response_length) if context.rejected is None else None
     return bounds.build_record(
         args,
         update=context.update + 1,
@@ -71,6 +74,7 @@ def record(
         rescaled=parts.optimisation.rescales_gradients,
         counterfactual=context.counterfactual,
         renewed=args.renews_reference(context.update + 1),
+        certificate=certified,
     )
 
 

@@ -60,7 +60,7 @@ class Statement(NamedTuple):
 
 
 def summarise(run: Run) -> list[Statement]:
-    return [
+    statements = [
         Statement("Outcome", outcome(run)),
         Statement("What limited the updates", binding(run)),
         Statement("The anchor", anchor(run)),
@@ -68,6 +68,9 @@ def summarise(run: Run) -> list[Statement]:
         Statement("Guaranteed", guaranteed(run)),
         Statement("Not guaranteed", not_guaranteed(run)),
     ]
+    if (text := certified(run)) is not None:
+        statements.append(Statement("Certified", text))
+    return statements
 
 
 def outcome(run: Run) -> str:
@@ -270,3 +273,27 @@ def not_guaranteed(run: Run) -> str:
     if last.trust.rule != "none":
         unbounded.append("the ratio (the clip removes gradients, but does not keep ratios in its range)")
     return f"Nothing bounds {listed(unbounded, 'or')}."
+
+
+def certified(run: Run) -> str | None:
+    """How many updates have a gain above the bound on its error, and how small the others would have had to be; None where no
+    certificate is on record."""
+    records = [record for record in run.records if record.trust.certificate is not None]
+    if not records:
+        return None
+    difference, needed = column(records, "trust.certificate.difference"), column(records, "trust.certificate.kl_needed")
+    far, lost = ~(difference > 0) & np.isfinite(needed), column(records, "trust.certificate.gain") <= 0
+    on_record = "" if len(records) == len(run.records) else " with a certificate on record"
+    text = (
+        f"On their own batch, {int((difference > 0).sum()):,} of {count(len(records), 'update')}{on_record} are certified: the "
+        "surrogate's gain is above the bound on its error"
+    )
+    if far.any():
+        worst = float(np.nanmedian(column(records, "trust.kl_max")[far]))
+        text += (
+            f". For {int(far.sum()):,} others, the largest KL of one token would have had to be at most "
+            f"{number(float(np.median(needed[far])))} nats (median) instead of {number(worst)}"
+        )
+    if lost.any():
+        text += f". In {int(lost.sum()):,}, the gain was not above 0, so that no limit would have helped"
+    return f"{text}. This is a statement about each batch, no proof."

@@ -6,10 +6,13 @@ The attributes read here are private to TRL. They are the same from TRL 1.12 to 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 
 from ..errors import ModelError
 from ..types import MicroBatch
@@ -142,6 +145,51 @@ def completions(trainer: GenerationTrainer) -> list[Completion]:
         logged = {name: column[i] for name, column in extra.items()}
         found.append(Completion(_text(prompt), _text(text), _total(weights, own), own, logged))
     return found
+
+
+def scores(trainer: GenerationTrainer) -> Tensor | None:
+    """The scores of this process's rows of the current generation batch, [B], in the order of `micro_batches`; NaN for none.
+
+    TRL shuffles the rows after it has logged them. They are identified by their advantages and, where rows of equal advantages
+    have different scores, by the texts of completion and prompt. None where that is not enough.
+    """
+    parts = trainer._buffered_inputs or []
+    count, process = sum(len(part["completion_ids"]) for part in parts), trainer.accelerator.process_index
+    here = slice(process * count, (process + 1) * count)
+    known = [each.score for each in completions(trainer)[here]]
+    rows: list[tuple[Any, ...]] = [()] * count
+    logged: list[tuple[Any, ...]] = [()] * len(known)
+    for name in ("advantages", "completion", "prompt"):
+        column = list(trainer._logs[name])[-trainer.args.generation_batch_size :][here]
+        column = column if name == "advantages" else [_contents(each) for each in column]
+        logged = [(*key, value) for key, value in zip(logged, column, strict=True)]
+        rows = [(*key, value) for key, value in zip(rows, _of_rows(trainer, parts, name, column), strict=True)]
+        by_key = dict(zip(logged, known, strict=True))
+        told_apart = all(by_key[key] == score for key, score in zip(logged, known, strict=True))
+        if parts and told_apart and Counter(rows) == Counter(logged):
+            found = [math.nan if (score := by_key[key]) is None else score for key in rows]
+            return torch.tensor(found, dtype=torch.float64, device=parts[0]["completion_ids"].device)
+    return None
+
+
+def _of_rows(
+    trainer: GenerationTrainer, parts: Sequence[dict[str, Tensor]], name: str, logged: Sequence[Any]
+) -> list[Any]:
+    """What the rows of the batch have in place of the values in a `logged` column."""
+    if name == "advantages":
+        return [each if isinstance(each, float) else None for part in parts for each in part[name].tolist()]
+    decode = trainer.processing_class.batch_decode
+    decoded = [text for part in parts for text in decode(part[f"{name}_ids"], skip_special_tokens=True)]
+    if name == "completion":
+        return [(text,) for text in decoded]
+    # A chat template adds to the messages: of the logged prompts, the longest whose texts are all in the row's.
+    longest = sorted({*logged}, key=lambda texts: -sum(map(len, texts)))
+    return [next((each for each in longest if all(text.strip() in row for text in each)), None) for row in decoded]
+
+
+def _contents(value: Any) -> tuple[str, ...]:
+    """The texts of a logged prompt or completion: its own, or its messages'."""
+    return (value,) if isinstance(value, str) else tuple(_content(message.get("content")) for message in value)
 
 
 def _total(weights: dict[str, float], rewards: dict[str, float | None]) -> float | None:

@@ -24,6 +24,7 @@ class TRLConfig(Protocol):
     num_iterations: int
     steps_per_generation: int
     generation_batch_size: int
+    max_completion_length: int | None
     epsilon: float
     epsilon_high: float | None
     # -- GRPO
@@ -56,6 +57,7 @@ class GenerationTrainer(TRLTrainer, Protocol):
     accelerator: Accelerator
     optimizer: Any
     train_dataset: Any
+    processing_class: Any
     temperature: float
     reward_func_names: list[str]
     reward_weights: Tensor

@@ -10,6 +10,7 @@ from ..errors import ConfigError
 from ..types import Enforcement, Measurement, Snapshot
 from .backtracking import backtrack
 
+
 class Limits(NamedTuple):
     """Limits of an update on the contexts of its batch; None disables one. All but `panic_kl` are held by backtracking.
 

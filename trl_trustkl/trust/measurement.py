@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..masking import masked_mean, masked_sum
-from ..types import AnchorMeasurement, Measurement, MicroBatch, PolicySnapshot
+from ..types import AnchorMeasurement, Measurement, MicroBatch, PolicySnapshot, ResponseMeasurement
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
@@ -123,8 +123,26 @@ def measurement(kl: Tensor, tv: Tensor, log_ratio: Tensor, mask: Tensor, *, comp
         ratio_quantiles=dict(zip(map(str, QUANTILES), quantiles, strict=True)),
         tokens=count,
         complete=complete,
+        responses=_responses(kl, tv, log_ratio, mask) if complete else None,
     )
 
 
+def _responses(kl: Tensor, tv: Tensor, log_ratio: Tensor, mask: Tensor) -> ResponseMeasurement:
+    """The arguments are those of `measurement`, of which at least one token counts."""
+    some = mask.any(1)
+    moved = torch.expm1(log_ratio.double().clamp(max=_LARGEST))
+    positions = torch.where(mask, tv.double(), 0.0)[some].mean(0)
+    return ResponseMeasurement(
+        moved=tuple(masked_sum(moved, mask, dim=1).tolist()),
+        tokens=tuple(mask.sum(1).tolist()),
+        kl=float(masked_sum(kl.double(), mask, dim=1)[some].mean()),
+        tv_max=float(tv[mask].max()),
+        tv_positions=tuple(positions.tolist()),
+    )
+
+
+_LARGEST = 700.0  # of a log-ratio: its exponential is finite
+
+
 def _exp(log_ratio: Tensor) -> list[float]:
-    return [math.exp(min(x, 700.0)) if math.isfinite(x) else math.nan for x in log_ratio.tolist()]
+    return [math.exp(min(x, _LARGEST)) if math.isfinite(x) else math.nan for x in log_ratio.tolist()]
