@@ -201,8 +201,9 @@ def meanings(schema: Any, prefix: str = "") -> dict[str, Any]:
     """The keys of a record as they are logged to trackers, with the annotations of their fields."""
     found: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(schema, include_extras=True).items():
-        nested = hasattr(hint, "_fields")
-        found |= meanings(hint, f"{prefix}{name}/") if nested else {f"{prefix}{name}": hint.__metadata__[0]}
+        kinds = [each for each in (hint, *typing.get_args(hint)) if isinstance(each, type)]
+        nested = next((kind for kind in kinds if hasattr(kind, "_fields")), None)
+        found |= meanings(nested, f"{prefix}{name}/") if nested else {f"{prefix}{name}": hint.__metadata__[0]}
     return found
 
 
@@ -275,7 +276,8 @@ def others() -> str:
     from trl_trustkl import advantages, bounds, divergences, trust_region
 
     functions = (
-        divergences.exact, divergences.exact_from_logps, advantages.gae, advantages.anchor_rewards,
+        divergences.exact, divergences.exact_from_logps, advantages.gae, advantages.group_advantages,
+        advantages.less_group_mean, advantages.less_mean_of_others, advantages.anchor_rewards,
         advantages.place_scores, advantages.anchor_share, advantages.explained_variance, trust_region.measurement,
         trust_region.backtrack, bounds.guaranteed, bounds.binding,
     )  # fmt: skip

@@ -83,7 +83,8 @@ def test_generated_parts_are_up_to_date(page: Path) -> None:
 def test_every_key_of_a_record_has_a_meaning_and_none_is_left_over() -> None:
     nested: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(BoundRecord).items():
-        nested[name] = dict.fromkeys(hint._fields) if hasattr(hint, "_fields") else None
+        kinds = [kind for kind in (hint, *typing.get_args(hint)) if hasattr(kind, "_fields")]
+        nested[name] = dict.fromkeys(kinds[0]._fields) if kinds else None
     assert list(flatten(nested)) == documented("The record")
     assert list(Completion._fields) == documented("Completions")
 

@@ -107,7 +107,7 @@ def test_unknown_keys_blank_lines_and_optional_keys_are_no_error(tmp_path: Path)
     assert len(run.records) == 3 and run.records[0].trust.limit is None and run.notes == [] and run.completions == []
 
 
-LATER = ("shares", "rewards", "anchor.kl_per_token", "anchor.target_per_token", "trust.kl_response_max")
+LATER = ("shares", "rewards", "anchor.kl_per_token", "anchor.target_per_token", "trust.kl_response_max", "advantage")
 """Keys that records of earlier versions do not have."""
 
 
@@ -120,6 +120,7 @@ def test_records_of_earlier_versions_are_readable(tmp_path: Path) -> None:
     folder = write_run(tmp_path, rows)
     record = read_run(folder).records[0]
     assert record.shares is record.rewards is record.anchor.kl_per_token is record.trust.kl_response_max is None
+    assert record.advantage is None
     assert render_report(folder).exists()
 
 

@@ -122,7 +122,8 @@ def _read(schema: Any, row: Any, prefix: str = "") -> Any:
         if name not in row and not optional:
             raise _Mismatch(f"the key `{key}` is missing; expected {EXPECTED.get(kind, 'an object')}")
         if hasattr(kind, "_fields"):
-            values.append(_read(kind, row[name], f"{key}."))
+            found = row.get(name) if optional else row[name]
+            values.append(None if optional and found is None else _read(kind, found, f"{key}."))
         else:
             values.append(_value(kind, row.get(name), key, optional))
     return schema._make(values)
