@@ -54,12 +54,13 @@ def adapter(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def move(model: nn.Module, seed: int, size: float) -> None:
-    """Add the same noise to the adapter of any trainer's model; a new adapter is the reference, with B = 0."""
-    generator = torch.Generator().manual_seed(seed)
+def move(model: nn.Module, moved: float) -> None:
+    """Set the adapter of any trainer's model to the same policy π_old, `moved` in the same direction."""
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _, parameter in sorted(adapter(model).items()):
-            parameter += size * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            old, direction = torch.randn((2, *parameter.shape), generator=generator, dtype=parameter.dtype)
+            parameter.copy_(0.2 * old + moved * direction)
 
 
 def gradients(model: nn.Module) -> Tensor:
@@ -77,10 +78,10 @@ def trls(folder: Any, kind: str, rewards: list[float | None], moved: float, chan
     rows = [trainer.train_dataset[row] for row in PROMPTS for _ in range(SIZE)]
     given = responses()
     trainer._generate_single_turn = lambda *_, **__: (given, None) if kind == "grpo" else given
-    move(trainer.model, 1, 0.2)
+    move(trainer.model, 0.0)
     trainer.model.train()
     inputs = trainer._generate_and_score_completions(rows)
-    move(trainer.model, 2, moved)
+    move(trainer.model, moved)
     trainer.compute_loss(trainer.model, inputs).backward()
     return gradients(trainer.model)
 
@@ -125,9 +126,9 @@ def ours(
     trainer.parts.order = InOrder()
     trainer.parts.scoring._checked_start = True  # π_old is not the reference
     trainer._loop.begin()
-    move(trainer.model.policy, 1, 0.2)
+    move(trainer.model.policy, 0.0)
     batch = trainer.advantages(trainer.score(trainer.rollout(trainer.next_prompts())))
-    move(trainer.model.policy, 2, moved)
+    move(trainer.model.policy, moved)
     optimizer = KeepsGradient(trainer.model.policy)
     trainer.parts.optimisation.prepare(trainer.model, optimizer)
     trainer.parts.optimisation.run(batch, torch.Generator(), None)
