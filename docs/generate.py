@@ -278,7 +278,8 @@ def others() -> str:
     from trl_trustkl import advantages, bounds, certificate, divergences, trust_region
 
     functions = (
-        divergences.exact, divergences.exact_from_logps, advantages.gae, advantages.anchor_rewards,
+        divergences.exact, divergences.exact_from_logps, advantages.gae, advantages.group_advantages,
+        advantages.less_group_mean, advantages.less_mean_of_others, advantages.anchor_rewards,
         advantages.place_scores, advantages.anchor_share, advantages.explained_variance, trust_region.measurement,
         trust_region.backtrack, bounds.guaranteed, bounds.binding, certificate.certificate,
     )  # fmt: skip

@@ -67,6 +67,10 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
         {"kl_controller": "adaptive", "kl_target": 0.5, "kl_horizon": 40, "trust_max_kl": 0.02},
         lambda: {"peft_config": None, "value_model": tiny.scalar_model(tiny.llama())},
     ),
+    "adapter without a value": (
+        {"advantage_estimator": "grpo", "num_generations": 4, "trust_max_kl": 0.02, "attribution_every": 3},
+        dict,
+    ),
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
+import typing
 
 import pytest
 import torch
@@ -23,11 +25,15 @@ from tests.enumeration import (
     update,
 )
 from trl_trustkl.advantages import (
+    BASELINES,
+    AdvantageEstimator,
     anchor_part,
     anchor_rewards,
     anchor_share,
     explained_variance,
     gae,
+    group_advantages,
+    group_part,
     place_scores,
     score_index,
     value_positions,
@@ -135,3 +141,83 @@ def test_the_share_of_the_anchor_and_the_variance_explained_by_hand():
     assert explained_variance(returns * 0 + 7, returns, mask) == 0.0
     assert explained_variance(-returns, returns, mask) == pytest.approx(-3.0)
     assert explained_variance(returns, returns * 0, mask) == 0.0, "returns that do not vary have no variance to explain"
+
+
+# -- without a value: from the definitions, by loops over the responses ------------------------------------------------
+
+
+def by_loops(rewards: list[float | None], size: int, estimator: str, scale: str) -> list[float]:
+    """The advantages of GRPO and RLOO as their papers define them, with TRL's constant; None is a response without a reward."""
+    everything = [reward for reward in rewards if reward is not None]
+    found = []
+    for i, reward in enumerate(rewards):
+        group = range(i // size * size, i // size * size + size)
+        others = [rewards[j] for j in group if j != i and rewards[j] is not None]
+        if reward is None or not others or all(other == reward for other in others):
+            found.append(0.0)
+        elif estimator == "rloo":
+            found.append(reward - sum(others) / len(others))
+        else:
+            mine = [reward, *others]
+            std = {"group": statistics.stdev(mine), "batch": statistics.stdev(everything), "none": 1.0 - 1e-4}[scale]
+            found.append((reward - sum(mine) / len(mine)) / (std + 1e-4))
+    return found
+
+
+REWARDS = {
+    "all": [1.0, 2.5, -1.0, 0.25, 3.0, 3.5, 0.0, 7.0],
+    "some missing": [1.0, None, -1.0, 0.25, 3.0, 3.5, None, None],
+    "equal and missing": [0.1, 0.1, None, 0.1, None, 2.0, None, None],
+    "one of a group": [None, None, 4.0, None, 1.0, 2.0, 4.0, 8.0],
+    "none": [None] * 8,
+}
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("estimator", "scale"), [("grpo", "group"), ("grpo", "batch"), ("grpo", "none"), ("rloo", "none")]
+)
+@pytest.mark.parametrize("rewards", REWARDS.values(), ids=REWARDS)
+def test_a_response_is_compared_with_the_others_of_its_prompt(rewards, estimator, scale, size):
+    given = torch.tensor([math.nan if reward is None else reward for reward in rewards], dtype=torch.float64)
+    found = group_advantages(given, ~given.isnan(), size=size, estimator=estimator, scale=scale)
+    expected = by_loops(rewards, size, estimator, scale)
+    torch.testing.assert_close(found.advantages, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    signal = [any(expected[i // size * size :][:size]) and rewards[i] is not None for i in range(8)]
+    assert found.signal.tolist() == signal
+    others = [sum(r is not None for r in rewards[i // size * size :][:size]) > 1 for i in range(8)]
+    assert found.compared.tolist() == [
+        reward is not None and more for reward, more in zip(rewards, others, strict=True)
+    ]
+
+
+def test_equal_rewards_have_an_advantage_of_exactly_0():
+    """In float32 the mean of three rewards of 0.1 is another number, which the offset of the scale would multiply by 10,000."""
+    given = torch.full((6,), 0.1)
+    for estimator in BASELINES:
+        for scale in ("group", "batch", "none"):
+            found = group_advantages(given, given > 0, size=3, estimator=estimator, scale=scale)
+            assert not found.advantages.any() and not found.signal.any()
+
+
+def test_a_reward_that_is_not_finite_is_not_hidden():
+    given = torch.tensor([1.0, math.inf, 2.0, 3.0])
+    found = group_advantages(given, ~given.isnan(), size=2, estimator="grpo", scale="group").advantages
+    assert not found[:2].isfinite().all() and found[2:].isfinite().all()
+    given[1] = math.nan  # of a KL: this response has a reward
+    assert group_advantages(given, torch.ones(4) > 0, size=2, estimator="rloo").advantages[:2].isnan().all()
+
+
+@pytest.mark.parametrize("estimator", BASELINES)
+def test_the_parts_of_the_anchor_and_the_score_add_up(estimator):
+    generator = torch.Generator().manual_seed(0)
+    score, pull = torch.randn(2, 12, generator=generator, dtype=torch.float64)
+    known = torch.arange(12) % 5 != 0
+    found = group_advantages(score + pull, known, size=4, estimator=estimator, scale="group")
+    parts = [group_part(part, known, found, size=4, estimator=estimator) for part in (score, pull)]
+    torch.testing.assert_close(parts[0] + parts[1], found.advantages, rtol=0, atol=1e-12)
+    assert (parts[1][known] != 0).all() and not parts[1][~known].any()
+
+
+def test_every_estimator_has_its_baseline():
+    assert {*BASELINES, "gae"} == {*typing.get_args(AdvantageEstimator)}

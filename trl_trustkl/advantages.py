@@ -1,11 +1,12 @@
-"""Shaped rewards, generalised advantage estimation, and the anchor's part of an advantage.
+"""Shaped rewards, advantages by a value (GAE) or by the other responses to a prompt, and the anchor's part of an advantage.
 
-Shapes: B sequences, T response positions; every mask is True where a position counts.
+Shapes: B sequences, T response positions, G groups of N responses to one prompt; every mask is True where a position counts.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,11 @@ from torch import Tensor
 from .masking import masked_mean, masked_moments, masked_sum
 
 ScorePosition = Literal["after_eos", "eos"]
+AdvantageEstimator = Literal["gae", "grpo", "rloo"]
+RewardScale = Literal["group", "batch", "none"]
+
+STD_OFFSET = 1e-4
+"""What TRL adds to a standard deviation before it divides by it."""
 
 
 def score_index(mask: Tensor, position: ScorePosition) -> Tensor:
@@ -71,6 +77,78 @@ def gae(rewards: Tensor, values: Tensor | None = None, *, gamma: float, lam: flo
         following = values[:, t]
         columns.append(advantage)
     return torch.stack(columns[::-1], dim=1)
+
+
+# -- without a value: the baseline of a response is made of the other responses to its prompt ------------------------------
+
+
+def less_group_mean(rewards: Tensor, known: Tensor) -> Tensor:
+    """r_i − mean(r_1 … r_N), [G, N], over the responses of the group that have a reward (GRPO, arXiv 2402.03300)."""
+    return rewards - masked_mean(rewards, known, dim=1).unsqueeze(1)
+
+
+def less_mean_of_others(rewards: Tensor, known: Tensor) -> Tensor:
+    """r_i − mean_{j≠i} r_j, [G, N], over the responses of the group that have a reward (RLOO, arXiv 2402.14740)."""
+    others = (known.sum(1) - 1).clamp(min=1).unsqueeze(1)
+    return rewards - (masked_sum(rewards, known, dim=1).unsqueeze(1) - rewards) / others
+
+
+BASELINES: dict[AdvantageEstimator, Callable[[Tensor, Tensor], Tensor]] = {
+    "grpo": less_group_mean,
+    "rloo": less_mean_of_others,
+}
+"""The estimators without a value: (rewards, known) -> [G, N], linear in the rewards; these are 0 where they are not known."""
+
+
+class GroupAdvantages(NamedTuple):
+    """Of the responses of a batch, [B] each. factor: what `scale` multiplied the advantages by. compared: whether another
+    response to the prompt has a reward too. signal: whether these rewards differ; without that the advantage is 0."""
+
+    advantages: Tensor
+    factor: Tensor
+    compared: Tensor
+    signal: Tensor
+
+
+def group_advantages(
+    rewards: Tensor, known: Tensor, *, size: int, estimator: AdvantageEstimator, scale: RewardScale = "none"
+) -> GroupAdvantages:
+    """Advantages [B] of the responses to prompts that have `size` responses each, which follow each other.
+
+    known: [B], whether a response has a reward; one without is in no mean, and its advantage is 0. scale: divides by the
+    standard deviation (Bessel-corrected, plus 1e-4, as in TRL) of the rewards of the group or of the batch.
+
+    >>> rewards, known = torch.tensor([1.0, 3.0, 5.0, 5.0]), torch.tensor([True, True, True, True])
+    >>> group_advantages(rewards, known, size=2, estimator="grpo").advantages
+    tensor([-1.,  1.,  0.,  0.])
+    >>> group_advantages(rewards, known, size=2, estimator="rloo").advantages
+    tensor([-2.,  2.,  0.,  0.])
+    """
+    counts = known.view(-1, size)
+    groups = torch.where(counts, rewards.view(-1, size), 0.0)
+    lowest, highest = groups.masked_fill(~counts, torch.inf).amin(1), groups.masked_fill(~counts, -torch.inf).amax(1)
+    signal = counts & (lowest != highest).unsqueeze(1)
+    compared = counts & (counts.sum(1, keepdim=True) > 1)
+    factor = torch.ones_like(groups)
+    if scale == "batch":
+        factor = factor / (masked_moments(rewards, known)[1].sqrt() + STD_OFFSET)
+    elif scale == "group":
+        squares = masked_sum(less_group_mean(groups, counts) ** 2, counts, dim=1)
+        factor = factor / ((squares / (counts.sum(1) - 1).clamp(min=1)).sqrt() + STD_OFFSET).unsqueeze(1)
+    advantages = torch.where(signal, BASELINES[estimator](groups, counts) * factor, 0.0)
+    return GroupAdvantages(*(each.flatten() for each in (advantages, factor, compared, signal)))
+
+
+def group_part(
+    part: Tensor, known: Tensor, found: GroupAdvantages, *, size: int, estimator: AdvantageEstimator
+) -> Tensor:
+    """A_anchor [B]: what `part` of the rewards, the anchor's, is of the advantages that were `found` from all of them."""
+    counts = known.view(-1, size)
+    groups = torch.where(counts, part.view(-1, size), 0.0)
+    return torch.where(found.signal, BASELINES[estimator](groups, counts).flatten() * found.factor, 0.0)
+
+
+# -- what is derived from advantages ------------------------------------------------------------------------------------
 
 
 def anchor_part(part: Tensor, mask: Tensor, gathered: Tensor, gathered_mask: Tensor) -> Tensor:

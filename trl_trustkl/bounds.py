@@ -17,6 +17,7 @@ from .divergences import gradient_kind
 from .errors import out_of_range
 from .options import NOT_NEGATIVE, Range
 from .records import (
+    AdvantageRecord,
     AnchorRecord,
     BoundRecord,
     CertificateRecord,
@@ -123,7 +124,7 @@ def build_record(args: Any, *, update: int, episode: int, lr: float, lr_factor: 
             kl_after=measured.anchor_kl, guaranteed=guarantees(measured, enforcement).anchor, **anchor._asdict(),
         ),
         trust=_trust_record(args, trust_coef, stats, measured, enforcement)._replace(certificate=certificate),
-        value=ValueRecord(args.value_range, stats.total.value_gated, rollout.explained_variance),
+        value=_value_record(args, stats, rollout),
         gradient=GradientRecord(norm=stats.grad_norm, max_norm=args.norm_limit, scale=stats.grad_scale),
         sampler=SamplerRecord(kl=rollout.sampler_kl),
         binding=_binding(shares, measured.kl, counterfactual, rescaled),
@@ -131,6 +132,7 @@ def build_record(args: Any, *, update: int, episode: int, lr: float, lr_factor: 
         rewards=rollout.rewards,
         counterfactual=counterfactual,
         trainer="TrustKLPPOTrainer",
+        advantage=_advantage_record(args, rollout),
     )  # fmt: skip
 
 
@@ -140,6 +142,19 @@ def _binding(
     if shares is None:
         return "none"
     return binding(shares, rescaled=rescaled) if counterfactual is None else binding_by_outcome(kl, counterfactual)
+
+
+def _value_record(args: Any, stats: UpdateStats, rollout: RolloutSummary) -> ValueRecord:
+    if rollout.groups is not None:
+        return ValueRecord(None, math.nan, math.nan)
+    return ValueRecord(args.value_range, stats.total.value_gated, rollout.explained_variance)
+
+
+def _advantage_record(args: Any, rollout: RolloutSummary) -> AdvantageRecord | None:
+    if rollout.groups is None:
+        return None
+    groups = rollout.groups
+    return AdvantageRecord(args.advantage_estimator, args.num_generations, groups.total, groups.without_signal)
 
 
 def _trust_record(

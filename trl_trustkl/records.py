@@ -123,10 +123,20 @@ class TrustRecord(NamedTuple):
 
 
 class ValueRecord(NamedTuple):
-    clip: Annotated[float | None, Meaning("`cliprange_value`, or `null` with `clip_value=False`.", "the return's")]
+    clip: Annotated[float | None, Meaning(
+        "`cliprange_value`, or `null` with `clip_value=False`. Without a value all of these are `null`.", "the return's")]
     gated: Annotated[float, Meaning("Positions at which the clip removed the value's gradient.", "share")]
     explained_variance: Annotated[float, Meaning(
         "The share of the returns' variance that the value explains: 1 is all, 0 no more than a constant.", "share")]
+
+
+class AdvantageRecord(NamedTuple):
+    estimator: Annotated[str, Meaning(
+        "`advantage_estimator`: `grpo` or `rloo`.")]
+    num_generations: Annotated[int, Meaning("Responses to each prompt.", "responses")]
+    groups: Annotated[int, Meaning("Groups of responses to one prompt in the batch.", "groups")]
+    groups_without_signal: Annotated[int, Meaning(
+        "Those in which every reward is equal or `null`, so that their advantages are 0.", "groups")]
 
 
 class GradientRecord(NamedTuple):
@@ -178,6 +188,8 @@ class BoundRecord(NamedTuple):
         "nats/token")] = None
     trainer: Annotated[str | None, Meaning(
         "The trainer: `TrustKLPPOTrainer`, or TRL's `GRPOTrainer`, `RLOOTrainer` or `PPOTrainer`, subclasses included.")] = None
+    advantage: Annotated[AdvantageRecord | None, Meaning(
+        "How advantages were made from groups of responses; `null` with `advantage_estimator=\"gae\"` and TRL's trainers.")] = None
 # fmt: on
 
 

@@ -161,10 +161,10 @@ class Scored(NamedTuple):
 
     micro_batches, old_snapshots: the fixed micro-batches, and π_old at their tokens. ref_snapshots: π_ref there, None
     where neither the loss nor the measurement needs it. logp, ref_logp: log-probabilities of the sampled tokens. ref_kl:
-    exact KL(π_old‖π_ref) per context. entropy: of π_old. values: V(state before the token). loss_mask: tokens that get a
-    gradient (the response mask without the rows that have no reward). value_mask: positions whose value is trained. scores:
-    [B], NaN where no function gave a reward. rewards: those of each function, [B], NaN where it gave none. logged: by the
-    reward functions.
+    exact KL(π_old‖π_ref) per context. entropy: of π_old. values: V(state before the token), 0 without a value. loss_mask:
+    tokens that get a gradient (the response mask without the rows that have no reward). value_mask: positions whose value is
+    trained. scores: [B], NaN where no function gave a reward. rewards: those of each function, [B], NaN where it gave none.
+    logged: by the reward functions.
     """
 
     rollout: Rollout
@@ -196,12 +196,21 @@ class Scored(NamedTuple):
         return self.rollout.context
 
 
+class Groups(NamedTuple):
+    """The number of groups of responses to one prompt in a batch, over all processes, and of those without a signal, in which
+    every reward is equal or missing."""
+
+    total: int
+    without_signal: int
+
+
 class Batch(NamedTuple):
     """The input of `optimise`: a scored rollout, its advantages (whitened if configured) and returns, both [B, T].
 
     anchor: measured before the first step. advantage_scale: the factor of whitening, by which the anchor's term in the
     loss is multiplied too. trust_coef: the coefficient λ of the penalty on KL(π_old‖π), relative to these advantages.
-    finite: whether all advantages and returns of all processes are finite.
+    finite: whether all advantages and returns of all processes are finite. groups: None where a value gives the advantages;
+    without one the returns are 0.
     """
 
     scored: Scored
@@ -211,6 +220,7 @@ class Batch(NamedTuple):
     advantage_scale: float = 1.0
     trust_coef: float = 0.0
     finite: bool = True
+    groups: Groups | None = None
 
     @property
     def context(self) -> UpdateContext:
@@ -275,8 +285,8 @@ class RolloutSummary(NamedTuple):
 
     score: mean over the rows that have one, None where none has. length: mean response tokens. eos_rate: share of
     responses that ended with a stop token. entropy: of π_old, nats per token. sampler_kl: k3 of the sampler against the
-    training forward pass, nats per token, None without `sampler_logp`. explained_variance: of the returns, by the value.
-    rewards: the mean reward of each function, None where it gave none.
+    training forward pass, nats per token, None without `sampler_logp`. explained_variance: of the returns, by the value,
+    NaN without one. rewards: the mean reward of each function, None where it gave none. groups: as in `Batch`.
     """
 
     score: float | None
@@ -286,6 +296,7 @@ class RolloutSummary(NamedTuple):
     sampler_kl: float | None
     explained_variance: float
     rewards: dict[str, float | None]
+    groups: Groups | None = None
 
 
 class ResponseMeasurement(NamedTuple):

@@ -26,3 +26,13 @@ def test_what_can_be_learnt_is_learnt(tmp_path):
     scores = [record["score"] for record in records]
     assert sum(scores[-5:]) / 5 > sum(scores[:3]) / 3 + 0.15  # from 0.51 to 0.78
     assert records[-1]["anchor"]["kl_exact"] > 1.0
+
+
+@pytest.mark.parametrize(("estimator", "aggregation"), [("grpo", "sequence_mean"), ("rloo", "sequence_sum")])
+def test_what_can_be_learnt_is_learnt_without_a_value(tmp_path, estimator, aggregation):
+    changes = {"learning_rate": 1e-2, "max_steps": 40, "kl_coef": 0.01, "lr_scheduler_type": "constant"}
+    changes |= {"advantage_estimator": estimator, "num_generations": 4, "loss_aggregation": aggregation}
+    _, records = run(tmp_path, changes=changes)
+    scores = [record["score"] for record in records]
+    print(estimator, sum(scores[:3]) / 3, sum(scores[-5:]) / 5)
+    assert sum(scores[-5:]) / 5 > sum(scores[:3]) / 3 + 0.15

@@ -35,12 +35,20 @@ EVERYTHING = {
     "trust_lr_target": 0.003,
     "whiten_rewards": True,
 }
+WITHOUT_VALUE = {key: value for key, value in EVERYTHING.items() if key != "whiten_rewards"} | {"num_generations": 8}
+"""One group, whose first half is on the first process."""
 FULL = {"peft_config": None}
 # What both sides of a comparison have in common: changes of the configuration, and further arguments.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "LoRA, shared head": (EVERYTHING | {"detach_value_head": False, "trust_max_kl": LIMIT}, {}),
     "LoRA, exact anchor in reward and loss": (EVERYTHING | {"kl_estimator": "exact", "kl_placement": "both"}, {}),
     "LoRA, early stop": ({"trust_stop": STOP, "num_ppo_epochs": 6}, {}),
+    "LoRA, grpo": (WITHOUT_VALUE | {"advantage_estimator": "grpo", "trust_max_kl": LIMIT}, {}),
+    "full, rloo": (
+        WITHOUT_VALUE
+        | {"advantage_estimator": "rloo", "whiten_advantages": True, "kl_placement": "both", "kl_estimator": "exact"},
+        FULL,
+    ),
     "full, value head": (EVERYTHING | {"trust_max_kl": LIMIT}, FULL),
     "full, value model": (EVERYTHING | {"trust_stop": STOP, "trust_max_kl": LIMIT}, FULL | {"value_model": True}),
 }

@@ -13,7 +13,7 @@ from tests import tiny
 from tests.watched import watched
 from tests.weights import same, trained_weights
 from trl_trustkl import load_records
-from trl_trustkl.errors import ModelError
+from trl_trustkl.errors import ConfigError, ModelError
 from trl_trustkl.policy.loading import trainable
 from trl_trustkl.policy.value_head import PolicyAndValue, ValueHead, ValueModel
 from trl_trustkl.types import Batch, Scored
@@ -60,6 +60,35 @@ def test_the_value_loss_moves_the_policy_only_where_the_head_is_attached(tmp_pat
     assert same(policy, trained_weights(trainer.model.policy)) == detach
     assert not same(value, trained_weights(trainer.model.value))
     assert (load_records(tmp_path)[2]["trust"]["kl"] == 0.0) == detach
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo"])
+@pytest.mark.parametrize("peft", [True, False], ids=["lora", "full"])
+def test_without_a_value_none_is_built_trained_saved_or_recorded(tmp_path, estimator, peft):
+    changes = {"advantage_estimator": estimator, "num_generations": 2, "save_strategy": "steps", "attribution_every": 1}
+    trainer = watched(tmp_path, changes=changes | {"save_steps": 1}, peft_config=tiny.lora() if peft else None)
+    trainer.train()
+    assert trainer.value_model is None and not list(trainer.model.value.parameters())
+    assert {id(p) for p in trainable(trainer.model)} == {id(p) for p in trainable(trainer.model.policy)}
+    grouped = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert len(grouped) == len(trainable(trainer.model.policy))
+    assert not trainer.model.restorable_value and not trainer.model.value_trains_policy
+    assert not list(tmp_path.glob("**/value*")) and (tmp_path / "checkpoint-3" / "policy.safetensors").exists() == peft
+    scored = trainer.seen["score"][0]
+    assert not scored.values.any() and not scored.value_mask.any()
+    for record in load_records(tmp_path):
+        assert record["value"] == {"clip": None, "gated": None, "explained_variance": None}
+        assert record["counterfactual"]["value_clip"] is None and record["refused"] is None
+    logs = [entry for entry in trainer.state.log_history if "objective/kl" in entry]
+    assert len(logs) == 3 and all(log["loss/value_avg"] is log["val/clipfrac_avg"] is None for log in logs)
+    assert all(log["advantage/groups"] == 4 and log["val/ratio"] > 0 for log in logs)
+
+
+def test_a_value_model_without_gae_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="`value_model` got LlamaForSeq.*advantage_estimator='rloo'.*leave it None"):
+        tiny.trainer(
+            tmp_path, value_model=value_model("full"), changes={"advantage_estimator": "rloo", "num_generations": 2}
+        )
 
 
 def test_a_value_head_starts_at_0_and_computes_in_float32():

@@ -17,7 +17,7 @@ from tests import tiny
 from tests.cli.training import flags
 from tests.trl_fields import TRL_FIELDS, default, fields
 from trl_trustkl import TrustKLPPOConfig
-from trl_trustkl.advantages import ScorePosition
+from trl_trustkl.advantages import AdvantageEstimator, RewardScale, ScorePosition
 from trl_trustkl.controllers import CONTROLLERS, AdaptiveKL, ControllerName, FixedKL
 from trl_trustkl.divergences import ESTIMATORS, EstimatorName, KLEstimatorName
 from trl_trustkl.options import about, dict_fields, fits, typed_fields
@@ -55,7 +55,10 @@ DESIGN_FIELDS: dict[str, Any] = {
     "trust_max_kl_token": None,
     "trust_max_kl_response": None,
     "trust_lr_target": None,
-    "whiten_advantages": True,
+    "advantage_estimator": "gae",
+    "num_generations": 1,
+    "scale_rewards": "group",
+    "whiten_advantages": None,
     "detach_value_head": True,
     "value_learning_rate": None,
     "measure_fraction": 1.0,
@@ -164,6 +167,8 @@ def test_the_names_allowed_are_those_that_exist(alias, names):
         ("trust_controller", ControllerName),
         ("clip_rule", ClipRuleName),
         ("score_position", ScorePosition),
+        ("advantage_estimator", AdvantageEstimator),
+        ("scale_rewards", RewardScale),
     ],
 )
 def test_a_field_is_typed_by_the_names_it_allows(field, alias):

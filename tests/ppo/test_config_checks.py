@@ -35,6 +35,8 @@ NAN, INF = math.nan, math.inf
         ("stop_token", "EOS_", ("eos", "none"), None),
         ("stop_token", "eso", ("eos", "none"), "eos"),
         ("score_position", "after-eos", ("after_eos", "eos"), "after_eos"),
+        ("advantage_estimator", "rlo", ("gae", "grpo", "rloo"), "rloo"),
+        ("scale_rewards", "groups", ("group", "batch", "none"), "group"),
     ],
 )
 def test_an_unknown_name_is_answered_with_those_that_exist_and_the_nearest(tmp_path, field, value, options, nearest):
@@ -197,6 +199,18 @@ def test_a_controller_that_multiplies_rejects_a_coefficient_of_0(tmp_path, prefi
         ({"kl_placement": "loss"}, ("`kl_placement`", "'loss'", "kl_estimator='k1'", "zero", "'exact' or 'k3'")),
         ({"cliprange_high": 0.3, "clip_rule": "none"}, ("`cliprange_high`", "0.3", "clip_rule='none'", "None")),
         ({"cliprange_high": 0.3, "clip_rule": "sapo"}, ("`cliprange_high`", "0.3", "clip_rule='sapo'", "None")),
+        (
+            {"advantage_estimator": "grpo"},
+            ("`num_generations`", "got 1", "advantage_estimator='grpo'", "at least 2", "4 to 16"),
+        ),
+        (
+            {"advantage_estimator": "rloo", "num_generations": 4, "scale_rewards": "batch"},
+            ("`scale_rewards`", "'batch'", "advantage_estimator='rloo'", "leave it out", "'grpo'"),
+        ),
+        (
+            {"scale_rewards": False},
+            ("`scale_rewards`", "'none'", "advantage_estimator='gae'", "leave it out", "'grpo'"),
+        ),
         ({"stop_token": "eos", "stop_token_id": 2}, ("`stop_token`", "'eos'", "`stop_token_id`", "2", "only one")),
     ],
 )
@@ -204,6 +218,24 @@ def test_options_that_contradict_each_other_are_both_named(tmp_path, settings, p
     with pytest.raises(ConfigError) as error:
         tiny.config(tmp_path, **settings)
     assert_says(error, *pieces)
+
+
+OF_THE_VALUE = {
+    "gamma": 0.9, "lam": 1.0, "whiten_rewards": True, "score_position": "eos", "vf_coef": 0.0, "clip_value": False,
+    "cliprange_value": 0.1, "detach_value_head": False, "value_learning_rate": 1e-3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo"])
+@pytest.mark.parametrize(("field", "value"), OF_THE_VALUE.items())
+def test_without_a_value_its_fields_keep_their_defaults(tmp_path, field, value, estimator):
+    changes = {"advantage_estimator": estimator, "num_generations": 4}
+    default = getattr(tiny.config(tmp_path, **changes), field)
+    with pytest.raises(ConfigError) as error:
+        tiny.config(tmp_path, **changes, **{field: value})
+    assert_says(error, f"`{field}` got {value!r} with advantage_estimator={estimator!r}", "no value", f"{default!r}")
+    assert_says(error, "leave it out", "advantage_estimator='gae'")
+    assert getattr(tiny.config(tmp_path, num_generations=4, **{field: value}), field) == value
 
 
 @pytest.mark.parametrize(

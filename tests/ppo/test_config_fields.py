@@ -81,6 +81,9 @@ TESTED = {
     "trust_lr_target": "ppo/test_coefficients_in_training.py::"
     "test_the_factor_is_fed_the_proposed_kl_and_not_the_enforced_one",
     # advantages and values
+    "advantage_estimator": "policy/test_value_head.py::test_without_a_value_none_is_built_trained_saved_or_recorded",
+    "num_generations": "rollout/test_groups.py::test_a_batch_counts_responses_and_a_pass_takes_every_prompt_once",
+    "scale_rewards": "ppo/test_shaping_groups.py::test_the_anchor_is_subtracted_from_the_score_before_the_baseline",
     "whiten_rewards": "ppo/test_shaping.py::test_whitened_rewards_have_variance_1_and_keep_their_mean",
     "whiten_advantages": "ppo/test_shaping.py::test_advantages_are_whitened_over_the_tokens_that_count",
     "score_position": "ppo/test_shaping.py::test_the_score_is_placed_where_configured",

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 RECORD = {
     "": (
         "update episode score length eos_rate entropy lr refused seconds anchor trust value gradient sampler binding shares "
-        "rewards counterfactual trainer"
+        "rewards counterfactual trainer advantage"
     ),
     "seconds": "generate score optimise measure total",
     "anchor": "estimator placement gradient coef target kl kl_exact kl_stderr kl_per_token target_per_token renewed share "
@@ -42,6 +42,13 @@ def test_a_record_has_exactly_the_keys_of_the_design(tmp_path):
         for group, keys in RECORD.items():
             assert sorted(record[group] if group else record) == sorted(keys.split()), group
         assert list(record["trust"]["certificate"]) == CERTIFICATE.split()
+
+
+def test_a_record_without_a_value_has_the_same_keys_and_those_of_the_groups(tmp_path):
+    _, records = run(tmp_path, changes={"advantage_estimator": "grpo", "num_generations": 4})
+    for record in records:
+        for group, keys in (RECORD | {"advantage": "estimator num_generations groups groups_without_signal"}).items():
+            assert sorted(record[group] if group else record) == sorted(keys.split()), group
 
 
 def test_a_record_holds_what_it_says(tmp_path):

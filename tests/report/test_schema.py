@@ -119,6 +119,7 @@ LATER = (
     "anchor.target_per_token",
     "trust.kl_response_max",
     "trust.certificate",
+    "advantage",
 )
 """Keys that records of earlier versions do not have."""
 
@@ -132,6 +133,7 @@ def test_records_of_earlier_versions_are_readable(tmp_path: Path) -> None:
     folder = write_run(tmp_path, rows)
     record = read_run(folder).records[0]
     assert record.shares is record.rewards is record.anchor.kl_per_token is record.trust.kl_response_max is None
+    assert record.advantage is None
     assert render_report(folder).exists()
 
 

@@ -9,6 +9,7 @@ import pytest
 from tests.example_runs import SAMPLE_KEYS, rows_of, run_folder, write_run
 from tests.pages import Page
 from trl_trustkl.report import read_run, render_report
+from trl_trustkl.report.findings import find
 from trl_trustkl.report.schema import Run
 from trl_trustkl.report.tables import ROWS, UPDATE_COLUMNS, comparison, moments, settings, updates
 
@@ -40,6 +41,18 @@ def test_a_setting_has_its_value_or_what_it_changed_from_and_to(run_of) -> None:
     assert found["kl_target"] == "6 nats per response" and found["trust_max_kl"] == "off"
     assert found["cliprange"] == "ratio in [0.8, 1.2]" and found["learning rate"] == "0.001"
     assert found["episodes per update"] == "16" and found["max_grad_norm"] == "1"
+
+
+def test_a_run_without_a_value_has_its_estimator_in_its_place(run_of) -> None:
+    record = {"estimator": "rloo", "num_generations": 8, "groups": 2, "groups_without_signal": 0}
+    value = {"value__clip": None, "value__gated": None, "value__explained_variance": None}
+    run = run_of(12, **value, advantage=record)
+    assert run.records[0].advantage.num_generations == 8
+    found = values_of(run)
+    assert found["advantage_estimator, num_generations"] == "rloo, 8 responses to each prompt"
+    assert "cliprange_value" not in found and "cliprange_value" in values_of(run_of(12))
+    assert not any("value" in finding.name for finding in find(run))
+    assert any("value" in finding.name for finding in find(run_of(12, value__explained_variance=0.0)))
 
 
 @pytest.mark.parametrize(

@@ -96,3 +96,18 @@ def test_a_field_missing_from_a_checkpoint_counts_as_its_default(tmp_path):
     old = {name: value for name, value in now.items() if name != "panic_kl"}
     assert list(settings.differences(old, now, args)) == ["`panic_kl`: None in the checkpoint, 2.0 now"]
     assert not list(settings.differences(old, now | {"panic_kl": None}, args))
+
+
+def test_a_checkpoint_from_before_the_critic_free_estimators_fits(tmp_path):
+    """Whitening was a plain switch, on by default."""
+    args = tiny.config(tmp_path)
+    now = settings.compared(args)
+    added = ("advantage_estimator", "num_generations", "scale_rewards")
+    old = {name: value for name, value in now.items() if name not in added} | {"whiten_advantages": True}
+    assert not list(settings.differences(old, now, args))
+    for changes in ({"whiten_advantages": False}, {"advantage_estimator": "rloo", "num_generations": 2}):
+        other = tiny.config(tmp_path, **changes)
+        found = list(settings.differences(old, settings.compared(other), other))
+        assert "`whiten_advantages`: True in the checkpoint, False now" in found and len(found) == 1 + 2 * (
+            "num_generations" in changes
+        )

@@ -19,6 +19,10 @@ from .micro_batches import positions
 from .split_lm import SplitLM, accepted, faster_kernels, model_inputs
 
 
+class NoValue(Module):
+    """In the place of a value, where advantages need none: without parameters, so that nothing is trained or saved."""
+
+
 class ValueHead(Module):
     """A linear value on the policy's hidden states, in float32, initially 0."""
 
@@ -97,15 +101,18 @@ class PolicyAndValue(Module):
         temperature: float,
         detach_value: bool = True,
         padding_id: int | None = None,
+        has_value: bool = True,
     ) -> None:
         super().__init__()
         self.policy = policy
         self.split_lm = SplitLM(policy)
-        self.value: ValueHead | ValueModel = (
-            ValueHead(self.split_lm.hidden_size)
-            if value_model is None
-            else ValueModel(value_model, self.split_lm.vocab_size, padding_id)
-        )
+        self.value: ValueHead | ValueModel | NoValue
+        if not has_value:
+            self.value = NoValue()
+        elif value_model is None:
+            self.value = ValueHead(self.split_lm.hidden_size)
+        else:
+            self.value = ValueModel(value_model, self.split_lm.vocab_size, padding_id)
         self.value.to(next(policy.parameters()).device)
         self.temperature = temperature
         self.detach_value = detach_value
@@ -135,7 +142,7 @@ class PolicyAndValue(Module):
         ref: PolicySnapshot | None = None,
         old: PolicySnapshot | None = None,
     ) -> TokenOutputs:
-        """The micro-batch's tokens under the policy; see `TokenOutputs`. Without `values` these are 0."""
+        """The micro-batch's tokens under the policy; see `TokenOutputs`. Without `values`, or without a value, these are 0."""
         inputs, first = model_inputs(micro)
         states, features = self.split_lm.hidden(inputs, first)
         mask = micro.response_mask
@@ -150,10 +157,13 @@ class PolicyAndValue(Module):
             ref=ref,
             old=old,
         )
-        value = self._values(inputs, first, features) if values else features.new_zeros(features.shape[:2])
+        found = self._values(inputs, first, features) if values else None
+        value = features.new_zeros(features.shape[:2]) if found is None else found
         return TokenOutputs(values=value, hidden=hidden.detach(), **token.spread(mask)._asdict())
 
-    def _values(self, inputs: dict[str, Tensor], first: int, features: Tensor) -> Tensor:
+    def _values(self, inputs: dict[str, Tensor], first: int, features: Tensor) -> Tensor | None:
+        if isinstance(self.value, NoValue):
+            return None
         if isinstance(self.value, ValueHead):
             return self.value(features.detach() if self.detach_value else features)
         return self.value(inputs, first)
@@ -161,8 +171,10 @@ class PolicyAndValue(Module):
     # -- what TRL's helpers and users call on the model of a trainer -------------------------------------------------------
 
     @property
-    def value_model(self) -> ValueHead | PreTrainedModel | PeftModel:
-        """The value model that was given, or the value head, under TRL's name."""
+    def value_model(self) -> ValueHead | PreTrainedModel | PeftModel | None:
+        """The value model that was given, or the value head, under TRL's name; None without a value."""
+        if isinstance(self.value, NoValue):
+            return None
         return self.value.model if isinstance(self.value, ValueModel) else self.value
 
     @property

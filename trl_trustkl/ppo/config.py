@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from ..advantages import ScorePosition
+from ..advantages import AdvantageEstimator, RewardScale, ScorePosition
 from ..controllers import (
     CONTROLLERS,
     ControllerName,
@@ -136,10 +136,20 @@ class TrustKLPPOConfig(TrainingFields):
         None, "Target KL that the learning rate is adapted to, in nats per token.", **PER_TOKEN)
 
     # -- advantages and values ----------------------------------------------------------------------------------------
+    advantage_estimator: AdvantageEstimator = _value(
+        "gae", "Estimator of the advantages: 'gae', by a value; without one 'grpo', the score less the mean of those of its "
+        "prompt, or 'rloo', less the mean of the others.")
+    num_generations: int = _value(
+        1, "Responses to each prompt, as in TRL's GRPO; the batch counts responses. At least 2 without 'gae'.",
+        unit="responses", range=COUNT)
+    scale_rewards: RewardScale = _value(
+        "group", "What 'grpo' divides by, as in TRL: the standard deviation of the rewards of a 'group' or of the 'batch'; "
+        "or 'none'.", off='"none"')
     gamma: float = _value(*_trl("gamma"), unit="1", range=_UP_TO_1)
     lam: float = _value(*_trl("lam"), unit="1", range=_UP_TO_1)
     whiten_rewards: bool = _value(*_trl("whiten_rewards"), off="False")
-    whiten_advantages: bool = _value(True, "Whether advantages are whitened over the batch.", off="False")
+    whiten_advantages: bool | None = _value(
+        None, "Whether advantages are whitened over the batch; None: with 'gae' alone.", off="False")
     score_position: ScorePosition = _value(
         "after_eos", "Position of the score: one after the end of a response, as in TRL, or its last token.")
     detach_value_head: bool = _value(
@@ -208,6 +218,7 @@ class TrustKLPPOConfig(TrainingFields):
     """Tells callbacks that the trainer writes records and has controllers; TRL's configurations lack it."""
 
     def __post_init__(self) -> None:
+        config_checks.name_scale(self)
         check_options(self)
         reject_unsupported(self)
         activation_checkpointing.adopt_fields(self)
@@ -235,8 +246,23 @@ class TrustKLPPOConfig(TrainingFields):
 
     @property
     def value_range(self) -> float | None:
-        """Half the width of the value's clip range; None if the value loss is not clipped."""
-        return self.cliprange_value if self.clip_value else None
+        """Half the width of the value's clip range; None if the value loss is not clipped, or there is none."""
+        return self.cliprange_value if self.clip_value and self.has_value else None
+
+    @property
+    def has_value(self) -> bool:
+        """Whether a value is built and trained, and gives the advantages."""
+        return self.advantage_estimator == "gae"
+
+    @property
+    def reward_scale(self) -> RewardScale:
+        """`scale_rewards`, which is of 'grpo' alone."""
+        return self.scale_rewards if self.advantage_estimator == "grpo" else "none"
+
+    @property
+    def whitens_advantages(self) -> bool:
+        """`whiten_advantages`, with its default."""
+        return self.has_value if self.whiten_advantages is None else self.whiten_advantages
 
     @property
     def norm_limit(self) -> float | None:

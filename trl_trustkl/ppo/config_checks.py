@@ -23,6 +23,7 @@ HARD_LIMITS = ("trust_max_kl", "trust_max_kl_token", "trust_max_kl_response", "a
 
 def check(args: Any) -> None:
     """Raise ConfigError for a combination of fields that cannot work. transformers has made its checks before."""
+    check_advantages(args)
     check_anchor(args)
     check_renewal(args)
     check_controllers(args)
@@ -30,6 +31,12 @@ def check(args: Any) -> None:
     check_generation(args)
     check_logging(args)
     check_saving(args)
+
+
+def name_scale(args: Any) -> None:
+    """True and False mean 'group' and 'none', as in TRL."""
+    if isinstance(args.scale_rewards, bool):
+        args.scale_rewards = "group" if args.scale_rewards else "none"
 
 
 def check_batch(args: Any) -> None:
@@ -56,6 +63,36 @@ def choose_best(args: Any) -> None:
             valid = f"True or False with metric_for_best_model={metric!r}"
             raise out_of_range(
                 "greater_is_better", None, valid, "Only 'score' (greater) and 'kl' (lower) have a default."
+            )
+
+
+OF_THE_VALUE = (
+    "gamma", "lam", "whiten_rewards", "score_position", "vf_coef", "clip_value", "cliprange_value", "detach_value_head",
+    "value_learning_rate",
+)  # fmt: skip
+"""The fields that only GAE and the value read."""
+
+
+def check_advantages(args: Any) -> None:
+    estimator = args.advantage_estimator
+    defaults = {name: each.default for name, each in args.__dataclass_fields__.items()}
+    if estimator != "grpo" and args.scale_rewards != defaults["scale_rewards"]:
+        raise ConfigError(
+            f"`scale_rewards` got {args.scale_rewards!r} with advantage_estimator={estimator!r}, which does not scale; leave "
+            "it out, or use advantage_estimator='grpo'."
+        )
+    if args.has_value:
+        return
+    if args.num_generations < 2:
+        raise ConfigError(
+            f"`num_generations` got {args.num_generations} with advantage_estimator={estimator!r}; it must be at least 2: the "
+            "responses to one prompt are compared with each other. 4 to 16 are common."
+        )
+    for name in OF_THE_VALUE:
+        if (value := getattr(args, name)) != defaults[name]:
+            raise ConfigError(
+                f"`{name}` got {value!r} with advantage_estimator={estimator!r}, which has no value and ignores it; it must be "
+                f"its default, {defaults[name]!r}: leave it out, or use advantage_estimator='gae'."
             )
 
 

@@ -67,7 +67,7 @@ def prepare(
         raise ModelError("`ref_model` is the model itself; give a copy, or None and the trainer makes the reference.")
     if reward_model is not None and reward_funcs is not None:
         raise ConfigError("`reward_model` and `reward_funcs` were both given; put the model into `reward_funcs`.")
-    check_inputs(args, evaluation)
+    check_inputs(args, evaluation, value_model)
     given = reward_funcs if reward_model is None else reward_model
     _check_sharing(model, value_model, given if isinstance(given, (list, tuple)) else [given])
     set_seed(args.seed)  # adapters and value heads are initialised randomly
@@ -76,8 +76,7 @@ def prepare(
     policy = loading.prepare_policy(policy, peft_config, args)
     if hasattr(policy, "add_model_tags"):
         policy.add_model_tags(tags)
-    init_kwargs = args.arguments("model_init_kwargs")
-    elsewhere = loading.of_other_repository(init_kwargs)
+    elsewhere = loading.of_other_repository(init_kwargs := args.arguments("model_init_kwargs"))
     padding_id, known = loading.padding_only(tokenizer), policy.get_input_embeddings().weight.shape[0]
     funcs, weights = build_rewards(
         given, reward_processing_classes, weights=args.reward_weights, init_kwargs=elsewhere,
@@ -85,8 +84,9 @@ def prepare(
     )  # fmt: skip
     value = loading.prepare_value_model(value_model, args, init_kwargs if value_model == model else elsewhere)
     trained = PolicyAndValue(
-        policy, value, temperature=args.temperature, detach_value=args.detach_value_head, padding_id=padding_id
-    )
+        policy, value, temperature=args.temperature, detach_value=args.detach_value_head, padding_id=padding_id,
+        has_value=args.has_value,
+    )  # fmt: skip
     if isinstance(ref_model, str):
         ref_model = loading.load_causal_lm(ref_model, init_kwargs if ref_model == model else elsewhere)
     _check_reference(policy, ref_model)
@@ -97,7 +97,7 @@ def prepare(
     limits = token_limits(policy, {"ref_model": reference.model, "value_model": value, **token_readers(funcs)})
     train, evaluation = prepare_datasets(train, evaluation, tokenizer, limits, args)
     stream = _stream(train, tokenizer, limits, args) if isinstance(train, IterableDataset) else None
-    columns = train.column_names if stream is None else list(stream[0])
+    columns = train.column_names if stream is None else stream[0]
     stops = sampling.stop_ids(policy, tokenizer, args, text="prompt" in columns)
     return Models(trained, reference, tokenizer, funcs, weights, limits, stops, train, stream, evaluation)
 

@@ -13,6 +13,7 @@ from ..policy.forward import ForwardPass
 from ..policy.quantization import is_quantized
 from ..policy.renewal import ReferenceRenewal
 from ..rollout.engine import RolloutEngine
+from ..rollout.groups import GroupedOrder
 from ..rollout.prompt_stream import StreamOrder
 from ..rollout.prompts import Collator, PromptOrder
 from ..rollout.scorer import Scorer
@@ -76,11 +77,11 @@ class Parts:
         for model in (models.reference.model, *(getattr(func, "model", None) for func in models.reward_funcs)):
             if model is not None and not is_quantized(model):  # a quantized model is on its device already
                 model.to(processes.device)
-        self.order = (
-            StreamOrder(self.sizes.batch, self.sizes.updates)
-            if rows is None
-            else PromptOrder(rows, self.sizes.batch, args.prompt_seed)
+        prompts = self.sizes.batch // args.num_generations
+        order = (
+            StreamOrder(prompts, self.sizes.updates) if rows is None else PromptOrder(rows, prompts, args.prompt_seed)
         )
+        self.order = GroupedOrder(order, args.num_generations)
         self.collate = Collator(data_collator, models.tokenizer.pad_token_id, processes.device)
         self.engine: RolloutEngine = TransformersEngine(
             models.trained.policy, response_length=args.response_length, temperature=args.temperature,

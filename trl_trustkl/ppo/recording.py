@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -34,7 +35,10 @@ def summary(batch: Batch, parts: Parts) -> RolloutSummary:
         entropy=float(masked_mean(gather(scored.entropy), mask)),
         sampler_kl=sampler_kl,
         rewards={name: _mean(gather(rewards)) for name, rewards in scored.rewards.items()},
-        explained_variance=explained_variance(gather(scored.values), gather(batch.returns), gather(scored.value_mask)),
+        explained_variance=math.nan
+        if batch.groups is not None
+        else explained_variance(gather(scored.values), gather(batch.returns), gather(scored.value_mask)),
+        groups=batch.groups,
     )
 
 
@@ -84,6 +88,7 @@ def metrics(batch: Batch, stats: UpdateStats, record: BoundRecord, parts: Parts,
     mask = gather(scored.rollout.response_mask)
     ends = torch.tensor(parts.models.stop_ids, device=mask.device, dtype=torch.long)
     penalty = -record.anchor.coef * record.anchor.kl
+    has_value = batch.groups is None  # trackers get numbers, so that they get nothing for None
     return {
         **records.flatten(record),
         "eps": speed,
@@ -96,8 +101,8 @@ def metrics(batch: Batch, stats: UpdateStats, record: BoundRecord, parts: Parts,
         "policy/clipfrac_avg": stats.total.clip_fraction,
         "policy/entropy_avg": record.entropy,
         "loss/policy_avg": stats.total.policy_loss,
-        "loss/value_avg": stats.total.value_loss,
-        "val/clipfrac_avg": stats.total.value_gated,
+        "loss/value_avg": stats.total.value_loss if has_value else None,
+        "val/clipfrac_avg": stats.total.value_gated if has_value else None,
         "val/ratio": stats.total.ratio,
         "val/ratio_var": stats.total.ratio_var,
         "val/num_eos_tokens": int((torch.isin(gather(scored.rollout.response_ids), ends) & mask).sum()),

@@ -71,7 +71,9 @@ class Scoring:
                 self._check_start(columns["ref_kl"], rollout.response_mask)
         completions, scores, rewards, logged = self._scores(rollout, context, state)
         mask = rollout.response_mask & ~scores.isnan().unsqueeze(-1)
-        value_mask = value_positions(mask, self.args.score_position)
+        value_mask = torch.zeros_like(mask)
+        if self.args.has_value:
+            value_mask = value_positions(mask, self.args.score_position)
         return Scored(
             rollout=rollout,
             micro_batches=micros,

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from ..controllers import AdaptiveKL
 from ..divergences import gradient_kind
-from ..errors import ConfigError, out_of_range, unknown_name
+from ..errors import ConfigError, out_of_range, shown, unknown_name
 from ..records import BoundRecord
 from ..trl_compat.unused_fields import COMPUTED, set_in_vain
 from ..trust.limits import blocked_at_the_anchor
@@ -45,13 +45,15 @@ def set_batch_sizes(args: TrustKLPPOConfig, *, rows: int | None, processes: int)
     args.world_size = processes
     args.local_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     args.micro_batch_size = args.per_device_train_batch_size * processes
-    args.batch_size = args.local_batch_size * processes
+    args.batch_size = batch = args.local_batch_size * processes
+    _check_groups(args, batch, processes)
+    responses = None if rows is None else rows * args.num_generations
     check_horizons(args, args.batch_size)
     args.local_mini_batch_size = args.local_batch_size // args.num_mini_batches
     args.mini_batch_size = args.local_mini_batch_size * processes
     if args.total_episodes is None:
         args.total_episodes = (
-            args.max_steps * args.batch_size if rows is None else math.ceil(args.num_train_epochs * rows)
+            args.max_steps * args.batch_size if responses is None else math.ceil(args.num_train_epochs * responses)
         )
     args.num_total_batches = args.max_steps if args.max_steps > 0 else math.ceil(args.total_episodes / args.batch_size)
     for name, value in given.items():
@@ -60,14 +62,31 @@ def set_batch_sizes(args: TrustKLPPOConfig, *, rows: int | None, processes: int)
                 f"`{name}` got {value} and is replaced by {getattr(args, name)}, {COMPUTED[name]}; set these instead."
             )
     largest = min(args.per_device_train_batch_size, args.local_mini_batch_size)
-    if rows is not None:  # no run has a batch of more rows
-        largest = min(largest, rows)
+    if responses is not None:  # no run has a batch of more
+        largest = min(largest, responses)
     micro_batch = next(size for size in range(largest, 0, -1) if args.local_mini_batch_size % size == 0)
     return BatchSizes(args.local_batch_size, args.batch_size, args.num_total_batches, micro_batch)
 
 
-def check_inputs(args: TrustKLPPOConfig, evaluation: Any) -> None:
-    """ConfigError for a tracker that does not exist or is not installed, and for evaluations without a dataset."""
+def _check_groups(args: TrustKLPPOConfig, batch: int, processes: int) -> None:
+    """ConfigError if the last prompt of a batch would have fewer responses than the others."""
+    if batch % args.num_generations:
+        raise ConfigError(
+            f"`num_generations` got {args.num_generations}; it must divide the batch of all processes, "
+            f"per_device_train_batch_size × gradient_accumulation_steps × processes = {args.per_device_train_batch_size} × "
+            f"{args.gradient_accumulation_steps} × {processes} = {batch} responses; change either."
+        )
+
+
+def check_inputs(args: TrustKLPPOConfig, evaluation: Any, value_model: Any = None) -> None:
+    """ConfigError for a tracker that does not exist or is not installed, for evaluations without a dataset, and for a value
+    model that would not be used."""
+    if value_model is not None and not args.has_value:
+        got = shown(value_model) if isinstance(value_model, str) else type(value_model).__name__
+        raise ConfigError(
+            f"`value_model` got {got} with advantage_estimator={args.advantage_estimator!r}, which has no "
+            "value; leave it None, or use advantage_estimator='gae'."
+        )
     trackers = sorted(integration_utils.INTEGRATION_TO_CALLBACK)
     for name in args.report_to:
         if name not in trackers:

@@ -62,6 +62,8 @@ def settings(run: Run) -> Table:
         ["value", "cliprange_value", _numbers(r, "value.clip")],
         ["batch", "episodes per update", _episodes(r)],
     ]
+    if r[-1].advantage is not None:
+        rows[-2] = ["advantages", "advantage_estimator, num_generations", _over(r, _advantages)]
     return Table(["mechanism", "setting", "value"], rows)
 
 
@@ -101,6 +103,15 @@ def _estimator(record: BoundRecord) -> str:
 
 def _gradient(record: BoundRecord) -> str:
     return shortened(record.anchor.gradient, 40)
+
+
+def _advantages(record: BoundRecord) -> str:
+    found = record.advantage
+    return (
+        "gae"
+        if found is None
+        else f"{shortened(found.estimator, 40)}, {found.num_generations:,} responses to each prompt"
+    )
 
 
 def _range(record: BoundRecord) -> str:

@@ -384,8 +384,8 @@ class PromptOrder:
     def __init__(self, length: int, batch_size: int, seed: int) -> None:
         if length < batch_size:
             raise DataError(
-                f"`train_dataset` has {length} rows, fewer than one batch of {batch_size} "
-                "(per_device_train_batch_size × gradient_accumulation_steps × processes); add prompts or shrink the batch."
+                f"`train_dataset` has {length} rows, fewer than one batch of {batch_size} (per_device_train_batch_size × "
+                "gradient_accumulation_steps × processes / num_generations); add prompts or shrink the batch."
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.batches_per_pass = length // batch_size

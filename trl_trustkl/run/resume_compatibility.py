@@ -50,7 +50,10 @@ _ADAPTER_NOTES = ("inference_mode", "peft_version", "base_model_name_or_path", "
 def compared(args: Any) -> dict[str, Any]:
     """The fields that must not change, as read from JSON."""
     fields = [field.name for field in dataclasses.fields(args) if field.init and field.name not in HARMLESS]
-    return as_json({name: getattr(args, name) for name in fields})
+    own = {name: getattr(args, name) for name in fields}
+    if "whiten_advantages" in own:  # older checkpoints have its value in effect
+        own["whiten_advantages"] = args.whitens_advantages
+    return as_json(own)
 
 
 def _plain(value: Any) -> Any:
