@@ -189,7 +189,8 @@ class BoundRecord(NamedTuple):
     trainer: Annotated[str | None, Meaning(
         "The trainer: `TrustKLPPOTrainer`, or TRL's `GRPOTrainer`, `RLOOTrainer` or `PPOTrainer`, subclasses included.")] = None
     advantage: Annotated[AdvantageRecord | None, Meaning(
-        "How advantages were made from groups of responses; `null` with `advantage_estimator=\"gae\"` and TRL's trainers.")] = None
+        "Advantages that were made from groups of responses; `null` with `advantage_estimator=\"gae\"` and with TRL's "
+        "trainers.")] = None
 # fmt: on
 
 
