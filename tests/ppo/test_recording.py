@@ -76,6 +76,13 @@ def test_a_record_holds_what_it_says(tmp_path):
         assert record["value"]["clip"] == 0.2 and record["sampler"]["kl"] < 1e-9
 
 
+@pytest.mark.parametrize("changes", [{"panic_kl": 1e-9}, {"measure_fraction": 0.5}])
+def test_an_update_that_is_rejected_or_measured_in_part_has_no_certificate(tmp_path, changes):
+    _, records = run(tmp_path, changes={"max_steps": 1, "local_rollout_forward_batch_size": 2} | changes)
+    assert (records[0]["refused"] is not None) == ("panic_kl" in changes)
+    assert records[0]["trust"]["certificate"] is None
+
+
 def test_the_records_reach_the_logs_under_flat_names(tmp_path):
     trainer, records = run(tmp_path)
     logs = [entry for entry in trainer.state.log_history if "objective/kl" in entry]

@@ -49,6 +49,7 @@ def without(key: str) -> bytes:
         (changed("trust.kl", True), "`trust.kl` must be a number, got True"),
         (changed("trust.kl", 10**400), "`trust.kl` must be a number below 1e308, got an integer of more than 20"),
         (changed("trust", [1]), "`trust` must be an object with rule, low"),
+        (changed("anchor", None), "`anchor` must be an object with estimator, placement"),
         (changed("trust.certificate", 1.5), "`trust.certificate` must be an object with gain, stderr"),
         (
             changed("trust.certificate", {"gain": 1.5}),
