@@ -73,12 +73,14 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))
     parser.add_argument("--updates", type=int, default=12)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time")
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for name in options.only:
         file = options.output_dir / f"{name}.yaml"
         file.write_text(json.dumps({"common": COMMON, "settings": COMPARISONS[name]}))  # JSON is YAML
         counts = ["--updates", str(options.updates), "--seeds", *map(str, seeds_of(name, options))]
+        counts += ["--processes", str(options.processes)]
         status = trustkl(["compare", str(file), "--output-dir", str(options.output_dir / name), *counts])
         if status != 0:
             return status
