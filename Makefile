@@ -10,11 +10,12 @@ ENV := .venv
 ENV112 := .venv-trl112
 ENVLOW := .venv-lowest
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
-FAST := -q -m "not slow" -n $(WORKERS) --dist worksteal
+PARALLEL := -n $(WORKERS) --dist worksteal
+FAST := -q -m "not slow and not processes" $(PARALLEL)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo compare test test-slow test-trl112 test-lowest lint format type docs clean
+.PHONY: help demo compare test test-processes test-slow test-trl112 test-lowest lint format type docs clean
 .DEFAULT_GOAL := help
 .SECONDARY:
 .DELETE_ON_ERROR:
@@ -31,8 +32,11 @@ compare: $(ENV)/demo.stamp ## compare the four combinations of anchor and clip o
 test: $(ENV)/dev.stamp ## run the tests on the newest tested TRL
 	@OMP_NUM_THREADS=1 $(OFFLINE) $(ENV)/bin/python -m pytest $(FAST) $(ARGS)
 
-test-trl112: $(ENV112)/dev.stamp ## run the same tests on TRL 1.12, the last one with a PPO trainer
-	@OMP_NUM_THREADS=1 $(OFFLINE) $(ENV112)/bin/python -m pytest $(FAST) $(ARGS)
+test-processes: $(ENV)/dev.stamp ## run the tests that start, stop and kill processes
+	@OMP_NUM_THREADS=1 $(OFFLINE) $(ENV)/bin/python -m pytest -q -m "processes and not slow" $(PARALLEL) $(ARGS)
+
+test-trl112: $(ENV112)/dev.stamp ## run both on TRL 1.12, the last one with a PPO trainer
+	@OMP_NUM_THREADS=1 $(OFFLINE) $(ENV112)/bin/python -m pytest -q -m "not slow" $(PARALLEL) $(ARGS)
 
 test-lowest: $(ENVLOW)/dev.stamp ## run the same tests on the lowest versions that pyproject.toml allows
 	@OMP_NUM_THREADS=1 $(OFFLINE) $(ENVLOW)/bin/python -m pytest $(FAST) $(ARGS)

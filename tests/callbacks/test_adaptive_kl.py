@@ -339,6 +339,7 @@ TWO_PROCESSES = """
 """
 
 
+@pytest.mark.processes
 def test_two_processes_take_the_same_coefficient(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(textwrap.dedent(TWO_PROCESSES))

@@ -64,6 +64,7 @@ def main(folder: Path) -> None:
 
 
 @on_pinned_transformers("Older ones read a CPU's optimizer onto `cpu:0`, which torch does not know.")
+@pytest.mark.processes
 def test_a_sequence_rule_a_stop_and_a_limit_in_two_processes_survive_a_kill(tmp_path):
     (found,) = survival.program("tests.end_to_end.test_combinations", tmp_path)
     assert found == {"uninterrupted": [0, 0], "killed": [1, -signal.SIGKILL], "left": 2, "resumed": [0, 0]}

@@ -215,6 +215,7 @@ TWO_PROCESSES = """
 """
 
 
+@pytest.mark.processes
 def test_two_processes_rerun_the_same_update(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(textwrap.dedent(TWO_PROCESSES))

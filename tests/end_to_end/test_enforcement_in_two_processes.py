@@ -12,7 +12,7 @@ from tests.processes import in_two_processes
 from tests.tiny import LIMIT
 from trl_trustkl import load_records
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.processes]
 LIMITS = {"trust_max_kl_token": 0.02, "trust_max_kl_response": 0.05, "anchor_max_kl": 0.05}
 TWO_PROCESSES = """
     import json, sys

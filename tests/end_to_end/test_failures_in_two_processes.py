@@ -28,7 +28,7 @@ from trl_trustkl import load_records, records
 from trl_trustkl.errors import ConfigError, RewardError
 from trl_trustkl.run import checkpoint_folder as checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.processes]
 
 
 class Case(NamedTuple):

@@ -25,7 +25,7 @@ from trl_trustkl import load_records
 from trl_trustkl.errors import SaveError
 from trl_trustkl.run import checkpoint_folder as checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.processes]
 
 # -- errors within the process -------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from tests.survival import PATIENCE
 from trl_trustkl import load_records
 from trl_trustkl.run import checkpoint_folder as checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.processes]
 
 
 class Case(NamedTuple):

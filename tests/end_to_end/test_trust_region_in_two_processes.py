@@ -23,7 +23,7 @@ from tests.processes import in_two_processes
 from tests.tiny import EOS, LIMIT
 from trl_trustkl import load_records
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.processes]
 LONGEST, SHORT = 9, 4
 MASKED = 1  # the generation in which the completions of the first process are cut off
 

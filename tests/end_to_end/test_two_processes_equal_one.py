@@ -23,7 +23,7 @@ from trl_trustkl.errors import DataError
 from trl_trustkl.policy.loading import trainable
 from trl_trustkl.types import Measurement, Prompts, Rollout, UpdateStats
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.processes]
 EOS, UPDATES, LIMIT, STOP = 2, 3, 2e-3, 2e-3
 EVERYTHING = {
     "kl_controller": "adaptive",

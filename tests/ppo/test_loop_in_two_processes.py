@@ -19,6 +19,7 @@ from trl_trustkl import load_records
 from trl_trustkl.errors import DataError
 from trl_trustkl.rollout.prompt_stream import PromptStream
 
+pytestmark = pytest.mark.processes
 WITHIN, AT_THE_END = {"evaluate": [], "save": []}, {"evaluate": [2, 4], "save": []}
 EXPECTED: dict[tuple[str, str], dict[str, Any]] = {
     ("should_log", "step_end"): WITHIN | {"log": [2], "updates": 4},
