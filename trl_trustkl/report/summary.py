@@ -291,9 +291,8 @@ def certified(run: Run) -> str | None:
     if far.any():
         worst = float(np.nanmedian(column(records, "trust.kl_max")[far]))
         text += (
-            f". For {int(far.sum()):,} {'other' if far.sum() == 1 else 'others'}, the largest KL of one token would have had to "
-            "be at most "
-            f"{number(float(np.median(needed[far])))} nats (median) instead of {number(worst)}"
+            f". For {int(far.sum()):,} {'other' if far.sum() == 1 else 'others'}, the largest KL of one token would have had "
+            f"to be at most {number(float(np.median(needed[far])))} nats (median) instead of {number(worst)}"
         )
     if lost.any():
         text += f". In {int(lost.sum()):,}, the gain was not above 0, so that no limit would have helped"
