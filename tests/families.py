@@ -72,3 +72,7 @@ def build(name: str, **changes: Any) -> Any:
     settings = COMMON | (TRANSFORMERS | RECURRENT)[name] | changes
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**settings))
+
+
+FOUR: dict[str, Any] = tiny.FAMILIES | {"qwen3": lambda: build("Qwen3")}
+"""Builders of four families of attention layers."""

@@ -7,10 +7,9 @@ import statistics
 from typing import Any, NamedTuple
 
 import pytest
-import transformers
 
 from tests import tiny
-from tests.families import COMMON, TRANSFORMERS
+from tests.families import FOUR as FAMILIES
 from tests.witness import Dense, Witnessed, witnessed
 from trl_trustkl import load_records
 from trl_trustkl.records import BoundRecord
@@ -60,14 +59,6 @@ TOO_FAST = {
     "temperature": 0.8,
     "logging_steps": 1000,
 }
-
-
-def qwen3() -> Any:
-    config = transformers.Qwen3Config(**COMMON | TRANSFORMERS["Qwen3"])
-    return transformers.Qwen3ForCausalLM(config)
-
-
-FAMILIES = tiny.FAMILIES | {"qwen3": qwen3}
 
 
 def run_of(folder: Any, limit: Limit | None, family: str, *, full: bool, updates: int) -> Witnessed:

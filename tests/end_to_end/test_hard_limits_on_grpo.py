@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import pytest
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from tests import tiny
 from tests.end_to_end.dense_windows import LabelledRLOO, Run, SetUp, Window, run
+from tests.families import FOUR as FAMILIES
 from trl_trustkl import AdaptiveKLCallback, TrustRegionCallback
 from trl_trustkl.controllers import DualKL
 
@@ -69,6 +70,20 @@ SET_UPS = {
 }
 
 
+def of_family(name: str, *, full: bool) -> SetUp:
+    """100 updates of a family at a learning rate at which the limits are exceeded in most of them."""
+    rate = {"gemma2": 0.1, "gpt2": 0.02}.get(name, 5e-3 if full else 0.02)
+    changes = {"max_steps": 100, "learning_rate": rate, "disable_dropout": True, "beta": 1e-12}
+
+    def model(folder: Path) -> nn.Module:
+        FAMILIES[name]().save_pretrained(folder / "policy")
+        return AutoModelForCausalLM.from_pretrained(folder / "policy")
+
+    if not full:
+        return SetUp(changes, model=lambda folder: FAMILIES[name]())
+    return SetUp(changes, adapter=None, model=model, reference="start")
+
+
 def limited(setup: SetUp, *limits: Limit, **others: Any) -> SetUp:
     return replace(setup, options={limit.option: limit.value for limit in limits} | others)
 
@@ -93,6 +108,18 @@ def test_no_generation_batch_ends_beyond_the_limit(name, limit, tmp_path):
     assert {window.record["trust"]["decided"] for window in shortened} == {limit.field}
     if name != "batches of 3 passes, steps of 2":  # of whose batches another one may have decided
         assert sum(limit.dense(window) > 0.3 * limit.value for window in shortened) > 0.5 * len(shortened)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", LIMITS, ids=[limit.option for limit in LIMITS])
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_generation_batch_of_100_ends_beyond_the_limit(family, full, limit, tmp_path):
+    held = run(limited(of_family(family, full=full), limit), tmp_path)
+    assert len(held.windows) == 100
+    assert_held(held, limit)
+    shortened = [window for window in held.windows if window.record["trust"]["scale"] < 1]
+    assert sum(limit.dense(window) > 0.3 * limit.value for window in shortened) > 0.5 * len(shortened) > 10
 
 
 @pytest.mark.parametrize("name", SET_UPS)
