@@ -51,6 +51,7 @@ def with_and_without(name: str, fields: dict[str, Any]) -> dict[str, dict[str, A
     return {name: fields, f"{name}, limits": fields | LIMITS}
 
 
+UPDATES = {"anchor": 12, "estimators": 8, "tokens": 8}
 COMPARISONS: dict[str, dict[str, dict[str, Any]]] = {
     "anchor": {
         "penalty, target 3": PENALTY | {"kl_target": KL},
@@ -71,7 +72,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/hard_limits"))
     parser.add_argument("--only", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))
-    parser.add_argument("--updates", type=int, default=12)
+    parser.add_argument("--updates", type=int, help="updates of a run (default: 12 for anchor, 8 for the others)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--processes", type=int, default=2, help="runs at a time")
     options = parser.parse_args()
@@ -79,7 +80,8 @@ def main() -> int:
     for name in options.only:
         file = options.output_dir / f"{name}.yaml"
         file.write_text(json.dumps({"common": COMMON, "settings": COMPARISONS[name]}))  # JSON is YAML
-        counts = ["--updates", str(options.updates), "--seeds", *map(str, seeds_of(name, options))]
+        updates = options.updates or UPDATES[name]
+        counts = ["--updates", str(updates), "--seeds", *map(str, seeds_of(name, options))]
         counts += ["--processes", str(options.processes)]
         status = trustkl(["compare", str(file), "--output-dir", str(options.output_dir / name), *counts])
         if status != 0:
@@ -91,7 +93,7 @@ def main() -> int:
         for seed in seeds_of(comparison, options)
     ]
     write_csv(DATA / "hard_limits.csv", rows)
-    (DATA / "hard_limits.md").write_text(as_markdown(rows, options), encoding="utf-8")
+    (DATA / "hard_limits.md").write_text(as_markdown(rows), encoding="utf-8")
     print((DATA / "hard_limits.md").read_text(encoding="utf-8"))
     return 0
 
@@ -148,13 +150,19 @@ all seeds.
 """
 
 
-def as_markdown(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
+def as_markdown(rows: list[dict[str, Any]]) -> str:
     """A table for each comparison: mean ± standard deviation over the seeds."""
-    lines = [f"SmolLM2-135M, QLoRA, {options.updates} updates of 16 responses of 16 tokens. {machine('cpu')}."]
+    lines = [f"SmolLM2-135M, QLoRA, updates of 16 responses of 16 tokens. {machine('cpu')}."]
     for comparison in dict.fromkeys(row["comparison"] for row in rows):
         of_comparison = [row for row in rows if row["comparison"] == comparison]
         heads = ["setting", "seeds", *COLUMNS.values(), *SHARES.values(), "decided by"]
-        lines += ["", f"**{comparison}**", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        lines += [
+            "",
+            f"**{comparison}**, {of_comparison[0]['updates']} updates",
+            "",
+            f"| {' | '.join(heads)} |",
+            "|---" * len(heads) + "|",
+        ]
         for setting in dict.fromkeys(row["setting"] for row in of_comparison):
             some = [row for row in of_comparison if row["setting"] == setting]
             lines.append(f"| {' | '.join([setting, str(len(some)), *cells(some)])} |")
