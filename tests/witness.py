@@ -117,6 +117,19 @@ def witnessed(folder: Any, model: Any = None, *, changes: dict[str, Any], **argu
     return tiny.trainer(folder, model, kind=Witnessed, changes=changes, **arguments)
 
 
+def pretending(trainer: Witnessed) -> Witnessed:
+    """The trainer, which reports what enforcement would do, but keeps the complete update."""
+    enforce = trainer.enforce
+
+    def pretend(batch: Batch, proposed: Measurement) -> Measurement:
+        measured = enforce(batch, proposed)
+        batch.context.snapshot.path.set_scale(1.0)
+        return measured
+
+    trainer.enforce = pretend
+    return trainer
+
+
 def assert_within(updates: list[Update], limit: float, *, agreement: float = 5e-5, rounding: float = ROUNDING) -> None:
     """The limit holds after every update, by the record and by the witness, and the two agree.
 

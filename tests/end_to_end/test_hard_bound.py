@@ -9,9 +9,8 @@ import pytest
 
 from tests import tiny
 from tests.pinned import ON_PINNED_TRANSFORMERS
-from tests.witness import Update, Witnessed, assert_within, witnessed
+from tests.witness import Update, Witnessed, assert_within, pretending, witnessed
 from trl_trustkl.policy.quantization import is_quantized
-from trl_trustkl.types import Batch, Measurement
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LIMIT = 0.02
@@ -96,15 +95,7 @@ def test_without_the_limit_the_same_run_exceeds_it(family, tmp_path):
 def test_the_witness_would_see_a_limit_that_is_not_held(tmp_path):
     """A trainer that only reports an enforcement is detected."""
     trainer = witnessed(tmp_path, changes=TOO_FAST | {"max_steps": 2, "trust_max_kl": LIMIT})
-    enforce = trainer.enforce
-
-    def pretend(batch: Batch, proposed: Measurement) -> Measurement:
-        measured = enforce(batch, proposed)
-        batch.context.snapshot.path.set_scale(1.0)
-        return measured
-
-    trainer.enforce = pretend
-    trainer.train()
+    pretending(trainer).train()
     with pytest.raises(AssertionError):
         assert_within(trainer.updates, LIMIT)
 

@@ -10,10 +10,9 @@ import pytest
 
 from tests import tiny
 from tests.families import FOUR as FAMILIES
-from tests.witness import Dense, Witnessed, witnessed
+from tests.witness import Dense, Witnessed, pretending, witnessed
 from trl_trustkl import load_records
 from trl_trustkl.records import BoundRecord
-from trl_trustkl.types import Batch, Measurement
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROUNDING = 5e-5
@@ -126,15 +125,7 @@ def test_without_a_limit_each_is_exceeded(family, full, tmp_path):
 def test_the_witness_would_see_a_limit_that_is_not_held(tmp_path):
     limit = LIMITS[0]
     trainer = witnessed(tmp_path, changes=TOO_FAST | {"max_steps": 2, limit.field: limit.value})
-    enforce = trainer.enforce
-
-    def pretend(batch: Batch, proposed: Measurement) -> Measurement:
-        measured = enforce(batch, proposed)
-        batch.context.snapshot.path.set_scale(1.0)
-        return measured
-
-    trainer.enforce = pretend
-    trainer.train()
+    pretending(trainer).train()
     with pytest.raises(AssertionError):
         assert_held(trainer, limit)
 

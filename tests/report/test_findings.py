@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from tests.example_runs import QUANTILES, rising, trl_run
+from tests.report.cases import Changes, assert_found
 from trl_trustkl.report.findings import FINDINGS, find
 from trl_trustkl.report.summary import summarise
-
-Changes = dict[str, Any]
-
 
 CASES: list[tuple[str, Changes, Changes, str, str]] = [
     # finding, records that show it, similar records that do not, part of the evidence, part of the advice
@@ -117,12 +113,7 @@ def test_every_finding_has_a_case() -> None:
 
 @pytest.mark.parametrize(("name", "shows", "near", "evidence", "advice"), CASES, ids=lambda case: str(case)[:24])
 def test_findings(run_of, name: str, shows: Changes, near: Changes, evidence: str, advice: str) -> None:
-    finding = FINDINGS[name](run_of(**shows))
-    assert finding is not None and finding.name == name
-    assert evidence in finding.evidence
-    assert advice in finding.advice and "=" in finding.advice, finding.advice
-    assert "nan" not in " ".join(finding).lower()
-    assert FINDINGS[name](run_of(**near)) is None
+    assert_found(run_of, name, shows, near, evidence, advice)
 
 
 @pytest.mark.parametrize(

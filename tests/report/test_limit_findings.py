@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 
 from tests.example_runs import trl_run
+from tests.report.cases import Changes, assert_found
 from trl_trustkl.report import limit_findings
 from trl_trustkl.report.findings import FINDINGS
 from trl_trustkl.report.summary import anchor, guaranteed, largest_update, not_guaranteed
 from trl_trustkl.report.tables import settings, updates
-
-Changes = dict[str, Any]
 
 OWN = {name for name, of_run in FINDINGS.items() if of_run.__module__ == limit_findings.__name__}
 
@@ -58,12 +57,7 @@ def test_every_finding_has_a_case() -> None:
 
 @pytest.mark.parametrize(("name", "shows", "near", "evidence", "advice"), CASES, ids=lambda case: str(case)[:24])
 def test_findings(run_of, name: str, shows: Changes, near: Changes, evidence: str, advice: str) -> None:
-    finding = FINDINGS[name](run_of(**shows))
-    assert finding is not None and finding.name == name
-    assert evidence in finding.evidence
-    assert advice in finding.advice and "=" in finding.advice, finding.advice
-    assert "nan" not in " ".join(finding).lower()
-    assert FINDINGS[name](run_of(**near)) is None
+    assert_found(run_of, name, shows, near, evidence, advice)
 
 
 def test_with_grpo_the_target_is_per_token(tmp_path) -> None:

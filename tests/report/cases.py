@@ -1,0 +1,24 @@
+"""The check of a finding on records that show it, and on similar ones that do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from trl_trustkl.report.findings import FINDINGS
+from trl_trustkl.report.schema import Run
+
+Changes = dict[str, Any]
+"""Of healthy records, as for `tests.example_runs.rows_of`."""
+
+
+def assert_found(
+    run_of: Callable[..., Run], name: str, shows: Changes, near: Changes, evidence: str, advice: str
+) -> None:
+    """The finding says `evidence` and `advice` of a run that shows it, and nothing of one that is near to it."""
+    finding = FINDINGS[name](run_of(**shows))
+    assert finding is not None and finding.name == name
+    assert evidence in finding.evidence
+    assert advice in finding.advice and "=" in finding.advice, finding.advice
+    assert "nan" not in " ".join(finding).lower()
+    assert FINDINGS[name](run_of(**near)) is None
