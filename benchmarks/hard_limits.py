@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from common import DATA, machine, write_csv
 
+from trl_trustkl.certificate import is_certified
 from trl_trustkl.cli import main as trustkl
 from trl_trustkl.compare.metrics import of_run, spread
 from trl_trustkl.compare.settings import slug
@@ -122,7 +123,7 @@ def row_of(folder: Path, comparison: str, setting: str, seed: int) -> dict[str, 
         "shortened": float((column(records, "trust.scale") < 1).mean()),
         "blocked": float((column(records, "trust.scale") == 0).mean()),
         "decided": "; ".join(f"{name} {count}" for name, count in decided.most_common()),
-        "certified": sum(each.difference > 0 for each in certificates) / len(records) if certificates else float("nan"),
+        "certified": sum(map(is_certified, certificates)) / len(records) if certificates else float("nan"),
         "seconds": float(np.median([record.seconds["total"] for record in records])),
     }  # fmt: skip
 

@@ -42,11 +42,11 @@ def by_definition(scores: Tensor, old: Tensor, new: Tensor, rollout: Rollout, *,
 
     smallest = min(bounds(1.0), key=bounds(1.0).__getitem__)
     bound = bounds(1.0)[smallest]
-    scale = 0.0
+    scale, least = 0.0, gain - 2 * stderr
     for digits in range(1, 9):  # one more digit each time
-        while scale < 1 and min(bounds(scale + 10**-digits).values()) < (scale + 10**-digits) * gain:
+        while scale < 1 and min(bounds(scale + 10**-digits).values()) < (scale + 10**-digits) * least:
             scale += 10**-digits
     return {
         "gain": gain, "stderr": stderr, "bound": bound, "difference": gain - bound, "smallest": smallest,
-        "kl_needed": min(1.0, scale) ** 2 * kl_max if gain > 0 else None,
+        "kl_needed": min(1.0, scale) ** 2 * kl_max if least > 0 else None,
     }  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trl_trustkl.bounds import error_bounds
-from trl_trustkl.certificate import certificate
+from trl_trustkl.certificate import certificate, is_certified
 from trl_trustkl.records import CertificateRecord
 from trl_trustkl.trust.measurement import measurement
 from trl_trustkl.types import Measurement, ResponseMeasurement
@@ -18,6 +18,9 @@ REWARDS = torch.tensor([0.5, math.nan, 2.5, 1.0])
 RESPONSES = ResponseMeasurement(
     moved=(-0.1, 50.0, 0.3, 0.2), tokens=(2, 1, 3, 3), kl=1e-4, tv_max=0.01, tv_positions=(0.004, 0.003, 0.002)
 )
+SIX = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 1.0])
+CLEAR: dict[str, Any] = {"moved": (-0.3, -0.3, -0.2, 0.2, 0.3, 0.3), "tokens": (3,) * 6}
+"""Six responses of which the better half became likelier, so that the gain has a small standard error."""
 MEASURED = Measurement(4e-5, 2e-4, 3e-4, 0.003, 1.3, {"0.5": 1.0}, tokens=9, complete=True, responses=RESPONSES)
 
 
@@ -25,6 +28,11 @@ def of(rewards: Any = REWARDS, horizon: int = 4, kl_max: float = 2e-4, **changes
     return certificate(
         rewards, MEASURED._replace(kl_max=kl_max, responses=RESPONSES._replace(**changes)), horizon=horizon
     )
+
+
+def least(found: CertificateRecord) -> float:
+    """The gain less two standard errors."""
+    return found.gain - 2 * found.stderr
 
 
 def test_a_certificate_by_hand() -> None:
@@ -38,7 +46,17 @@ def test_a_certificate_by_hand() -> None:
     adaptive = 2 * sum(a * b for a, b in zip((0.004, 0.003, 0.002), root, strict=True))
     mixed_tv = 2 * 3 * tv * min(0.009, math.sqrt(1e-4 / 2))
     assert found.bound == pytest.approx(2 * min(adaptive, mixed_tv)) and found.smallest == "adaptive"
-    assert found.difference == found.gain - found.bound > 0 and found.kl_needed == kl
+    assert found.difference == found.gain - found.bound > 0
+    assert not is_certified(found), "the difference is below two standard errors"
+
+
+def test_a_gain_clearly_above_the_bound_is_certified_and_one_of_a_single_ratio_is_not() -> None:
+    found = of(SIX, **CLEAR)
+    assert found is not None and found.difference > 2 * found.stderr and is_certified(found)
+    assert found.kl_needed == 2e-4
+    by_chance = of(SIX, **CLEAR | {"moved": (-0.3, -0.3, -0.3, 0.3, 0.3, 90.0)})
+    assert by_chance is not None and by_chance.difference > 5 and not is_certified(by_chance)
+    assert by_chance.kl_needed is None or by_chance.kl_needed < 2e-4
 
 
 def test_the_bound_is_the_smallest_of_all() -> None:
@@ -54,23 +72,25 @@ def test_the_horizon_is_at_least_that_of_the_batch() -> None:
 @pytest.mark.parametrize("kl", [0.02, 2.0])
 def test_the_kl_that_is_needed_is_where_the_bound_equals_the_gain(kl: float) -> None:
     """With a total variation so large that the bounds have no simple power of the step."""
-    found = of(kl_max=kl, kl=3 * kl, tv_max=0.9, tv_positions=(0.4, 0.3, 0.2))
+    half = {"moved": tuple(each / 4 for each in CLEAR["moved"]), "tokens": CLEAR["tokens"]}
+    found = of(SIX, kl_max=kl, **half, kl=3 * kl, tv_max=0.9, tv_positions=(0.4, 0.3, 0.2))
     assert found is not None and found.difference < 0 and found.kl_needed is not None
     scale = math.sqrt(found.kl_needed / kl)
     bound = min(
         error_bounds(
-            4, kl_max=scale**2 * kl, kl_sequence=scale**2 * 3 * kl, tv_max=scale * 0.9, width=2.0,
+            4, kl_max=scale**2 * kl, kl_sequence=scale**2 * 3 * kl, tv_max=scale * 0.9, width=1.0,
             tv_sequence=min(1, scale * 0.9, scale * math.sqrt(3 * kl / 2)),
             tv_positions=[scale * tv for tv in (0.4, 0.3, 0.2)],
         )
     )  # fmt: skip
-    assert 0 < scale < 1 and bound == pytest.approx(scale * found.gain, rel=1e-6)
+    assert 0 < scale < 1 and bound == pytest.approx(scale * least(found), rel=1e-6)
 
 
 def test_for_a_small_step_it_is_the_square_of_gain_over_bound() -> None:
-    found = of(moved=(-1e-3, 0.5, 3e-3, 2e-3), tv_max=0.1, tv_positions=(0.05,) * 3, kl=0.02, kl_max=0.02)
-    assert found is not None and found.smallest == "adaptive" and 0 < found.gain < found.bound / 10
-    assert found.kl_needed == pytest.approx(0.02 * (found.gain / found.bound) ** 2, rel=1e-6)
+    small = {"moved": tuple(each / 30 for each in CLEAR["moved"]), "tokens": CLEAR["tokens"]}
+    found = of(SIX, **small, tv_max=0.1, tv_positions=(0.05,) * 3, kl=0.02, kl_max=0.02)
+    assert found is not None and found.smallest == "adaptive" and 0 < least(found) < found.bound / 2
+    assert found.kl_needed == pytest.approx(0.02 * (least(found) / found.bound) ** 2, rel=1e-6)
 
 
 def test_a_gain_that_is_not_above_zero_needs_no_limit() -> None:

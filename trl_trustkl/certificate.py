@@ -11,6 +11,14 @@ from .bounds import ErrorBounds, error_bounds
 from .records import CertificateRecord
 from .types import Measurement
 
+STANDARD_ERRORS = 2.0
+"""By how many of them the gain has to be above the bound: a single ratio of 100 in a batch may make a large gain of chance."""
+
+
+def is_certified(found: CertificateRecord) -> bool:
+    """Whether the gain is above the bound on its error, by `STANDARD_ERRORS`."""
+    return found.difference > STANDARD_ERRORS * found.stderr
+
 
 def certificate(rewards: Tensor | None, measured: Measurement, *, horizon: int) -> CertificateRecord | None:
     """The gain of L(π) = E_μ[R·Σ_t (w_t − 1)] on a batch, less the smallest of `bounds.error_bounds`; None where unknown.
@@ -44,7 +52,8 @@ def certificate(rewards: Tensor | None, measured: Measurement, *, horizon: int) 
         return None
     bounds = _bounds(measured, horizon, width)
     smallest = min(reversed(bounds._fields), key=lambda name: getattr(bounds, name))
-    needed = None if gain <= 0 else _scale(measured, horizon, width, gain) ** 2 * measured.kl_max
+    least = gain - STANDARD_ERRORS * stderr
+    needed = None if least <= 0 else _scale(measured, horizon, width, least) ** 2 * measured.kl_max
     return CertificateRecord(gain, stderr, min(bounds), gain - min(bounds), smallest, needed)
 
 

@@ -68,7 +68,8 @@ class CertificateRecord(NamedTuple):
     bound: Annotated[float, Meaning(
         "The smallest of the bounds on the surrogate's error; the largest KL and total variation of the batch and the range of "
         "its rewards stand for those of all contexts and responses.", "the reward's")]
-    difference: Annotated[float, Meaning("`gain` − `bound`. Above 0 the update is certified on its batch.", "the reward's")]
+    difference: Annotated[float, Meaning(
+        "`gain` − `bound`. Above two standard errors the update is certified on its batch.", "the reward's")]
     smallest: Annotated[str, Meaning(
         "The bound that was smallest: `classical`, `pinsker_marginal`, `mixed`, `classical_tv`, `mixed_tv` or `adaptive` "
         "([bounds](mathematics.md#bounds)).")]
@@ -117,9 +118,9 @@ class TrustRecord(NamedTuple):
         "The hard limit that kept the step from being longer, by the name of its field: `trust_max_kl`, `trust_max_kl_token`, "
         "`trust_max_kl_response` or `anchor_max_kl`; `null` for a step that was not shortened.")] = None
     certificate: Annotated[CertificateRecord | None, Meaning(
-        "**Certified** where `difference` is above 0: whether the surrogate's gain exceeds the bound on its error, as far as "
-        "the batch shows ([certificate](mathematics.md#certificate)). A statement about this batch, no proof. `null` for a "
-        "rejected update, a batch measured in part, or fewer than two responses with a reward.")] = None
+        "**Certified** where `difference` is above twice `stderr`: whether the surrogate's gain exceeds the bound on its "
+        "error, as far as the batch shows ([certificate](mathematics.md#certificate)). A statement about this batch, no proof. "
+        "`null` for a rejected update, a batch measured in part, or fewer than two responses with a reward.")] = None
 
 
 class ValueRecord(NamedTuple):

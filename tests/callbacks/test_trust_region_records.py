@@ -149,9 +149,12 @@ def test_certificates_are_those_of_the_definition(observed):
         scores = torch.tensor([a + 0.5 * (b or 0.0) for a, b in given], dtype=torch.float64)
         p, q = (logps(rollout, weights, trainer.temperature) for weights in (batch.old, kept))
         wanted = by_definition(scores, p, q, rollout, horizon=trainer.args.max_completion_length)
-        found = row["trust"]["certificate"]
+        found = dict(row["trust"]["certificate"])
         assert found.pop("smallest") == wanted.pop("smallest")
+        needed, wanted_needed = found.pop("kl_needed"), wanted.pop("kl_needed")
         assert found == pytest.approx(wanted, rel=2e-3, abs=1e-6)
+        assert (needed is None) == (wanted_needed is None)
+        assert needed is None or needed == pytest.approx(wanted_needed, rel=1e-2, abs=1e-6)
 
 
 def test_rewards_and_what_trl_logs(observed):

@@ -213,7 +213,7 @@ def advantages_by_hand(
     share = None if args.kl_placement == "loss" else anchor.abs().sum() / both
     explained = 1 - torch.cat(errors).var() / torch.cat(returns).var()
     mean, spread = everything.mean(), torch.sqrt(everything.var() + 1e-8)
-    if not args.whiten_advantages:
+    if not args.whitens_advantages:
         mean, spread = torch.zeros(()), torch.ones(())
     return (
         [(complete[i] - mean) / spread if i in complete else torch.zeros(0) for i in range(len(responses))],

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..bounds import BINDING_THRESHOLD
+from ..certificate import is_certified
 from ..records import BoundRecord
 from .schema import Run
 from .series import (
@@ -281,12 +282,14 @@ def certified(run: Run) -> str | None:
     records = [record for record in run.records if record.trust.certificate is not None]
     if not records:
         return None
-    difference, needed = column(records, "trust.certificate.difference"), column(records, "trust.certificate.kl_needed")
-    far, lost = ~(difference > 0) & np.isfinite(needed), column(records, "trust.certificate.gain") <= 0
+    certificates = [found for record in records if (found := record.trust.certificate) is not None]
+    held = np.array([is_certified(found) for found in certificates])
+    needed = column(records, "trust.certificate.kl_needed")
+    far, lost = ~held & np.isfinite(needed), ~np.isfinite(needed)
     on_record = "" if len(records) == len(run.records) else " with a certificate on record"
     text = (
-        f"On their own batch, {int((difference > 0).sum()):,} of {count(len(records), 'update')}{on_record} are certified: the "
-        "surrogate's gain is above the bound on its error"
+        f"On their own batch, {int(held.sum()):,} of {count(len(records), 'update')}{on_record} are certified: the surrogate's "
+        "gain is above the bound on its error by two standard errors"
     )
     if far.any():
         worst = float(np.nanmedian(column(records, "trust.kl_max")[far]))
@@ -295,5 +298,5 @@ def certified(run: Run) -> str | None:
             f"to be at most {number(float(np.median(needed[far])))} nats (median) instead of {number(worst)}"
         )
     if lost.any():
-        text += f". In {int(lost.sum()):,}, the gain was not above 0, so that no limit would have helped"
+        text += f". In {int(lost.sum()):,}, the gain was not above 0 by that much, so that no limit would have helped"
     return f"{text}. This is a statement about each batch, no proof."
