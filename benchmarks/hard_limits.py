@@ -123,7 +123,8 @@ def row_of(folder: Path, comparison: str, setting: str, seed: int) -> dict[str, 
         "shortened": float((column(records, "trust.scale") < 1).mean()),
         "blocked": float((column(records, "trust.scale") == 0).mean()),
         "decided": "; ".join(f"{name} {count}" for name, count in decided.most_common()),
-        "certified": sum(map(is_certified, certificates)) / len(records) if certificates else float("nan"),
+        "gain_above_bound": sum(each.difference > 0 for each in certificates) / len(records),
+        "certified": sum(map(is_certified, certificates)) / len(records),
         "seconds": float(np.median([record.seconds["total"] for record in records])),
     }  # fmt: skip
 
