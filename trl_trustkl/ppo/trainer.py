@@ -192,9 +192,7 @@ class TrustKLPPOTrainer(PPOTrainer):
         """Measure the batch under the new policy: exact KL(π_old‖π), total variation and ratios, and KL(π‖π_ref) where
         `anchor_max_kl` limits it."""
         count = len(batch.scored.micro_batches)
-        return self._measure(
-            batch, range(math.ceil(self.args.measure_fraction * count)), anchor=self.args.anchor_max_kl is not None
-        )
+        return self._measure(batch, range(math.ceil(self.args.measure_fraction * count)))
 
     def enforce(self, batch: Batch, proposed: Measurement) -> Measurement:
         """Enforce the hard limits by backtracking; roll back an update that is not finite, or exceeds `panic_kl`."""
@@ -276,12 +274,12 @@ class TrustKLPPOTrainer(PPOTrainer):
         """The current coefficient λ of the penalty on KL(π_old‖π)."""
         return self.parts.coefficients.trust
 
-    def _measure(self, batch: Batch, indices: Iterable[int], *, anchor: bool = False) -> Measurement:
+    def _measure(self, batch: Batch, indices: Iterable[int]) -> Measurement:
         """Measure some of the micro-batches under the current policy; a guarantee needs all of them."""
-        scored = batch.scored
+        scored, anchored = batch.scored, self.args.anchor_max_kl is not None
         return measure(
             self.parts.forward.compare, scored.micro_batches, scored.old_snapshots, scored.rollout.response_mask,
-            ref=scored.ref_snapshots if anchor else None, anchor_start=batch.anchor.kl_exact,
+            ref=scored.ref_snapshots if anchored else None, anchor_start=batch.anchor.kl_exact,
             gather=self.parts.processes.gather, indices=indices,
         )  # fmt: skip
 
