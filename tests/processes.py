@@ -30,7 +30,19 @@ def environment() -> dict[str, str]:
 
 
 def in_two_processes(*command: str, cwd: Path) -> None:
-    """Run Python with these arguments in two processes, in the folder `cwd`. AssertionError with its output if one fails."""
+    """Run Python with these arguments in two processes, in the folder `cwd`. AssertionError with its output if one fails.
+
+    Another program may take the free port before these listen on it; then they are started again with another one.
+    """
+    try:
+        _in_two_processes(*command, cwd=cwd)
+    except AssertionError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        _in_two_processes(*command, cwd=cwd)
+
+
+def _in_two_processes(*command: str, cwd: Path) -> None:
     common = environment()
     processes = [
         subprocess.Popen(

@@ -221,7 +221,8 @@ def check(case: Case, found: dict[str, Any], run: Path, uninterrupted: Path) -> 
         assert piece in found["said"], found["said"]
     last = 2 if "checkpoint-4" in case.failed or "update 3" in case.failed else None
     assert found["complete"] == [f"checkpoint-{last}"]
-    assert found["updates"] == (2 if "record" in case.failed else 4)
+    # On a full disk a record may still fit into the last block of its file; the completions beside it then do not.
+    assert found["updates"] in ((2, 3) if "record" in case.failed else (4,))
     assert found["ended again"] == 1
     assert found["said again"].startswith("trl_trustkl.errors.SaveError: `output_dir`"), found["said again"]
     assert case.reason in found["said again"]
