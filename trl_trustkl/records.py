@@ -75,7 +75,7 @@ class CertificateRecord(NamedTuple):
         "([bounds](mathematics.md#bounds)).")]
     kl_needed: Annotated[float | None, Meaning(
         "The `trust/kl_max` up to which a shorter step in the same direction would be certified, to first order in the gain; "
-        "`trust/kl_max` itself for a certified update, `null` where the gain is not above 0.", "nats/token")]
+        "`trust/kl_max` itself for a certified update, `null` where the gain is not above two standard errors.", "nats")]
 
 
 class TrustRecord(NamedTuple):
@@ -132,8 +132,7 @@ class ValueRecord(NamedTuple):
 
 
 class AdvantageRecord(NamedTuple):
-    estimator: Annotated[str, Meaning(
-        "`advantage_estimator`: `grpo` or `rloo`.")]
+    estimator: Annotated[str, Meaning("`advantage_estimator`: `grpo` or `rloo`.")]
     num_generations: Annotated[int, Meaning("Responses to each prompt.", "responses")]
     groups: Annotated[int, Meaning("Groups of responses to one prompt in the batch.", "groups")]
     groups_without_signal: Annotated[int, Meaning(

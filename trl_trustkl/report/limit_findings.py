@@ -12,7 +12,7 @@ from .series import column, largest, mean, of_groups
 from .text import number, percent
 
 BLOCKED = 0.2  # a share of the updates from which blocked ones slow the training down
-KEPT_BELOW = 0.5  # the share of `anchor_max_kl` that is advised as the controller's target
+TARGET = 0.5  # the share of `anchor_max_kl` that is advised as the controller's target
 
 LIMITS = {
     "trust_max_kl": ("trust.limit", "nats per token"),
@@ -62,7 +62,7 @@ def anchor_blocks(run: Run) -> Finding | None:
     if blocked.sum() < FEW or blocked.mean() < BLOCKED:
         return None
     limit = largest(column(run.records, "anchor.limit"))
-    target = KEPT_BELOW * limit
+    target = TARGET * limit
     if of_groups(run.records):
         target /= mean(column(run.records, "length"))
         unit = "in nats per token, about half of the limit (with TRL's trainers AdaptiveKLCallback(DualKL(…), trainer))"
@@ -75,5 +75,5 @@ def anchor_blocks(run: Run) -> Finding | None:
         "Updates are blocked at the limit of the KL to the reference",
         f"{of_updates(blocked)} changed nothing: the KL to the reference was at its limit of {number(limit)} nats per "
         f"response, and every part of their step would have increased it. {penalty}",
-        f'Set kl_controller="dual" and kl_target={number(target, 2)}, {unit}: the penalty then keeps the KL below the limit.',
+        f'Set kl_controller="dual" and kl_target={number(target, 2)}, {unit}: the penalty then lowers the KL again.',
     )
