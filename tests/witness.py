@@ -25,6 +25,21 @@ from trl_trustkl.types import Batch, Measurement, Rollout, UpdateStats
 ROUNDING = 1e-7
 """Nats by which a dense KL may exceed the limit: the rounding of float32."""
 
+# At a learning rate of 5e-3, llama and gpt2 propose updates around the limit; 5e-2 is ten times too high for them, and more
+# than that for gemma2.
+TOO_FAST = {
+    "learning_rate": 5e-2,
+    "lr_scheduler_type": "constant",
+    "kl_coef": 0.0,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "num_mini_batches": 2,
+    "num_ppo_epochs": 1,
+    "response_length": 4,
+    "temperature": 0.8,
+    "logging_steps": 1000,
+}
+
 
 def in_float64(policy: nn.Module) -> nn.Module:
     """A copy of the policy in float64, with quantized weights dequantized."""

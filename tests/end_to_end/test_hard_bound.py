@@ -9,7 +9,7 @@ import pytest
 
 from tests import tiny
 from tests.pinned import ON_PINNED_TRANSFORMERS
-from tests.witness import Update, Witnessed, assert_within, pretending, witnessed
+from tests.witness import TOO_FAST, Update, Witnessed, assert_within, pretending, witnessed
 from trl_trustkl.policy.quantization import is_quantized
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -44,22 +44,6 @@ def cost(updates: list[Update]) -> str:
         f"enforcement took {enforcing / total:.1%} of the update (measuring and enforcing {measuring / total:.1%}), "
         f"{tries:.1f} tries and {total / len(updates):.3f} s an update"
     )
-
-
-# At a learning rate of 5e-3, llama and gpt2 propose updates around the limit; 5e-2 is ten times too high for them, and more
-# than that for gemma2.
-TOO_FAST = {
-    "learning_rate": 5e-2,
-    "lr_scheduler_type": "constant",
-    "kl_coef": 0.0,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "num_mini_batches": 2,
-    "num_ppo_epochs": 1,
-    "response_length": 4,
-    "temperature": 0.8,
-    "logging_steps": 1000,
-}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from tests import tiny
 from tests.families import FOUR as FAMILIES
-from tests.witness import Dense, Witnessed, pretending, witnessed
+from tests.witness import TOO_FAST, Dense, Witnessed, pretending, witnessed
 from trl_trustkl import load_records
 from trl_trustkl.records import BoundRecord
 
@@ -45,19 +45,6 @@ class Limit(NamedTuple):
 
 LIMITS = [Limit("trust_max_kl_token", 0.05), Limit("trust_max_kl_response", 0.1), Limit("anchor_max_kl", 0.5)]
 EACH = pytest.mark.parametrize("limit", LIMITS, ids=[limit.field for limit in LIMITS])
-
-# A learning rate at which the limits are exceeded in most updates.
-TOO_FAST = {
-    "learning_rate": 5e-2,
-    "lr_scheduler_type": "constant",
-    "kl_coef": 0.0,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "num_ppo_epochs": 1,
-    "response_length": 4,
-    "temperature": 0.8,
-    "logging_steps": 1000,
-}
 
 
 def run_of(folder: Any, limit: Limit | None, family: str, *, full: bool, updates: int) -> Witnessed:

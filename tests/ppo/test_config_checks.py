@@ -11,8 +11,8 @@ from tests.messages import assert_says
 from trl_trustkl.controllers import CONTROLLERS
 from trl_trustkl.divergences import ESTIMATORS
 from trl_trustkl.errors import ConfigError
-from trl_trustkl.ppo.config_checks import HARD_LIMITS
 from trl_trustkl.surrogates import SURROGATES
+from trl_trustkl.trust.limits import HARD_LIMITS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from trl_trustkl.report.findings import FINDINGS
 from trl_trustkl.report.schema import Run
 
 Changes = dict[str, Any]
 """Of healthy records, as for `tests.example_runs.rows_of`."""
+
+Case = tuple[str, Changes, Changes, str, str]
+"""A finding, records that show it, similar records that do not, part of the evidence, part of the advice."""
+
+
+def each_of(cases: list[Case]) -> Any:
+    return pytest.mark.parametrize(
+        ("name", "shows", "near", "evidence", "advice"), cases, ids=lambda case: str(case)[:24]
+    )
 
 
 def assert_found(

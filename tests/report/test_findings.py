@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tests.example_runs import QUANTILES, rising, trl_run
-from tests.report.cases import Changes, assert_found
+from tests.report.cases import Case, Changes, assert_found, each_of
 from trl_trustkl.report.findings import FINDINGS, find
 from trl_trustkl.report.summary import summarise
 
-CASES: list[tuple[str, Changes, Changes, str, str]] = [
+CASES: list[Case] = [
     # finding, records that show it, similar records that do not, part of the evidence, part of the advice
     ("clip_never_binds",
      {"trust__gated": 0.0, "trust__epochs": 1.0},
@@ -111,7 +111,7 @@ def test_every_finding_has_a_case() -> None:
     assert {case[0] for case in CASES} == own
 
 
-@pytest.mark.parametrize(("name", "shows", "near", "evidence", "advice"), CASES, ids=lambda case: str(case)[:24])
+@each_of(CASES)
 def test_findings(run_of, name: str, shows: Changes, near: Changes, evidence: str, advice: str) -> None:
     assert_found(run_of, name, shows, near, evidence, advice)
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from tests.example_runs import trl_run
-from tests.report.cases import Changes, assert_found
+from tests.report.cases import Case, Changes, assert_found, each_of
 from trl_trustkl.report import limit_findings
 from trl_trustkl.report.findings import FINDINGS
 from trl_trustkl.report.summary import anchor, guaranteed, largest_update, not_guaranteed
@@ -27,7 +25,7 @@ def shortened(where: float, decided: str | None, scale: float = 0.25, **changes:
 MEAN, TOKEN, ANCHOR = {"trust__limit": 0.02}, {"trust__limit_token": 0.5}, {"anchor__limit": 8.0}
 FREE = {"anchor__target": None, "anchor__coef": 0.0}
 
-CASES: list[tuple[str, Changes, Changes, str, str]] = [
+CASES: list[Case] = [
     # finding, records that show it, similar records that do not, part of the evidence, part of the advice
     ("limit_decides", shortened(0.4, None, **MEAN), shortened(0.6, None, **MEAN),
      "shortened 8 of 12 updates, and kept 25 % of the step in the median", "trust_lr_target=0.01"),
@@ -55,7 +53,7 @@ def test_every_finding_has_a_case() -> None:
     assert {case[0] for case in CASES} == OWN
 
 
-@pytest.mark.parametrize(("name", "shows", "near", "evidence", "advice"), CASES, ids=lambda case: str(case)[:24])
+@each_of(CASES)
 def test_findings(run_of, name: str, shows: Changes, near: Changes, evidence: str, advice: str) -> None:
     assert_found(run_of, name, shows, near, evidence, advice)
 

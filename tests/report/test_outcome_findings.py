@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.example_runs import trl_run
-from tests.report.cases import Changes, assert_found
+from tests.report.cases import Case, Changes, assert_found, each_of
 from trl_trustkl.report import outcome_findings
 from trl_trustkl.report.findings import FINDINGS, find
 
@@ -24,7 +24,7 @@ def limited(kl: float | None, share: float = 0.97) -> Changes:
 
 NO_TARGET = {"anchor__coef": 0.4, "anchor__target": None}
 
-CASES: list[tuple[str, Changes, Changes, str, str]] = [
+CASES: list[Case] = [
     # finding, records that show it, similar records that do not, part of the evidence, part of the advice
     ("grad_norm_without_effect", limited(0.0100099, 0.19), limited(0.0100101, 0.19),
      "In 12 of 12 attributed updates, the limit scaled the gradient down, by 19 % on average. Without it, the KL(π_old‖π) of "
@@ -59,7 +59,7 @@ def test_every_finding_has_a_case() -> None:
     assert {case[0] for case in CASES} == OWN
 
 
-@pytest.mark.parametrize(("name", "shows", "near", "evidence", "advice"), CASES, ids=lambda case: str(case)[:24])
+@each_of(CASES)
 def test_findings(run_of, name: str, shows: Changes, near: Changes, evidence: str, advice: str) -> None:
     assert_found(run_of, name, shows, near, evidence, advice)
 

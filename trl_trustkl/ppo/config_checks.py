@@ -13,12 +13,9 @@ from ..divergences import gradient_kind
 from ..errors import ConfigError, out_of_range
 from ..rollout.generation_options import check_generation_kwargs
 from ..surrogates import WITHOUT_RANGE
-from ..trust.limits import reject_moving_reference
+from ..trust.limits import HARD_LIMITS, reject_moving_reference
 
 logger = logging.get_logger(__name__)
-
-HARD_LIMITS = ("trust_max_kl", "trust_max_kl_token", "trust_max_kl_response", "anchor_max_kl")
-"""The fields of the limits that backtracking holds."""
 
 
 def check(args: Any) -> None:

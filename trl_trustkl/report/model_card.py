@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import DataError
 from ..records import BoundRecord
 from ..surrogates import SEQUENCE_RANGE, WITHOUT_RANGE
+from ..trust.limits import HARD_LIMITS
 from .schema import Run, read_run
 from .summary import guaranteed, largest_update
 from .text import markdown, number, shortened, visible
@@ -178,8 +179,7 @@ def _limit(args: Any, name: str, unit: str = "nats per token") -> str:
 def _hard_limits(args: Any) -> str:
     """Those that are on."""
     units = {"trust_max_kl": "nats per token", "trust_max_kl_token": "nats"}
-    names = ("trust_max_kl", "trust_max_kl_token", "trust_max_kl_response", "anchor_max_kl")
-    on = [name for name in names if getattr(args, name) is not None]
+    on = [name for name in HARD_LIMITS if getattr(args, name) is not None]
     return ", ".join(_limit(args, name, units.get(name, "nats per response")) for name in on) or "off"
 
 

@@ -10,6 +10,9 @@ from ..errors import ConfigError
 from ..types import Enforcement, Measurement, Snapshot
 from .backtracking import backtrack
 
+HARD_LIMITS = ("trust_max_kl", "trust_max_kl_token", "trust_max_kl_response", "anchor_max_kl")
+"""The limits that backtracking holds, by their fields in a configuration."""
+
 
 class Limits(NamedTuple):
     """Limits of an update on the contexts of its batch; None disables one. All but `panic_kl` are held by backtracking.
@@ -41,15 +44,15 @@ class Limits(NamedTuple):
     def used(self, found: Measurement) -> dict[str, float]:
         """What was measured, as a share of each limit that is held by backtracking, by the name of its field: above 1 if and
         only if the limit is exceeded, infinite for a value that is not finite."""
-        measured = {
-            "trust_max_kl": (found.kl, self.max_kl),
-            "trust_max_kl_token": (found.kl_max, self.max_kl_token),
-            "trust_max_kl_response": (found.kl_response_max, self.max_kl_response),
-            "anchor_max_kl": (found.anchor_kl, self.anchor_limit(found)),
-        }
+        pairs = (
+            (found.kl, self.max_kl),
+            (found.kl_max, self.max_kl_token),
+            (found.kl_response_max, self.max_kl_response),
+            (found.anchor_kl, self.anchor_limit(found)),
+        )
         return {
             name: _share(value, limit)
-            for name, (value, limit) in measured.items()
+            for name, (value, limit) in zip(HARD_LIMITS, pairs, strict=True)
             if value is not None and limit is not None
         }
 
