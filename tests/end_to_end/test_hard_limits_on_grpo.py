@@ -72,7 +72,7 @@ SET_UPS = {
 
 def of_family(name: str, *, full: bool) -> SetUp:
     """100 updates of a family at a learning rate at which the limits are exceeded in most of them."""
-    rate = {"gemma2": 0.1, "gpt2": 0.02}.get(name, 5e-3 if full else 0.02)
+    rate = {"gemma2": 0.1, "gpt2": 0.05}.get(name, 5e-3 if full else 0.02)
     changes = {"max_steps": 100, "learning_rate": rate, "disable_dropout": True, "beta": 1e-12}
 
     def model(folder: Path) -> nn.Module:
