@@ -72,7 +72,7 @@ SET_UPS = {
 
 def of_family(name: str, *, full: bool) -> SetUp:
     """100 updates of a family at a learning rate at which the limits are exceeded in most of them."""
-    rate = {"gemma2": 0.1, "gpt2": 0.05}.get(name, 5e-3 if full else 0.02)
+    rate = {"gemma2": 0.1, "gpt2": 0.02}.get(name, 5e-3 if full else 0.02)
     changes = {"max_steps": 100, "learning_rate": rate, "disable_dropout": True, "beta": 1e-12}
 
     def model(folder: Path) -> nn.Module:
@@ -119,7 +119,8 @@ def test_no_generation_batch_of_100_ends_beyond_the_limit(family, full, limit, t
     assert len(held.windows) == 100
     assert_held(held, limit)
     shortened = [window for window in held.windows if window.record["trust"]["scale"] < 1]
-    assert sum(limit.dense(window) > 0.3 * limit.value for window in shortened) > 0.5 * len(shortened) > 10
+    assert len(shortened) >= 10, "the limit was hardly needed"  # a policy that has collapsed moves little
+    assert sum(limit.dense(window) > 0.3 * limit.value for window in shortened) > 0.5 * len(shortened)
 
 
 @pytest.mark.parametrize("name", SET_UPS)
