@@ -57,6 +57,8 @@ COMPARISONS: dict[str, dict[str, dict[str, Any]]] = {
     "anchor": {
         "penalty, target 3": PENALTY | {"kl_target": KL},
         "stronger penalty, target 3": PENALTY | {"kl_coef": 0.3, "kl_target": KL},
+        "penalty 0.3": {"kl_coef": 0.3},
+        "penalty 1": {"kl_coef": 1.0},
         "limit 3": WITHOUT_PENALTY | {"anchor_max_kl": KL},
         "limit 3, penalty, target 2": PENALTY | {"kl_target": 2.0, "anchor_max_kl": KL},
         "neither": WITHOUT_PENALTY,
