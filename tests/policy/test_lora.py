@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import pickle
 
+import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
 from trl_trustkl.policy import lora
@@ -43,6 +45,89 @@ def test_the_shorter_pass_of_a_lora_layer_gives_the_numbers_of_pefts():
         merged_logits = merged(input_ids=ids).logits
     with lora.short_forward(layers):
         torch.testing.assert_close(merged_logits, short(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def trained_lora(scaling: float = 2.0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A tiny model with an adapter whose second matrices are not 0."""
+    torch.manual_seed(0)
+    model = get_peft_model(tiny.llama(), tiny.lora()).to(dtype)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    for layer in lora.linear_layers(model):
+        layer.scaling["default"] = scaling
+    return model
+
+
+IDS = torch.arange(1, 13).view(2, 6)
+
+
+@pytest.mark.parametrize("scaling", [1.0, 0.7])
+def test_gradients_are_those_of_pefts_pass_in_float64_for_any_scaling(scaling):
+    model = trained_lora(scaling, torch.float64)
+    gradients = []
+    for layers in ([], lora.linear_layers(model)):
+        with lora.short_forward(layers):
+            model(input_ids=IDS).logits.square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    assert len(gradients[0]) == 2 * len(lora.linear_layers(model)) and gradients[0].keys() == gradients[1].keys()
+    for name, theirs in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_an_adapter_that_is_not_trained_gets_no_gradient():
+    model = trained_lora()
+    frozen = [p for n, p in model.named_parameters() if "q_proj" in n and "lora_" in n]
+    assert frozen
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    with lora.short_forward(lora.linear_layers(model)):
+        model(input_ids=IDS).logits.square().sum().backward()
+    assert all(p.grad is None for p in frozen)
+    assert all(p.grad is not None for n, p in model.named_parameters() if "v_proj" in n and "lora_" in n)
+
+
+class CastsOf(TorchDispatchMode):
+    """Counts the casts of given tensors, one tensor at a time."""
+
+    def __init__(self, tensors) -> None:
+        super().__init__()
+        self.places, self.count = {each.data_ptr() for each in tensors}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.places
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_no_layer_casts_the_weights_of_its_adapter_under_autocast(gradients):
+    model = trained_lora()
+    weights = [p for n, p in model.named_parameters() if "lora_" in n]
+    counts = []
+    for layers in ([], lora.linear_layers(model)):
+        with torch.set_grad_enabled(gradients), torch.autocast("cpu", dtype=torch.bfloat16), CastsOf(weights) as casts:
+            with lora.short_forward(layers):
+                model(input_ids=IDS)
+        counts.append(casts.count)
+    assert counts == [len(weights), 0]
+
+
+def test_without_gradients_the_weights_of_the_pass_are_in_the_same_buffers_in_each_context():
+    model, buffers = trained_lora(), []
+    layers, results = lora.linear_layers(model), []
+    places = []
+    for _ in range(2):
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            with lora.short_forward(layers, buffers):
+                results.append(model(input_ids=IDS).logits)
+            with lora.short_forward(layers):
+                assert torch.equal(results[-1], model(input_ids=IDS).logits)
+            places.append([each.data_ptr() for each in buffers])
+            for parameter in model.parameters():
+                parameter.mul_(1.1 if parameter.requires_grad else 1.0)
+    assert len(buffers) == 2 * len(layers) and places[0] == places[1]
+    assert not torch.equal(*results)
 
 
 def test_a_trained_lora_policy_and_its_configuration_can_be_pickled(tmp_path):
