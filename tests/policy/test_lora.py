@@ -106,19 +106,21 @@ def test_no_layer_casts_the_weights_of_its_adapter_under_autocast(gradients):
     weights = [p for n, p in model.named_parameters() if "lora_" in n]
     counts = []
     for layers in ([], lora.linear_layers(model)):
-        with torch.set_grad_enabled(gradients), torch.autocast("cpu", dtype=torch.bfloat16), CastsOf(weights) as casts:
-            with lora.short_forward(layers):
-                model(input_ids=IDS)
+        autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+        with torch.set_grad_enabled(gradients), autocast, CastsOf(weights) as casts, lora.short_forward(layers):
+            model(input_ids=IDS)
         counts.append(casts.count)
     assert counts == [len(weights), 0]
 
 
-def test_without_gradients_the_weights_of_the_pass_are_in_the_same_buffers_in_each_context():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_without_gradients_the_weights_of_the_pass_are_in_the_same_buffers_in_each_context(autocast):
+    """Which are never the adapter's parameters."""
     model, buffers = trained_lora(), []
     layers, results = lora.linear_layers(model), []
     places = []
     for _ in range(2):
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             with lora.short_forward(layers, buffers):
                 results.append(model(input_ids=IDS).logits)
             with lora.short_forward(layers):
@@ -127,6 +129,7 @@ def test_without_gradients_the_weights_of_the_pass_are_in_the_same_buffers_in_ea
             for parameter in model.parameters():
                 parameter.mul_(1.1 if parameter.requires_grad else 1.0)
     assert len(buffers) == 2 * len(layers) and places[0] == places[1]
+    assert not {p.data_ptr() for p in model.parameters()} & set(places[0])
     assert not torch.equal(*results)
 
 

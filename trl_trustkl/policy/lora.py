@@ -91,7 +91,7 @@ def _ready_weights(weights: list[Tensor], scales: list[float], buffers: list[Ten
         if buffers is None:
             return found
         if [(b.shape, b.dtype, b.device) for b in buffers] != [(w.shape, w.dtype, w.device) for w in found]:
-            buffers[:] = found
+            buffers[:] = [each.clone() for each in found]  # an entry may be a weight itself
         else:
             torch._foreach_copy_(buffers, found)
     return buffers
@@ -116,10 +116,10 @@ class _ScaledAndCast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = [i for i, each in enumerate(gradients) if each is not None and ctx.needs_input_grad[2 + i]]
-        wide = _cast([gradients[i] for i in needed], [ctx.dtypes[i] for i in needed])
-        scaled = iter(_scaled(wide, [ctx.scales[i] for i in needed]))
-        return None, None, *(next(scaled) if i in set(needed) else None for i in range(len(gradients)))
+        given = {i: g for i, g in enumerate(gradients) if g is not None and ctx.needs_input_grad[2 + i]}
+        wide = _cast(list(given.values()), [ctx.dtypes[i] for i in given])
+        found = dict(zip(given, _scaled(wide, [ctx.scales[i] for i in given]), strict=True))
+        return None, None, *(found.get(i) for i in range(len(gradients)))
 
 
 def _scaled_and_cast(weights: Sequence[Tensor], scales: list[float], dtypes: list[torch.dtype]) -> list[Tensor]:
@@ -138,8 +138,12 @@ def _scaled(tensors: Sequence[Tensor], scales: list[float]) -> list[Tensor]:
 
 
 def _cast(tensors: Sequence[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
-    """Copies in these dtypes, in few launches."""
-    copies = [torch.empty_like(each, dtype=dtype) for each, dtype in zip(tensors, dtypes, strict=True)]
-    if copies:
-        torch._foreach_copy_(copies, list(tensors))
-    return copies
+    """Copies in these dtypes, in few launches; a tensor that has its dtype itself."""
+    found = list(tensors)
+    some = [i for i, dtype in enumerate(dtypes) if found[i].dtype != dtype]
+    copies = [torch.empty_like(found[i], dtype=dtypes[i]) for i in some]
+    if some:
+        torch._foreach_copy_(copies, [found[i] for i in some])
+    for i, copy in zip(some, copies, strict=True):
+        found[i] = copy
+    return found

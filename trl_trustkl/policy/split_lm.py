@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..types import Head, MicroBatch
-from . import cpu, lora
+from . import cpu, lora, rms_norm
 from .loading import trainable
 from .micro_batches import positions
 from .probes import as_in_training, close, token_ids
@@ -88,6 +88,7 @@ class SplitLM:
     def __init__(self, model: PreTrainedModel | PeftModel, *, name: str = "model") -> None:
         self.causal = model.get_base_model() if isinstance(model, PeftModel) else model
         self._lora_layers = lora.linear_layers(self.causal)
+        self._norms = rms_norm.plain_layers(self.causal)
         kind, config = type(self.causal).__name__, self.causal.config.get_text_config()
         projection = self.causal.get_output_embeddings()
         if projection is None:
@@ -145,7 +146,7 @@ class SplitLM:
 
     def hidden(self, inputs: dict[str, Tensor], first: int) -> tuple[Tensor, Tensor]:
         """The inputs of the head and of the value at the positions from `first` on: [b, t + 1, H or V], [b, t + 1, H]."""
-        with faster_kernels(self.causal, inputs["input_ids"], self._lora_layers):
+        with faster_kernels(self.causal, inputs["input_ids"], self._lora_layers, self._norms):
             if self.chunked:
                 states = self.backbone(**accepted(self.backbone, inputs), use_cache=False).last_hidden_state[:, first:]
                 return states, states
@@ -183,8 +184,10 @@ def checkpointed(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def faster_kernels(model: nn.Module, input_ids: Tensor, lora_layers: Sequence[Any] = ()) -> Iterator[None]:
-    """The faster kernels of attention and of LoRA layers for these tokens, the same in every pass over them.
+def faster_kernels(
+    model: nn.Module, input_ids: Tensor, lora_layers: Sequence[Any] = (), norms: Sequence[nn.Module] = ()
+) -> Iterator[None]:
+    """The faster kernels of attention, LoRA layers and norms for these tokens, the same in every pass over them.
 
     With gradient checkpointing the backward pass would recompute outside of this context, with other kernels; such a
     model keeps those of PyTorch and PEFT.
@@ -192,5 +195,5 @@ def faster_kernels(model: nn.Module, input_ids: Tensor, lora_layers: Sequence[An
     if checkpointed(model):
         yield
     else:
-        with lora.short_forward(lora_layers), cpu.attention_kernel(input_ids):
+        with lora.short_forward(lora_layers), rms_norm.short_backward(norms), cpu.attention_kernel(input_ids):
             yield

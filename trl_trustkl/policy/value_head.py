@@ -16,6 +16,7 @@ from ..types import MicroBatch, PolicySnapshot, TokenOutputs
 from .exact_kl import token_statistics
 from .loading import trainable
 from .micro_batches import positions
+from .rms_norm import plain_layers
 from .split_lm import SplitLM, accepted, faster_kernels, model_inputs
 
 
@@ -68,13 +69,14 @@ class ValueModel(Module):
                 "reads; use a model with the policy's tokenizer, and if it has that already, call "
                 f"value_model.resize_token_embeddings({vocab_size})."
             )
+        self._norms = plain_layers(base)
         self._parts = (backbone, score)  # a tuple, so that nothing is registered twice
 
     def forward(self, inputs: dict[str, Tensor], first: int) -> Tensor:
         backbone, score = self._parts
         if self._known is not None:
             inputs = _masked(inputs, inputs["input_ids"] < self._known)
-        with faster_kernels(self.model, inputs["input_ids"]):
+        with faster_kernels(self.model, inputs["input_ids"], norms=self._norms):
             values = score(backbone(**accepted(backbone, inputs), use_cache=False).last_hidden_state[:, first:])
         if values.shape[-1] != 1:
             raise ModelError(
