@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from trl_trustkl.masking import masked_mean, masked_moments, masked_sum, weighing_factor, whiten, whitening_factor
+from trl_trustkl.masking import kept, masked_mean, masked_moments, masked_sum, weighing_factor, whiten, whitening_factor
 
 VALUES = torch.tensor([[1.0, 2.0, math.nan], [4.0, math.inf, -math.inf]], dtype=torch.float64)
 MASK = torch.tensor([[True, True, False], [True, False, False]])
@@ -55,3 +55,12 @@ def test_equal_values_have_the_factor_1(mean):
     assert weighing_factor(mean, rounding) == 1
     var = torch.tensor(4.0, dtype=torch.float64)
     assert weighing_factor(mean, var) == whitening_factor(var)
+
+
+def test_the_numbers_of_each_row_under_a_mask():
+    ids, mask = torch.arange(12).view(3, 4), torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
+    assert (
+        kept(ids, mask)
+        == [[1, 2], [], [8, 9, 10, 11]]
+        == [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+    )

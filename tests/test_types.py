@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trl_trustkl.types import Rollout, Scored, UpdateContext
+from trl_trustkl.types import MicroBatch, Rollout, Scored, UpdateContext, indices
 
 
 class Taken:
@@ -41,3 +41,10 @@ def test_the_context_of_a_scored_rollout_is_that_of_the_rollout_or_an_error():
     assert scored(context).context is context
     with pytest.raises(ValueError, match="the rollout has no context"):
         _ = scored(None).context
+
+
+@pytest.mark.parametrize("given", [None, torch.tensor([0, 2, 4])])
+def test_the_tokens_of_a_micro_batch_are_those_under_its_mask_in_their_order(given):
+    mask, ids = torch.tensor([[True, False, True], [False, True, False]]), torch.arange(10, 16).view(2, 3)
+    micro = MicroBatch(torch.arange(2), ids, ids, None, ids, mask, given)
+    assert torch.equal(micro.tokens, indices(mask)) and torch.equal(micro.targets, ids[mask])

@@ -6,8 +6,19 @@ left out gives a loss of 0.
 
 from __future__ import annotations
 
+from itertools import compress
+
 import torch
 from torch import Tensor
+
+
+def kept(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The numbers of each row where `mask` is True, from one read of all rows.
+
+    >>> kept(torch.tensor([[5, 6], [7, 8]]), torch.tensor([[True, False], [True, True]]))
+    [[5], [7, 8]]
+    """
+    return [list(compress(*row)) for row in zip(ids.tolist(), mask.tolist(), strict=True)]
 
 
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:

@@ -118,7 +118,8 @@ class MicroBatch(NamedTuple):
     """Some rows of a rollout, trimmed to their longest prompt and response; fixed for the entire update.
 
     rows: [b] indices into the rollout. input_ids, attention_mask, position_ids: [b, p + t]; position_ids is None where the
-    model counts positions itself. response_ids, response_mask: [b, t].
+    model counts positions itself. response_ids, response_mask: [b, t]. token_indices: what `tokens` returns; None where it is
+    computed on each use.
     """
 
     rows: Tensor
@@ -127,6 +128,25 @@ class MicroBatch(NamedTuple):
     position_ids: Tensor | None
     response_ids: Tensor
     response_mask: Tensor
+    token_indices: Tensor | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """The indices [N] of the N response tokens in a flattened [b, t].
+
+        An index does not make the host wait for a GPU, as a mask does, whose result has a shape that depends on the data.
+        """
+        return indices(self.response_mask) if self.token_indices is None else self.token_indices
+
+    @property
+    def targets(self) -> Tensor:
+        """The N response tokens."""
+        return self.response_ids.flatten().index_select(0, self.tokens)
+
+
+def indices(mask: Tensor) -> Tensor:
+    """The indices [N] of what a mask keeps, in its flattened shape."""
+    return mask.flatten().nonzero().squeeze(1)
 
 
 class TokenOutputs(NamedTuple):

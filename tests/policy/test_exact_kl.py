@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trl_trustkl.policy import exact_kl
 from trl_trustkl.policy.exact_kl import spread, token_statistics
 from trl_trustkl.policy.split_lm import OutputHead
-from trl_trustkl.types import PolicySnapshot
+from trl_trustkl.types import MicroBatch, PolicySnapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 EOS, V, H, N = 2, 37, 16, 29
@@ -126,6 +126,8 @@ def test_a_trained_parameter_that_the_head_does_not_use_gets_no_gradient(small_c
     assert head.weight.grad.abs().sum() > 0 and not head.spare.grad
 
 
-def test_spread_puts_values_at_the_positions_of_the_mask():
-    mask = torch.tensor([[True, False, True], [False, True, False]])
-    assert spread(torch.tensor([1.0, 2.0, 3.0]), mask).tolist() == [[1, 0, 2], [0, 3, 0]]
+@pytest.mark.parametrize("indices", [None, torch.tensor([0, 2, 4])])
+def test_spread_puts_values_at_the_response_tokens(indices):
+    mask, ids = torch.tensor([[True, False, True], [False, True, False]]), torch.arange(6).view(2, 3)
+    micro = MicroBatch(torch.arange(2), ids, ids, None, ids, mask, indices)
+    assert spread(torch.tensor([1.0, 2.0, 3.0]), micro).tolist() == [[1, 0, 2], [0, 3, 0]]

@@ -9,8 +9,8 @@ from datasets import Dataset
 from tests import tiny
 from tests.dense import row_logps
 from tests.watched import before_the_first_step, watched
-from trl_trustkl.policy.micro_batches import longest_first, micro_batch
-from trl_trustkl.types import Rollout
+from trl_trustkl.policy.micro_batches import longest_first, micro_batch, micro_batches, predicting
+from trl_trustkl.types import Rollout, indices
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -53,6 +53,26 @@ def test_columns_are_trimmed_up_to_the_first_that_some_row_needs():
 
 def test_the_longest_rows_come_first():
     assert longest_first(rollout()).tolist() == [3, 1, 0, 2]  # of 7, 4, 3 and 2 tokens
+    assert [micro.rows.tolist() for micro in micro_batches(rollout(), 3)] == [[3, 1, 0], [2]]
+
+
+def test_rows_in_a_given_order_make_micro_batches_with_the_indices_of_their_tokens():
+    given, order = rollout(), torch.tensor([2, 0, 3, 1])
+    for micro, rows in zip(micro_batches(given, 2, order), order.split(2), strict=True):
+        alone = micro_batch(given, rows)
+        assert torch.equal(micro.rows, rows) and torch.equal(micro.input_ids, alone.input_ids)
+        assert micro.token_indices is not None and torch.equal(micro.token_indices, indices(micro.response_mask))
+
+
+@pytest.mark.parametrize("before", [0, 3], ids=["the last positions", "all positions"])
+def test_the_states_before_the_response_tokens_predict_them(before):
+    micro = micro_batch(rollout(), torch.tensor([0, 1]))
+    states = torch.randn(2, before + 3, 4, requires_grad=True)
+    found, wanted = predicting(states, micro), states[:, before:-1][micro.response_mask]
+    assert torch.equal(found, wanted)
+    weights = torch.randn_like(found)
+    mine, masked = (torch.autograd.grad((weights * each).sum(), states)[0] for each in (found, wanted))
+    assert torch.equal(mine, masked)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

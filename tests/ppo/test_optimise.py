@@ -86,7 +86,7 @@ def test_a_step_that_the_loss_scaler_skipped_is_not_counted(tmp_path, monkeypatc
     skipped = iter([True, False])
     monkeypatch.setattr(type(trainer.accelerator), "optimizer_step_was_skipped", property(lambda _: next(skipped)))
     norms = iter([math.inf, math.inf, 2.0, 2.0])  # of policy and value, for each of two steps
-    monkeypatch.setattr(Optimisation, "_clip", lambda self, parameters: next(norms))
+    monkeypatch.setattr(Optimisation, "_clip", lambda self, parameters: torch.tensor(next(norms)))
     monkeypatch.setattr(trainer.accelerator, "scaler", torch.amp.GradScaler("cpu", enabled=False))
     trainer.train()
     (record,) = load_records(tmp_path)

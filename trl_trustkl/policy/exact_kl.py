@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import divergences
-from ..types import Head, PolicySnapshot
+from ..types import Head, MicroBatch, PolicySnapshot
 
 CHUNK_ELEMENTS = 2**22
 """Logits in one chunk: 16 MiB in float32, small enough for a CPU's cache hierarchy and large enough for a GPU."""
@@ -35,15 +35,16 @@ class TokenStatistics(NamedTuple):
     old_kl: Tensor | None = None
     old_tv: Tensor | None = None
 
-    def spread(self, mask: Tensor) -> TokenStatistics:
-        """The same as [b, t] each: the N tokens are those under `mask`, and elsewhere it is 0."""
-        columns = {name: spread(column, mask) for name, column in self._asdict().items() if column is not None}
+    def spread(self, micro: MicroBatch) -> TokenStatistics:
+        """The same as [b, t] each: the N tokens are the micro-batch's response tokens, and elsewhere it is 0."""
+        columns = {name: spread(column, micro) for name, column in self._asdict().items() if column is not None}
         return TokenStatistics(**columns)
 
 
-def spread(values: Tensor, mask: Tensor) -> Tensor:
-    """Values [N] of the tokens under the mask as [b, t], 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+def spread(values: Tensor, micro: MicroBatch) -> Tensor:
+    """Values [N] of the response tokens as [b, t], 0 elsewhere."""
+    shape = micro.response_mask.shape
+    return values.new_zeros(shape.numel()).index_copy(0, micro.tokens, values).view(shape)
 
 
 _CONSTANT = ("ref_logp", "old_logp", "old_tv")

@@ -16,6 +16,7 @@ from ..trl_compat.trl_trainers import GenerationTrainer
 from ..types import MicroBatch, PolicySnapshot
 from .dropout import noise_places, without_dropout
 from .exact_kl import TokenStatistics, token_statistics
+from .micro_batches import predicting
 from .probes import as_in_training
 from .reference import Reference
 from .split_lm import SplitLM
@@ -78,7 +79,7 @@ class ObservedLM(SplitLM):
         rows, length = micro.input_ids.shape
         if states is None or states.shape[0] != rows or states.shape[1] < length:
             return None
-        return _of_response(states, micro)
+        return predicting(states, micro)
 
     @contextmanager
     def without_noise(self) -> Iterator[None]:
@@ -97,14 +98,14 @@ class ObservedLM(SplitLM):
         inputs = {"input_ids": micro.input_ids, "attention_mask": micro.attention_mask}
         if not self.chunked:
             with self.autocast():
-                return _of_response(self.model(**inputs, **self._options).logits, micro)
+                return predicting(self.model(**inputs, **self._options).logits, micro)
         hook = self.backbone.register_forward_hook(lambda module, args, output: states.append(_last_states(output)))
         try:
             with self.autocast():
                 self.model(**inputs, **self._options)
         finally:
             hook.remove()
-        return _of_response(states[-1], micro)
+        return predicting(states[-1], micro)
 
     def compare(self, micro: MicroBatch, old: PolicySnapshot, ref: PolicySnapshot | None = None) -> TokenStatistics:
         """Log-probabilities under the current policy and π_old, exact KL(π_old‖π) and total variation, and with a reference
@@ -123,12 +124,11 @@ class ObservedLM(SplitLM):
         ref: PolicySnapshot | None = None,
         old: PolicySnapshot | None = None,
     ) -> TokenStatistics:
-        mask = micro.response_mask
         with self.autocast():
             return token_statistics(
-                policy.hidden, micro.response_ids[mask], policy.head, vocab_size=self.vocab_size,
+                policy.hidden, micro.targets, policy.head, vocab_size=self.vocab_size,
                 temperature=self.temperature, ref=ref, old=old,
-            ).spread(mask)  # fmt: skip
+            ).spread(micro)  # fmt: skip
 
 
 def observed_reference(trainer: GenerationTrainer, model: ObservedLM) -> Reference | None:
@@ -146,8 +146,3 @@ def observed_reference(trainer: GenerationTrainer, model: ObservedLM) -> Referen
 def _last_states(output: Any) -> Tensor:
     """The hidden states after the last layer, from the output of a backbone."""
     return output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
-
-
-def _of_response(states: Tensor, micro: MicroBatch) -> Tensor:
-    """The states [N, ·] that predict the response tokens, from those of all positions, which virtual tokens may precede."""
-    return states[:, -micro.response_ids.shape[1] - 1 : -1][micro.response_mask]

@@ -19,7 +19,7 @@ from ..errors import ModelError
 from ..types import Head, MicroBatch
 from . import cpu, lora, rms_norm
 from .loading import trainable
-from .micro_batches import positions
+from .micro_batches import positions, predicting
 from .probes import as_in_training, close, token_ids
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ class SplitLM:
     def hidden_states(self, micro: MicroBatch) -> Tensor:
         """The states [N, H] (or logits [N, V] without a separate head) that predict the N response tokens."""
         states, _ = self.hidden(*model_inputs(micro))
-        return states[:, :-1][micro.response_mask]
+        return predicting(states, micro)
 
     def frozen_head(self) -> Head:
         """The head with its current weights, which later updates of the model do not change."""

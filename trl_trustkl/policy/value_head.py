@@ -15,7 +15,7 @@ from ..trl_compat.module import Module
 from ..types import MicroBatch, PolicySnapshot, TokenOutputs
 from .exact_kl import token_statistics
 from .loading import trainable
-from .micro_batches import positions
+from .micro_batches import positions, predicting
 from .rms_norm import plain_layers
 from .split_lm import SplitLM, accepted, faster_kernels, model_inputs
 
@@ -147,11 +147,10 @@ class PolicyAndValue(Module):
         """The micro-batch's tokens under the policy; see `TokenOutputs`. Without `values`, or without a value, these are 0."""
         inputs, first = model_inputs(micro)
         states, features = self.split_lm.hidden(inputs, first)
-        mask = micro.response_mask
-        hidden = states[:, :-1][mask]
+        hidden = predicting(states, micro)
         token = token_statistics(
             hidden,
-            micro.response_ids[mask],
+            micro.targets,
             self.split_lm.head,
             vocab_size=self.split_lm.vocab_size,
             temperature=self.temperature,
@@ -161,7 +160,7 @@ class PolicyAndValue(Module):
         )
         found = self._values(inputs, first, features) if values else None
         value = features.new_zeros(features.shape[:2]) if found is None else found
-        return TokenOutputs(values=value, hidden=hidden.detach(), **token.spread(mask)._asdict())
+        return TokenOutputs(values=value, hidden=hidden.detach(), **token.spread(micro)._asdict())
 
     def _values(self, inputs: dict[str, Tensor], first: int, features: Tensor) -> Tensor | None:
         if isinstance(self.value, NoValue):

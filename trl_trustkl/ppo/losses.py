@@ -62,11 +62,11 @@ class LossSums(NamedTuple):
 
 
 class LossScale(NamedTuple):
-    """The counts of a mini-batch in all processes by which its sums are divided: terms of the policy's loss (tokens, or
-    responses; see `token_weights`) and value positions."""
+    """The counts of a mini-batch in all processes by which its sums are divided, at least 1: terms of the policy's loss
+    (tokens, or responses; see `token_weights`) and value positions."""
 
-    terms: float
-    positions: float
+    terms: Tensor | float
+    positions: Tensor | float
 
 
 def token_weights(
@@ -118,7 +118,7 @@ def micro_loss(
     squared, clipped = value_loss(out.values[:, :width], old_values, returns, value_range)
     value = 0.5 * masked_sum(squared, value_mask)
 
-    loss = (policy + penalty) / max(scale.terms, 1.0) + vf_coef * value / max(scale.positions, 1.0)
+    loss = (policy + penalty) / scale.terms + vf_coef * value / scale.positions
     gated = surrogate.gated
     with torch.no_grad():
         ratio = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()

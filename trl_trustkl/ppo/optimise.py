@@ -120,7 +120,8 @@ class Optimisation:
             sums = self._zero_sums()
             for mini in self._mini_batches(len(batch.scored.micro_batches), generator):
                 sums += self._backward(batch, mini, rule, penalties)
-                norm, value_norm = clip(self.policy_parameters), clip(self.value_parameters)
+                both = [clip(self.policy_parameters), clip(self.value_parameters)]
+                norm, value_norm = torch.stack(both).tolist()  # the one read of a step
                 if self.accelerator.scaler is None and not (math.isfinite(norm) and math.isfinite(value_norm)):
                     which = "value's" if math.isfinite(norm) else "policy's"
                     step = f"epoch {epoch + 1}, step {len(norms) + 1} of {planned}"
@@ -139,11 +140,12 @@ class Optimisation:
             epochs.append(self.processes.sum(sums))
             if stopped or refused is not None:
                 break
+        found = torch.stack(epochs).cpu()
         limit = args.norm_limit or math.inf
         scales = [min(1.0, limit / (norm + 1e-6)) for norm in norms]
         return UpdateStats(
-            total=epoch_stats(torch.stack(epochs).sum(0)),
-            epochs=[epoch_stats(sums) for sums in epochs],
+            total=epoch_stats(found.sum(0)),
+            epochs=[epoch_stats(sums) for sums in found],
             steps=len(norms),
             planned_steps=planned,
             grad_norm=sum(norms) / len(norms) if norms else math.nan,
@@ -176,7 +178,8 @@ class Optimisation:
         _, terms = token_weights(scored.loss_mask[rows], aggregation, length)
         counts = torch.stack([terms, scored.value_mask[rows].sum()])
         value_range = None if scored.without == "value_clip" else self.args.value_range
-        scale = LossScale(*self.processes.sum(counts.double()).tolist())
+        # In float32, as the loss; float64 would make the loss of that dtype, and a number on the host a synchronisation.
+        scale = LossScale(*self.processes.sum(counts.double()).clamp(min=1.0).float())
         for index in mini:
             # Gradients are synchronised in the backward pass of the last micro-batch.
             with nullcontext() if index == mini[-1] else self.accelerator.no_sync(self.model):
@@ -200,7 +203,7 @@ class Optimisation:
             snapshots["old"] = scored.old_snapshots[index]
         return self.model(scored.micro_batches[index], **snapshots)
 
-    def _unlimited(self, parameters: list[nn.Parameter]) -> float:
+    def _unlimited(self, parameters: list[nn.Parameter]) -> Tensor:
         """Leave the gradients as they are without `max_grad_norm`; returns their norm.
 
         For an optimizer that rescales gradients they are multiplied by one factor for all steps. By itself the factor would
@@ -215,13 +218,14 @@ class Optimisation:
                     parameter.grad.mul_(scale.factor)
         return norm
 
-    def _clip(self, parameters: list[nn.Parameter], limit: float | None = None) -> float:
+    def _clip(self, parameters: list[nn.Parameter], limit: float | None = None) -> Tensor:
         """Clip the gradients to the norm `limit`, by default `max_grad_norm` where it is on; returns the norm before."""
         if not parameters:
-            return 0.0
+            return torch.zeros((), dtype=torch.float64, device=self.processes.device)
         if self.accelerator.scaler is not None and parameters is self.policy_parameters:
             self.accelerator.unscale_gradients()
-        return float(nn.utils.clip_grad_norm_(parameters, limit or self.args.norm_limit or math.inf))
+        norm = nn.utils.clip_grad_norm_(parameters, limit or self.args.norm_limit or math.inf)
+        return norm.to(self.processes.device, torch.float64)
 
 
 def not_finite(batch: Batch) -> str | None:

@@ -10,10 +10,10 @@ from transformers import TrainerState
 
 from ..advantages import value_positions
 from ..errors import ModelError
-from ..masking import masked_mean
+from ..masking import kept, masked_mean
 from ..parallel.processes import Processes
 from ..policy.forward import ForwardPass
-from ..policy.micro_batches import longest_first, micro_batch
+from ..policy.micro_batches import micro_batches
 from ..rollout.prompts import prompt_texts
 from ..rollout.rewards import as_completion
 from ..rollout.sampling import ended
@@ -105,21 +105,18 @@ class Scoring:
         Where every pass takes all rows, rows are sorted by length, which needs less padding and gives the same sums. Where
         a pass takes only some of them (a mini-batch, or the measured fraction), the rows are in a random order instead.
         """
-        if self.args.num_mini_batches == 1 and self.args.measure_fraction == 1:
-            order = longest_first(rollout)
-        else:
+        order = None
+        if self.args.num_mini_batches > 1 or self.args.measure_fraction != 1:
             generator = rng.generator(self.args.seed, rng.RngStream.MICRO_BATCHES, update, self.processes.index)
             order = torch.randperm(len(rollout.response_ids), generator=generator)
-        return [
-            micro_batch(rollout, rows) for rows in order.to(rollout.response_ids.device).split(self.micro_batch_size)
-        ]
+        return micro_batches(rollout, self.micro_batch_size, order)
 
     def _scores(
         self, rollout: Rollout, context: UpdateContext, state: TrainerState
     ) -> tuple[list[str], Tensor, dict[str, Tensor], Logged]:
         """The completions as text, their scores less `missing_eos_penalty`, NaN where no function gave a reward, the rewards
         of each function, and what the functions logged."""
-        ids = [row[mask].tolist() for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
+        ids = kept(rollout.response_ids, rollout.response_mask)
         texts = self.models.tokenizer.batch_decode(ids, skip_special_tokens=True)
         prompts = prompt_texts(rollout, self.models.tokenizer)
         completions = [as_completion(text, prompt) for text, prompt in zip(texts, prompts, strict=True)]

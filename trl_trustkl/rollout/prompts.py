@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..errors import ConfigError, DataError, shown
+from ..masking import kept
 from ..run.rng import generator
 from ..types import Prompts, Rollout
 from .chat_template import check_template_kwargs, is_chat, is_message, render, template_kwargs_of, tools_of, unread_part
@@ -366,8 +367,7 @@ def prompt_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[A
     """The prompts as they are in the dataset, or decoded if it has only token ids."""
     if rollout.rows and "prompt" in rollout.rows[0]:
         return [row["prompt"] for row in rollout.rows]
-    ids = [row[mask] for row, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return tokenizer.batch_decode(kept(rollout.prompt_ids, rollout.prompt_mask), skip_special_tokens=True)
 
 
 def collate_nothing(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

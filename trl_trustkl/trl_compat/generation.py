@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..errors import ModelError
-from ..types import MicroBatch
+from ..types import MicroBatch, indices
 from .trl_trainers import GenerationTrainer
 
 _NEEDED = ("_buffered_inputs", "_step", "_metrics", "_logs")
@@ -90,6 +90,7 @@ def micro_batches(trainer: GenerationTrainer) -> list[MicroBatch]:
                 position_ids=None,
                 response_ids=ids,
                 response_mask=counts.bool(),
+                token_indices=indices(counts),
             )
         )
         first += len(ids)

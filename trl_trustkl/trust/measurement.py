@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..masking import masked_mean, masked_sum
-from ..types import AnchorMeasurement, Measurement, MicroBatch, PolicySnapshot, ResponseMeasurement
+from ..types import AnchorMeasurement, Measurement, MicroBatch, PolicySnapshot, ResponseMeasurement, indices
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
@@ -107,21 +107,25 @@ def measurement(kl: Tensor, tv: Tensor, log_ratio: Tensor, mask: Tensor, *, comp
     The arguments are gathered from all processes, so that every process gets the same numbers. `complete` says whether
     the mask holds every response token of the batch.
     """
-    count = int(mask.sum())
-    if count == 0:
+    tokens = indices(mask)
+    if not len(tokens):
         return Measurement(0.0, 0.0, 0.0, 0.0, 1.0, {str(q): 1.0 for q in QUANTILES}, 0, complete)
-    kls, ratios = kl[mask].double(), log_ratio[mask].double()
+    kls, ratios = (each.flatten().index_select(0, tokens).double() for each in (kl, log_ratio))
     levels = torch.tensor(QUANTILES, dtype=torch.float64, device=ratios.device)
     # The exponential is monotonic, so the quantiles are computed in log space.
-    quantiles = _exp(torch.quantile(ratios, levels))
+    quantiles = torch.quantile(ratios, levels)
+    largest = masked_sum(kl.double(), mask, dim=1).max()
+    numbers = torch.stack([kls.mean(), kls.max(), largest, masked_mean(tv.double(), mask), ratios.max(), *quantiles])
+    mean, kl_max, kl_response_max, mean_tv, *log_ratios = numbers.tolist()  # one read
+    max_ratio, *found = map(_exp, log_ratios)
     return Measurement(
-        kl=float(kls.mean()),
-        kl_max=float(kls.max()),
-        kl_response_max=float(masked_sum(kl.double(), mask, dim=1).max()),
-        tv=float(masked_mean(tv.double(), mask)),
-        max_ratio=_exp(ratios.max().unsqueeze(0))[0],
-        ratio_quantiles=dict(zip(map(str, QUANTILES), quantiles, strict=True)),
-        tokens=count,
+        kl=mean,
+        kl_max=kl_max,
+        kl_response_max=kl_response_max,
+        tv=mean_tv,
+        max_ratio=max_ratio,
+        ratio_quantiles=dict(zip(map(str, QUANTILES), found, strict=True)),
+        tokens=len(tokens),
         complete=complete,
         responses=_responses(kl, tv, log_ratio, mask) if complete else None,
     )
@@ -129,20 +133,20 @@ def measurement(kl: Tensor, tv: Tensor, log_ratio: Tensor, mask: Tensor, *, comp
 
 def _responses(kl: Tensor, tv: Tensor, log_ratio: Tensor, mask: Tensor) -> ResponseMeasurement:
     """The arguments are those of `measurement`, of which at least one token counts."""
-    some = mask.any(1)
+    some = indices(mask.any(1))
     moved = torch.expm1(log_ratio.double().clamp(max=_LARGEST))
-    positions = torch.where(mask, tv.double(), 0.0)[some].mean(0)
+    tvs = torch.where(mask, tv.double(), 0.0)
+    means = masked_sum(kl.double(), mask, dim=1)[some].mean(), torch.where(mask, tv.double(), -torch.inf).max()
+    parts = [masked_sum(moved, mask, dim=1), mask.sum(1).double(), tvs[some].mean(0), torch.stack(means)]
+    read = torch.cat(parts).cpu().split([len(each) for each in parts])  # one read
+    moves, tokens, positions, (mean, tv_max) = (each.tolist() for each in read)
     return ResponseMeasurement(
-        moved=tuple(masked_sum(moved, mask, dim=1).tolist()),
-        tokens=tuple(mask.sum(1).tolist()),
-        kl=float(masked_sum(kl.double(), mask, dim=1)[some].mean()),
-        tv_max=float(tv[mask].max()),
-        tv_positions=tuple(positions.tolist()),
+        moved=tuple(moves), tokens=tuple(map(int, tokens)), kl=mean, tv_max=tv_max, tv_positions=tuple(positions)
     )
 
 
 _LARGEST = 700.0  # of a log-ratio: its exponential is finite
 
 
-def _exp(log_ratio: Tensor) -> list[float]:
-    return [math.exp(min(x, _LARGEST)) if math.isfinite(x) else math.nan for x in log_ratio.tolist()]
+def _exp(log_ratio: float) -> float:
+    return math.exp(min(log_ratio, _LARGEST)) if math.isfinite(log_ratio) else math.nan
