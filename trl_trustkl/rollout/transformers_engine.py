@@ -20,8 +20,9 @@ from transformers import (
 
 from ..errors import ConfigError
 from ..policy import cpu, lora, split_lm
+from ..trl_compat.decoding import without_waiting
 from .engine import FinishReason, Samples
-from .generation_options import check_stop_ids, stop_strings
+from .generation_options import STATIC, check_stop_ids, stop_strings
 from .sampler import Sampler, uniform_numbers
 from .sampling import is_stop, response_mask
 
@@ -101,6 +102,7 @@ class TransformersEngine:
             "use_cache": True,
         }
         self._config = GenerationConfig(**settings | extra)
+        self._static = extra.get("cache_implementation") in STATIC
 
     def check(self) -> None:
         """Nothing to check."""
@@ -137,7 +139,8 @@ class TransformersEngine:
         strings: list[StopStrings] = []
         if self._tokenizer is not None and self._strings:
             strings.append(StopStrings(self._strings, self._tokenizer, ids.shape[1]))
-        with ready_to_generate(self._causal):
+        padded = self._static or len({len(each) for each in prompt_ids}) > 1
+        with ready_to_generate(self._causal), without_waiting(ids.device, padded=padded):
             sequences = self._causal.generate(
                 input_ids=ids,
                 attention_mask=pad_sequence(ones, batch_first=True, padding_side="left"),
