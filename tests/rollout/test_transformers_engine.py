@@ -105,6 +105,32 @@ def test_batches_of_prompts_do_not_repeat_each_others_random_numbers():
     assert len({tuple(ids.tolist()) for ids in found.ids}) > 3
 
 
+def test_a_response_does_not_depend_on_the_prompts_that_share_its_batch():
+    """Its random numbers are those of its place among the prompts; only rounding depends on its batch."""
+    whole = engine(batch_size=100).generate(PROMPTS, seed=1)
+    for size in (1, 3):
+        found = engine(batch_size=size).generate(PROMPTS, seed=1)
+        assert found.finish_reasons == whole.finish_reasons
+        for ids, logps, wanted, wanted_logps in zip(found.ids, found.logps, whole.ids, whole.logps, strict=True):
+            assert ids.tolist() == wanted.tolist()
+            torch.testing.assert_close(logps, wanted_logps, rtol=0, atol=1e-5)
+    first = engine().generate(PROMPTS[:2], seed=1)
+    assert [ids.tolist() for ids in first.ids] == [ids.tolist() for ids in whole.ids[:2]]
+
+
+def test_prompts_of_similar_length_share_a_batch():
+    lengths: list[list[int]] = []
+
+    class Watched(TransformersEngine):
+        def _generate(self, prompt_ids: Any, uniform: Tensor) -> Any:
+            lengths.append([len(each) for each in prompt_ids])
+            return super()._generate(prompt_ids, uniform)
+
+    settings = {"response_length": 2, "temperature": 1.0, "stop_ids": [], "pad_token_id": 0, "batch_size": 3}
+    Watched(tiny.llama(), autocast=contextlib.nullcontext, **settings).generate(PROMPTS, seed=1)
+    assert lengths == [[6, 5, 4], [3, 2, 2], [1, 1]]
+
+
 def test_results_come_in_the_order_of_the_prompts():
     for size in (1, 3, 100):
         model = tiny.llama()

@@ -65,8 +65,8 @@ REFUSED = {
 }
 """Options that have no effect in sampling with one beam, or one that the trainer cannot allow, and why."""
 
-_STATIC = ("static", "offloaded_static")
-_CACHES = ("dynamic", "offloaded", "quantized", *_STATIC)
+STATIC = ("static", "offloaded_static")
+_CACHES = ("dynamic", "offloaded", "quantized", *STATIC)
 """Caches that `generate` selects by its configuration. It ignores the others, such as "paged", or has deprecated them."""
 
 _PROCESSORS: dict[str, tuple[str, Any]] = {
@@ -137,12 +137,12 @@ def _check_effects(extra: dict[str, Any], known: dict[str, Any], usable: list[st
 def _ignored(given: dict[str, Any], known: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The options that would be ignored, each with the reason."""
     cache = given.get("cache_implementation")
-    static = f"only cache_implementation={_STATIC[0]!r} or {_STATIC[1]!r} uses it"
+    static = f"only cache_implementation={STATIC[0]!r} or {STATIC[1]!r} uses it"
     needs = {
         "cache_implementation": (cache in _CACHES, f"generate() selects only {', '.join(map(repr, _CACHES))}"),
         "cache_config": (cache == "quantized", "only cache_implementation='quantized' uses it"),
-        "max_cache_len": (cache in _STATIC, static),
-        "disable_compile": (cache in _STATIC, static),
+        "max_cache_len": (cache in STATIC, static),
+        "disable_compile": (cache in STATIC, static),
         "min_new_tokens": (
             not (given.get("min_new_tokens") and given.get("stop_strings")),
             "it does not hold back stop_strings",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -14,8 +12,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -24,47 +20,11 @@ from transformers import (
 
 from ..errors import ConfigError
 from ..policy import cpu, lora, split_lm
-from ..run import rng
+from ..trl_compat.decoding import without_waiting
 from .engine import FinishReason, Samples
-from .generation_options import check_stop_ids, stop_strings
+from .generation_options import STATIC, check_stop_ids, stop_strings
+from .sampler import Sampler, uniform_numbers
 from .sampling import is_stop, response_mask
-
-
-class Sampler(LogitsProcessor):
-    """Samples each token, and keeps its log-probability.
-
-    It must be the last processor, so that its scores are those of the sampled distribution. The scores that it returns
-    leave only the sampled token to greedy decoding. Inverting the distribution function takes one uniform number for each
-    sequence, whereas `torch.multinomial` draws one for each entry of the vocabulary.
-    """
-
-    def __init__(self) -> None:
-        self.columns: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logps = scores.float().log_softmax(-1)
-        cumulative = logps.exp().cumsum(-1, dtype=torch.float64)
-        level = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * cumulative[:, -1:]
-        # The first entry whose cumulative probability exceeds the level, never one of probability 0. If the scores are NaN,
-        # there is none; the last entry is used, and the update is rejected because of its log-probability.
-        token = torch.searchsorted(cumulative, level, right=True).clamp_(max=scores.shape[-1] - 1)
-        self.columns.append(logps.gather(-1, token).squeeze(-1))
-        return torch.full_like(scores, -math.inf).scatter_(-1, token, 0.0)
-
-    def decode(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: Any,
-        generation_config: GenerationConfig,
-        **kwargs: Any,
-    ) -> Any:
-        """The decoding method for `generate(custom_generate=…)`: the model's, with this processor last."""
-        processors = LogitsProcessorList([*logits_processor, self])
-        greedy = copy.copy(generation_config)
-        greedy.do_sample = False
-        return model._sample(input_ids, processors, stopping_criteria, greedy, **kwargs)
 
 
 class StopStrings(StoppingCriteria):
@@ -125,6 +85,7 @@ class TransformersEngine:
         self._tokenizer = tokenizer
         self._causal = policy.get_base_model() if isinstance(policy, PeftModel) else policy
         self._stop_ids = stop_ids
+        self._length = response_length
         self._batch_size = batch_size
         self._autocast = autocast
         # The model has no embedding for a padding token outside of its vocabulary, masked or not.
@@ -141,6 +102,7 @@ class TransformersEngine:
             "use_cache": True,
         }
         self._config = GenerationConfig(**settings | extra)
+        self._static = extra.get("cache_implementation") in STATIC
 
     def check(self) -> None:
         """Nothing to check."""
@@ -152,22 +114,33 @@ class TransformersEngine:
         """Nothing to release."""
 
     def generate(self, prompt_ids: Sequence[Tensor], seed: int) -> Samples:
-        """Sample with one random stream for all prompts, so that the result depends on which prompts share a batch."""
-        with self._autocast(), rng.seeded(prompt_ids[0].device, seed):
-            starts = range(0, len(prompt_ids), self._batch_size)
-            rows = [row for i in starts for row in self._generate(prompt_ids[i : i + self._batch_size])]
-        return Samples([ids for ids, _, _ in rows], [logps for _, logps, _ in rows], [reason for _, _, reason in rows])
+        """Sample for prompts of similar length at a time, longest first, which takes the least padding.
+
+        The random numbers of a response depend on the seed and its place among the prompts, and not on the prompts that
+        share its batch.
+        """
+        order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]), reverse=True)
+        uniform = uniform_numbers(len(prompt_ids), self._length, seed)[order].to(prompt_ids[0].device)
+        rows: dict[int, tuple[Tensor, Tensor, FinishReason]] = {}
+        with self._autocast():
+            for start in range(0, len(order), self._batch_size):
+                chunk = slice(start, start + self._batch_size)
+                found = self._generate([prompt_ids[i] for i in order[chunk]], uniform[chunk])
+                rows.update(zip(order[chunk], found, strict=True))
+        ids, logps, reasons = zip(*(rows[i] for i in range(len(order))), strict=True)
+        return Samples(list(ids), list(logps), list(reasons))
 
     @torch.no_grad()
-    def _generate(self, prompt_ids: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, FinishReason]]:
+    def _generate(self, prompt_ids: Sequence[Tensor], uniform: Tensor) -> list[tuple[Tensor, Tensor, FinishReason]]:
         """Token ids, log-probabilities and finish reason of each response."""
         ids = pad_sequence(list(prompt_ids), batch_first=True, padding_value=self._pad_token_id, padding_side="left")
         ones = [torch.ones_like(each) for each in prompt_ids]
-        sampler = Sampler()
+        sampler = Sampler(uniform)
         strings: list[StopStrings] = []
         if self._tokenizer is not None and self._strings:
             strings.append(StopStrings(self._strings, self._tokenizer, ids.shape[1]))
-        with ready_to_generate(self._causal):
+        padded = self._static or len({len(each) for each in prompt_ids}) > 1
+        with ready_to_generate(self._causal), without_waiting(ids.device, padded=padded):
             sequences = self._causal.generate(
                 input_ids=ids,
                 attention_mask=pad_sequence(ones, batch_first=True, padding_side="left"),
