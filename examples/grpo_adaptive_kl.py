@@ -30,7 +30,7 @@ from trl_trustkl.demo.prompts import TRAIN_PROMPTS
 from trl_trustkl.demo.rewards import sentiment
 from trl_trustkl.demo.smollm2 import load_smollm2
 from trl_trustkl.demo.task import quieten
-from trl_trustkl.policy.cpu import has_bf16_instructions
+from trl_trustkl.policy.cpu import computes_bf16
 
 TRAINERS: dict[str, tuple[Any, Any]] = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
 
@@ -66,7 +66,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "bf16": gpu or has_bf16_instructions(),
+        "bf16": computes_bf16(),  # TRL's own configurations do not look at the CPU
         "use_cpu": not gpu,
         "gradient_checkpointing": gpu,
     }
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.model is None:
         model, tokenizer = load_smollm2(quantize=False)
     else:
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto" if computes_bf16() else torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(options.model)
     trainer_class, config_class = TRAINERS[options.trainer]
     trainer = trainer_class(

@@ -125,7 +125,7 @@ def errors_of(folder: Path) -> list[Any]:
     quantised.is_loaded_in_4bit = True
     anchor = {"kl_estimator": "k1", "kl_placement": "loss"}
     return [
-        lambda: TrustKLPPOConfig(output_dir=str(folder)),
+        lambda: TrustKLPPOConfig(output_dir=str(folder), bf16=True),
         lambda: tiny.config(folder, num_mini_batches=3),
         lambda: tiny.trainer(folder, train_dataset=tiny.prompts(4)),
         lambda: tiny.config(folder, kl_controller="adaptive"),

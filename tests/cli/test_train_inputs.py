@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 
+from tests import tiny
 from tests.cli.training import flags, run_main, settings, write_yaml
 from trl_trustkl.cli import train_inputs, train_options
+from trl_trustkl.policy import cpu
 
 
 def test_rewards_come_in_the_order_of_their_weights(place: Path, monkeypatch) -> None:
@@ -19,6 +22,20 @@ def test_rewards_come_in_the_order_of_their_weights(place: Path, monkeypatch) ->
     loaded = train_inputs.load_rewards(train_options.parse(flags(run)))
     assert [type(func).__name__ for func in loaded["reward_funcs"]] == ["LlamaForSequenceClassification", "function"]
     assert [each is None for each in loaded["reward_processing_classes"]] == [False, True]
+
+
+@pytest.mark.parametrize(("has", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_reward_model_is_in_float32_on_a_cpu_without_bf16_instructions(
+    place: Path, tmp_path: Path, monkeypatch, has: bool, dtype: torch.dtype
+) -> None:
+    tiny.scalar_model(tiny.llama()).to(torch.bfloat16).save_pretrained(tmp_path / "judge")
+    tiny.tokenizer().save_pretrained(tmp_path / "judge")
+    monkeypatch.setattr(cpu, "has_bf16_instructions", lambda: has)
+    run = settings(place, tmp_path, reward_funcs=[str(tmp_path / "judge")])
+    run.pop("bf16")
+    parsed = train_options.parse(["--config", write_yaml(tmp_path / "run.yaml", run)])
+    assert parsed.training.bf16 is has
+    assert train_inputs.load_rewards(parsed)["reward_funcs"][0].dtype == dtype
 
 
 def test_quantisation_and_lora_flags_are_trls(place: Path) -> None:

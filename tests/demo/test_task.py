@@ -40,8 +40,8 @@ def test_the_configuration_makes_four_steps_of_each_update_and_takes_changes(tmp
     assert task.sentiment_config(str(tmp_path), response_length=5).response_length == 5
 
 
-@pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_the_trainer_has_the_prompts_the_reward_and_an_adapter(tmp_path, monkeypatch, bf16, dtype):
+@pytest.mark.parametrize(("has", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_trainer_has_the_prompts_the_reward_and_an_adapter(tmp_path, monkeypatch, has, dtype):
     loaded = []
 
     def load(**options):
@@ -49,8 +49,9 @@ def test_the_trainer_has_the_prompts_the_reward_and_an_adapter(tmp_path, monkeyp
         return tiny.llama(), tiny.tokenizer()
 
     monkeypatch.setattr(smollm2, "load_smollm2", load)
-    monkeypatch.setattr(cpu, "computes_bf16", lambda: bf16)
-    trainer = task.sentiment_trainer(str(tmp_path), max_steps=2, bf16=False)
+    monkeypatch.setattr(cpu, "has_bf16_instructions", lambda: has)
+    trainer = task.sentiment_trainer(str(tmp_path), max_steps=2, use_cpu=True)
+    assert trainer.args.bf16 is has
     assert loaded == [{"quantize": True, "dtype": dtype}]
     assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (len(TRAIN_PROMPTS), len(EVAL_PROMPTS))
     assert trainer.train_dataset[0]["prompt"] == [{"role": "user", "content": TRAIN_PROMPTS[0]}]

@@ -14,6 +14,7 @@ from trl import get_dataset, get_peft_config, get_quantization_config, rewards
 from ..errors import DataError, ModelError, TrustKLError
 from ..import_paths import load_function
 from ..policy.loading import of_other_repository, of_tokenizer
+from ..policy.precision import dtype_to_load
 from ..rollout.prompts import AnyDataset
 from .train_options import Options, TrainArguments
 
@@ -111,21 +112,22 @@ def load_rewards(options: Options) -> dict[str, list[Any]]:
     script = options.script
     # A reward model is loaded with its own configuration; of the policy's arguments it gets those for the Hub.
     access = of_tokenizer(of_other_repository(options.training.model_init_kwargs or {}))
-    found = [_reward(name, access) for name in script.reward_funcs or []]
+    dtype = dtype_to_load(options.training)
+    found = [_reward(name, access, dtype) for name in script.reward_funcs or []]
     if script.reward_model_name_or_path:
-        found.insert(0, _reward_model("reward_model_name_or_path", script.reward_model_name_or_path, access))
+        found.insert(0, _reward_model("reward_model_name_or_path", script.reward_model_name_or_path, access, dtype))
     funcs, tokenizers = zip(*found, strict=True)
     return {"reward_funcs": list(funcs), "reward_processing_classes": list(tokenizers)}
 
 
-def _reward(name: str, access: dict[str, Any]) -> tuple[Any, Any]:
+def _reward(name: str, access: dict[str, Any], dtype: dict[str, Any]) -> tuple[Any, Any]:
     """A function if the name is an import path, else a model; a folder is a model whatever its name."""
     dotted = "." in name and all(part.isidentifier() for part in name.split("."))
     if name in TRL_REWARDS:
         return _of_trl(name), None
     if not Path(name).is_dir() and (name.find(":") > 0 or dotted):
         return load_function("reward_funcs", name, VALID), None
-    return _reward_model("reward_funcs", name, access)
+    return _reward_model("reward_funcs", name, access, dtype)
 
 
 def _of_trl(name: str) -> Any:
@@ -134,9 +136,9 @@ def _of_trl(name: str) -> Any:
     return func(max_completion_len=1280, soft_punish_cache=256) if name == "get_soft_overlong_punishment" else func
 
 
-def _reward_model(field: str, name: str, access: dict[str, Any]) -> tuple[Any, Any]:
+def _reward_model(field: str, name: str, access: dict[str, Any], dtype: dict[str, Any]) -> tuple[Any, Any]:
     with _as_error(ModelError, field, name):
-        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **access)
+        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **access, **dtype)
         return model, AutoTokenizer.from_pretrained(name, **access)
 
 

@@ -14,11 +14,10 @@ def sentiment_trainer(output_dir: str, *, callbacks: Sequence[Any] = (), **chang
     import torch
 
     from .. import TrustKLPPOTrainer
-    from ..policy.cpu import computes_bf16
     from .smollm2 import load_smollm2
 
     config = sentiment_config(output_dir, **changes)
-    model, tokenizer = load_smollm2(quantize=True, dtype=torch.bfloat16 if computes_bf16() else torch.float32)
+    model, tokenizer = load_smollm2(quantize=True, dtype=torch.bfloat16 if config.bf16 else torch.float32)
     return TrustKLPPOTrainer(args=config, model=model, processing_class=tokenizer, callbacks=list(callbacks), **_task())
 
 
@@ -44,7 +43,6 @@ def sentiment_grpo_trainer(output_dir: str, *, callbacks: Sequence[Any] = (), **
 def sentiment_grpo_config(output_dir: str, **changes: Any) -> Any:
     """That of the GRPO task: an update has 16 completions of 24 tokens, 8 for each prompt."""
     from .. import TrustKLGRPOConfig
-    from ..policy.cpu import computes_bf16
 
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 16,
@@ -53,7 +51,6 @@ def sentiment_grpo_config(output_dir: str, **changes: Any) -> Any:
         "num_generations_eval": 1,
         "max_completion_length": 24,
         "learning_rate": 1e-3,
-        "bf16": computes_bf16(),
         "logging_strategy": "steps",
         "logging_steps": 1,
         **_quiet_run(),
@@ -97,10 +94,9 @@ def _quiet_run() -> dict[str, Any]:
 def sentiment_config(output_dir: str, **changes: Any) -> Any:
     """The task's configuration: an update has 16 responses of 24 tokens and 2 epochs × 2 mini-batches.
 
-    It computes in bf16 if the hardware supports it, and in float32 otherwise.
+    `bf16` has its default: on where the hardware computes it fast.
     """
     from .. import TrustKLPPOConfig
-    from ..policy.cpu import computes_bf16
 
     settings: dict[str, Any] = {
         "output_dir": output_dir,
@@ -111,7 +107,6 @@ def sentiment_config(output_dir: str, **changes: Any) -> Any:
         "response_length": 24,
         "temperature": 1.0,
         "learning_rate": 1e-3,
-        "bf16": computes_bf16(),
         "per_device_eval_batch_size": 16,
         "num_sample_generations": 0,
         "logging_strategy": "no",

@@ -11,6 +11,7 @@ from trl import GRPOConfig, RLOOConfig
 from ..controllers import CONTROLLERS, Controller, ControllerName, FixedKL, ScheduledKL, build_controller
 from ..errors import ConfigError
 from ..options import OF_TOKEN, PER_RESPONSE, PER_TOKEN, Range, check_options, option, unmasked
+from ..policy.precision import choose_bf16
 from ..trl_compat import activation_checkpointing
 from ..trust.limits import reject_moving_reference
 
@@ -98,6 +99,7 @@ class TrustKLGRPOConfig(TrustRegionFields, GRPOConfig):
 
     def __post_init__(self) -> None:
         activation_checkpointing.adopt_fields(self)
+        choose_bf16(self)
         super().__post_init__()
         check(self, self.beta)
 
@@ -112,6 +114,7 @@ class TrustKLRLOOConfig(TrustRegionFields, RLOOConfig):
 
     def __post_init__(self) -> None:
         activation_checkpointing.adopt_fields(self)
+        choose_bf16(self)
         super().__post_init__()
         check(self, self.beta)
 

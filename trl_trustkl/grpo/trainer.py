@@ -10,6 +10,7 @@ from trl import GRPOTrainer, RLOOTrainer
 from ..callbacks import AdaptiveKLCallback, BoundReportCallback, TrustRegionCallback
 from ..callbacks.bound_report import report_of
 from ..errors import ConfigError
+from ..policy.precision import avoid_bf16
 from ..report import model_card
 from .config import TrustKLGRPOConfig, TrustKLRLOOConfig, build_kl_controller
 
@@ -27,6 +28,7 @@ class TrustKLGRPOTrainer(GRPOTrainer):
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **options: Any) -> None:
         args = checked(args, TrustKLGRPOConfig, default=f"{_name_of(model)}-GRPO")
         super().__init__(model, reward_funcs, args, *others, **options)
+        avoid_bf16(self.model, args)
         add_callbacks(self, args)
 
     def create_model_card(self, *arguments: Any, **options: Any) -> None:
@@ -44,6 +46,7 @@ class TrustKLRLOOTrainer(RLOOTrainer):
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **options: Any) -> None:
         args = checked(args, TrustKLRLOOConfig, default=f"{_name_of(model)}-RLOO")
         super().__init__(model, reward_funcs, args, *others, **options)
+        avoid_bf16(self.model, args)
         add_callbacks(self, args)
 
     def create_model_card(self, *arguments: Any, **options: Any) -> None:

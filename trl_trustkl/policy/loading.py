@@ -22,12 +22,19 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from ..errors import ConfigError, ModelError, shown
 from ..trl_compat import activation_checkpointing
 from .dropout import disable_dropout
+from .precision import avoid_bf16, dtype_to_load
 from .quantization import is_quantized, unpack_4bit_weights
 
 _ACCESS = ("token", "cache_dir", "local_files_only")
 _OF_ADAPTER = ("revision", "subfolder", *_ACCESS)
 _OF_TOKENIZER = ("revision", "code_revision", "trust_remote_code", *_ACCESS)
 _OF_REPOSITORY = ("revision", "code_revision", "subfolder")
+
+
+def init_kwargs_of(args: Any) -> dict[str, Any]:
+    """`model_init_kwargs`, with the dtype to load in if they name none."""
+    given = args.arguments("model_init_kwargs")
+    return given if given.keys() & {"dtype", "torch_dtype"} else dtype_to_load(args) | given
 
 
 def of_other_repository(init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
@@ -142,7 +149,7 @@ def load_policy(
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise ModelError(f"`processing_class` got {type(processing_class).__name__}; it must be a tokenizer.")
     if isinstance(model, str):
-        model = load_causal_lm(model, args.model_init_kwargs)
+        model = load_causal_lm(model, init_kwargs_of(args))
     elif args.model_init_kwargs:
         raise ConfigError(
             "`model_init_kwargs` was given with a model that is already loaded; it applies to models given by name."
@@ -166,6 +173,7 @@ def load_policy(
         # Any other would be saved with the model, which could not be loaded then.
         model.config.get_text_config().pad_token_id = processing_class.pad_token_id
     unpack_4bit_weights(model)
+    avoid_bf16(model, args)
     disable_dropout(model)
     return model, processing_class
 
@@ -241,6 +249,7 @@ def prepare_value_model(
             "a value head."
         )
     unpack_4bit_weights(model)
+    avoid_bf16(model, args, name="value_model")
     _prepare_for_training(model, args)
     if not trainable(model):
         raise ModelError("`value_model` has no trainable parameter; load its adapter with is_trainable=True.")

@@ -28,6 +28,7 @@ from ..options import (
     option,
     unmasked,
 )
+from ..policy.precision import choose_bf16
 from ..surrogates import SURROGATES, ClipRuleName, build_surrogate
 from ..trl_compat import activation_checkpointing
 from ..trust.limits import Limits
@@ -224,6 +225,7 @@ class TrustKLPPOConfig(TrainingFields):
         activation_checkpointing.adopt_fields(self)
         config_checks.check_batch(self)
         config_checks.choose_best(self)
+        choose_bf16(self)
         with rejected_by_transformers(only_transformers_checks(self)):
             super().__post_init__()
         reject_accelerator_config(self.accelerator_config)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..errors import ConfigError, ModelError
 from ..policy import loading, probes
+from ..policy.precision import avoid_bf16
 from ..policy.reference import Reference, build_reference
 from ..policy.value_head import PolicyAndValue
 from ..rollout import sampling
@@ -76,7 +77,7 @@ def prepare(
     policy = loading.prepare_policy(policy, peft_config, args)
     if hasattr(policy, "add_model_tags"):
         policy.add_model_tags(tags)
-    elsewhere = loading.of_other_repository(init_kwargs := args.arguments("model_init_kwargs"))
+    elsewhere = loading.of_other_repository(init_kwargs := loading.init_kwargs_of(args))
     padding_id, known = loading.padding_only(tokenizer), policy.get_input_embeddings().weight.shape[0]
     funcs, weights = build_rewards(
         given, reward_processing_classes, weights=args.reward_weights, init_kwargs=elsewhere,
@@ -87,8 +88,7 @@ def prepare(
         policy, value, temperature=args.temperature, detach_value=args.detach_value_head, padding_id=padding_id,
         has_value=args.has_value,
     )  # fmt: skip
-    if isinstance(ref_model, str):
-        ref_model = loading.load_causal_lm(ref_model, init_kwargs if ref_model == model else elsewhere)
+    ref_model = _given_reference(ref_model, args, init_kwargs if ref_model == model else elsewhere)
     _check_reference(policy, ref_model)
     reference = build_reference(
         policy, trained.split_lm, ref_model,
@@ -113,6 +113,14 @@ def _check_sharing(policy: Any, value_model: Any, rewards: Sequence[Any]) -> Non
                 f"`{other}` shares weights with `{one}`, which is trained: training would change both. Pass a separate "
                 "model, such as copy.deepcopy(model); with value_model=None, the value is a head on the policy."
             )
+
+
+def _given_reference(ref_model: Any, args: TrustKLPPOConfig, init_kwargs: dict[str, Any]) -> Any:
+    """`ref_model`, which is loaded if it is a name."""
+    if isinstance(ref_model, str):
+        ref_model = loading.load_causal_lm(ref_model, init_kwargs)
+    avoid_bf16(ref_model, args, name="ref_model")
+    return ref_model
 
 
 def _check_reference(policy: nn.Module, ref_model: Any) -> None:
