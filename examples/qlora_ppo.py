@@ -3,10 +3,11 @@
 PPO needs a policy, a reference, a value, and memory for sampling. The weights of three full models of 8 billion parameters
 would take about 50 GB. Here one backbone in 4 bits has three uses: with the LoRA adapter it is the policy, without the
 adapter it is the reference, and a small head on its hidden states predicts the value. Before training, the script estimates
-the memory from the shapes in the model's configuration: the weights (embeddings and head stay in 32 bits and are a large
-part), the adapter with its gradient and Adam's two moments, what the backward pass of one micro-batch keeps, and the keys
-and values of sampling. Training and sampling use their memory at different times: `--micro-batch` and `--response-length`
-determine the peak of training, `--sample-batch` that of sampling. On a GPU the measured peak is printed after the run.
+the memory from the shapes in the model's configuration: the weights (embeddings, head and norms stay in bf16), the adapter
+and the value head in 32 bits with their gradients and Adam's two moments, what the backward pass of one micro-batch keeps,
+and the keys and values of sampling. Training and sampling use their memory at different times: `--micro-batch` and
+`--response-length` determine the peak of training, `--sample-batch` that of sampling. It is an estimate, which was not
+measured on a GPU; there, the script prints the measured peak after the run.
 
     python examples/qlora_ppo.py                                        # SmolLM2-135M on a CPU, a few minutes
     python examples/qlora_ppo.py --model Qwen/Qwen2.5-7B-Instruct --updates 200        # one GPU of 24 GB
@@ -20,11 +21,18 @@ import argparse
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 
 from trl_trustkl import TrustKLPPOConfig, TrustKLPPOTrainer, load_records
 from trl_trustkl.demo.prompts import TRAIN_PROMPTS
 from trl_trustkl.demo.smollm2 import smollm2_path
+from trl_trustkl.policy.exact_kl import CHUNK_ELEMENTS
 
 GB = 1e9
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes per weight: 4 bits, 1 byte of scale per 64 weights, 4 bytes per 256 scales
@@ -40,27 +48,36 @@ def estimate(config, options: argparse.Namespace) -> dict[str, float]:
     kept = sum(p.numel() for p in model.parameters()) - quantised
     adapter = sum(options.lora_r * (m.in_features + m.out_features) for m in linear)
     text = config.get_text_config()
+    trained = adapter + text.hidden_size + 1  # the value head
     layers, hidden, inner = text.num_hidden_layers, text.hidden_size, text.intermediate_size
     length = options.prompt_length + options.response_length
     tokens = options.micro_batch * length
-    head_size = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    keys = text.num_key_value_heads * (getattr(text, "head_dim", None) or hidden // text.num_attention_heads)
     return {
         "4-bit weights": NF4 * quantised,
-        "embeddings, head, norms in 32 bits": 4.0 * kept,
-        "adapter, its gradient, Adam's moments": 16.0 * adapter,
+        "embeddings, head, norms in bf16": 2.0 * kept,
+        "reward model in bf16": reward_model_bytes(options.reward_model),
+        "trained weights, gradients, moments": 16.0 * trained,
+        # Before and after an update, for backtracking. Adam's moments are copied to host memory.
+        "trained weights kept of an update": 8.0 * trained,
+        "hidden states under π_old and π_ref": 4.0 * options.batch * options.response_length * hidden,
         "CUDA context and buffers": 1.0 * GB,
         # Checkpointing keeps each layer's input; then one layer is recomputed with all that its backward pass needs.
         "training: inputs of the layers": 2.0 * layers * tokens * hidden,
         "training: one recomputed layer": tokens * (28.0 * hidden + 10.0 * inner) + 2.0 * hidden * inner,
-        "training: hidden states of the batch": 2.0 * options.batch * options.response_length * hidden,
-        "sampling: keys and values": 4.0
-        * options.sample_batch
-        * length
-        * layers
-        * text.num_key_value_heads
-        * head_size,
+        "training: logits of a chunk": 32.0 * CHUNK_ELEMENTS,  # of two policies, their logarithms and a gradient
+        "sampling: keys and values": 4.0 * options.sample_batch * length * layers * keys,
         "sampling: next-token scores": 12.0 * options.sample_batch * text.vocab_size,
     }
+
+
+def reward_model_bytes(name: str | None) -> float:
+    """Bytes of a reward model, which is loaded in the dtype of its files: bf16, as most are."""
+    if name is None:
+        return 0.0
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(name, num_labels=1))
+    return 2.0 * sum(p.numel() for p in model.parameters())
 
 
 def peak(parts: dict[str, float]) -> float:

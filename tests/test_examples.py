@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    Qwen2Config,
+)
 
 from tests import tiny
 from trl_trustkl import load_records
 from trl_trustkl.controllers import CONTROLLERS
 from trl_trustkl.divergences import exact_from_logps
 from trl_trustkl.errors import ConfigError
+from trl_trustkl.policy.loading import trainable
+from trl_trustkl.policy.value_head import ValueHead
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -209,26 +220,109 @@ def test_qlora_trains_and_adds_up_its_memory(model, tmp_path, capsys) -> None:
     assert len(load_records(tmp_path)) == 1
 
 
-def test_the_estimate_of_memory_for_eight_billion_parameters(tmp_path, capsys) -> None:
-    config = LlamaConfig(  # Llama 3.1 8B
-        vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=131_072, tie_word_embeddings=False,
-    )  # fmt: skip
+QWEN_7B = Qwen2Config(  # Qwen2.5-7B
+    vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28,
+    num_key_value_heads=4, tie_word_embeddings=False,
+)  # fmt: skip
+LLAMA_8B = LlamaConfig(  # Llama 3.1 8B
+    vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8, max_position_embeddings=131_072, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def packed(weights: int) -> int:
+    """Bytes of a matrix in NF4 with double quantisation, by bitsandbytes' blocks: 64 weights have a scale of a byte, and 256
+    of these one of 4 bytes. The codes and the offset of a matrix have 272 numbers and one."""
+    return math.ceil(weights / 2) + math.ceil(weights / 64) + 4 * math.ceil(weights / (64 * 256)) + 4 * (272 + 1)
+
+
+def test_the_packing_is_that_of_bitsandbytes() -> None:
+    functional = pytest.importorskip("bitsandbytes").functional
+    for shape in ((64, 32), (320, 512)):
+        data, state = functional.quantize_4bit(torch.randn(shape), quant_type="nf4", compress_statistics=True)
+        held = [data, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+        assert sum(each.numel() * each.element_size() for each in held) == packed(shape[0] * shape[1])
+
+
+def in_memory(parameters: Iterable[torch.Tensor]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+@pytest.mark.parametrize(
+    "config", [QWEN_7B, LLAMA_8B, LlamaConfig(tie_word_embeddings=True)], ids=["qwen", "llama", "tied"]
+)
+def test_the_estimate_of_weights_equals_that_of_the_model_on_the_meta_device(config, tmp_path, capsys) -> None:
     config.save_pretrained(tmp_path)
     arguments = ["--model", str(tmp_path), "--estimate-only", "--response-length", "128"]
-    lines = example("qlora_ppo", *arguments, capsys=capsys)
+    lines = example("qlora_ppo", *arguments, "--reward-model", str(tmp_path), capsys=capsys)
     size = {line[:40].strip(): float(line[40:].split()[0]) for line in lines}
-    linear, kept, lora = (
-        6_979_321_856,
-        1_050_939_392,
-        41_943_040,
-    )  # as published for Llama 3.1 8B, and LoRA r = 16 on it
-    assert size["4-bit weights"] == pytest.approx(linear * (0.5 + 0.0159) / 1e9, abs=0.01)
-    assert size["embeddings, head, norms in 32 bits"] == pytest.approx(4 * kept / 1e9, abs=0.01)
-    assert size["adapter, its gradient, Adam's moments"] == pytest.approx(16 * lora / 1e9, abs=0.01)
-    assert 10 < size["estimated peak (training or sampling)"] < 24
-    small = example("qlora_ppo", *arguments, "--gpu-memory", "8", capsys=capsys)
-    assert small[-1].endswith("does not fit 8 GB")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        one_label = AutoConfig.from_pretrained(tmp_path, num_labels=1)
+        reward = AutoModelForSequenceClassification.from_config(one_label, dtype=torch.bfloat16)
+    matrices = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    weights = {n: p for n, p in model.named_parameters() if n.removesuffix(".weight") in matrices}
+    kept = [p for n, p in model.named_parameters() if n not in weights]
+    with torch.device("meta"):
+        model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+        head = ValueHead(config.hidden_size)
+    lora = in_memory(p.float() for p in [*trainable(model), *trainable(head)])
+    wanted = {
+        "4-bit weights": sum(packed(p.numel()) for p in weights.values()),
+        "embeddings, head, norms in bf16": in_memory(kept),
+        "reward model in bf16": in_memory(reward.parameters()),
+        "trained weights, gradients, moments": 4 * lora,
+        "trained weights kept of an update": 2 * lora,
+        "hidden states under π_old and π_ref": 2 * 32 * 128 * config.hidden_size * 2,
+    }
+    assert {name: size[name] for name in wanted} == pytest.approx({n: v / 1e9 for n, v in wanted.items()}, abs=0.006)
+
+
+def test_the_estimate_says_what_fits(tmp_path, capsys) -> None:
+    QWEN_7B.save_pretrained(tmp_path)
+    arguments = ["--model", str(tmp_path), "--estimate-only", "--response-length", "128"]
+    lines = example("qlora_ppo", *arguments, capsys=capsys)
+    assert lines[-1].startswith("estimated peak") and lines[-1].endswith("fits 24 GB")
+    assert 8 < float(lines[-1][40:].split()[0]) < 24
+    assert example("qlora_ppo", *arguments, "--gpu-memory", "8", capsys=capsys)[-1].endswith("does not fit 8 GB")
+
+
+def test_a_run_allocates_what_was_estimated(model, tmp_path, monkeypatch) -> None:
+    """On a CPU, where double quantisation is off and the other weights and the hidden states have 4 bytes instead of 2."""
+    pytest.importorskip("bitsandbytes")
+    qlora, kept, states = load("qlora_ppo"), [], []
+    options = argparse.Namespace(
+        updates=2, batch=4, micro_batch=2, sample_batch=4, lora_r=16, prompt_length=24, response_length=4,
+        reward_model=None, output_dir=str(tmp_path),
+    )  # fmt: skip
+    parts = qlora.estimate(AutoConfig.from_pretrained(model), options)
+    trainer = qlora.build(model, options)
+    optimise, enforce = trainer.optimise, trainer.enforce
+
+    def watched(batch, *arguments):
+        states.append(2 * sum(each.hidden.numel() for each in batch.scored.old_snapshots))  # and as many of π_ref
+        return optimise(batch, *arguments)
+
+    def enforced(batch, *arguments):
+        path = batch.context.snapshot.path
+        path.set_end()
+        kept.append(in_memory([*path.start, *path.end]))
+        return enforce(batch, *arguments)
+
+    monkeypatch.setattr(trainer, "optimise", watched)
+    monkeypatch.setattr(trainer, "enforce", enforced)
+    trainer.train()
+    policy, trained = trainer.model.policy, trainable(trainer.model)
+    quantised = [p for p in policy.parameters() if p.dtype == torch.uint8]
+    others = [p for p in policy.parameters() if p.dtype != torch.uint8 and not p.requires_grad]
+    state = trainer.optimizer.optimizer.state if hasattr(trainer.optimizer, "optimizer") else trainer.optimizer.state
+    moments = [state[p][name] for p in trained for name in ("exp_avg", "exp_avg_sq")]
+    assert in_memory(quantised) == pytest.approx(parts["4-bit weights"] * 0.5 / qlora.NF4)
+    assert in_memory(others) == 2 * parts["embeddings, head, norms in bf16"]
+    assert in_memory(trained) * 2 + in_memory(moments) == parts["trained weights, gradients, moments"]
+    head = in_memory(trainable(trainer.model.value))
+    assert set(kept) == {parts["trained weights kept of an update"] - 2 * head}  # only the policy's path has an end
+    assert 0 < max(states) * 2 <= parts["hidden states under π_old and π_ref"]
 
 
 def notebook_cells() -> list[str]:
