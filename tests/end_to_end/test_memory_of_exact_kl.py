@@ -1,7 +1,8 @@
 """The memory that exact divergences need: nothing of the size tokens × vocabulary.
 
-A separate process runs a few tokens, twice since libraries keep buffers of the first run, and then three times as many; its peak
-memory must not rise. The allocator is set to return freed blocks to the system, so that the peak is the memory held at one time.
+A separate process runs a few tokens, twice since libraries keep buffers of the first run, and then three times as many; its
+peak memory must not rise. The allocator is set to return freed blocks to the system, so that the peak is the memory held at one
+time.
 """
 
 from __future__ import annotations
