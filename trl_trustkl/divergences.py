@@ -149,6 +149,11 @@ def _difference(logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(alive, logp - logq, 0.0), alive
 
 
+def log_ratio(logp: Tensor, logq: Tensor) -> Tensor:
+    """log p − log q where p > 0, and 0 elsewhere."""
+    return _difference(logp, logq)[0]
+
+
 def _kl_terms(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
     """The terms p·d + q − p of a KL, for d = log(p/q) (any finite number where p = 0): non-negative, 0 at equality.
 
@@ -159,8 +164,13 @@ def _kl_terms(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
     return torch.where((p > 0) & (d.abs() <= 1), p * (torch.expm1(-close) + close), q - p + p * d)
 
 
+def kl_between(logp: Tensor, logq: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """KL(p‖q) of two distributions [..., V], to [...], for a caller that has both the probabilities and their logarithms."""
+    return _kl_terms(p, q, log_ratio(logp, logq)).sum(-1)
+
+
 def _kl(logp: Tensor, logq: Tensor) -> Tensor:
-    return _kl_terms(logp.exp(), logq.exp(), _difference(logp, logq)[0]).sum(-1)
+    return kl_between(logp, logq, logp.exp(), logq.exp())
 
 
 def _js(logp: Tensor, logq: Tensor) -> Tensor:

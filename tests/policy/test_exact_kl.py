@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,6 +51,47 @@ PRECISIONS = {  # dtype, autocast, relative tolerance
     "bf16 autocast": (torch.float32, True, 0.02),
     "bf16 weights": (torch.bfloat16, False, 0.02),
 }
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import json
+import torch
+from trl_trustkl.policy import exact_kl
+from trl_trustkl.types import PolicySnapshot
+
+ELEMENTS, V = 2**22, 2**14
+exact_kl.CHUNK_ELEMENTS = exact_kl.CACHE_ELEMENTS = ELEMENTS  # one block a chunk, as on a GPU
+tokens = 3 * ELEMENTS // V
+
+def memory(name):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+
+head, frozen = (torch.nn.Linear(8, V, bias=False).bfloat16() for _ in range(2))
+frozen.requires_grad_(False)
+hidden, targets = torch.randn(tokens, 8).bfloat16(), torch.randint(V, (tokens,))
+
+def peak(count, backward):
+    snapshot = PolicySnapshot(hidden[:count] + 0.1, frozen)
+    with torch.set_grad_enabled(backward):
+        found = exact_kl.token_statistics(
+            hidden[:count].clone().requires_grad_(backward), targets[:count], head, vocab_size=V, temperature=0.7,
+            entropy=True, ref=snapshot, old=snapshot,
+        )
+        before = memory("VmRSS")
+        if backward:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # the peak is from now on
+            (found.logp + found.entropy + found.ref_kl + found.old_kl).sum().backward()
+    return memory("VmHWM") - before
+
+peaks = []
+for backward in (False, True):
+    peak(2, backward)
+    peaks.append(peak(tokens, backward) / (4 * ELEMENTS))
+print(json.dumps(peaks))
+"""
+"""The peak memory of a forward and of a backward pass, in buffers of one chunk."""
 
 
 def dense_columns(
@@ -117,6 +163,36 @@ def test_a_head_in_half_precision_does_not_lose_the_chunks_it_adds_up(monkeypatc
     token_statistics(hidden.requires_grad_(), targets, head, vocab_size=V).logp.mean().backward()
     assert head.weight.grad.dtype == torch.bfloat16
     assert (head.weight.grad.float() - wide.weight.grad).norm() < 4e-3 * wide.weight.grad.norm()
+
+
+@pytest.mark.parametrize(("gigabytes", "elements"), [(0.1, 2**22), (4, 2**22), (24, 2**24), (80, 2**26), (141, 2**27)])
+def test_a_gpu_has_the_largest_chunks_whose_buffers_take_a_sixteenth_of_its_memory(gigabytes, elements, monkeypatch):
+    total = int(gigabytes * 1e9)
+    monkeypatch.setattr(exact_kl, "total_memory", lambda device: total)
+    assert exact_kl.chunk_elements(torch.device("cuda", 0)) == elements
+    taken = exact_kl.BUFFERS * 4 * elements
+    assert taken <= total / 16 < 2 * taken or elements == 2**22
+    assert exact_kl.chunk_elements(torch.device("cpu")) == 2**22
+
+
+def test_the_memory_of_a_gpu_is_looked_up_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: asked.append(device) or SimpleNamespace(total_memory=7)
+    )
+    exact_kl.total_memory.cache_clear()
+    devices = [torch.device("cuda", index) for index in (0, 1, 0, 1)]
+    assert [exact_kl.total_memory(device) for device in devices] == [7] * 4 and asked == devices[:2]
+    exact_kl.total_memory.cache_clear()
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from /proc")
+def test_the_buffers_of_a_chunk_are_no_more_than_counted():
+    """In a separate process, with three chunks."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True)
+    forward, backward = json.loads(done.stdout.splitlines()[-1])
+    assert 10 < forward < exact_kl.BUFFERS and backward < exact_kl.BUFFERS
 
 
 def test_a_trained_parameter_that_the_head_does_not_use_gets_no_gradient(small_chunks):

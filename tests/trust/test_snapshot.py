@@ -7,9 +7,21 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.trust.tabular import OPTIMIZERS, Tabular, copies, flat, same
 from trl_trustkl.trust.snapshot import ParameterPath, UpdateSnapshot
+
+
+class Counting(TorchDispatchMode):
+    """Counts operators that copy or compute."""
+
+    copies = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.copies += not func.is_view and not func.overloadpacket.__name__.startswith(("empty", "detach"))
+        return func(*args, **(kwargs or {}))
+
 
 WITH = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 
@@ -138,6 +150,41 @@ def test_a_restored_update_takes_the_optimizers_settings_back():
     toy.optimizer.param_groups[0]["lr"] = 9.0
     snapshot.restore()
     assert same(toy.everything(), before), "the first restore gave out the saved settings themselves"
+
+
+@pytest.mark.parametrize("staged", [1, 100, 2**26], ids=["each alone", "in groups", "all together"])
+def test_the_optimizers_state_is_the_same_however_much_of_it_is_moved_at_a_time(staged, monkeypatch):
+    monkeypatch.setattr("trl_trustkl.trust.snapshot.STAGED_BYTES", staged)
+    toy = Tabular("adamw")
+    toy.step()
+    before, snapshot = toy.everything(), toy.snapshot()
+    toy.step()
+    snapshot.restore()
+    assert same(toy.everything(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_point_of_a_path_is_torchs_to_the_bit_for_parameters_of_several_dtypes(dtype):
+    params = [*parameters(torch.float32), *parameters(dtype), *parameters(torch.float64)]
+    start, path = [p.detach().clone() for p in params], ParameterPath(params)
+    end = moved(params[:3]) + moved(params[3:6]) + moved(params[6:])
+    path.set_scale(0.3)
+    assert all(torch.equal(p, torch.lerp(a, b, 0.3)) for p, a, b in zip(params, start, end, strict=True))
+
+
+def test_a_snapshot_of_many_parameters_takes_few_operators():
+    """Not one for each parameter, nor one transfer for each entry of the optimizer's state."""
+    params = [nn.Parameter(torch.ones(3)) for _ in range(50)]
+    optimizer = torch.optim.AdamW(params)
+    for p in params:
+        p.grad = torch.ones(3)
+    optimizer.step()
+    with Counting() as taken:
+        snapshot = UpdateSnapshot(params, [], optimizer)
+    with Counting() as moves:
+        snapshot.path.set_scale(0.5)
+        snapshot.path.set_scale(0.0)
+    assert taken.copies <= 4 and moves.copies <= 6
 
 
 def test_a_snapshot_shares_no_memory_with_the_parameters():

@@ -2,12 +2,13 @@
 
 The logits are the largest tensor of fine-tuning: [B, T, V] in float32 takes gigabytes for a vocabulary of 150,000. Here
 the head runs on one chunk of tokens at a time. The backward pass runs each chunk again instead of keeping it, with the
-elementwise operations on one block of it at a time. The extra memory is a few buffers of `CHUNK_ELEMENTS` for any B and T.
+elementwise operations on one block of it at a time. The extra memory is a few buffers of a chunk for any B and T.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +19,33 @@ from .. import divergences
 from ..types import Head, MicroBatch, PolicySnapshot
 
 CHUNK_ELEMENTS = 2**22
-"""Logits in one chunk: 16 MiB in float32, small enough for a CPU's cache hierarchy and large enough for a GPU."""
+"""Logits in one chunk on a CPU, and the fewest on a GPU: 16 MiB in float32."""
+
+BUFFERS, SHARE = 14, 1 / 16
+"""On a GPU: buffers of the size of a chunk in float32 that exist at once, and the share of its memory that all may take."""
 
 CACHE_ELEMENTS = 2**19
 """Logits in one block of elementwise operations on a CPU: 2 MiB in float32, so that a few blocks fit into its cache."""
+
+
+def chunk_elements(device: torch.device) -> int:
+    """Logits in one chunk. It depends on the device only, so that two passes over the same tokens do the same arithmetic.
+
+    A chunk takes some dozens of launches of kernels, which would take most of the time on a GPU if chunks were small. There it
+    is the largest power of two with which `BUFFERS` buffers are at most the `SHARE` of the memory. The largest number was
+    measured in the forward pass with entropy, `ref` and `old` (13.3: three logits, the log-probabilities and probabilities of
+    two policies, and the terms of a KL); the backward pass needs 10.3.
+    """
+    if device.type != "cuda":
+        return CHUNK_ELEMENTS
+    most = int(SHARE * total_memory(device)) // (BUFFERS * 4)
+    return max(CHUNK_ELEMENTS, 2 ** (most.bit_length() - 1))
+
+
+@cache
+def total_memory(device: torch.device) -> int:
+    """The memory of a GPU in bytes."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 class TokenStatistics(NamedTuple):
@@ -66,8 +90,8 @@ def token_statistics(
 
     Every distribution is softmax(logits / temperature). entropy: in nats. With `ref`: log π_ref(target) and the exact
     KL(π‖π_ref). With `old`: log π_old(target), the exact KL(π_old‖π) and the total variation. Gradients flow to `hidden` and
-    to the trainable parameters in `head.parameters()`, never to a snapshot. Chunk boundaries depend only on N and V, so that
-    two passes over the same tokens do the same arithmetic.
+    to the trainable parameters in `head.parameters()`, never to a snapshot. Chunk boundaries depend only on N, V and the
+    device, so that two passes over the same tokens do the same arithmetic.
     """
     snapshots = {name: snapshot for name, snapshot in (("ref", ref), ("old", old)) if snapshot is not None}
     plan = _Plan(head, vocab_size, temperature, entropy, snapshots)
@@ -100,7 +124,8 @@ class _Plan(NamedTuple):
 
     def blocks(self, chunk: Tensor) -> Iterator[slice]:
         """On a CPU, blocks small enough for its cache to hold the result of one operation for the next; else the chunk."""
-        return self.chunks(chunk, CACHE_ELEMENTS if chunk.device.type == "cpu" else CHUNK_ELEMENTS)
+        on_cpu = chunk.device.type == "cpu"
+        return self.chunks(chunk, CACHE_ELEMENTS if on_cpu else chunk_elements(chunk.device))
 
 
 class _Chunked(torch.autograd.Function):
@@ -117,7 +142,7 @@ class _Chunked(torch.autograd.Function):
         ctx.save_for_backward(hidden, targets)
         ctx.set_materialize_grads(False)
         columns: dict[str, Tensor] = {}
-        for chunk in plan.chunks(hidden, CHUNK_ELEMENTS):
+        for chunk in plan.chunks(hidden, chunk_elements(hidden.device)):
             found = _chunk_columns(hidden[chunk], targets[chunk], chunk, plan)
             columns = columns or {name: each.new_empty(len(hidden)) for name, each in found.items()}
             for name, each in found.items():
@@ -137,7 +162,7 @@ class _Chunked(torch.autograd.Function):
         dtypes = [torch.promote_types(p.dtype, torch.float32) for p in ctx.trained]
         of_hidden = torch.empty_like(hidden)
         of_trained = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(ctx.trained, dtypes, strict=True)]
-        for chunk in ctx.plan.chunks(hidden, CHUNK_ELEMENTS):
+        for chunk in ctx.plan.chunks(hidden, chunk_elements(hidden.device)):
             part = hidden[chunk].detach().requires_grad_()
             with ctx.autocast:
                 logits, gradient = _chunk_gradient(part, targets[chunk], chunk, weights, ctx.plan)
@@ -165,11 +190,8 @@ def _chunk_gradient(
         logits = plan.logits(plan.head, hidden)
     snapshots, gradient = plan.snapshot_logits(chunk), torch.empty_like(logits)
     for rows in plan.blocks(logits):
-        with torch.enable_grad():
-            part = logits[rows].detach().requires_grad_()
-            columns = _block(part, targets, snapshots, rows, plan)
-        outputs = [columns[name] for name in weights]
-        gradient[rows] = torch.autograd.grad(outputs, part, [each[chunk][rows] for each in weights.values()])[0]
+        of_rows = {name: each[chunk][rows].unsqueeze(-1) for name, each in weights.items()}
+        gradient[rows] = _block_gradient(logits.detach()[rows], targets, snapshots, rows, of_rows)
     return logits, gradient
 
 
@@ -179,15 +201,48 @@ def _block(
     """The requested statistics of some rows of a chunk: `logits` of these rows, `targets` and `snapshots` of all rows."""
     logps, target = torch.log_softmax(logits, -1), targets[rows].unsqueeze(-1)
     out = {"logp": logps.gather(-1, target).squeeze(-1)}
+    if not (plan.entropy or snapshots):
+        return out
+    p = logps.exp()
     if plan.entropy:
-        out["entropy"] = -torch.where(logps.isneginf(), 0.0, logps.exp() * logps).sum(-1)
+        out["entropy"] = -torch.where(logps.isneginf(), 0.0, p * logps).sum(-1)
     if "ref" in snapshots:
         ref_logps = torch.log_softmax(snapshots["ref"][rows], -1)
         out["ref_logp"] = ref_logps.gather(-1, target).squeeze(-1)
-        out["ref_kl"] = divergences.exact_from_logps("kl", logps, ref_logps)
+        out["ref_kl"] = divergences.kl_between(logps, ref_logps, p, ref_logps.exp())
+        del ref_logps
     if "old" in snapshots:
         old_logps = torch.log_softmax(snapshots["old"][rows], -1)
         out["old_logp"] = old_logps.gather(-1, target).squeeze(-1)
-        out["old_kl"] = divergences.exact_from_logps("kl", old_logps, logps)
-        out["old_tv"] = divergences.exact_from_logps("tv", old_logps, logps.detach())
+        old_p = old_logps.exp()
+        out["old_kl"] = divergences.kl_between(old_logps, logps, old_p, p)
+        out["old_tv"] = old_p.sub_(p).abs_().sum(-1) / 2
     return out
+
+
+def _block_gradient(
+    logits: Tensor, targets: Tensor, snapshots: dict[str, Tensor], rows: slice, weights: dict[str, Tensor]
+) -> Tensor:
+    """The gradient of Σ weight·statistic with respect to the logits of some rows; the weights are [n, 1].
+
+    For p = softmax(logits) and fixed q: ∇log p(y) = 1_y − p, ∇KL(p‖q) = p·(log(p/q) − KL(p‖q)), ∇KL(q‖p) = p − q, and
+    ∇entropy = −p·(log p + entropy).
+    """
+    logps = torch.log_softmax(logits, -1)
+    p = logps.exp()
+    gradient = torch.zeros_like(p)
+    if "logp" in weights:
+        gradient.addcmul_(p, weights["logp"], value=-1).scatter_add_(-1, targets[rows].unsqueeze(-1), weights["logp"])
+    if "entropy" in weights:
+        gradient.addcmul_(p, _centred(torch.where(logps.isneginf(), 0.0, logps), p).mul_(weights["entropy"]), value=-1)
+    if "ref_kl" in weights:
+        d = divergences.log_ratio(logps, torch.log_softmax(snapshots["ref"][rows], -1))
+        gradient.addcmul_(p, _centred(d, p).mul_(weights["ref_kl"]))
+    if "old_kl" in weights:
+        gradient.addcmul_(p - torch.softmax(snapshots["old"][rows], -1), weights["old_kl"])
+    return gradient
+
+
+def _centred(values: Tensor, p: Tensor) -> Tensor:
+    """The values less their mean under p, in their own memory."""
+    return values.sub_((p * values).sum(-1, keepdim=True))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+STAGED_BYTES = 2**26
+"""The GPU memory that a snapshot of the optimizer's state uses for a moment."""
 
 
 class ParameterPath:
@@ -19,12 +23,12 @@ class ParameterPath:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
-        self.start = [p.detach().clone() for p in self.parameters]
+        self.start = _copies(self.parameters)
         self.end: list[Tensor] = []
 
     def set_end(self) -> None:
         """Make the current parameters θ."""
-        self.end = [p.detach().clone() for p in self.parameters]
+        self.end = _copies(self.parameters)
 
     @torch.no_grad()
     def set_scale(self, scale: float) -> None:
@@ -34,14 +38,18 @@ class ParameterPath:
         if scale == 0.0:  # exactly, even if θ is not finite
             self.restore()
             return
-        for parameter, start, end in zip(self.parameters, self.start, self.end, strict=True):
-            parameter.copy_(end if scale == 1.0 else torch.lerp(start, end, scale))
+        if scale == 1.0:
+            _copy(self.parameters, self.end)
+            return
+        self.restore()  # then in place, without memory for a third copy
+        for places in _same_kind(self.parameters):
+            parameters, end = ([each[place] for place in places] for each in (self.parameters, self.end))
+            torch._foreach_lerp_(parameters, end, scale)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Set the parameters to θ_old."""
-        for parameter, start in zip(self.parameters, self.start, strict=True):
-            parameter.copy_(start)
+        _copy(self.parameters, self.start)
 
 
 class UpdateSnapshot:
@@ -62,10 +70,14 @@ class UpdateSnapshot:
         self._others = ParameterPath(others)
         self._optimizer = optimizer
         self._covered = {*trained, *others}
+        states = {p: state for p, state in optimizer.state.items() if p in self._covered}
+        copies = iter(_on_host([e for state in states.values() for e in state.values() if isinstance(e, Tensor)]))
         self._state = {
-            parameter: {name: _copied(entry) for name, entry in state.items()}
-            for parameter, state in optimizer.state.items()
-            if parameter in self._covered
+            parameter: {
+                name: next(copies) if isinstance(entry, Tensor) else copy.deepcopy(entry)
+                for name, entry in state.items()
+            }
+            for parameter, state in states.items()
         }
         self._devices = {
             (parameter, name): entry.device
@@ -101,5 +113,53 @@ class UpdateSnapshot:
         self._optimizer.zero_grad()
 
 
-def _copied(entry: Any) -> Any:
-    return entry.detach().to("cpu", copy=True) if isinstance(entry, Tensor) else copy.deepcopy(entry)
+def _same_kind(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The places of the tensors of each device and dtype: all of these are processed by one launch of a kernel."""
+    found: defaultdict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for place, each in enumerate(tensors):
+        found[each.device, each.dtype].append(place)
+    return list(found.values())
+
+
+@torch.no_grad()
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into its target, of the same dtype."""
+    for places in _same_kind(targets):
+        torch._foreach_copy_([targets[place] for place in places], [sources[place] for place in places])
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    copies = [torch.empty_like(each, requires_grad=False) for each in tensors]
+    _copy(copies, tensors)
+    return copies
+
+
+@torch.no_grad()
+def _on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies in host memory. Small tensors of a device and dtype are moved together: each transfer waits for the GPU."""
+    copies = [each if _moves_together(each) else each.detach().to("cpu", copy=True) for each in tensors]
+    small = [place for place, each in enumerate(tensors) if _moves_together(each)]
+    for places in _same_kind([tensors[place] for place in small]):
+        for group in _up_to(STAGED_BYTES, [small[place] for place in places], tensors):
+            flat = torch.cat([tensors[place].detach().flatten() for place in group]).cpu()
+            parts = flat.split([tensors[place].numel() for place in group])
+            for place, part in zip(group, parts, strict=True):
+                copies[place] = part.view(tensors[place].shape)
+    return copies
+
+
+def _moves_together(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and tensor.layout == torch.strided and tensor.nbytes < STAGED_BYTES
+
+
+def _up_to(limit: int, places: Sequence[int], tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The places in groups whose tensors have at most `limit` bytes."""
+    groups: list[list[int]] = []
+    taken = 0
+    for place in places:
+        taken += tensors[place].nbytes
+        if not groups or taken > limit:
+            groups.append([])
+            taken = tensors[place].nbytes
+        groups[-1].append(place)
+    return groups
