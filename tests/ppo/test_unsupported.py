@@ -30,8 +30,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
     ],
 )
 def test_other_kernels_and_loops_are_rejected_and_not_ignored(tmp_path, changes):
-    with pytest.raises(NotAvailableYetError, match=rf"`{next(iter(changes))}`"):
+    with pytest.raises(NotAvailableYetError, match=rf"`{next(iter(changes))}`") as error:
         tiny.config(tmp_path, **changes)
+    if "compile" in str(changes):
+        said = "generation_kwargs={'cache_implementation': 'static', 'compile_config': {}} compiles sampling alone"
+        assert said in str(error.value)
 
 
 def test_a_launcher_that_compiles_is_rejected(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from trl_trustkl.rollout.generation_options import (
     WORKING,
     check_generation_kwargs,
     check_stop_ids,
+    compile_config,
     stop_strings,
 )
 
@@ -149,6 +150,18 @@ def test_a_flag_that_is_off_is_accepted(option):
         ({"cache_implementation": "hybrid"}, "'cache_implementation': 'hybrid' (generate() selects only 'dynamic', "),
         ({"disable_compile": True}, "'disable_compile': True (only cache_implementation='static' or "),
         ({"max_cache_len": 64, "cache_implementation": "offloaded"}, "'max_cache_len': 64 (only cache_implementation="),
+        (
+            {"compile_config": {}},
+            "'compile_config': {} (only cache_implementation='static' without disable_compile uses",
+        ),
+        (
+            {"compile_config": {"mode": None}, "cache_implementation": "offloaded_static"},
+            "'compile_config': {'mode': None} (only cache_implementation='static' without disable_compile uses it)",
+        ),
+        (
+            {"compile_config": {}, "cache_implementation": "static", "disable_compile": True},
+            "'compile_config': {} (only cache_implementation='static' without disable_compile uses it)",
+        ),
         ({"min_new_tokens": 3, "stop_strings": "."}, "'min_new_tokens': 3 (it does not hold back stop_strings)"),
     ],
 )
@@ -164,6 +177,9 @@ def test_an_option_that_another_one_makes_ineffective_is_refused(options, refuse
     [
         {"cache_implementation": "dynamic"},
         {"cache_implementation": "static", "disable_compile": True},
+        {"cache_implementation": "static", "compile_config": {}},
+        {"cache_implementation": "static", "compile_config": {"mode": "default", "fullgraph": True, "dynamic": None}},
+        {"cache_implementation": "static", "compile_config": {"options": {"epilogue_fusion": True}}},
         {"cache_implementation": "quantized", "cache_config": {"nbits": 4}},
         {"min_new_tokens": 3},
         {"stop_strings": ["."], "min_new_tokens": 0},
@@ -180,6 +196,56 @@ def test_an_option_that_nobody_has_examined_is_refused(monkeypatch):
         ConfigError, match=r"'top_k': 5 \(it is new in transformers \S+, and not known to have an effect\)"
     ):
         check_generation_kwargs({"top_k": 5})
+
+
+# -- compiling ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            "inductor",
+            "`generation_kwargs['compile_config']` got 'inductor'; it must be a dict of 'fullgraph', 'dynamic', ",
+        ),
+        ({"back_end": "eager"}, "`generation_kwargs['compile_config']` got 'back_end'; it must be one of 'backend', "),
+        ({"back_end": "eager"}, "Did you mean 'backend'?"),
+        ({"backend": "inductr"}, "`generation_kwargs['compile_config']['backend']` got 'inductr'; it must be one of "),
+        ({"backend": 3}, "`generation_kwargs['compile_config']['backend']` got 3; it must be the name of a backend"),
+        ({"mode": "fast"}, "`generation_kwargs['compile_config']['mode']` got 'fast'; it must be one of 'default', "),
+        (
+            {"mode": 1},
+            "`generation_kwargs['compile_config']['mode']` got 1; it must be the name of a mode of torch.compile",
+        ),
+        (
+            {"fullgraph": "yes"},
+            "`generation_kwargs['compile_config']['fullgraph']` got 'yes'; it must be True or False",
+        ),
+        ({"dynamic": 1}, "`generation_kwargs['compile_config']['dynamic']` got 1; it must be True or False, or None"),
+        ({"options": []}, "`generation_kwargs['compile_config']['options']` got []; it must be a dict"),
+        ({"mode": "default", "options": {}}, "got a mode and options, of which torch.compile takes one"),
+    ],
+)
+def test_what_torch_compile_does_not_know_is_an_error(tmp_path, given, said):
+    with pytest.raises(ConfigError) as error:
+        tiny.config(tmp_path, generation_kwargs={"cache_implementation": "static", "compile_config": given})
+    assert_says(error, said)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"backend": "inductor", "mode": "reduce-overhead", "dynamic": False}),
+        ({"dynamic": True, "mode": None}, {"backend": "inductor", "mode": None, "dynamic": True}),
+        ({"options": {"epilogue_fusion": True}}, {"mode": None, "options": {"epilogue_fusion": True}}),
+        ({"backend": "eager"}, {"backend": "eager", "mode": None}),
+    ],
+)
+def test_a_dict_becomes_the_configuration_of_torch_compile(given, expected):
+    found = compile_config({"compile_config": given})
+    assert found.to_dict().items() >= expected.items()
+    assert found._compile_all_devices, "transformers would not compile on a CPU"
+    assert compile_config({}) is compile_config({"compile_config": None}) is None
 
 
 # -- stop strings and stop tokens --------------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ ELSEWHERE = {
     "stop_strings": "tests/rollout/test_transformers_engine_stop_strings.py",
     "cache_config": "the quantized cache needs optimum-quanto",
     "disable_compile": "nothing is compiled on a CPU",
+    "compile_config": "tests/rollout/test_static_decoding.py",
 }
 
 

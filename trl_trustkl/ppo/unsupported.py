@@ -12,7 +12,10 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from ..errors import NotAvailableYetError, out_of_range, shown
 from ..trl_compat.trl_trainers import steps_in_backward
 
-_KERNELS = "sampling, scoring and stepping have to compute the same numbers"
+_KERNELS = (
+    "scoring, stepping and measuring have to compute the same numbers. "
+    "generation_kwargs={'cache_implementation': 'static', 'compile_config': {}} compiles sampling alone"
+)
 
 REJECTED = {
     "torch_compile": _KERNELS,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-from transformers import GenerationConfig
+import torch
+from transformers import CompileConfig, GenerationConfig
 from transformers.generation import logits_process
 
 from ..errors import ConfigError, is_finite, out_of_range, shown, unknown_name
@@ -29,6 +32,7 @@ WORKING = (
     *("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "guidance_scale"),
     *("watermarking_config", "min_new_tokens", "exponential_decay_length_penalty", "forced_eos_token_id"),
     *("stop_strings", "prefill_chunk_size", "cache_implementation", "cache_config", "max_cache_len", "disable_compile"),
+    "compile_config",
 )
 """Options that have an effect. The two that are named after an encoder compare with the prompt."""
 
@@ -59,7 +63,6 @@ REFUSED = {
     "max_time": "it would cut responses by the clock, so that a seed does not reproduce a run; set response_length instead",
     "renormalize_logits": "the trainer samples from normalised probabilities in any case",
     "remove_invalid_values": "an update with logits that are not finite is rejected in any case",
-    "compile_config": "it is an object, which a saved configuration cannot hold",
     "continuous_batching_config": "only continuous batching uses it",
     **dict.fromkeys(("_from_model_config", "_commit_hash", "transformers_version"), _METADATA),
 }
@@ -87,6 +90,17 @@ _PROCESSORS: dict[str, tuple[str, Any]] = {
 """For each option the logits processor that checks its range, and the value that disables it."""
 
 
+_FLAG = "True or False"
+_COMPILING: list[tuple[str, Any, str]] = [
+    ("fullgraph", bool, _FLAG),
+    ("dynamic", (bool, type(None)), f"{_FLAG}, or None"),
+    ("backend", str, "the name of a backend of torch.compile"),
+    ("mode", (str, type(None)), "the name of a mode of torch.compile, or None"),
+    ("options", (dict, type(None)), "a dict of the backend's options, or None"),
+]
+"""The types of CompileConfig's fields."""
+
+
 def check_generation_kwargs(extra: dict[str, Any]) -> None:
     """Raise ConfigError for an option that is unknown, out of range, without effect, or set by a field of the configuration."""
     for key, instead in SET_ELSEWHERE.items():
@@ -106,8 +120,9 @@ def check_generation_kwargs(extra: dict[str, Any]) -> None:
     if least is not None and (not isinstance(least, int) or least < 0):
         raise out_of_range("generation_kwargs['min_new_tokens']", least, "an integer >= 0")
     stop_strings(extra)
+    compiled = {"compile_config": compile_config(extra)}
     try:
-        GenerationConfig(**{"do_sample": True, **extra}).validate()
+        GenerationConfig(**{"do_sample": True, **extra, **compiled}).validate()
         for key, (processor, off) in _PROCESSORS.items():  # `validate` does not check these ranges
             if extra.get(key, off) not in (None, off):
                 getattr(logits_process, processor)(extra[key])
@@ -143,6 +158,10 @@ def _ignored(given: dict[str, Any], known: dict[str, Any]) -> Iterator[tuple[str
         "cache_config": (cache == "quantized", "only cache_implementation='quantized' uses it"),
         "max_cache_len": (cache in STATIC, static),
         "disable_compile": (cache in STATIC, static),
+        "compile_config": (
+            cache == STATIC[0] and not given.get("disable_compile"),
+            f"only cache_implementation={STATIC[0]!r} without disable_compile uses it",
+        ),
         "min_new_tokens": (
             not (given.get("min_new_tokens") and given.get("stop_strings")),
             "it does not hold back stop_strings",
@@ -156,6 +175,37 @@ def _ignored(given: dict[str, Any], known: dict[str, Any]) -> Iterator[tuple[str
             yield key, unexamined
         elif key in needs and not needs[key][0]:
             yield key, needs[key][1]
+
+
+def compile_config(extra: dict[str, Any]) -> CompileConfig | None:
+    """How the decoding pass is compiled, on any device; None where the option is not set. Raises ConfigError for what
+    torch.compile does not know."""
+    given = extra.get("compile_config")
+    if given is None:
+        return None
+    name, known = "generation_kwargs['compile_config']", [each.name for each in dataclasses.fields(CompileConfig)]
+    if not isinstance(given, dict):
+        raise out_of_range(name, given, f"a dict of {', '.join(map(repr, known))}")
+    for key in given:
+        if key not in known:
+            raise unknown_name(name, key, known)
+    for key, types, valid in _COMPILING:
+        if not isinstance(given.get(key), types) and key in given:
+            raise out_of_range(f"{name}[{key!r}]", given[key], valid)
+    backend, mode, options = given.get("backend", "inductor"), given.get("mode"), given.get("options")
+    if backend not in torch.compiler.list_backends(exclude_tags=()):
+        raise unknown_name(f"{name}['backend']", backend, torch.compiler.list_backends())
+    if mode is not None and mode not in (modes := import_module("torch._inductor").list_mode_options()):
+        raise unknown_name(f"{name}['mode']", mode, modes)
+    if mode is not None and options is not None:
+        raise ConfigError(f"`{name}` got a mode and options, of which torch.compile takes one; leave one of them out.")
+    # CompileConfig's mode would be in the way of options, and other backends than inductor have none.
+    mode_of_inductor = {} if options is None and backend == "inductor" else {"mode": None}
+    # A cache of another length gets a pass of its own, not one for any length, which is slower.
+    fields: dict[str, Any] = {"dynamic": False} | mode_of_inductor | given
+    found = CompileConfig(**fields)
+    vars(found)["_compile_all_devices"] = True  # transformers compiles on accelerators only, unless it is told to
+    return found
 
 
 def stop_strings(extra: dict[str, Any]) -> list[str]:

@@ -56,9 +56,12 @@ class Sampler(LogitsProcessor):
     def __init__(self, uniform: Tensor) -> None:
         self.columns: list[Tensor] = []
         self._uniform = uniform
+        self._probs: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        probs = scores.softmax(-1, dtype=torch.float32)
+        if self._probs is None:  # kept: on a CPU, new memory of this size for each token takes longer than the search
+            self._probs = torch.empty_like(scores)
+        probs = torch.softmax(scores, -1, out=self._probs)
         token, total = invert(probs, self._uniform[:, len(self.columns)])
         self.columns.append((probs.gather(-1, token) / total).log_().float().squeeze(-1))
         return scores.scatter_(-1, token, math.inf)

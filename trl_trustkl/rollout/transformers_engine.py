@@ -22,9 +22,10 @@ from ..errors import ConfigError
 from ..policy import cpu, lora, split_lm
 from ..trl_compat.decoding import without_waiting
 from .engine import FinishReason, Samples
-from .generation_options import STATIC, check_stop_ids, stop_strings
+from .generation_options import STATIC, check_stop_ids, compile_config, stop_strings
 from .sampler import Sampler, uniform_numbers
 from .sampling import is_stop, response_mask
+from .static_decoding import StaticDecoding
 
 
 class StopStrings(StoppingCriteria):
@@ -101,8 +102,11 @@ class TransformersEngine:
             "pad_token_id": self._pad_token_id,
             "use_cache": True,
         }
+        if (compiled := compile_config(extra)) is not None:
+            extra["compile_config"] = compiled
+            check_compilable(self._causal)
         self._config = GenerationConfig(**settings | extra)
-        self._static = extra.get("cache_implementation") in STATIC
+        self._static = StaticDecoding(self._causal) if extra.get("cache_implementation") in STATIC else None
 
     def check(self) -> None:
         """Nothing to check."""
@@ -111,7 +115,9 @@ class TransformersEngine:
         """Nothing to load."""
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Release the static cache."""
+        if self._static is not None:
+            self._static.release()
 
     def generate(self, prompt_ids: Sequence[Tensor], seed: int) -> Samples:
         """Sample for prompts of similar length at a time, longest first, which takes the least padding.
@@ -133,19 +139,23 @@ class TransformersEngine:
     @torch.no_grad()
     def _generate(self, prompt_ids: Sequence[Tensor], uniform: Tensor) -> list[tuple[Tensor, Tensor, FinishReason]]:
         """Token ids, log-probabilities and finish reason of each response."""
+        count, config, padded = len(prompt_ids), self._config, len({len(each) for each in prompt_ids}) > 1
+        sampler = Sampler(uniform)
+        if self._static is not None:
+            rows = self._static.rows(count)
+            prompt_ids, sampler = [prompt_ids[i] for i in rows], Sampler(uniform[rows])
+            config, padded = self._static.config(config, max(map(len, prompt_ids))), True
         ids = pad_sequence(list(prompt_ids), batch_first=True, padding_value=self._pad_token_id, padding_side="left")
         ones = [torch.ones_like(each) for each in prompt_ids]
-        sampler = Sampler(uniform)
         strings: list[StopStrings] = []
         if self._tokenizer is not None and self._strings:
             strings.append(StopStrings(self._strings, self._tokenizer, ids.shape[1]))
-        padded = self._static or len({len(each) for each in prompt_ids}) > 1
-        with ready_to_generate(self._causal), without_waiting(ids.device, padded=padded):
+        with ready_to_generate(self._causal, self._static), without_waiting(ids.device, padded=padded):
             sequences = self._causal.generate(
                 input_ids=ids,
                 attention_mask=pad_sequence(ones, batch_first=True, padding_side="left"),
-                generation_config=self._config,
-                custom_generate=sampler.decode,
+                generation_config=config,
+                custom_generate=sampler.decode if self._static is None else self._static.decoding(sampler.decode),
                 stopping_criteria=StoppingCriteriaList(strings),
             )
         new = sequences[:, ids.shape[1] :]
@@ -157,12 +167,12 @@ class TransformersEngine:
         lengths, stopped = mask.sum(-1).tolist(), (ends & mask).any(-1).tolist()
         return [
             (row[:length], logp[:length], "stop" if stop else "length")
-            for row, logp, length, stop in zip(new, logps, lengths, stopped, strict=True)
+            for row, logp, length, stop in list(zip(new, logps, lengths, stopped, strict=True))[:count]
         ]
 
 
 @contextmanager
-def ready_to_generate(causal: PreTrainedModel) -> Iterator[None]:
+def ready_to_generate(causal: PreTrainedModel, static: StaticDecoding | None = None) -> Iterator[None]:
     """Prepare the model for generation, and restore it afterwards.
 
     A blank generation config replaces the model's, which would set every option that is not given, such as an end of
@@ -173,15 +183,32 @@ def ready_to_generate(causal: PreTrainedModel) -> Iterator[None]:
     # `generate` passes a slice of the states to the head, and PyTorch would copy the head's weight for each sequence.
     head = causal.get_output_embeddings()
     assert head is not None  # `SplitLM` rejects a model without one
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    hook = head.register_forward_pre_hook(_contiguous)
     checkpointed = split_lm.checkpointed(causal)
     for module in checkpointed:
         module.gradient_checkpointing = False
     try:
         with cpu.dequantised_on_cpu(causal), lora.short_forward(lora.linear_layers(causal)):
+            if static is not None:
+                static.keep_forwards()
             yield
     finally:
         hook.remove()
         causal.generation_config = own_config
         for module in checkpointed:
             module.gradient_checkpointing = True
+
+
+def _contiguous(head: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].contiguous(),)
+
+
+def check_compilable(causal: PreTrainedModel) -> None:
+    """Raise ConfigError for weights of which transformers compiles no pass."""
+    quantizer = getattr(causal, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_compileable:
+        raise ConfigError(
+            "`generation_kwargs['compile_config']` got a value with a model that is quantised by "
+            f"{type(quantizer).__name__}, of which transformers compiles no pass; leave it out, or load the model without "
+            "its quantization_config."
+        )

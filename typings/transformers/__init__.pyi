@@ -6,6 +6,7 @@ attribute and parameter of these stubs against the installed libraries.
 
 from . import utils as utils
 from .configuration_utils import PretrainedConfig as PretrainedConfig
+from .generation import CompileConfig as CompileConfig
 from .generation import GenerationConfig as GenerationConfig
 from .generation import LogitsProcessor as LogitsProcessor
 from .generation import LogitsProcessorList as LogitsProcessorList
