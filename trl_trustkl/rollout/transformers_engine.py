@@ -106,6 +106,7 @@ class TransformersEngine:
             extra["compile_config"] = compiled
             check_compilable(self._causal)
         self._config = GenerationConfig(**settings | extra)
+        self._adapter_weights: list[Tensor] = []
         self._static = StaticDecoding(self._causal) if extra.get("cache_implementation") in STATIC else None
 
     def check(self) -> None:
@@ -150,7 +151,10 @@ class TransformersEngine:
         strings: list[StopStrings] = []
         if self._tokenizer is not None and self._strings:
             strings.append(StopStrings(self._strings, self._tokenizer, ids.shape[1]))
-        with ready_to_generate(self._causal, self._static), without_waiting(ids.device, padded=padded):
+        with (
+            ready_to_generate(self._causal, self._adapter_weights, self._static),
+            without_waiting(ids.device, padded=padded),
+        ):
             sequences = self._causal.generate(
                 input_ids=ids,
                 attention_mask=pad_sequence(ones, batch_first=True, padding_side="left"),
@@ -172,8 +176,10 @@ class TransformersEngine:
 
 
 @contextmanager
-def ready_to_generate(causal: PreTrainedModel, static: StaticDecoding | None = None) -> Iterator[None]:
-    """Prepare the model for generation, and restore it afterwards.
+def ready_to_generate(
+    causal: PreTrainedModel, adapter_weights: list[Tensor], static: StaticDecoding | None = None
+) -> Iterator[None]:
+    """Prepare the model for generation, and restore it afterwards. `adapter_weights`: the buffers of `lora.short_forward`.
 
     A blank generation config replaces the model's, which would set every option that is not given, such as an end of
     sequence or a repetition penalty. Gradient checkpointing is disabled, since it disables the KV cache. The model stays in
@@ -188,7 +194,7 @@ def ready_to_generate(causal: PreTrainedModel, static: StaticDecoding | None = N
     for module in checkpointed:
         module.gradient_checkpointing = False
     try:
-        with cpu.dequantised_on_cpu(causal), lora.short_forward(lora.linear_layers(causal)):
+        with cpu.dequantised_on_cpu(causal), lora.short_forward(lora.linear_layers(causal), adapter_weights):
             if static is not None:
                 static.keep_forwards()
             yield
