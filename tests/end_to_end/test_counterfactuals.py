@@ -45,6 +45,7 @@ ALL = {
     "detach_value_head": False,
     "cliprange_value": 0.01,
     "vf_coef": 2.0,
+    "seed": 3,
 }
 """Every mechanism is on, and acts, with the settings of an optimizer."""
 WITHOUT: dict[str, dict[str, Any]] = {

@@ -100,7 +100,9 @@ def test_a_padding_token_without_an_embedding_changes_no_number(tmp_path):
     tokenizer.add_special_tokens({"pad_token": "<new>"})
     assert tokenizer.pad_token_id == tiny.VOCAB
     for name, each in (("new", tokenizer), ("own", tiny.tokenizer())):
-        trainer = tiny.trainer(tmp_path / name, processing_class=each, changes={"max_steps": 1, "response_length": 12})
+        trainer = tiny.trainer(
+            tmp_path / name, processing_class=each, changes={"max_steps": 1, "response_length": 12, "seed": 1}
+        )
         batch = before_the_first_step(trainer)
         assert not batch.scored.rollout.response_mask.all(), "no response was padded"
         runs.append(batch)

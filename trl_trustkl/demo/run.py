@@ -11,11 +11,11 @@ class Options(NamedTuple):
     """The settings of the demo; `kl_target` in nats per response."""
 
     output_dir: str = "runs/demo"
-    updates: int = 32
+    updates: int = 16
     kl_target: float = 8.0
-    kl_coef: float = 0.05
+    kl_coef: float = 0.06
     cliprange: float = 0.2
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.2e-3
     seed: int = 42
 
 
@@ -65,15 +65,18 @@ def build(options: Options, console: Any) -> tuple[Any, Any]:
         callbacks=[table],
         seed=options.seed,
         max_steps=options.updates,
+        # A micro-batch for each mini-batch: half as many passes as the task's, of twice the rows, take less time.
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
         learning_rate=options.learning_rate,
         kl_controller="adaptive",
         kl_coef=options.kl_coef,
         kl_target=options.kl_target,
-        kl_horizon=40,
+        kl_horizon=32,
         # Below the target, β would keep falling and be far too small when the target is reached.
         kl_controller_kwargs={"min_coef": options.kl_coef},
         cliprange=options.cliprange,
-        attribution_every=8,
+        attribution_every=min(16, options.updates),
     )
     return trainer, table
 
