@@ -12,7 +12,7 @@ class Options(NamedTuple):
 
     output_dir: str = "runs/demo"
     updates: int = 16
-    kl_target: float = 8.0
+    kl_target: float = 7.0
     kl_coef: float = 0.06
     cliprange: float = 0.2
     learning_rate: float = 1.2e-3
