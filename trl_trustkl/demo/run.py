@@ -12,8 +12,8 @@ class Options(NamedTuple):
 
     output_dir: str = "runs/demo"
     updates: int = 16
-    kl_target: float = 7.0
-    kl_coef: float = 0.06
+    kl_target: float = 10.0
+    kl_coef: float = 0.05
     cliprange: float = 0.2
     learning_rate: float = 1.2e-3
     seed: int = 42
