@@ -11,8 +11,8 @@ class Options(NamedTuple):
     """The settings of the demo; `kl_target` in nats per response."""
 
     output_dir: str = "runs/demo"
-    updates: int = 16
-    kl_target: float = 10.0
+    updates: int = 20
+    kl_target: float = 8.0
     kl_coef: float = 0.05
     cliprange: float = 0.2
     learning_rate: float = 1.2e-3
@@ -76,7 +76,7 @@ def build(options: Options, console: Any) -> tuple[Any, Any]:
         # Below the target, β would keep falling and be far too small when the target is reached.
         kl_controller_kwargs={"min_coef": options.kl_coef},
         cliprange=options.cliprange,
-        attribution_every=min(16, options.updates),
+        attribution_every=min(20, options.updates),
     )
     return trainer, table
 
