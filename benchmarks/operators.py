@@ -71,7 +71,7 @@ def _has_mask(args: Any) -> bool:
     return any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in indices)
 
 
-def build(folder: str, *, tokens: int = LENGTH, callbacks: list[Any] | None = None) -> Any:
+def build(folder: str) -> Any:
     from datasets import Dataset
     from peft import LoraConfig
 
@@ -85,7 +85,7 @@ def build(folder: str, *, tokens: int = LENGTH, callbacks: list[Any] | None = No
     texts = [f"{number:02d} " + "x" * (6 + number) for number in range(BATCH)]
     config = TrustKLPPOConfig(
         output_dir=folder, per_device_train_batch_size=BATCH // 2, gradient_accumulation_steps=2, num_mini_batches=1,
-        num_ppo_epochs=EPOCHS, max_steps=2, local_rollout_forward_batch_size=BATCH, response_length=tokens,
+        num_ppo_epochs=EPOCHS, max_steps=2, local_rollout_forward_batch_size=BATCH, response_length=LENGTH,
         temperature=1.0, learning_rate=1e-4, bf16=True, use_cpu=True, gradient_checkpointing=False,
         num_sample_generations=0, report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True, seed=0,
     )  # fmt: skip
@@ -93,7 +93,6 @@ def build(folder: str, *, tokens: int = LENGTH, callbacks: list[Any] | None = No
         args=config, model=model, processing_class=tokenizer, reward_funcs=distinct_share,
         train_dataset=Dataset.from_dict({"input_ids": tokenizer(texts)["input_ids"]}),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=callbacks or [],
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from transformers import (
 from trl_trustkl import TrustKLPPOConfig, TrustKLPPOTrainer, load_records
 from trl_trustkl.demo.prompts import TRAIN_PROMPTS
 from trl_trustkl.demo.smollm2 import smollm2_path
-from trl_trustkl.policy.exact_kl import CHUNK_ELEMENTS
+from trl_trustkl.policy.exact_kl import BUFFERS, gpu_chunk_elements
 
 GB = 1e9
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes per weight: 4 bits, 1 byte of scale per 64 weights, 4 bytes per 256 scales
@@ -65,7 +65,7 @@ def estimate(config, options: argparse.Namespace) -> dict[str, float]:
         # Checkpointing keeps each layer's input; then one layer is recomputed with all that its backward pass needs.
         "training: inputs of the layers": 2.0 * layers * tokens * hidden,
         "training: one recomputed layer": tokens * (28.0 * hidden + 10.0 * inner) + 2.0 * hidden * inner,
-        "training: logits of a chunk": 32.0 * CHUNK_ELEMENTS,  # of two policies, their logarithms and a gradient
+        "training: logits of a chunk": 4.0 * BUFFERS * gpu_chunk_elements(int(options.gpu_memory * GB)),
         "sampling: keys and values": 4.0 * options.sample_batch * length * layers * keys,
         "sampling: next-token scores": 12.0 * options.sample_batch * text.vocab_size,
     }

@@ -36,9 +36,12 @@ def chunk_elements(device: torch.device) -> int:
     measured in the forward pass with entropy, `ref` and `old` (13.3: three logits, the log-probabilities and probabilities of
     two policies, and the terms of a KL); the backward pass needs 10.3.
     """
-    if device.type != "cuda":
-        return CHUNK_ELEMENTS
-    most = int(SHARE * total_memory(device)) // (BUFFERS * 4)
+    return gpu_chunk_elements(total_memory(device)) if device.type == "cuda" else CHUNK_ELEMENTS
+
+
+def gpu_chunk_elements(memory: int) -> int:
+    """Logits in one chunk on a GPU with this memory in bytes."""
+    most = int(SHARE * memory) // (BUFFERS * 4)
     return max(CHUNK_ELEMENTS, 2 ** (most.bit_length() - 1))
 
 
@@ -244,5 +247,5 @@ def _block_gradient(
 
 
 def _centred(values: Tensor, p: Tensor) -> Tensor:
-    """The values less their mean under p, in their own memory."""
+    """The values less their mean under p, computed in place."""
     return values.sub_((p * values).sum(-1, keepdim=True))

@@ -1,7 +1,7 @@
 """RMSNorm with its backward pass in closed form.
 
-Autograd differentiates each of the eight operations of the forward pass, and keeps their results. The closed form needs half as
-many operations, and keeps only the input. The forward pass is the layer's, bit for bit.
+Autograd differentiates each of the eight operations of the forward pass, and keeps their results. The closed form needs fewer
+operations, and keeps only the input and one number for each row. The forward pass is the layer's, bit for bit.
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ def compile_config(extra: dict[str, Any]) -> CompileConfig | None:
         raise ConfigError(f"`{name}` got a mode and options, of which torch.compile takes one; leave one of them out.")
     # CompileConfig's mode would be in the way of options, and other backends than inductor have none.
     mode_of_inductor = {} if options is None and backend == "inductor" else {"mode": None}
-    # A cache of another length gets a pass of its own, not one for any length, which is slower.
+    # By default, torch.compile makes one slower pass for caches of all lengths, instead of a pass for each length.
     fields: dict[str, Any] = {"dynamic": False} | mode_of_inductor | given
     found = CompileConfig(**fields)
     vars(found)["_compile_all_devices"] = True  # transformers compiles on accelerators only, unless it is told to
