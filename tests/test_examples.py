@@ -292,6 +292,7 @@ def test_a_run_allocates_what_was_estimated(model, tmp_path, monkeypatch) -> Non
     pytest.importorskip("bitsandbytes")
     qlora, kept, states = load("qlora_ppo"), [], []
     options = argparse.Namespace(
+        gpu_memory=24.0,
         updates=2, batch=4, micro_batch=2, sample_batch=4, lora_r=16, prompt_length=24, response_length=4,
         reward_model=None, output_dir=str(tmp_path),
     )  # fmt: skip
