@@ -34,9 +34,10 @@ from ..trl_compat import activation_checkpointing
 from ..trust.limits import Limits
 from . import config_checks
 from .losses import Aggregation, Penalties
-from .training_fields import TrainingFields, only_transformers_checks, rejected_by_transformers
+from .training_fields import only_transformers_checks, rejected_by_transformers
 from .training_fields import trl as _trl
 from .unsupported import reject_accelerator_config, reject_unsupported
+from .vllm_fields import VLLMFields
 
 TrustEstimator = Literal["exact", "k1", "k3"]
 
@@ -50,7 +51,7 @@ _failure = partial(option, group="when something goes wrong")
 
 
 @dataclass
-class TrustKLPPOConfig(TrainingFields):
+class TrustKLPPOConfig(VLLMFields):
     """Configuration of [`TrustKLPPOTrainer`]: the fields of TRL's PPO, and those of this project.
 
     KL divergences are in nats, of the policy at `temperature`. The anchor is KL(π‖π_ref), the trust region

@@ -14,6 +14,7 @@ from ..errors import ConfigError, out_of_range
 from ..rollout.generation_options import check_generation_kwargs
 from ..surrogates import WITHOUT_RANGE
 from ..trust.limits import HARD_LIMITS, reject_moving_reference
+from .vllm_fields import check_vllm
 
 logger = logging.get_logger(__name__)
 
@@ -25,6 +26,7 @@ def check(args: Any) -> None:
     check_renewal(args)
     check_controllers(args)
     check_trust_region(args)
+    check_vllm(args)
     check_generation(args)
     check_logging(args)
     check_saving(args)
