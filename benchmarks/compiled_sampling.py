@@ -56,7 +56,7 @@ def main() -> None:
         rates = {}
         for name, engine in engines.items():
             start = time.perf_counter()
-            engine.generate(prompts, seed=seed)
+            engine.generate(prompts, [args.prompts * seed + row for row in range(args.prompts)])
             rates[name] = args.prompts * args.tokens / (time.perf_counter() - start)
         shown = ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items())
         print(f"round {seed}: {shown} tokens/s; {counters['stats']['unique_graphs']} compiled", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from trl_trustkl.run.rng import mixed_seed
 
 WORDS = 40
 VOCAB = WORDS + 3
@@ -183,6 +186,11 @@ def without_special(text: str) -> str:
 def id_prompts() -> Dataset:
     """16 prompts of token ids, of 1 to 3 tokens."""
     return Dataset.from_dict({"input_ids": [[5 + i % 20, *range(8, 8 + i % 3)] for i in range(16)]})
+
+
+def seeds(prompts: Sequence[Any], seed: int = 0) -> list[int]:
+    """A seed for each response, as a rollout engine gets them."""
+    return [mixed_seed(seed, row) for row in range(len(prompts))]
 
 
 def good_words(prompts: list, completions: list, **_: Any) -> list[float]:

@@ -38,6 +38,10 @@ class NonFiniteRewardError(RewardError):
     """A reward of NaN or infinity; the trainer rejects the update that it belongs to."""
 
 
+class RolloutError(TrustKLError, RuntimeError):
+    """A rollout engine that failed: it cannot be reached, stopped, or has other weights than the policy."""
+
+
 class ModelError(TrustKLError, ValueError):
     """A model, adapter or combination of models that cannot be trained."""
 

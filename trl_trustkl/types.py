@@ -55,9 +55,11 @@ class UpdateContext:
     """What is passed from phase to phase of one update; each phase adds its results.
 
     update: updates finished before this one. training: False for a batch of an evaluation, which updates nothing.
-    sampling_seed: seed of this process's random numbers for the rollout. random_states: of the process, before the update.
-    episode: responses sampled before the update. seconds: time of each phase. rejected: why the update was rolled back, or
-    None. snapshot: None before the first step. enforcement: of the trust region; None before it was enforced.
+    sampling_seed, first_row, row_step: the i-th response of this process is number first_row + i × row_step of all processes,
+    and its random numbers depend on this number and the seed. random_states: of the process, before the update. episode:
+    responses sampled before the update. seconds: time of each phase. sync_seconds: of these, the time in which the rollout
+    engine got the policy's weights. rejected: why the update was rolled back, or None. snapshot: None before the first step.
+    enforcement: of the trust region; None before it was enforced.
 
     attributed: whether the update is rerun without each mechanism. without: the mechanism that is off in such a rerun; None
     in the update itself. start: the state from which it is rerun. counterfactual: the results of these reruns.
@@ -66,6 +68,8 @@ class UpdateContext:
     update: int
     training: bool
     sampling_seed: int
+    first_row: int = 0
+    row_step: int = 1
     episode: int = 0
     random_states: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
@@ -73,6 +77,7 @@ class UpdateContext:
     rejected: str | None = None
     snapshot: Snapshot | None = None
     enforcement: Enforcement | None = None
+    sync_seconds: float = 0.0
     attributed: bool = False
     without: str | None = None
     start: Restorable | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from tests import tiny
 from trl_trustkl import TrustKLPPOTrainer, load_records
 from trl_trustkl.ppo import contexts
 from trl_trustkl.records import BoundRecord
+from trl_trustkl.rollout.sampling import response_seeds
+from trl_trustkl.run.rng import mixed_seed
 from trl_trustkl.trust.snapshot import UpdateSnapshot
 from trl_trustkl.types import Batch, Measurement, Prompts, Rollout, Scored, UpdateContext, UpdateStats
 
@@ -148,7 +151,10 @@ def test_an_evaluation_batch_has_a_separate_context(kind, tmp_path):
     own = [context for phase, context, _ in trainer.seen if phase == "scored"]
     assert metrics["eval_score"] is not None
     assert len({id(context) for context in own}) == 3 and not any(context.training for context in own)
-    assert len({context.sampling_seed for context in own}) == 3
+    different = {id(context): context for context in own}.values()
+    assert [list(response_seeds(context, 3)) for context in different] == [
+        [mixed_seed(own[0].sampling_seed, 3 * i + row) for row in range(3)] for i in range(3)
+    ]
     assert all(context.snapshot is None and context.enforcement is None for context in own)
 
 
@@ -166,16 +172,25 @@ def test_the_phases_can_be_called_by_hand(tmp_path):
 def test_seeds_of_sampling_differ_by_update_process_and_use(tmp_path):
     args = tiny.config(tmp_path)
     state = tiny.trainer(tmp_path).state
-    seeds = set()
-    for update in range(4):
+    three = [SimpleNamespace(index=index, count=3) for index in range(3)]
+
+    def of_update(args: Any, update: int) -> list[int]:
+        """Of the 6 responses of all processes, in their order."""
         state.global_step = update
-        seeds |= {contexts.of_update(args, state, process).sampling_seed for process in range(3)}
-        evaluations = {
-            (p, place): contexts.of_evaluation(args, state, p, place).sampling_seed for p in (0, 1) for place in (0, 3)
-        }
-        seeds |= set(evaluations.values())
-    assert len(seeds) == 4 * 3 + 4, (
-        "seeds coincide that should differ, or evaluations of the same place differ in theirs"
-    )
-    other = tiny.config(tmp_path, seed=7)
-    assert contexts.of_update(other, state, 0).sampling_seed not in seeds
+        found = [contexts.of_update(args, state, process, local=2) for process in three]
+        return [seed for context in found for seed in response_seeds(context, 2)]
+
+    def of_evaluation(update: int, processes: list[Any]) -> list[int]:
+        """Of 6 rows of an evaluation set, in the order of the set."""
+        state.global_step, each = update, 6 // len(processes)
+        rows = [response_seeds(contexts.of_evaluation(args, state, process, 0), each) for process in processes]
+        return [seed for column in zip(*rows, strict=True) for seed in column]
+
+    updates = [of_update(args, update) for update in range(4)]
+    assert len({seed for seeds in updates for seed in seeds} | {*of_evaluation(0, three)}) == 4 * 6 + 6
+    state.global_step = 2
+    alone = contexts.of_update(args, state, SimpleNamespace(index=0, count=1), local=6)
+    assert response_seeds(alone, 6) == updates[2], "the seeds depend on the number of processes"
+    one = [SimpleNamespace(index=0, count=1)]
+    assert of_evaluation(0, three) == of_evaluation(3, three) == of_evaluation(0, one)
+    assert not {*of_update(tiny.config(tmp_path, seed=7), 0)} & {seed for seeds in updates for seed in seeds}

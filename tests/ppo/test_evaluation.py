@@ -60,13 +60,18 @@ class Toy:
         self.model = nn.Linear(1, 1).eval()
         models = SimpleNamespace(trained=self.model, tokenizer=tiny.tokenizer(), stop_ids=[EOS])
         args = SimpleNamespace(per_device_eval_batch_size=2)
-        self.evaluator = Evaluator(args, models, processes, self.collate, self.score)
+        self.calls: list[str] = []
+        rollouts = SimpleNamespace(
+            weights_changed=lambda: self.calls.append("weights changed"), sync=lambda: self.calls.append("sync")
+        )
+        self.evaluator = Evaluator(args, models, processes, self.collate, rollouts, self.score)
 
     def collate(self, rows: list[dict[str, Any]]) -> Prompts:
         ids = torch.tensor([row["input_ids"] for row in rows])
         return Prompts(ids, torch.ones_like(ids, dtype=torch.bool), rows)
 
     def score(self, prompts: Prompts, place: int) -> Scored:
+        assert self.calls == ["weights changed", "sync"], "the engine did not get the weights before the first batch"
         assert self.model.training, "the kernels of a forward pass in training were not used"
         first = prompts.ids[:, 0]
         self.batches.append((place, first.tolist()))

@@ -40,7 +40,7 @@ def test_the_parts_share_policy_processes_and_stop_tokens(tmp_path):
     trainer, found = parts(tmp_path)
     assert found.forward.model is found.optimisation.policy_and_value is trainer.model
     assert found.optimisation.processes is found.processes
-    assert isinstance(found.engine, TransformersEngine) and found.models.stop_ids == [EOS]
+    assert isinstance(found.rollouts.engine, TransformersEngine) and found.models.stop_ids == [EOS]
 
 
 def test_the_reward_functions_and_the_callbacks_are_those_of_the_trainer(tmp_path):

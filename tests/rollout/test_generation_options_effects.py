@@ -30,7 +30,7 @@ def sampled(model: Any, **options: Any) -> Samples:
         model, response_length=LENGTH, temperature=TEMPERATURE, stop_ids=STOPS, pad_token_id=0, batch_size=4,
         autocast=contextlib.nullcontext, generation_kwargs=options,
     )  # fmt: skip
-    return engine.generate(PROMPTS, seed=1)
+    return engine.generate(PROMPTS, tiny.seeds(PROMPTS, 1))
 
 
 def logits_after(model: Any, context: Tensor) -> Tensor:

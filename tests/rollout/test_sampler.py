@@ -18,7 +18,7 @@ NONE = torch.zeros(1, 0, dtype=torch.long)
 
 def sampled(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """`count` tokens of one distribution, and their log-probabilities."""
-    processor = Sampler(uniform_numbers(count, 1, seed=0))
+    processor = Sampler(uniform_numbers(range(count), 1))
     return processor(NONE, logits.repeat(count, 1)).argmax(-1), processor.columns[0]
 
 
@@ -83,7 +83,7 @@ def test_a_level_at_the_end_of_a_block_gives_a_token_that_has_a_probability(monk
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("size", [43, 512, 1500])
 def test_scores_that_are_not_finite_give_a_token_without_a_log_probability(bad, size):
-    processor = Sampler(uniform_numbers(3, 1, seed=0))
+    processor = Sampler(uniform_numbers(range(3), 1))
     scores = torch.zeros(3, size)
     scores[0, 0] = scores[1, size - 1] = bad
     token = processor(NONE, scores).argmax(-1)
@@ -92,7 +92,7 @@ def test_scores_that_are_not_finite_give_a_token_without_a_log_probability(bad, 
 
 
 def test_each_token_of_a_response_has_its_own_number():
-    numbers = uniform_numbers(5, 7, seed=3)
+    numbers = uniform_numbers(range(5), 7)
     processor = Sampler(numbers)
     tokens = [processor(NONE, torch.zeros(5, 1000)).argmax(-1) for _ in range(7)]
     assert torch.equal(torch.stack(tokens, dim=1), (numbers * 1000).long())
@@ -101,8 +101,8 @@ def test_each_token_of_a_response_has_its_own_number():
 
 def test_random_numbers_depend_on_the_seed_and_the_row_alone():
     before = torch.get_rng_state()
-    numbers = uniform_numbers(6, 9, seed=1)
+    numbers = uniform_numbers([5, 4, 3, 2, 1, 0], 9)
     assert torch.equal(torch.get_rng_state(), before), "the global random state changed"
-    assert numbers.dtype == torch.float64 and torch.equal(uniform_numbers(2, 9, seed=1), numbers[:2])
-    assert not torch.equal(uniform_numbers(6, 9, seed=2), numbers)
+    assert numbers.dtype == torch.float64 and torch.equal(uniform_numbers([3, 5], 9), numbers[[2, 0]])
+    assert not torch.equal(uniform_numbers([6, 4, 3, 2, 1, 0], 9)[:1], numbers[:1])
     assert len(numbers.unique()) == 54 and numbers.min() >= 0 and numbers.max() < 1

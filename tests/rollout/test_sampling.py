@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from tests import tiny
-from trl_trustkl.errors import ConfigError, ModelError
+from trl_trustkl.errors import ConfigError, RolloutError
+from trl_trustkl.parallel.processes import Processes
 from trl_trustkl.rollout.engine import Samples
-from trl_trustkl.rollout.sampling import ended, is_stop, response_mask, sample, stop_ids
+from trl_trustkl.rollout.sampling import Rollouts, ended, is_stop, response_mask, stop_ids
+from trl_trustkl.run.rng import mixed_seed
+from trl_trustkl.run.signals import Overdue
 from trl_trustkl.types import Prompts, Rollout, UpdateContext
 
 IDS = torch.tensor([[0, 3, 4], [5, 6, 7]])
-PROMPTS = Prompts(IDS, IDS != 0, [{"row": 0}, {"row": 1}], UpdateContext(update=0, training=True, sampling_seed=0))
+PROMPTS = Prompts(IDS, IDS != 0, [{"row": 0}, {"row": 1}], UpdateContext(0, True, 0, first_row=4, row_step=2))
 
 
 @pytest.mark.parametrize(
@@ -65,22 +70,41 @@ def test_a_rollout_may_say_itself_which_responses_ended():
 
 
 class Answers:
-    """An engine that returns the given samples, and keeps the prompts and the seed."""
+    """An engine that returns the given samples, and keeps its calls."""
 
     def __init__(
         self, *ids: list[int], logps: list[torch.Tensor] | None = None, reasons: list[Any] | None = None
     ) -> None:
         reasons = ["stop"] * len(ids) if reasons is None else reasons
         self.samples = Samples([torch.tensor(row) for row in ids], logps, reasons)
+        self.calls: list[Any] = []
 
-    def generate(self, prompt_ids, seed):
-        self.asked = [prompt.tolist() for prompt in prompt_ids], seed
+    def check(self):
+        self.calls.append("check")
+
+    def sync(self, version, weights):
+        self.calls.append(("sync", version, dict(weights)))
+
+    def generate(self, prompt_ids, seeds):
+        self.calls.append(("generate", [prompt.tolist() for prompt in prompt_ids], list(seeds)))
         return self.samples
+
+    def close(self):
+        self.calls.append("close")
+
+
+def rollouts(engine: Any, length: int = 3, pad_token_id: int = 0, weights: Any = lambda: iter(())) -> Rollouts:
+    processes = Processes(Accelerator(cpu=True))
+    return Rollouts(engine, weights, processes, vocabulary=10, length=length, pad_token_id=pad_token_id)
+
+
+def sample(engine: Any, **settings: Any) -> Rollout:
+    return rollouts(engine, **settings).sample(PROMPTS, PROMPTS.context)
 
 
 @pytest.mark.parametrize("logps", [None, [torch.tensor([-1.0, -2.0]), -torch.ones(3)]], ids=["without", "with"])
 def test_samples_are_padded_on_the_right_with_a_mask_of_their_tokens(logps):
-    found = sample(Answers([7, 2], [8, 9, 2], logps=logps), PROMPTS, seed=11, length=4, pad_token_id=2)
+    found = sample(Answers([7, 2], [8, 9, 2], logps=logps), length=4, pad_token_id=2)
     assert found.response_ids.tolist() == [[7, 2, 2, 2], [8, 9, 2, 2]]
     assert found.response_mask.tolist() == [[True, True, False, False], [True, True, True, False]]
     if logps is None:
@@ -90,40 +114,88 @@ def test_samples_are_padded_on_the_right_with_a_mask_of_their_tokens(logps):
     assert found.prompt_ids is IDS and found.rows is PROMPTS.rows and found.context is PROMPTS.context
 
 
-def test_an_engine_gets_the_prompts_without_padding():
+def test_an_engine_gets_the_weights_the_prompts_without_padding_and_a_seed_for_each():
     engine = Answers([3, 2], [2])
-    found = sample(engine, PROMPTS, seed=11, length=3, pad_token_id=0)
-    assert engine.asked == ([[3, 4], [5, 6, 7]], 11)
+    found = sample(engine, weights=lambda: iter([("w", IDS)]))
+    (_, version, weights), asked = engine.calls
+    assert version == 0 and weights["w"] is IDS
+    assert asked == ("generate", [[3, 4], [5, 6, 7]], [mixed_seed(0, 4), mixed_seed(0, 6)])
     assert found.response_ids.tolist() == [[3, 2, 0], [2, 0, 0]]
+
+
+def test_weights_that_may_have_changed_are_a_new_version():
+    engine = Answers([3, 2], [2])
+    part = rollouts(engine)
+    for changes in (0, 0, 1, 0, 2):
+        for _ in range(changes):
+            part.weights_changed()
+        part.sample(PROMPTS, PROMPTS.context)
+    assert [call[1] for call in engine.calls if call[0] == "sync"] == [0, 0, 1, 1, 3]
+
+
+def test_in_an_evaluation_the_weights_are_sent_once_before_all_batches():
+    engine = Answers([3, 2], [2])
+    part, context = rollouts(engine), UpdateContext(update=0, training=False, sampling_seed=0)
+    assert part.sync() >= 0
+    for _ in range(3):
+        part.sample(PROMPTS, context)
+    assert [call[0] for call in engine.calls] == ["sync", *["generate"] * 3]
+
+
+def test_the_time_of_sending_the_weights_is_kept():
+    engine = Answers([3, 2], [2])
+    engine.sync = lambda version, weights: time.sleep(0.05)
+    context = UpdateContext(update=0, training=True, sampling_seed=0)
+    rollouts(engine).sample(PROMPTS, context)
+    assert 0.05 <= context.sync_seconds < 5
 
 
 def test_a_response_ended_where_the_engine_says_so():
     """One that a stop string ended has no stop token, and one with a stop token may have been cut."""
-    found = sample(Answers([3, 4], [3, 2], reasons=["stop", "length"]), PROMPTS, seed=1, length=2, pad_token_id=0)
+    found = sample(Answers([3, 4], [3, 2], reasons=["stop", "length"]), length=2)
     assert ended(found, [2]).tolist() == [True, False]
 
 
-def test_an_engine_that_returns_too_few_finish_reasons_is_named():
-    with pytest.raises(
-        ModelError, match="Answers returned 2 responses of up to 2 tokens and 1 finish reasons; it must"
-    ):
-        sample(Answers([3, 4], [3, 2], reasons=["stop"]), PROMPTS, seed=1, length=2, pad_token_id=0)
+HALF = [torch.tensor([-1.0])] * 2
 
 
 @pytest.mark.parametrize(
-    ("ids", "said"),
+    ("engine", "said"),
     [
-        (
-            [[3, 2]],
-            "Answers returned 1 responses of up to 2 tokens and 1 finish reasons; it must return 2, one for each prompt",
-        ),
-        (
-            [[3, 2], [4, 4, 4, 2]],
-            "Answers returned 2 responses of up to 4 tokens and .* of at most response_length=3 tokens",
-        ),
-        ([], "Answers returned 0 responses of up to 0 tokens"),
+        (Answers([3, 4], [3, 2], reasons=["stop"]), "2 responses of up to 2 tokens and 1 finish reasons; it must"),
+        (Answers([3, 2]), "1 responses of up to 2 tokens and 1 finish reasons; it must return 2, one for each prompt"),
+        (Answers([3, 2], [4, 4, 4, 2]), "2 responses of up to 4 tokens and .* of at most response_length=3 tokens"),
+        (Answers(), "0 responses of up to 0 tokens"),
+        (Answers([3, 2], [4, 2], logps=HALF), "log-probabilities of other shapes"),
+        (Answers([3, 2], [10]), "the tokens 2 to 10; the policy's are 0 to 9: it samples from another model"),
+        (Answers([3, -1], [2]), "the tokens -1 to 3"),
     ],
 )
-def test_an_engine_that_returns_too_few_or_too_long_responses_is_named(ids, said):
-    with pytest.raises(ModelError, match=said):
-        sample(Answers(*ids), PROMPTS, seed=11, length=3, pad_token_id=0)
+def test_an_engine_that_returns_something_else_is_named(engine, said):
+    with pytest.raises(RolloutError, match=f"the rollout engine Answers returned {said}"):
+        sample(engine)
+
+
+@pytest.mark.parametrize("method", ["check", "sync", "generate"])
+def test_an_error_of_an_engine_becomes_one_of_the_rollout(method):
+    engine = Answers([3, 2], [2])
+
+    def fail(*args: Any) -> None:
+        raise KeyError("gone")
+
+    setattr(engine, method, fail)
+    part = rollouts(engine)
+    with pytest.raises(RolloutError, match="the rollout engine Answers failed: KeyError: 'gone'"):
+        part.check() if method == "check" else part.sample(PROMPTS, PROMPTS.context)
+
+
+@pytest.mark.parametrize("error", [Overdue(), ConfigError("theirs"), KeyboardInterrupt()])
+def test_other_errors_stay_what_they_are(error):
+    engine = Answers([3, 2], [2])
+
+    def fail(*args: Any) -> None:
+        raise error
+
+    engine.generate = fail
+    with pytest.raises(type(error)):
+        sample(engine)

@@ -68,7 +68,10 @@ def test_samples_are_those_of_a_dynamic_cache(name, options):
     model = MODELS[name]().eval()
     static = engine(model, options)
     for seed in (1, 2):
-        assert_same(static.generate(PROMPTS, seed=seed), engine(model).generate(PROMPTS, seed=seed))
+        assert_same(
+            static.generate(PROMPTS, tiny.seeds(PROMPTS, seed)),
+            engine(model).generate(PROMPTS, tiny.seeds(PROMPTS, seed)),
+        )
 
 
 @pytest.mark.parametrize("name", ["llama", "lora"])
@@ -79,11 +82,14 @@ def test_a_pass_is_compiled_once_for_all_batches_prompts_and_updates(name):
     changes = []
     batches = [PROMPTS, [torch.cat([ids, ids]) for ids in PROMPTS], PROMPTS[1:], PROMPTS[:1]]
     for seed, prompts in enumerate(batches):
-        found, wanted = compiled.generate(prompts, seed=seed), plain.generate(prompts, seed=seed)
+        found, wanted = (
+            compiled.generate(prompts, tiny.seeds(prompts, seed)),
+            plain.generate(prompts, tiny.seeds(prompts, seed)),
+        )
         assert_same(found, wanted)
         before = [p.detach().clone() for p in model.parameters()]
         update(model)
-        changed = plain.generate(prompts, seed=seed)
+        changed = plain.generate(prompts, tiny.seeds(prompts, seed))
         changes.append(all(map(torch.equal, changed.logps, found.logps)))
         assert not all(map(torch.equal, before, model.parameters()))
     assert not any(changes), "an update did not change the log-probabilities"
@@ -95,7 +101,9 @@ def test_the_pass_is_compiled_again_where_a_prompt_needs_a_longer_cache():
     compiled = engine(model, COMPILED)
     longer = [torch.arange(3, 33).repeat(5), *PROMPTS]
     for prompts in (PROMPTS, longer, PROMPTS, longer):
-        assert_same(compiled.generate(prompts, seed=1), engine(model).generate(prompts, seed=1))
+        assert_same(
+            compiled.generate(prompts, tiny.seeds(prompts, 1)), engine(model).generate(prompts, tiny.seeds(prompts, 1))
+        )
     assert graphs() == 2
 
 
@@ -107,7 +115,7 @@ def test_sampling_under_autocast(dtype, options):
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
     static = engine(model, options, autocast=autocast, stop_ids=[])
     for seed in range(3):
-        found = static.generate(PROMPTS, seed=seed)
+        found = static.generate(PROMPTS, tiny.seeds(PROMPTS, seed))
         for prompt, ids, logps in zip(PROMPTS, found.ids, found.logps, strict=True):
             with autocast(), torch.no_grad():
                 logits = model(input_ids=torch.cat([prompt, ids])[None]).logits[0, len(prompt) - 1 : -1]
@@ -122,7 +130,10 @@ def test_samples_of_inductor_are_those_of_a_dynamic_cache():
     model = tiny.tuned()
     compiled = engine(model, STATIC | {"compile_config": {}})
     for seed in range(3):
-        assert_same(compiled.generate(PROMPTS, seed=seed), engine(model).generate(PROMPTS, seed=seed))
+        assert_same(
+            compiled.generate(PROMPTS, tiny.seeds(PROMPTS, seed)),
+            engine(model).generate(PROMPTS, tiny.seeds(PROMPTS, seed)),
+        )
         update(model)
     assert graphs() == 1
 
@@ -131,18 +142,24 @@ def test_weights_that_transformers_cannot_compile_are_an_error(tmp_path):
     model = tiny.four_bit(tmp_path)
     with pytest.raises(ConfigError, match=r"compile_config.* got a value with a model that is quantised by Bnb4Bit"):
         engine(model, COMPILED)
-    assert_same(engine(model, STATIC).generate(PROMPTS, seed=1), engine(model).generate(PROMPTS, seed=1), atol=1e-4)
+    assert_same(
+        engine(model, STATIC).generate(PROMPTS, tiny.seeds(PROMPTS, 1)),
+        engine(model).generate(PROMPTS, tiny.seeds(PROMPTS, 1)),
+        atol=1e-4,
+    )
 
 
 def test_the_cache_is_kept_until_the_engine_is_closed():
     static = engine(tiny.llama(), STATIC)
-    static.generate(PROMPTS, seed=1)
+    static.generate(PROMPTS, tiny.seeds(PROMPTS, 1))
     _, cache = static._static._cache
-    static.generate(PROMPTS, seed=2)
+    static.generate(PROMPTS, tiny.seeds(PROMPTS, 2))
     assert static._static._cache[1] is cache and cache.layers[0].keys.shape[:3] == (3, 2, STEP)
     static.close()
     assert static._static._cache is None
-    assert_same(static.generate(PROMPTS, seed=1), engine(tiny.llama()).generate(PROMPTS, seed=1))
+    assert_same(
+        static.generate(PROMPTS, tiny.seeds(PROMPTS, 1)), engine(tiny.llama()).generate(PROMPTS, tiny.seeds(PROMPTS, 1))
+    )
 
 
 def test_the_length_of_the_cache_grows_in_steps_beyond_the_one_that_is_set():

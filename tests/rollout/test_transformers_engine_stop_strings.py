@@ -30,7 +30,7 @@ def sampled(strings: Any = None, *, stop_ids: list[int], pad_token_id: int = 0) 
         tiny.llama(), response_length=LENGTH, temperature=1.0, stop_ids=stop_ids, pad_token_id=pad_token_id,
         batch_size=len(PROMPTS), autocast=contextlib.nullcontext, generation_kwargs=options, tokenizer=TOKENIZER,
     )  # fmt: skip
-    return engine.generate(PROMPTS, seed=2)
+    return engine.generate(PROMPTS, tiny.seeds(PROMPTS, 2))
 
 
 def text(ids: Tensor) -> str:

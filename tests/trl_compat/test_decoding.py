@@ -63,7 +63,7 @@ def sampled(prompts: Any, stop_ids: list[int], *, length: int = 12, **options: A
         tokenizer=tiny.tokenizer(),
     )  # fmt: skip
     with Reads() as reads:
-        return engine.generate(prompts, seed=1), reads.count
+        return engine.generate(prompts, tiny.seeds(prompts, 1)), reads.count
 
 
 @pytest.fixture

@@ -61,3 +61,12 @@ def avoid_bf16(model: Any, args: TrainingArguments, *, name: str = "model") -> N
             weight.data = weight.data.float()
         for layer in layers:
             layer.compute_dtype = torch.float32
+
+
+def sampling_dtype(causal: nn.Module, args: TrainingArguments) -> torch.dtype:
+    """The dtype of the training pass's matrix products, for an engine that samples elsewhere."""
+    if args.bf16 or args.fp16:
+        return torch.bfloat16 if args.bf16 else torch.float16
+    found: list[Any] = [m.compute_dtype for m in causal.modules() if getattr(m, "compute_dtype", None) is not None]
+    weights = [p.dtype for p in causal.parameters() if p.dtype.is_floating_point]
+    return (found or weights)[0]

@@ -12,6 +12,7 @@ from ..controllers import AdaptiveKL, FixedKL, ScheduledKL
 from ..divergences import gradient_kind
 from ..errors import ConfigError, out_of_range
 from ..rollout.generation_options import check_generation_kwargs
+from ..rollout.vllm_options import check_vllm_options
 from ..surrogates import WITHOUT_RANGE
 from ..trust.limits import HARD_LIMITS, reject_moving_reference
 from .vllm_fields import check_vllm
@@ -171,7 +172,11 @@ def check_generation(args: Any) -> None:
         raise ConfigError(
             f"`stop_token` got {args.stop_token!r} and `stop_token_id` got {args.stop_token_id}; set only one of them."
         )
-    check_generation_kwargs(args.arguments("generation_kwargs"))
+    given = args.arguments("generation_kwargs")
+    if args.use_vllm:
+        check_vllm_options(given, corrected=args.vllm_importance_sampling_correction)
+    else:
+        check_generation_kwargs(given)
 
 
 def check_logging(args: Any) -> None:

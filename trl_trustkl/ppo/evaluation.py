@@ -12,14 +12,14 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..errors import ConfigError, RewardError, unknown_name
+from ..errors import ConfigError, RewardError, RolloutError, unknown_name
 from ..masking import masked_sum
 from ..parallel.processes import Processes
 from ..policy.probes import as_in_training
 from ..records import as_rows
 from ..rollout.prompts import Collator, prepare_dataset, prompt_texts
 from ..rollout.reward_log import with_means
-from ..rollout.sampling import ended
+from ..rollout.sampling import Rollouts, ended
 from ..run.failure_handling import raised_on_all
 from ..types import Prompts, Scored
 from .config import TrustKLPPOConfig
@@ -38,6 +38,7 @@ class Evaluator:
     models: Models
     processes: Processes
     collate: Collator
+    rollouts: Rollouts
     score: Callable[[Prompts, int], Scored]
 
     def metrics(self, dataset: Dataset, prefix: str) -> dict[str, float]:
@@ -79,9 +80,11 @@ class Evaluator:
     ) -> tuple[list[dict[str, Any]], list[dict[str, list[float]]]]:
         """This process's rows, and the metrics that reward functions logged of each batch. The processes may have different
         numbers of batches, so an error is raised at the end."""
+        self.rollouts.weights_changed()  # outside a run, anyone may have changed them
+        self.rollouts.sync()
         rows: list[dict[str, Any]] = []
         metrics: list[dict[str, list[float]]] = []
-        with raised_on_all(self.processes, RewardError):
+        with raised_on_all(self.processes, RewardError, RolloutError):
             for place, prompts in batches:
                 with as_in_training(self.models.trained):
                     scored = self.score(prompts, place)

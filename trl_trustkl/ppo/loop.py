@@ -38,7 +38,7 @@ from ..run.failure_handling import too_many_rejections
 from ..run.state import OnlineTrainerState, RunState, TransformersState
 from ..run.weights import TrainedWeights
 from ..types import Batch, Enforcement, Measurement, Prompts, Rollout, Scored, UpdateContext, UpdateStats
-from . import contexts, recording
+from . import recording
 from .config import TrustKLPPOConfig
 from .parts import Parts
 from .setup import warn_of_sampler
@@ -65,6 +65,7 @@ class Trainer(Protocol):
 
     def prepare_optimisation(self) -> None: ...
     def event(self, name: str) -> None: ...
+    def new_context(self) -> UpdateContext: ...
 
     def next_prompts(self) -> Prompts: ...
     def rollout(self, prompts: Prompts) -> Rollout: ...
@@ -107,14 +108,14 @@ class TrainingLoop:
                     self._update()
                 return self._end()
             finally:
-                self._parts.engine.close()
+                self._parts.rollouts.close()
 
     # -- one update ----------------------------------------------------------------------------------------------------
 
     def _update(self) -> None:
         """Make one update, completely or not at all."""
         trainer, state = self._trainer, self._trainer.state
-        context = contexts.of_update(trainer.args, state, self._parts.processes.index)
+        context = trainer.new_context()
         trainer.event("step_begin")
         state.episode += self._parts.sizes.batch
         with self._parts.failures.update(
@@ -152,6 +153,7 @@ class TrainingLoop:
         """Roll back an update that was not completed."""
         if context.snapshot is not None:
             context.snapshot.restore()
+        self._parts.rollouts.weights_changed()
         self._trainer.state.episode = context.episode
         rng.restore(context.random_states)
 
@@ -250,6 +252,7 @@ class TrainingLoop:
         folder = self._checkpointer.find(resume_from_checkpoint, output)
         if folder is not None:
             self._restore(folder)
+        parts.rollouts.weights_changed()
         self._checkpointer.prepare_output(output, folder)
         state.is_local_process_zero = trainer.accelerator.is_local_main_process
         state.is_world_process_zero = parts.processes.is_main
@@ -257,7 +260,7 @@ class TrainingLoop:
         state.num_train_epochs = math.ceil(parts.sizes.updates / parts.order.batches_per_pass)
         state.train_batch_size = args.per_device_train_batch_size
         state.compute_steps(args, state.max_steps)
-        parts.engine.check()
+        parts.rollouts.check()
         self._started, self._episodes_before = time.perf_counter(), state.episode
         trainer.event("train_begin")
         if args.eval_on_start and folder is None:
@@ -375,3 +378,4 @@ class TrainingLoop:
         if (what := checkpoint_folder.damage(Path(best))) is not None:
             raise CheckpointError(f"`load_best_model_at_end`: {best} is not a complete checkpoint ({what}).")
         self._checkpointer.load(Path(best), POLICY_FILE, VALUE_FILE)
+        self._parts.rollouts.weights_changed()

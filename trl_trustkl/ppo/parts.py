@@ -10,14 +10,16 @@ from datasets import IterableDataset
 
 from ..parallel.processes import Processes
 from ..policy.forward import ForwardPass
+from ..policy.merged_weights import merged_weights
 from ..policy.quantization import is_quantized
 from ..policy.renewal import ReferenceRenewal
 from ..rollout.engine import RolloutEngine
+from ..rollout.engines import build_engine
 from ..rollout.groups import GroupedOrder
 from ..rollout.prompt_stream import StreamOrder
 from ..rollout.prompts import Collator, PromptOrder
+from ..rollout.sampling import Rollouts
 from ..rollout.scorer import Scorer
-from ..rollout.transformers_engine import TransformersEngine
 from ..run.failure_handling import FailureHandling
 from ..run.recorder import Recorder
 from ..run.resume_compatibility import RunSettings, setup_of
@@ -49,6 +51,7 @@ class Parts:
         optimizers: the user's optimizer and scheduler, each None where it was not given.
         callbacks: returns the callbacks of the run.
         score_held_out: samples and scores a batch of an evaluation set; see `Evaluator`.
+        engine: the user's rollout engine; None: the one that `args` describe.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Parts:
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None,
         callbacks: Callable[[], Sequence[Any]],
         score_held_out: Callable[[Prompts, int], Scored],
+        engine: RolloutEngine | None = None,
     ) -> None:
         optimizer, scheduler = optimizers
         if optimizer is not None:
@@ -83,13 +87,17 @@ class Parts:
         )
         self.order = GroupedOrder(order, args.num_generations)
         self.collate = Collator(data_collator, models.tokenizer.pad_token_id, processes.device)
-        self.engine: RolloutEngine = TransformersEngine(
-            models.trained.policy, response_length=args.response_length, temperature=args.temperature,
-            stop_ids=models.stop_ids, pad_token_id=models.tokenizer.pad_token_id,
-            batch_size=args.local_rollout_forward_batch_size, autocast=accelerator.autocast,
-            generation_kwargs=args.arguments("generation_kwargs"), tokenizer=models.tokenizer,
-        )  # fmt: skip
         self.stop = StopRequest(args.grace_seconds)
+        policy = models.trained.policy
+        engine = build_engine(
+            args, policy, engine, stop_ids=models.stop_ids, tokenizer=models.tokenizer, processes=processes,
+            autocast=accelerator.autocast, stop=self.stop,
+        )  # fmt: skip
+        self.rollouts = Rollouts(
+            engine, lambda: merged_weights(policy), processes,
+            vocabulary=models.token_limits.vocabulary, length=args.response_length,
+            pad_token_id=models.tokenizer.pad_token_id,
+        )  # fmt: skip
         self.failures = FailureHandling(self.stop, processes)
         self.forward = ForwardPass(models.trained, accelerator.autocast)
         self.scorer = Scorer(
@@ -104,7 +112,7 @@ class Parts:
         self.coefficients = Coefficients(args)
         self.attribution = Attribution(args, self.optimisation, self.coefficients, processes)
         self.trust_region = TrustRegion(args.limits)
-        self.evaluator = Evaluator(args, models, processes, self.collate, score_held_out)
+        self.evaluator = Evaluator(args, models, processes, self.collate, self.rollouts, score_held_out)
         self.recorder = Recorder(callbacks, processes)
         self.progress = Progress()
         self.settings = RunSettings(args, setup_of(models.trained, rows=rows, processes=processes.count))

@@ -27,14 +27,14 @@ from ..policy.loading import save_policy, trainable
 from ..policy.value_head import PolicyAndValue
 from ..records import BoundRecord
 from ..report import model_card
+from ..rollout.engine import RolloutEngine
 from ..rollout.prompts import AnyDataset, collate_nothing
 from ..rollout.rewards import RewardFunc, RewardModel
-from ..rollout.sampling import sample
 from ..run.failure_handling import raised_on_all, reject
 from ..run.state import OnlineTrainerState
 from ..trl_compat.version import PPOTrainer
 from ..trust.measurement import measure
-from ..types import Batch, Measurement, Prompts, Rollout, Scored, UpdateStats
+from ..types import Batch, Measurement, Prompts, Rollout, Scored, UpdateContext, UpdateStats
 from . import contexts, models, recording
 from .config import TrustKLPPOConfig
 from .evaluation import chosen_dataset, one_dataset
@@ -68,6 +68,7 @@ class TrustKLPPOTrainer(PPOTrainer):
             name of one, or a list of them, weighted by `args.reward_weights`.
         reward_processing_classes: the tokenizers of reward models, in the order of `reward_funcs`. Without one, a model given
             by name gets the tokenizer of that name, and a loaded model reads the policy's token ids.
+        rollout_engine: an engine that samples the responses; None: transformers, or vLLM with `args.use_vllm`.
 
     Raises ConfigError, DataError or ModelError, which name the field, the value, what is valid and the likely fix.
     """
@@ -100,6 +101,7 @@ class TrustKLPPOTrainer(PPOTrainer):
         peft_config: PeftConfig | None = None,
         reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         reward_processing_classes: Any = None,
+        rollout_engine: RolloutEngine | None = None,
     ) -> None:
         args = TrustKLPPOConfig("trainer_output") if args is None else args
         ready = models.prepare(
@@ -120,7 +122,7 @@ class TrustKLPPOTrainer(PPOTrainer):
         self.state = OnlineTrainerState()
         self.parts = Parts(
             args, ready, self.accelerator, optimizers=(self.optimizer, self.lr_scheduler), data_collator=data_collator,
-            callbacks=lambda: self.callback_handler.callbacks, score_held_out=self._score_held_out,
+            callbacks=lambda: self.callback_handler.callbacks, score_held_out=self._score_held_out, engine=rollout_engine,
         )  # fmt: skip
         self._loop = TrainingLoop(self)
 
@@ -158,17 +160,11 @@ class TrustKLPPOTrainer(PPOTrainer):
 
     def rollout(self, prompts: Prompts) -> Rollout:
         """Sample a response to each prompt from the policy."""
-        context = prompts.context or contexts.of_update(self.args, self.state, self.parts.processes.index)
-        self.parts.engine.sync(self.state.global_step, self.model.policy.named_parameters())
-        return sample(
-            self.parts.engine, prompts._replace(context=context), seed=context.sampling_seed,
-            length=self.args.response_length, pad_token_id=self.processing_class.pad_token_id,
-        )  # fmt: skip
+        return self.parts.rollouts.sample(prompts, prompts.context or self.new_context())
 
     def score(self, rollout: Rollout) -> Scored:
         """Compute log-probabilities under π_old and π_ref, values and rewards: all that is fixed before the first step."""
-        context = rollout.context or contexts.of_update(self.args, self.state, self.parts.processes.index)
-        return self.parts.scoring.score(rollout, context, self.state)
+        return self.parts.scoring.score(rollout, rollout.context or self.new_context(), self.state)
 
     def advantages(self, scored: Scored) -> Batch:
         """Turn the anchor and the score into rewards, and these into advantages."""
@@ -186,6 +182,7 @@ class TrustKLPPOTrainer(PPOTrainer):
             return limit is not None and not self._measure(batch, mini).kl <= limit
 
         lr_factor = 1.0 if without == "lr" else self.parts.coefficients.lr_factor
+        self.parts.rollouts.weights_changed()
         return self.parts.optimisation.update(batch, too_far, lr_factor=lr_factor)
 
     def measure(self, batch: Batch) -> Measurement:
@@ -203,6 +200,7 @@ class TrustKLPPOTrainer(PPOTrainer):
         if found.rejected is not None and found.rejected != context.rejected:
             reject(context, found.rejected)
         context.enforcement = found
+        self.parts.rollouts.weights_changed()
         return found.measured or proposed
 
     def attribute(self, batch: Batch, stats: UpdateStats, measured: Measurement) -> dict[str, float | None]:
@@ -309,10 +307,14 @@ class TrustKLPPOTrainer(PPOTrainer):
         self.parts.evaluator.show(self.eval_dataset, few=sampling)
 
     def _score_held_out(self, prompts: Prompts, place: int) -> Scored:
-        context = contexts.of_evaluation(self.args, self.state, self.parts.processes.index, place)
+        context = contexts.of_evaluation(self.args, self.state, self.parts.processes, place)
         return self.score(self.rollout(prompts._replace(context=context))._replace(context=context))
 
     # -- what the loop, transformers and TRL call ----------------------------------------------------------------------
+
+    def new_context(self) -> UpdateContext:
+        """The context of the update that begins."""
+        return contexts.of_update(self.args, self.state, self.parts.processes, self.parts.sizes.local)
 
     def event(self, name: str) -> None:
         """Call the callbacks' method for an event, such as "step_end"."""

@@ -26,8 +26,8 @@ class VLLMFields(TrainingFields):
     # fmt: off
     use_vllm: bool = _vllm(False, "Whether vLLM samples the responses, instead of transformers' `generate`.", off="False")
     vllm_mode: Literal["colocate", "server"] = _vllm(
-        _trl("vllm_mode")[0], "'colocate': vLLM runs in the training process and shares its device. 'server': a server that runs "
-        "already samples, `trl vllm-serve`.")
+        _trl("vllm_mode")[0], "'colocate': vLLM runs in the training process and shares its device. 'server': a server "
+        "samples, which was started with `trl vllm-serve`.")
     vllm_model_impl: Literal["vllm", "transformers"] = _vllm(
         _trl("vllm_model_impl")[0], "Whose implementation of the model a colocated vLLM runs.")
     vllm_enable_sleep_mode: bool = _vllm(
@@ -49,7 +49,7 @@ class VLLMFields(TrainingFields):
         _trl("vllm_max_model_length")[0], "Context length of a colocated vLLM, prompt and response; None: the model's.",
         unit="tokens", range=COUNT)
     vllm_tensor_parallel_size: int = _vllm(
-        _trl("vllm_tensor_parallel_size")[0], "Processes over which a colocated vLLM shards the model; it divides their number.",
+        _trl("vllm_tensor_parallel_size")[0], "Processes that share one colocated vLLM, which is sharded over them.",
         unit="processes", range=COUNT)
     vllm_importance_sampling_correction: bool = _vllm(
         _trl("vllm_importance_sampling_correction")[0], "Whether the policy's loss is weighted by the ratio of π_old, in the "
@@ -78,6 +78,7 @@ _COLOCATE = (
     "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization", "vllm_max_model_length",
     "vllm_tensor_parallel_size",
 )  # fmt: skip
+_OF_TRANSFORMERS = "local_rollout_forward_batch_size"
 
 
 def changed(args: Any, names: tuple[str, ...]) -> list[str]:
@@ -89,6 +90,11 @@ def check_vllm(args: Any) -> None:
     """Raise ConfigError for a field that would be ignored, and for values that contradict each other."""
     other, needed = (_COLOCATE, "colocate") if args.vllm_mode == "server" else (_SERVER, "server")
     ignored = ("vllm_mode", *_SERVER, *_COLOCATE) if not args.use_vllm else other
+    if args.use_vllm and changed(args, (_OF_TRANSFORMERS,)):
+        raise ConfigError(
+            f"`{_OF_TRANSFORMERS}` got {getattr(args, _OF_TRANSFORMERS)} with use_vllm=True, and vLLM chooses its batches by "
+            "itself; leave it out."
+        )
     for name in changed(args, ignored):
         fix = "use_vllm=True" if not args.use_vllm else f"vllm_mode={needed!r}"
         raise ConfigError(

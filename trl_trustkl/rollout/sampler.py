@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,12 @@ _BELOW_ONE = 1 - 2.0**-53
 """The largest float64 below 1."""
 
 
-def uniform_numbers(count: int, length: int, seed: int) -> Tensor:
-    """The random numbers of `count` responses, [count, length], in float64 on the CPU. A row does not depend on `count`."""
-    return torch.rand(count, length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def uniform_numbers(seeds: Sequence[int], length: int) -> Tensor:
+    """The random numbers of responses, [len(seeds), length], in float64 on the CPU. A row depends on its seed alone."""
+    rows = torch.empty(len(seeds), length, dtype=torch.float64)
+    for row, seed in zip(rows, seeds, strict=True):
+        row.uniform_(generator=torch.Generator().manual_seed(seed))
+    return rows
 
 
 def invert(probs: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

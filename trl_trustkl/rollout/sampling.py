@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -9,9 +12,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import ModelError, out_of_range
-from ..types import Prompts, Rollout
-from .engine import RolloutEngine
+from ..errors import RolloutError, TrustKLError, out_of_range
+from ..parallel.processes import Processes
+from ..run.failure_handling import raised_on_all
+from ..run.rng import mixed_seed
+from ..run.signals import Overdue
+from ..types import Prompts, Rollout, UpdateContext
+from .engine import RolloutEngine, Samples
 
 
 def stop_ids(
@@ -55,32 +62,121 @@ def ended(rollout: Rollout, stop_ids: list[int]) -> Tensor:
     return (is_stop(rollout.response_ids, stop_ids) & rollout.response_mask).any(-1)
 
 
-def sample(engine: RolloutEngine, prompts: Prompts, *, seed: int, length: int, pad_token_id: int) -> Rollout:
-    """Sample a response to each prompt, of at most `length` tokens; responses are padded on the right to `length`.
+class Rollouts:
+    """Samples responses with an engine, to which it gives the policy's weights whenever they may have changed.
 
-    Raises ModelError for an engine that returns anything else.
+    weights: returns the policy's weights, as `RolloutEngine.sync` gets them. vocabulary: the number of tokens of the policy.
+    length: of a response, at most; responses are padded to it on the right.
     """
-    ids = [row[mask] for row, mask in zip(prompts.ids, prompts.mask, strict=True)]
-    samples = engine.generate(ids, seed)
-    lengths = torch.tensor([len(each) for each in samples.ids], device=prompts.ids.device)
-    longest = max(map(len, samples.ids), default=0)
-    if not len(samples.ids) == len(samples.finish_reasons) == len(ids) or longest > length:
-        raise ModelError(
-            f"the rollout engine {type(engine).__name__} returned {len(samples.ids)} responses of up to {longest} tokens and "
-            f"{len(samples.finish_reasons)} finish reasons; it must return {len(ids)}, one for each prompt, of at most "
-            f"response_length={length} tokens."
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        weights: Callable[[], Iterator[tuple[str, Tensor]]],
+        processes: Processes,
+        *,
+        vocabulary: int,
+        length: int,
+        pad_token_id: int,
+    ) -> None:
+        self.engine = engine
+        self._weights = weights
+        self._processes = processes
+        self._vocabulary = vocabulary
+        self._length = length
+        self._pad_token_id = pad_token_id
+        self._version = 0
+
+    @property
+    def name(self) -> str:
+        """The engine's, for records and messages."""
+        return type(self.engine).__name__
+
+    def weights_changed(self) -> None:
+        """The next rollout needs the weights again."""
+        self._version += 1
+
+    def check(self) -> None:
+        """Raise an error on all processes if the engine does not support the policy, or does not work, on any of them."""
+        with raised_on_all(self._processes, TrustKLError), self._as_rollout_error():
+            self.engine.check()
+
+    def sync(self) -> float:
+        """Give the engine the policy's weights, on all processes; returns the seconds that this took."""
+        started = time.perf_counter()
+        with raised_on_all(self._processes, TrustKLError), self._as_rollout_error():
+            self.engine.sync(self._version, self._weights())
+        return time.perf_counter() - started
+
+    def close(self) -> None:
+        """Release what the engine holds."""
+        self.engine.close()
+
+    def sample(self, prompts: Prompts, context: UpdateContext) -> Rollout:
+        """Sample a response to each prompt. Raises RolloutError if the engine fails, or returns anything else.
+
+        In training it is called by all processes, and an error is raised on all of them. In an evaluation, in which they may
+        have different numbers of batches, `sync` is called once before.
+        """
+        agreed: AbstractContextManager[None] = nullcontext()
+        if context.training:
+            context.sync_seconds = self.sync()
+            agreed = raised_on_all(self._processes, TrustKLError, Overdue)
+        ids = [row[mask] for row, mask in zip(prompts.ids, prompts.mask, strict=True)]
+        with agreed, self._as_rollout_error():
+            samples = self.engine.generate(ids, response_seeds(context, len(ids)))
+            self._check(samples, len(ids))
+        return self._rollout(samples, prompts, context)
+
+    @contextmanager
+    def _as_rollout_error(self) -> Iterator[None]:
+        try:
+            yield
+        except (TrustKLError, Overdue):
+            raise
+        except Exception as error:
+            raise RolloutError(f"the rollout engine {self.name} failed: {type(error).__name__}: {error}") from error
+
+    def _check(self, samples: Samples, count: int) -> None:
+        longest = max(map(len, samples.ids), default=0)
+        if not len(samples.ids) == len(samples.finish_reasons) == count or longest > self._length:
+            raise RolloutError(
+                f"the rollout engine {self.name} returned {len(samples.ids)} responses of up to {longest} tokens and "
+                f"{len(samples.finish_reasons)} finish reasons; it must return {count}, one for each prompt, of at most "
+                f"response_length={self._length} tokens."
+            )
+        if samples.logps is not None and list(map(len, samples.logps)) != list(map(len, samples.ids)):
+            raise RolloutError(
+                f"the rollout engine {self.name} returned log-probabilities of other shapes than the token ids; it must return "
+                "one for each token, or None for all."
+            )
+        tokens = [token for row in samples.ids if len(row) for token in (int(row.min()), int(row.max()))]
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
+            raise RolloutError(
+                f"the rollout engine {self.name} returned the tokens {min(tokens)} to {max(tokens)}; the policy's are 0 to "
+                f"{self._vocabulary - 1}: it samples from another model."
+            )
+
+    def _rollout(self, samples: Samples, prompts: Prompts, context: UpdateContext) -> Rollout:
+        device, length = prompts.ids.device, self._length
+
+        def padded(rows: list[Tensor], fill: float) -> Tensor:
+            return torch.stack([nn.functional.pad(row.to(device), (0, length - len(row)), value=fill) for row in rows])
+
+        lengths = torch.tensor([len(each) for each in samples.ids], device=device)
+        return Rollout(
+            prompt_ids=prompts.ids,
+            prompt_mask=prompts.mask,
+            response_ids=padded(samples.ids, self._pad_token_id),
+            response_mask=torch.arange(length, device=device) < lengths.unsqueeze(-1),
+            sampler_logp=None if samples.logps is None else padded(samples.logps, 0.0),
+            rows=prompts.rows,
+            context=context,
+            ended=torch.tensor([reason == "stop" for reason in samples.finish_reasons], device=device),
         )
 
-    def padded(rows: list[Tensor], fill: float) -> Tensor:
-        return torch.stack([nn.functional.pad(row, (0, length - len(row)), value=fill) for row in rows])
 
-    return Rollout(
-        prompt_ids=prompts.ids,
-        prompt_mask=prompts.mask,
-        response_ids=padded(samples.ids, pad_token_id),
-        response_mask=torch.arange(length, device=lengths.device) < lengths.unsqueeze(-1),
-        sampler_logp=None if samples.logps is None else padded(samples.logps, 0.0),
-        rows=prompts.rows,
-        context=prompts.context,
-        ended=torch.tensor([reason == "stop" for reason in samples.finish_reasons], device=lengths.device),
-    )
+def response_seeds(context: UpdateContext, count: int) -> list[int]:
+    """The seed of each of this process's `count` responses."""
+    rows = range(context.first_row, context.first_row + count * context.row_step, context.row_step)
+    return [mixed_seed(context.sampling_seed, row) for row in rows]

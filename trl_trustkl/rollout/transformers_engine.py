@@ -120,14 +120,10 @@ class TransformersEngine:
         if self._static is not None:
             self._static.release()
 
-    def generate(self, prompt_ids: Sequence[Tensor], seed: int) -> Samples:
-        """Sample for prompts of similar length at a time, longest first, which takes the least padding.
-
-        The random numbers of a response depend on the seed and its place among the prompts, and not on the prompts that
-        share its batch.
-        """
+    def generate(self, prompt_ids: Sequence[Tensor], seeds: Sequence[int]) -> Samples:
+        """Sample for prompts of similar length at a time, longest first, which takes the least padding."""
         order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]), reverse=True)
-        uniform = uniform_numbers(len(prompt_ids), self._length, seed)[order].to(prompt_ids[0].device)
+        uniform = uniform_numbers(seeds, self._length)[order].to(prompt_ids[0].device)
         rows: dict[int, tuple[Tensor, Tensor, FinishReason]] = {}
         with self._autocast():
             for start in range(0, len(order), self._batch_size):

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from transformers.utils import logging
 
-from ..errors import DataError, NonFiniteRewardError, RefusedError, RewardError
+from ..errors import DataError, NonFiniteRewardError, RefusedError, RewardError, RolloutError
 from ..parallel.processes import Processes
 from ..types import UpdateContext
 from .signals import Overdue, StopRequest
@@ -20,12 +20,12 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def raised_on_all(processes: Processes, kind: type[Exception]) -> Iterator[None]:
-    """Raise an error of this kind on all processes if any of them raises it in the block. Called by all processes."""
+def raised_on_all(processes: Processes, *kinds: type[Exception]) -> Iterator[None]:
+    """Raise an error of these kinds on all processes if any of them raises it in the block. Called by all processes."""
     failure: Exception | None = None
     try:
         yield
-    except kind as error:
+    except kinds as error:
         failure = error
     processes.raise_on_all(failure)
 
@@ -55,13 +55,14 @@ class FailureHandling:
         Args:
             finished: whether the update had ended; an error then comes from what ran after it.
             roll_back: rolls the update back.
-            save: saves the last finished update; called before the error of a reward function, or of the data, is raised.
+            save: saves the last finished update; called before the error of a reward function, of the data or of the rollout
+                engine is raised.
         """
         try:
             yield
         except Overdue:
             roll_back()
-        except (RewardError, DataError):
+        except (RewardError, DataError, RolloutError):
             if finished():  # in an evaluation after the update, which raises on one process
                 if self._processes.count == 1:
                     save()

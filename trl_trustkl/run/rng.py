@@ -36,6 +36,16 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def unchanged() -> Iterator[None]:
+    """Restore the process's random states after the block."""
+    states = capture()
+    try:
+        yield
+    finally:
+        restore(states)
+
+
 def generator(*keys: int) -> torch.Generator:
     """A new generator, seeded from `keys`."""
     return torch.Generator().manual_seed(mixed_seed(*keys))

@@ -13,6 +13,7 @@ class PreTrainedModel(nn.Module):
     config: PretrainedConfig
     generation_config: GenerationConfig
     base_model_prefix: str
+    name_or_path: str
     def can_generate(self) -> bool: ...
     def generate(
         self, inputs: Tensor | None = ..., generation_config: GenerationConfig | None = ..., **kwargs: Any
