@@ -156,9 +156,10 @@ class ColocatedVLLMEngine:
             first = range(0, self._processes.count, self._group_size)
             groups = [list(range(start, start + self._group_size)) for start in first]
             self._group, _ = torch.distributed.new_subgroups_by_enumeration(groups)
+        plain = {"hf_overrides": {"quantization_config": None}, "load_format": "dummy"} if self._model.quantized else {}
         try:
             return LLM(
-                model=self._model.name, dtype=self._model.dtype_name, **self._options, **self._model.init_kwargs,
+                model=self._model.name, dtype=self._model.dtype_name, **self._options, **self._model.init_kwargs, **plain,
                 distributed_executor_backend="uni" if self._processes.count == 1 else "external_launcher",
                 seed=self._processes.index // self._group_size,
                 logprobs_mode="processed_logprobs",

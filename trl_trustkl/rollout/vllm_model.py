@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import ModelError
 from ..policy.merged_weights import check_mergeable
@@ -15,12 +15,14 @@ from ..policy.precision import sampling_dtype
 
 class VLLMModel(NamedTuple):
     """name: the folder or the Hub's name of the base model. dtype: that in which the trainer computes. vocabulary: the policy's
-    tokens. init_kwargs: the revision and whether the repository's code may run."""
+    tokens. init_kwargs: the revision and whether the repository's code may run. quantized: whether the files are quantised, so
+    that only their configuration can be used: vLLM gets dequantised weights."""
 
     name: str
     dtype: torch.dtype
     vocabulary: int
     init_kwargs: dict[str, Any]
+    quantized: bool = False
 
     @property
     def dtype_name(self) -> str:
@@ -40,7 +42,11 @@ def vllm_model(policy: PreTrainedModel | PeftModel, args: Any) -> VLLMModel:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ModelError(f"`model` computes in {dtype}; vLLM in float32, bfloat16 or float16: load it in one of these.")
     given = args.arguments("model_init_kwargs")
+    kept = {
+        name: given[name] for name in ("revision", "code_revision", "trust_remote_code") if given.get(name) is not None
+    }
+    config = AutoConfig.from_pretrained(causal.name_or_path, **kept)
     return VLLMModel(
-        causal.name_or_path, dtype, causal.get_input_embeddings().weight.shape[0],
-        {name: given[name] for name in ("revision", "code_revision", "trust_remote_code") if given.get(name) is not None},
+        causal.name_or_path, dtype, causal.get_input_embeddings().weight.shape[0], kept,
+        quantized=getattr(config, "quantization_config", None) is not None,
     )  # fmt: skip

@@ -69,7 +69,9 @@ class VLLMServerEngine:
         self._server.wait_until_ready()
         found = self._server.model()
         served, own = {found["id"], found["root"]}, self._model.name
-        if own.rstrip("/").split("/")[-1] not in {str(name).rstrip("/").split("/")[-1] for name in served}:
+        if not self._model.quantized and own.rstrip("/").split("/")[-1] not in {
+            str(name).rstrip("/").split("/")[-1] for name in served
+        }:
             raise ModelError(
                 f"the vLLM server at {self._server.url} serves {found['root']!r}, and the policy is {own!r}; serve its base "
                 f"model: trl vllm-serve --model {own}."
