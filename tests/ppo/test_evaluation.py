@@ -71,7 +71,9 @@ class Toy:
         return Prompts(ids, torch.ones_like(ids, dtype=torch.bool), rows)
 
     def score(self, prompts: Prompts, place: int) -> Scored:
-        assert self.calls[-2:] == ["weights changed", "sync"], "the engine did not get the weights before the first batch"
+        assert self.calls[-2:] == ["weights changed", "sync"], (
+            "the engine did not get the weights before the first batch"
+        )
         assert self.model.training, "the kernels of a forward pass in training were not used"
         first = prompts.ids[:, 0]
         self.batches.append((place, first.tolist()))
