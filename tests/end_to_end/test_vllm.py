@@ -69,8 +69,8 @@ def trainer(folder: Any, kind: str = "lora", *, model: Any = None, **changes: An
     path = smollm2_path()
     fields: dict[str, Any] = {
         "output_dir": str(folder), "use_cpu": True, "bf16": False, "per_device_train_batch_size": 4, "num_ppo_epochs": 2,
-        "gradient_accumulation_steps": 1, "max_steps": 3, "response_length": 8, "learning_rate": 1e-5 if kind == "full" else 1e-3,
-        "trust_max_kl": LIMIT, "report_to": "none", "save_strategy": "no", "num_sample_generations": 0, "stop_token": "eos",
+        "gradient_accumulation_steps": 1, "max_steps": 3, "response_length": 8,
+        "learning_rate": 1e-5 if kind == "full" else 1e-3, "trust_max_kl": LIMIT, "report_to": "none", "save_strategy": "no", "num_sample_generations": 0, "stop_token": "eos",
         "use_vllm": True, "seed": 3,
     }  # fmt: skip
     if model is None and kind == "4-bit lora":
@@ -80,7 +80,8 @@ def trainer(folder: Any, kind: str = "lora", *, model: Any = None, **changes: An
     adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     return TrustKLPPOTrainer(
         args=TrustKLPPOConfig(**fields | changes), processing_class=AutoTokenizer.from_pretrained(path), model=model,
-        peft_config=None if kind == "full" else adapter, reward_funcs=lambda completions, **_: [len(c) / 50 for c in completions],
+        peft_config=None if kind == "full" else adapter,
+        reward_funcs=lambda completions, **_: [len(completion) / 50 for completion in completions],
         train_dataset=Dataset.from_dict({"prompt": [f"My day number {n} was" for n in range(16)]}),
     )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from accelerate import Accelerator
@@ -88,16 +89,7 @@ class Parts:
         self.order = GroupedOrder(order, args.num_generations)
         self.collate = Collator(data_collator, models.tokenizer.pad_token_id, processes.device)
         self.stop = StopRequest(args.grace_seconds)
-        policy = models.trained.policy
-        engine = build_engine(
-            args, policy, engine, stop_ids=models.stop_ids, tokenizer=models.tokenizer, processes=processes,
-            autocast=accelerator.autocast, stop=self.stop,
-        )  # fmt: skip
-        self.rollouts = Rollouts(
-            engine, lambda: merged_weights(policy), processes,
-            vocabulary=models.token_limits.vocabulary, length=args.response_length,
-            pad_token_id=models.tokenizer.pad_token_id,
-        )  # fmt: skip
+        self.rollouts = rollouts(args, models, accelerator.autocast, processes, self.stop, engine)
         self.failures = FailureHandling(self.stop, processes)
         self.forward = ForwardPass(models.trained, accelerator.autocast)
         self.scorer = Scorer(
@@ -116,3 +108,23 @@ class Parts:
         self.recorder = Recorder(callbacks, processes)
         self.progress = Progress()
         self.settings = RunSettings(args, setup_of(models.trained, rows=rows, processes=processes.count))
+
+
+def rollouts(
+    args: TrustKLPPOConfig,
+    models: Models,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    processes: Processes,
+    stop: StopRequest,
+    engine: RolloutEngine | None,
+) -> Rollouts:
+    """Sampling with the user's engine, or the one that `args` describe."""
+    policy = models.trained.policy
+    found = build_engine(
+        args, policy, engine, stop_ids=models.stop_ids, tokenizer=models.tokenizer, processes=processes, autocast=autocast,
+        stop=stop,
+    )  # fmt: skip
+    return Rollouts(
+        found, lambda: merged_weights(policy), processes, vocabulary=models.token_limits.vocabulary,
+        length=args.response_length, pad_token_id=models.tokenizer.pad_token_id,
+    )  # fmt: skip
