@@ -128,8 +128,8 @@ def vllm_measured() -> str:
         ),
     )  # fmt: skip
     complete = table(
-        ("engine", "policy", "dtype", "updates", "largest `sampler/kl`", "π_old/μ", "largest KL(π_old‖π) by float64", "above the "
-         "limit", "score, first and last third"),
+        ("engine", "policy", "dtype", "updates", "largest `sampler/kl`", "π_old/μ", "largest KL(π_old‖π) by float64",
+         "above the limit", "score, first and last third"),
         (
             (r["engine"], r["policy"], r["dtype"], r["updates"], f"{float(r['largest_sampler_kl']):.1e}",
              f"{float(r['smallest_ratio']):.4f} to {float(r['largest_ratio']):.4f}", f"{float(r['largest_dense_kl']):.4f}",
@@ -138,9 +138,9 @@ def vllm_measured() -> str:
         ),
     )  # fmt: skip
     return (
-        f"SmolLM2-135M, vLLM 0.31; {speed[0]['machine']}; `benchmarks/vllm_rollouts.py speed`, responses of {speed[0]['tokens']} "
-        f"tokens to short prompts.\n\n{rates}\n`benchmarks/vllm_rollouts.py runs`, updates of 16 responses with trust_max_kl=0.02, "
-        f"one seed.\n\n{complete}"
+        f"SmolLM2-135M, vLLM 0.31, {speed[0]['machine']}; `benchmarks/vllm_rollouts.py speed`, responses of "
+        f"{speed[0]['tokens']} tokens to short prompts.\n\n{rates}\n`benchmarks/vllm_rollouts.py runs`, updates of 16 "
+        f"responses with trust_max_kl=0.02, one seed.\n\n{complete}"
     )
 
 

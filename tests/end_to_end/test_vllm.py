@@ -69,9 +69,9 @@ def trainer(folder: Any, kind: str = "lora", *, model: Any = None, **changes: An
     path = smollm2_path()
     fields: dict[str, Any] = {
         "output_dir": str(folder), "use_cpu": True, "bf16": False, "per_device_train_batch_size": 4, "num_ppo_epochs": 2,
-        "gradient_accumulation_steps": 1, "max_steps": 3, "response_length": 8,
-        "learning_rate": 1e-5 if kind == "full" else 1e-3, "trust_max_kl": LIMIT, "report_to": "none", "save_strategy": "no", "num_sample_generations": 0, "stop_token": "eos",
-        "use_vllm": True, "seed": 3,
+        "gradient_accumulation_steps": 1, "max_steps": 3, "response_length": 8, "trust_max_kl": LIMIT, "seed": 3,
+        "learning_rate": 1e-5 if kind == "full" else 1e-3, "report_to": "none", "save_strategy": "no", "use_vllm": True,
+        "num_sample_generations": 0, "stop_token": "eos",
     }  # fmt: skip
     if model is None and kind == "4-bit lora":
         model, _ = load_smollm2(quantize=True)
@@ -97,11 +97,17 @@ def with_dense_kl(ours: TrustKLPPOTrainer) -> list[float]:
     optimise, record = ours.optimise, ours.record
 
     def optimised(batch: Any) -> Any:
-        before[:] = [rollout_logps(ours.model.policy, batch.scored.rollout, 1.0)]
+        before[:] = [rollout_logps(ours.model.policy, batch.scored.rollout, ours.args.temperature)]
         return optimise(batch)
 
     def recorded(batch: Any, stats: Any, measured: Any) -> Any:
-        found.append(float(dense_kl(before[0], rollout_logps(ours.model.policy, batch.scored.rollout, 1.0)).mean()))
+        found.append(
+            float(
+                dense_kl(
+                    before[0], rollout_logps(ours.model.policy, batch.scored.rollout, ours.args.temperature)
+                ).mean()
+            )
+        )
         return record(batch, stats, measured)
 
     ours.optimise, ours.record = optimised, recorded
