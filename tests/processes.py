@@ -22,9 +22,7 @@ def single_process() -> Processes:
 
 def environment() -> dict[str, str]:
     """The environment variables that both processes share; RANK and LOCAL_RANK differ."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return common | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
 
@@ -63,3 +61,10 @@ def _in_two_processes(*command: str, cwd: Path) -> None:
         for process in processes:
             process.kill()
             process.wait()
+
+
+def free_port() -> int:
+    """A port of this machine that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
