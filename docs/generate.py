@@ -33,6 +33,7 @@ _SECTIONS = {
     "trust region": "The trust region, KL(π_old‖π)",
     "advantages and values": "Advantages and values",
     "optimising, sampling, rewards, models": "Optimising, sampling, rewards, models",
+    "rollouts by vLLM": "Rollouts by vLLM",
     "when something goes wrong": "When something goes wrong",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -179,3 +180,26 @@ def test_weights_in_bf16_that_are_saved_are_left_and_warned_about(slow, tmp_path
 def test_weights_in_float32_need_no_warning(slow, tmp_path, caplog):
     tiny.trainer(tmp_path)
     assert not said(caplog)
+
+
+# -- the dtype of an engine that samples elsewhere ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_engine_samples_in_the_dtype_of_the_weights_or_of_autocast(tmp_path, dtype):
+    model = tiny.llama().to(dtype)
+    assert precision.sampling_dtype(model, tiny.config(tmp_path)) == dtype
+    assert precision.sampling_dtype(model, tiny.config(tmp_path, bf16=True)) == torch.bfloat16
+    assert precision.sampling_dtype(model, SimpleNamespace(bf16=False, fp16=True)) == torch.float16
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_an_engine_samples_in_the_dtype_that_4_bit_layers_compute_in(tmp_path, compute):
+    """The weights that are not in 4 bits, such as those of the norms, may have another one."""
+    pytest.importorskip("bitsandbytes")
+    model = tiny.four_bit(tmp_path)
+    for layer in model.modules():
+        if "compute_dtype" in vars(layer):
+            layer.compute_dtype = compute
+    assert next(model.parameters()).dtype == torch.float32
+    assert precision.sampling_dtype(model, tiny.config(tmp_path)) == compute

@@ -59,12 +59,13 @@ class Toy:
         processes.index, processes.count, processes.is_main = index, count, index == 0
         self.model = nn.Linear(1, 1).eval()
         models = SimpleNamespace(trained=self.model, tokenizer=tiny.tokenizer(), stop_ids=[EOS])
-        args = SimpleNamespace(per_device_eval_batch_size=2)
+        self.args = SimpleNamespace(per_device_eval_batch_size=2, vllm_tensor_parallel_size=1)
         self.calls: list[str] = []
         rollouts = SimpleNamespace(
-            weights_changed=lambda: self.calls.append("weights changed"), sync=lambda: self.calls.append("sync")
-        )
-        self.evaluator = Evaluator(args, models, processes, self.collate, rollouts, self.score)
+            weights_changed=lambda: self.calls.append("weights changed"), sync=lambda: self.calls.append("sync"),
+            engine=SimpleNamespace(generate=lambda *given: self.calls.append(given)),
+        )  # fmt: skip
+        self.evaluator = Evaluator(self.args, models, processes, self.collate, rollouts, self.score)
 
     def collate(self, rows: list[dict[str, Any]]) -> Prompts:
         ids = torch.tensor([row["input_ids"] for row in rows])
@@ -107,6 +108,16 @@ def test_processes_share_the_prompts():
     for toy in (one, other):
         toy.evaluator.rows(dataset())
     assert one.batches == [(0, [6, 8]), (2, [10])] and other.batches == [(0, [7, 9])]
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+def test_a_process_without_prompts_left_takes_part_in_the_batches_of_those_that_share_its_vllm(shared):
+    for index, batches in ((0, 2), (1, 1)):
+        toy = Toy(index=index, count=2)
+        toy.args.vllm_tensor_parallel_size = shared
+        toy.evaluator.rows(dataset())
+        assert len(toy.batches) == batches
+        assert toy.calls[2:] == [([], [])] * (2 - batches) * (shared - 1)
 
 
 @pytest.mark.parametrize("few", [True, False])

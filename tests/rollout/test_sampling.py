@@ -189,6 +189,29 @@ def test_an_error_of_an_engine_becomes_one_of_the_rollout(method):
         part.check() if method == "check" else part.sample(PROMPTS, PROMPTS.context)
 
 
+@pytest.mark.parametrize("error", [Overdue(), RolloutError("theirs"), ConfigError("theirs")])
+@pytest.mark.parametrize("method", ["check", "sync", "generate"])
+def test_an_error_on_any_process_is_raised_on_all(method, error):
+    engine = Answers([3, 2], [2])
+    part = rollouts(engine)
+    told: list[Any] = []
+
+    def raise_on_all(found: Exception | None) -> None:
+        told.append(found)
+        if found is not None:
+            raise found
+
+    part._processes.raise_on_all = raise_on_all
+
+    def fail(*args: Any) -> None:
+        raise error
+
+    setattr(engine, method, fail)
+    with pytest.raises(type(error)):
+        part.check() if method == "check" else part.sample(PROMPTS, PROMPTS.context)
+    assert told[-1] is error
+
+
 @pytest.mark.parametrize("error", [Overdue(), ConfigError("theirs"), KeyboardInterrupt()])
 def test_other_errors_stay_what_they_are(error):
     engine = Answers([3, 2], [2])

@@ -123,6 +123,11 @@ def test_an_overdue_update_is_rolled_back_silently():
     assert ended.called == ["roll back"] and ended.raised is None
 
 
+def test_an_evaluation_that_is_overdue_after_its_update_rolls_nothing_back():
+    ended = Update(handling(), Overdue(), finished=True)
+    assert ended.called == [] and ended.raised is None
+
+
 def test_an_update_whose_reward_fails_is_rolled_back_the_state_before_it_saved_and_the_error_raised():
     error = RewardError("no answer")
     ended = Update(handling(), error)

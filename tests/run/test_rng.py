@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 
@@ -82,3 +83,18 @@ def test_states_without_a_gpu_are_restored_on_any_machine(monkeypatch):
 def test_the_streams_have_different_numbers():
     members = rng.RngStream.__members__.values()
     assert len(set(map(int, members))) == len(members)
+
+
+@pytest.mark.parametrize("error", [None, KeyError("x"), KeyboardInterrupt()])
+def test_a_block_leaves_the_random_states_as_they_were(error):
+    draws()
+    states = rng.capture()
+    wanted = draws()
+    rng.restore(states)
+    with contextlib.suppress(BaseException), rng.unchanged():
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(1)
+        draws()
+        if error is not None:
+            raise error
+    assert draws() == wanted

@@ -75,7 +75,7 @@ def test_sigterm_at_the_end_saves_no_checkpoint_of_the_best_weights_as_the_last(
         "eval_strategy": "steps",
         "eval_steps": 2,
         "load_best_model_at_end": True,
-        "metric_for_best_model": "score",
+        "metric_for_best_model": "kl",
     }
     changes |= {"save_strategy": "best", "max_steps": 3}
     trainer = tiny.trainer(
@@ -159,6 +159,16 @@ def test_the_handlers_are_installed_only_during_a_run_and_only_in_the_main_threa
     thread.start()
     thread.join()
     assert seen == [before[0]]
+
+
+def test_after_a_run_nothing_is_overdue_and_no_wait_is_cut_short():
+    stop = StopRequest(0.0)
+    with stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.overdue and stop.wait(0) and stop.received == signal.SIGTERM
+    assert not stop.overdue and not stop.wait(0)
+    with stop:
+        assert not stop.overdue and stop.received is None
 
 
 def test_a_signal_that_is_ignored_stays_ignored():

@@ -21,6 +21,7 @@ from ..rollout.prompts import Collator, prepare_dataset, prompt_texts
 from ..rollout.reward_log import with_means
 from ..rollout.sampling import Rollouts, ended
 from ..run.failure_handling import raised_on_all
+from ..run.signals import Overdue
 from ..types import Prompts, Scored
 from .config import TrustKLPPOConfig
 from .models import Models
@@ -84,7 +85,7 @@ class Evaluator:
         self.rollouts.sync()
         rows: list[dict[str, Any]] = []
         metrics: list[dict[str, list[float]]] = []
-        with raised_on_all(self.processes, RewardError, RolloutError):
+        with raised_on_all(self.processes, RewardError, RolloutError, Overdue):
             for place, prompts in batches:
                 with as_in_training(self.models.trained):
                     scored = self.score(prompts, place)
@@ -93,11 +94,17 @@ class Evaluator:
         return rows, metrics
 
     def _batches(self, dataset: Dataset) -> Iterator[tuple[int, Prompts]]:
-        """This process's share of the prompts, in batches with their places."""
-        mine = range(self.processes.index, len(dataset), self.processes.count)
+        """This process's share of the prompts, in batches with their places.
+
+        Processes that share a vLLM sample in step; one that has no prompts left does so without any.
+        """
+        most, mine = (range(index, len(dataset), self.processes.count) for index in (0, self.processes.index))
         size = self.args.per_device_eval_batch_size
-        for start in range(0, len(mine), size):
-            yield start, self.collate([dataset[row] for row in mine[start : start + size]])
+        for start in range(0, len(most), size):
+            if rows := mine[start : start + size]:
+                yield start, self.collate([dataset[row] for row in rows])
+            elif self.args.vllm_tensor_parallel_size > 1:
+                self.rollouts.engine.generate([], [])
 
     def _rows(self, scored: Scored) -> list[dict[str, Any]]:
         mask = scored.rollout.response_mask

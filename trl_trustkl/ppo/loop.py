@@ -35,6 +35,7 @@ from ..run.checkpointer import (
     read_json,
 )
 from ..run.failure_handling import too_many_rejections
+from ..run.signals import Overdue
 from ..run.state import OnlineTrainerState, RunState, TransformersState
 from ..run.weights import TrainedWeights
 from ..types import Batch, Enforcement, Measurement, Prompts, Rollout, Scored, UpdateContext, UpdateStats
@@ -107,6 +108,10 @@ class TrainingLoop:
                 while self._continues():
                     self._update()
                 return self._end()
+            except Overdue:  # while the run began, or in an evaluation at its end
+                self.interrupted = self._parts.failures.signal()
+                self._save_finished()
+                raise Interrupted(self.interrupted or 0) from None
             finally:
                 self._parts.rollouts.close()
 
@@ -280,6 +285,7 @@ class TrainingLoop:
         trainer, progress, args = self._trainer, self._parts.progress, self._trainer.args
         if self.interrupted is not None:
             self._save_finished()
+            trainer.control.should_evaluate = False  # of an evaluation that was given up
         elif args.load_best_model_at_end:
             self._load_best_model()
         if trainer.state.global_step > progress.logged_step and args.logging_strategy != "no":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
-from urllib.parse import urlparse
+from urllib.parse import urlsplit
 
 from trl import GRPOConfig
 
@@ -86,6 +87,14 @@ def changed(args: Any, names: tuple[str, ...]) -> list[str]:
     return [name for name in names if getattr(args, name) != args.__dataclass_fields__[name].default]
 
 
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # the port is not one
+        return False
+
+
 def check_vllm(args: Any) -> None:
     """Raise ConfigError for a field that would be ignored, and for values that contradict each other."""
     other, needed = (_COLOCATE, "colocate") if args.vllm_mode == "server" else (_SERVER, "server")
@@ -101,8 +110,12 @@ def check_vllm(args: Any) -> None:
             f"`{name}` got {getattr(args, name)!r}, which only {fix} uses; set {fix}, or leave {name} out."
         )
     url = args.vllm_server_base_url
-    if url is not None and (urlparse(url).scheme not in ("http", "https") or not urlparse(url).hostname):
+    if url is not None and not _is_address(url):
         raise out_of_range("vllm_server_base_url", url, "an address such as 'http://localhost:8000', or None")
+    if not re.fullmatch(r"[\w.-]+|\[[\da-fA-F:]+\]", args.vllm_server_host):
+        valid = "a name such as 'localhost', or an IP address"
+        fix = "An address with 'http://' belongs in vllm_server_base_url."
+        raise out_of_range("vllm_server_host", args.vllm_server_host, valid, fix)
     for name in changed(args, ("vllm_server_host", "vllm_server_port")):
         if url is not None:
             raise ConfigError(

@@ -48,7 +48,7 @@ def build_engine(
     sampling = VLLMSampling(args.response_length, args.temperature, stop_ids, options)
     if args.vllm_mode == "server":
         return VLLMServerEngine(
-            VLLMServer(args.vllm_server_url, args.vllm_server_timeout),
+            VLLMServer(args.vllm_server_url, args.vllm_server_timeout, stop),
             transfer_for(processes.device, args.vllm_group_port),
             model, sampling, sends=processes.is_main, stop=stop,
         )  # fmt: skip

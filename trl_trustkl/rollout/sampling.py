@@ -98,13 +98,13 @@ class Rollouts:
 
     def check(self) -> None:
         """Raise an error on all processes if the engine does not support the policy, or does not work, on any of them."""
-        with raised_on_all(self._processes, TrustKLError), self._as_rollout_error():
+        with raised_on_all(self._processes, TrustKLError, Overdue), self._as_rollout_error():
             self.engine.check()
 
     def sync(self) -> float:
         """Give the engine the policy's weights, on all processes; returns the seconds that this took."""
         started = time.perf_counter()
-        with raised_on_all(self._processes, TrustKLError), self._as_rollout_error():
+        with raised_on_all(self._processes, TrustKLError, Overdue), self._as_rollout_error():
             self.engine.sync(self._version, self._weights())
         return time.perf_counter() - started
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ..errors import ConfigError, ModelError, RolloutError
+from ..errors import ConfigError, ModelError, RolloutError, TrustKLError
 from ..parallel.processes import Processes
 from ..run import rng
 from .engine import FinishReason, Samples
@@ -180,7 +180,7 @@ class ColocatedVLLMEngine:
             yield
         except BaseException as error:
             self.close()
-            if not isinstance(error, Exception):
+            if isinstance(error, TrustKLError) or not isinstance(error, Exception):
                 raise
             raise RolloutError(f"vLLM {failure}: {type(error).__name__}: {error}") from error
 
@@ -189,10 +189,10 @@ def require_vllm() -> None:
     """Raise ConfigError if vLLM is not installed."""
     try:
         import vllm  # noqa: F401
-    except ImportError as error:
+    except Exception as error:  # a package that it needs may not fit to another
         raise ConfigError(
-            f"`use_vllm` got True, and vLLM cannot be imported ({error}). Install it: pip install 'trl-trustkl[vllm]'; for a "
-            "CPU see docs/vllm.md."
+            f"`use_vllm` got True, and vLLM cannot be imported ({type(error).__name__}: {error}). Install it: pip install "
+            "'trl-trustkl[vllm]'; for a CPU see docs/vllm.md."
         ) from error
 
 
@@ -228,8 +228,19 @@ def as_samples(outputs: Sequence[Any]) -> Samples:
     """vLLM's outputs as samples. A log-probability that is missing is NaN, which rejects the update."""
     ids = [torch.tensor(list(output.token_ids), dtype=torch.long) for output in outputs]
     logps = [torch.tensor(list(map(_logp, output.token_ids, output.logprobs))) for output in outputs]
-    reasons: list[FinishReason] = ["stop" if output.finish_reason == "stop" else "length" for output in outputs]
-    return Samples(ids, logps, reasons)
+    return Samples(ids, logps, [finish_reason(output.finish_reason) for output in outputs])
+
+
+def finish_reason(reason: Any) -> FinishReason:
+    """vLLM's reason why a response ended. Raises RolloutError if it was aborted, as by a server that shuts down."""
+    if reason == "stop":
+        return "stop"
+    if reason == "length":
+        return "length"
+    raise RolloutError(
+        f"vLLM ended a response with the finish reason {reason!r}; it must be 'stop' or 'length'. The response is not complete: "
+        "look at vLLM's log."
+    )
 
 
 def _logp(token: int, entries: Any) -> float:

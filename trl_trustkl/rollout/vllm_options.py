@@ -17,7 +17,7 @@ SET_ELSEWHERE = {
 }
 """Options that the trainer sets, and the field that determines their value; None if the value is fixed."""
 
-_TOKENS = "a list of token ids"
+_TOKENS = "a list of at least one token id"
 _STRINGS = "a list of strings of at least one character"
 
 
@@ -57,7 +57,9 @@ def _holds(name: str, value: Any) -> bool:
     if name in ("bad_words", "stop"):
         return _strings([value] if name == "stop" and isinstance(value, str) else value)
     if name == "allowed_token_ids":
-        return isinstance(value, (list, tuple)) and len(value) > 0 and all(_integer(each) for each in value)
+        return (
+            isinstance(value, (list, tuple)) and len(value) > 0 and all(_integer(each) and each >= 0 for each in value)
+        )
     if name in ("top_k", "min_tokens"):
         return _integer(value) and value >= (-1 if name == "top_k" else 0)
     if not is_finite(value):
@@ -77,11 +79,11 @@ def check_vllm_options(given: dict[str, Any], *, corrected: bool) -> None:
         if name not in OPTIONS:
             raise unknown_name("generation_kwargs", name, OPTIONS)
         option = OPTIONS[name]
-        if value is None or value in option.off:
+        if value is None:
             continue
         if not _holds(name, value):
             raise out_of_range(f"generation_kwargs[{name!r}]", value, option.valid)
-        if option.cuts and corrected:
+        if option.cuts and corrected and value not in option.off:
             raise ConfigError(
                 f"`generation_kwargs` got {name!r}: {shown(value)} with vllm_importance_sampling_correction=True: it removes "
                 "tokens that the policy may sample, which no weight makes up for. Leave it out, or set "

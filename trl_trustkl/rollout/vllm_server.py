@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -16,19 +14,13 @@ from transformers.utils import logging
 from ..errors import ConfigError, ModelError, RolloutError
 from ..run.signals import Overdue, StopRequest
 from .engine import FinishReason, Samples
-from .vllm_client import BadRequest, VLLMServer
-from .vllm_colocate import check_context
+from .vllm_client import VLLMServer
+from .vllm_colocate import check_context, finish_reason
 from .vllm_model import VLLMModel
 from .vllm_options import VLLMSampling
 from .vllm_transfer import Transfer
 
 logger = logging.get_logger(__name__)
-
-CONCURRENT = 256
-"""Requests at a time of one process; the server batches them."""
-_POLL = 0.5
-_NOT_FINITE = "Out of range float values"
-"""vLLM's answer where a log-probability is NaN, which JSON cannot hold."""
 
 
 class VLLMServerEngine:
@@ -38,8 +30,8 @@ class VLLMServerEngine:
     requests have no time-out. Every request here has one.
 
     Args:
-        transfer: how weights get to the server. sends: whether this is the process that sends them. stop: a signal ends waiting
-            for responses when its grace period is over.
+        transfer: how weights get to the server. sends: whether this is the process that sends them. stop: a signal, which ends
+            sending when its grace period is over.
     """
 
     def __init__(
@@ -73,8 +65,8 @@ class VLLMServerEngine:
             str(name).rstrip("/").split("/")[-1] for name in served
         }:
             raise ModelError(
-                f"the vLLM server at {self._server.url} serves {found['root']!r}, and the policy is {own!r}; serve its base "
-                f"model: trl vllm-serve --model {own}."
+                f"`model` got {own!r}, and the vLLM server at {self._server.url} serves {found['root']!r}; serve the policy's "
+                f"base model: trl vllm-serve --model {own}."
             )
         self._context = found["max_model_len"]
         if self._context is not None and self._context <= self._sampling.length:
@@ -104,21 +96,28 @@ class VLLMServerEngine:
 
     def sync(self, version: int, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Send the weights, from the main process; again, if the server was restarted since."""
-        if not self._checked:  # an evaluation outside of a run
+        if self._label is not None and self._server.weights_label() not in (self._label, None):
+            logger.warning(
+                f"the vLLM server at {self._server.url} was restarted, or got weights of another run; the policy's are sent "
+                "again."
+            )
+            self.close()
+        if not self._checked:  # an evaluation outside of a run, or another server
             self.check()
-        if not self._sends:
+        if not self._sends or version == self._version:
             return
-        if version == self._version:
-            if not self._restarted():
-                return
-            logger.warning(f"The vLLM server at {self._server.url} was restarted; the weights are sent again.")
-            self._transfer.close()
         self._version = None
-        self._transfer.send(self._server, ((name, weight.to(self._model.dtype)) for name, weight in weights))
+        self._transfer.send(self._server, self._converted(weights))
         self._server.reset_prefix_cache()
         self._label = f"{self._name}:{version}"
         self._server.label_weights(self._label)
         self._version = version
+
+    def _converted(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in weights:
+            if self._stop.overdue:
+                raise Overdue
+            yield name, weight.to(self._model.dtype)
 
     def generate(self, prompt_ids: Sequence[Tensor], seeds: Sequence[int]) -> Samples:
         """One request for each response, which alone can have a seed."""
@@ -127,56 +126,27 @@ class VLLMServerEngine:
             check_context(
                 prompts, self._sampling.length, self._context, "start the server with a larger --max_model_len, "
             )
-        deadline = time.monotonic() + self._server.timeout
-        pool = ThreadPoolExecutor(min(CONCURRENT, max(1, len(prompts))))
-        try:
-            futures = [pool.submit(self._one, ids, seed) for ids, seed in zip(prompts, seeds, strict=True)]
-            self._await(futures, deadline)
-            rows = [future.result() for future in futures]
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-        if self._sends and self._restarted():
+        label = self._label if self._sends else self._server.weights_label()
+        found = self._server.complete(prompts, [self._sampling.parameters(seed) for seed in seeds])
+        if self._server.weights_label() not in (label, None):
             raise RolloutError(
-                f"the vLLM server at {self._server.url} was restarted while it sampled, so that it had other weights than the "
-                "policy; go on with train(resume_from_checkpoint=True)."
+                f"the vLLM server at {self._server.url} was restarted while it sampled, or got weights of another run, so that "
+                "the responses are not the policy's. Use one server for each run, and go on with "
+                "train(resume_from_checkpoint=True)."
             )
-        ids, logps, reasons = zip(*rows, strict=True)
-        return Samples(list(ids), list(logps), list(reasons))
+        rows = [_sample(each) for each in found]
+        return Samples([ids for ids, _, _ in rows], [logps for _, logps, _ in rows], [reason for _, _, reason in rows])
 
     def close(self) -> None:
-        """Close the connections; the server goes on."""
-        self._server.close()
+        """Release what is held between two rollouts; the server goes on."""
         self._transfer.close()
-        self._version, self._checked = None, False
+        self._version, self._label, self._checked = None, None, False
 
-    def _await(self, futures: Sequence[Future[Any]], deadline: float) -> None:
-        """Wait for the responses, until one fails, the time is over, or a signal's grace period is."""
-        waiting: set[Future[Any]] = set(futures)
-        while waiting:
-            done, waiting = wait(waiting, timeout=_POLL, return_when=FIRST_EXCEPTION)
-            if any(future.exception() is not None for future in done):
-                return
-            if self._stop.overdue:
-                raise Overdue
-            if waiting and time.monotonic() > deadline:
-                raise RolloutError(
-                    f"the vLLM server at {self._server.url} has not answered {len(waiting)} of {len(futures)} requests within "
-                    f"vllm_server_timeout={self._server.timeout:g} seconds. Look at its log; if it is only slow, set "
-                    "vllm_server_timeout higher."
-                )
 
-    def _one(self, prompt: list[int], seed: int) -> tuple[Tensor, Tensor, FinishReason]:
-        """One response: its tokens, their log-probabilities, and why it ended."""
-        try:
-            found = self._server.complete(prompt, self._sampling.parameters(seed))
-        except BadRequest as error:
-            if _NOT_FINITE not in str(error):
-                raise
-            return torch.zeros(1, dtype=torch.long), torch.full((1,), math.nan), "length"
-        logps = [math.nan if each is None else each for each in found["logprobs"]["token_logprobs"]]
-        ids = torch.tensor(found["token_ids"], dtype=torch.long)
-        return ids, torch.tensor(logps), "stop" if found["finish_reason"] == "stop" else "length"
-
-    def _restarted(self) -> bool:
-        """Whether the server has other weights than this run has sent; False where the server cannot tell."""
-        return self._server.weights_label() not in (self._label, None)
+def _sample(choice: dict[str, Any] | None) -> tuple[Tensor, Tensor, FinishReason]:
+    """A response: its tokens, their log-probabilities, and why it ended. None: one token of NaN, which rejects the update."""
+    if choice is None:
+        return torch.zeros(1, dtype=torch.long), torch.full((1,), math.nan), "length"
+    logps = [math.nan if each is None else each for each in choice["logprobs"]["token_logprobs"]]
+    ids = torch.tensor(choice["token_ids"], dtype=torch.long)
+    return ids, torch.tensor(logps, dtype=torch.float32), finish_reason(choice.get("finish_reason"))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import ConfigError, RolloutError
+from ..errors import ConfigError, RolloutError, TrustKLError
+from ..run.signals import Overdue
 from ..trl_compat.vllm import weights_client
 from .vllm_client import VLLMServer
+from .vllm_colocate import require_vllm
 
 CHUNK = 2**29
 """Bytes of weights that are gathered before they are sent, or written into one file."""
@@ -47,6 +49,7 @@ class NcclTransfer:
         self._client: Any = None
 
     def check(self, server: VLLMServer) -> None:
+        require_vllm()
         if server.config().get("weight_transfer_config") is None:
             raise ConfigError(
                 f"the vLLM server at {server.url} has no weight transfer; start it with `trl vllm-serve`, or with "
@@ -61,9 +64,11 @@ class NcclTransfer:
                 for chunk in chunks(weights):
                     about = [(name, str(w.dtype).removeprefix("torch."), list(w.shape)) for name, w in chunk]
                     self._client.update_named_params(about, iter(chunk))
-        except Exception as error:  # of TRL, requests or NCCL
+        except BaseException as error:
             self.close()
-            raise RolloutError(
+            if isinstance(error, (TrustKLError, Overdue)) or not isinstance(error, Exception):
+                raise
+            raise RolloutError(  # an error of TRL, requests or NCCL
                 f"the weights could not be sent to the vLLM server at {server.url}: {type(error).__name__}: {error}"
             ) from error
 
@@ -76,31 +81,25 @@ class NcclTransfer:
 class FileTransfer:
     """By files in a temporary folder, which the server on the same machine reads."""
 
-    def __init__(self) -> None:
-        self._folder: Path | None = None
-
     def check(self, server: VLLMServer) -> None:
         pass
 
     def send(self, server: VLLMServer, weights: Iterator[tuple[str, Tensor]]) -> None:
-        self.close()
-        self._folder = folder = Path(tempfile.mkdtemp(prefix="trl_trustkl-weights-"))
         try:
-            for number, chunk in enumerate(chunks(weights)):
-                save_file(
-                    {name: w.contiguous().clone() for name, w in chunk}, folder / f"model-{number:05}.safetensors"
-                )
-            body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}, "timeout": server.timeout}
-            server.post("/collective_rpc", body)
-        except OSError as error:
-            raise RolloutError(f"the weights for the vLLM server could not be written to {folder}: {error}") from error
-        finally:
-            self.close()
+            with tempfile.TemporaryDirectory(prefix="trl_trustkl-weights-", ignore_cleanup_errors=True) as folder:
+                for number, chunk in enumerate(chunks(weights)):
+                    tensors = {name: weight.contiguous().clone() for name, weight in chunk}
+                    save_file(tensors, Path(folder, f"model-{number:05}.safetensors"))
+                body = {"method": "reload_weights", "kwargs": {"weights_path": folder}, "timeout": server.timeout}
+                server.post("/collective_rpc", body)
+        except (OSError, SafetensorError) as error:
+            raise RolloutError(
+                f"the weights for the vLLM server could not be written into {tempfile.gettempdir()}: {error}. Make room there, "
+                "or set TMPDIR to another folder."
+            ) from error
 
     def close(self) -> None:
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        pass
 
 
 def chunks(weights: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:

@@ -61,7 +61,8 @@ class FailureHandling:
         try:
             yield
         except Overdue:
-            roll_back()
+            if not finished():  # otherwise an evaluation after the update was given up
+                roll_back()
         except (RewardError, DataError, RolloutError):
             if finished():  # in an evaluation after the update, which raises on one process
                 if self._processes.count == 1:

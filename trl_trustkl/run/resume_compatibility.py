@@ -34,6 +34,9 @@ HARMLESS = (
     "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout", "dataset_num_proc",
     # what a run does when something goes wrong
     "grace_seconds", "max_refused", "reward_retries",
+    # where vLLM runs, and its memory
+    "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port",
+    "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_enable_sleep_mode",
     # what is recorded
     "attribution_every",
     # the length of the run, which is compared as the number of updates

@@ -35,7 +35,6 @@ class StopRequest:
         self._event.clear()
 
     def __enter__(self) -> StopRequest:
-        self._forget()  # a signal of an earlier run
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
@@ -46,6 +45,7 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+        self._forget()  # outside of a run, nothing is overdue
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,15 @@ def weights_client(url: str, group_port: int, timeout: float, device: torch.devi
     from requests.adapters import HTTPAdapter
     from trl.generation.vllm_client import VLLMClient
 
-    class WithTimeout(HTTPAdapter):
-        def send(self, request: Any, **options: Any) -> Any:  # type: ignore[override]
-            options["timeout"] = options.get("timeout") or timeout
-            return super().send(request, **options)
+    class Client(VLLMClient):
+        session: Any
 
-    client = VLLMClient(base_url=url, group_port=group_port, connection_timeout=timeout)
-    for scheme in ("http://", "https://"):
-        client.session.mount(scheme, WithTimeout())
+        def check_server(self, *args: Any, **options: Any) -> None:
+            """TRL's constructor calls this before its first request. TRL's would wait for a server without a time-out."""
+            for scheme in ("http://", "https://"):
+                self.session.mount(scheme, HTTPAdapter())
+            self.session.request = partial(self.session.request, timeout=timeout)
+
+    client = Client(base_url=url, group_port=group_port)
     client.init_communicator(device=device)
     return client
