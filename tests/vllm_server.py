@@ -69,9 +69,9 @@ def sampled(model: Any, prompt: list[int], parameters: dict[str, Any]) -> tuple[
 class FakeVLLM:
     """A server in a thread, on a free port; a context.
 
-    folder: the model that it serves. name: by which name; None: the folder. vocabulary: the tokens that it has. dev_mode: whether
-    it has the paths for weights. labels: whether weights have names, as from vLLM 0.27. requests: path and body of each, in order.
-    loaded: how often it got weights.
+    folder: the model that it serves. name: by which name; None: the folder. vocabulary: the tokens that it has. dev_mode:
+    whether it has the paths for weights. labels: whether weights have names, as from vLLM 0.27. requests: path and body of
+    each, in order. loaded: how often it got weights.
     """
 
     def __init__(

@@ -22,6 +22,7 @@ from .records import (
     BoundRecord,
     CertificateRecord,
     GradientRecord,
+    RolloutRecord,
     SamplerRecord,
     TrustRecord,
     ValueRecord,
@@ -135,6 +136,7 @@ def build_record(args: Any, *, update: int, episode: int, lr: float, lr_factor: 
         counterfactual=counterfactual,
         trainer="TrustKLPPOTrainer",
         advantage=_advantage_record(args, rollout),
+        rollout=RolloutRecord(rollout.engine),
     )  # fmt: skip
 
 

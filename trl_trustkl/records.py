@@ -158,6 +158,12 @@ class SamplerRecord(NamedTuple):
         "policy's loss is not weighted by these ratios.", "share")] = None
 
 
+class RolloutRecord(NamedTuple):
+    engine: Annotated[str, Meaning(
+        "What sampled the responses: `TransformersEngine`, `ColocatedVLLMEngine`, `VLLMServerEngine`, or the class of a custom "
+        "engine.")]
+
+
 class BoundRecord(NamedTuple):
     """One update, as a line of `bounds.jsonl`."""
 
@@ -172,7 +178,8 @@ class BoundRecord(NamedTuple):
     refused: Annotated[str | None, Meaning(
         "Why the update was rejected and rolled back, as text; `null` for an update that was kept.")]
     seconds: Annotated[dict[str, float], Meaning(
-        "Time in `generate`, `score`, `optimise` and `measure`, and in all: `total`.", "s")]
+        "Time in `sync`, in which the rollout engine got the policy's weights, `generate`, `score`, `optimise` and `measure`, "
+        "and in all: `total`.", "s")]
     anchor: AnchorRecord
     trust: TrustRecord
     value: ValueRecord
@@ -198,6 +205,7 @@ class BoundRecord(NamedTuple):
     advantage: Annotated[AdvantageRecord | None, Meaning(
         "Advantages that were made from groups of responses; `null` with `advantage_estimator=\"gae\"` and with TRL's "
         "trainers.")] = None
+    rollout: Annotated[RolloutRecord | None, Meaning("What sampled; `null` with TRL's trainers.")] = None
 # fmt: on
 
 

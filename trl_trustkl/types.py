@@ -57,8 +57,8 @@ class UpdateContext:
     update: updates finished before this one. training: False for a batch of an evaluation, which updates nothing.
     sampling_seed, first_row, row_step: the i-th response of this process is number first_row + i × row_step of all processes,
     and its random numbers depend on this number and the seed. random_states: of the process, before the update. episode:
-    responses sampled before the update. seconds: time of each phase. sync_seconds: of these, the time in which the rollout
-    engine got the policy's weights. rejected: why the update was rolled back, or None. snapshot: None before the first step.
+    responses sampled before the update. seconds: time of each phase. sync_seconds: time in which the rollout engine got the
+    policy's weights. rejected: why the update was rolled back, or None. snapshot: None before the first step.
     enforcement: of the trust region; None before it was enforced.
 
     attributed: whether the update is rerun without each mechanism. without: the mechanism that is off in such a rerun; None
@@ -321,7 +321,7 @@ class RolloutSummary(NamedTuple):
     NaN without one. rewards: the mean reward of each function, None where it gave none. groups: as in `Batch`.
     sampler_ratio_min, sampler_ratio_max: the smallest and largest ratio of π_old to the sampler's distribution at a sampled
     token, None without `sampler_logp` or without tokens. sampler_truncated: the share of tokens whose importance weight a bound
-    changed, None where nothing is corrected.
+    changed, None where nothing is corrected. engine: the class of the rollout engine.
     """
 
     score: float | None
@@ -335,6 +335,7 @@ class RolloutSummary(NamedTuple):
     sampler_ratio_min: float | None = None
     sampler_ratio_max: float | None = None
     sampler_truncated: float | None = None
+    engine: str = ""
 
 
 class ResponseMeasurement(NamedTuple):

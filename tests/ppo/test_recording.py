@@ -16,9 +16,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 RECORD = {
     "": (
         "update episode score length eos_rate entropy lr refused seconds anchor trust value gradient sampler binding shares "
-        "rewards counterfactual trainer advantage"
+        "rewards counterfactual trainer advantage rollout"
     ),
-    "seconds": "generate score optimise measure total",
+    "seconds": "sync generate score optimise measure total",
     "anchor": "estimator placement gradient coef target kl kl_exact kl_stderr kl_per_token target_per_token renewed share "
     "limit kl_after guaranteed",
     "trust": (
@@ -29,6 +29,7 @@ RECORD = {
     "value": "clip gated explained_variance",
     "gradient": "norm max_norm scale",
     "sampler": "kl ratio_min ratio_max truncated",
+    "rollout": "engine",
     "shares": "anchor clip penalty stop backtrack grad_norm lr",
 }
 """The keys of a record, by group."""

@@ -40,8 +40,8 @@ class Elsewhere:
     def sync(self, version: int, weights: Iterator[tuple[str, Tensor]]) -> None: ...
     def close(self) -> None: ...
 
-    def generate(self, prompt_ids: Sequence[Tensor], seed: int) -> Samples:
-        draw = torch.Generator().manual_seed(seed)
+    def generate(self, prompt_ids: Sequence[Tensor], seeds: Sequence[int]) -> Samples:
+        draw = torch.Generator().manual_seed(seeds[0])
         ids = []
         for _ in prompt_ids:
             row = torch.tensor(TOKENS)[torch.randint(len(TOKENS), (6,), generator=draw)]
@@ -59,7 +59,7 @@ def elsewhere(
 ) -> Watched:
     """A trainer whose responses the engine samples, and whose loss is corrected for that."""
     trainer = watched(folder, changes={"stop_token": "eos"} | (changes or {}), **arguments)
-    trainer.parts.engine = engine
+    trainer.parts.rollouts.engine = engine
     trainer.parts.scoring.corrects = corrects
     return trainer
 

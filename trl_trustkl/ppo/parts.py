@@ -15,7 +15,7 @@ from ..policy.merged_weights import merged_weights
 from ..policy.quantization import is_quantized
 from ..policy.renewal import ReferenceRenewal
 from ..rollout.engine import RolloutEngine
-from ..rollout.engines import build_engine
+from ..rollout.engines import build_engine, corrects
 from ..rollout.groups import GroupedOrder
 from ..rollout.prompt_stream import StreamOrder
 from ..rollout.prompts import Collator, PromptOrder
@@ -97,8 +97,9 @@ class Parts:
             retries=args.reward_retries, wait=self.stop.wait,
         )  # fmt: skip
         self.scoring = Scoring(
-            args, models, processes, self.forward, self.scorer, self.failures, self.sizes.micro_batch
-        )
+            args, models, processes, self.forward, self.scorer, self.failures, self.sizes.micro_batch,
+            corrects=corrects(args, self.rollouts.engine),
+        )  # fmt: skip
         self.renewal = ReferenceRenewal(models.reference) if args.sync_ref_model else None
         self.optimisation = Optimisation(args, models.trained, accelerator, processes)
         self.coefficients = Coefficients(args)

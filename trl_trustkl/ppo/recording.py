@@ -46,6 +46,7 @@ def summary(batch: Batch, parts: Parts) -> RolloutSummary:
         sampler_ratio_min=lowest,
         sampler_ratio_max=highest,
         sampler_truncated=None if truncated is None else float(masked_mean(gather(truncated).float(), mask)),
+        engine=parts.rollouts.name,
     )
 
 
