@@ -275,13 +275,13 @@ def bounds() -> str:
 
 
 def others() -> str:
-    from trl_trustkl import advantages, bounds, certificate, divergences, trust_region
+    from trl_trustkl import advantages, bounds, certificate, divergences, importance, trust_region
 
     functions = (
         divergences.exact, divergences.exact_from_logps, advantages.gae, advantages.group_advantages,
         advantages.less_group_mean, advantages.less_mean_of_others, advantages.anchor_rewards,
-        advantages.place_scores, advantages.anchor_share, advantages.explained_variance, trust_region.measurement,
-        trust_region.backtrack, bounds.guaranteed, bounds.binding, certificate.certificate,
+        advantages.place_scores, advantages.anchor_share, advantages.explained_variance, importance.importance_weights,
+        trust_region.measurement, trust_region.backtrack, bounds.guaranteed, bounds.binding, certificate.certificate,
     )  # fmt: skip
     public = {trust_region.measurement: "trust_region", trust_region.backtrack: "trust_region"}
     rows = (

@@ -149,6 +149,13 @@ class SamplerRecord(NamedTuple):
     kl: Annotated[float | None, Meaning(
         "KL(sampler‖training forward pass) before any step (k3); near 0 unless sampling is filtered or the two disagree. "
         "`null` where the sampler gives no log-probabilities.", "nats/token")]
+    ratio_min: Annotated[float | None, Meaning(
+        "The smallest ratio of π_old, in the training forward pass, to the sampler's probability of a sampled token, before "
+        "any bound; `null` where the sampler gives no log-probabilities, and with TRL's trainers.")] = None
+    ratio_max: Annotated[float | None, Meaning("The largest of these ratios.")] = None
+    truncated: Annotated[float | None, Meaning(
+        "Tokens whose importance weight a bound changed ([correction](mathematics.md#importance-correction)); `null` where the "
+        "policy's loss is not weighted by these ratios.", "share")] = None
 
 
 class BoundRecord(NamedTuple):
