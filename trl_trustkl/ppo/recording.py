@@ -45,7 +45,7 @@ def summary(batch: Batch, parts: Parts) -> RolloutSummary:
         groups=batch.groups,
         sampler_ratio_min=lowest,
         sampler_ratio_max=highest,
-        sampler_truncated=None if truncated is None else float(masked_mean(gather(truncated).float(), mask)),
+        sampler_truncated=None if truncated is None else float(masked_mean(gather(truncated).double(), mask)),
         engine=parts.rollouts.name,
     )
 
