@@ -29,7 +29,6 @@ from tests.vllm_server import (
     saved,
 )
 from trl_trustkl.errors import ConfigError, ModelError, RolloutError
-
 from trl_trustkl.rollout.vllm_client import VLLMServer
 from trl_trustkl.rollout.vllm_model import VLLMModel
 from trl_trustkl.rollout.vllm_options import VLLMSampling

@@ -238,8 +238,8 @@ def finish_reason(reason: Any) -> FinishReason:
     if reason == "length":
         return "length"
     raise RolloutError(
-        f"vLLM ended a response with the finish reason {reason!r}; it must be 'stop' or 'length'. The response is not complete: "
-        "look at vLLM's log."
+        f"vLLM ended a response with the finish reason {reason!r}; it must be 'stop' or 'length'. The response is not "
+        "complete; look at vLLM's log."
     )
 
 
