@@ -69,9 +69,10 @@ def sampled(model: Any, prompt: list[int], parameters: dict[str, Any]) -> tuple[
 class FakeVLLM:
     """A server in a thread, on a free port; a context.
 
-    folder: the model that it serves. name: by which name; None: the folder. vocabulary: the tokens that it has. dev_mode:
+    folder: the model that it serves. name: by which name; None: the folder. vocabulary: the number of its tokens. dev_mode:
     whether it has the paths for weights. labels: whether weights have names, as from vLLM 0.27. requests: path and body of
-    each, in order. loaded: how often it got weights.
+    each, in order. loaded: how often it got weights. failed: when a fault happened first, by time.monotonic(); `on_failure` is
+    called then.
     """
 
     def __init__(
@@ -96,6 +97,8 @@ class FakeVLLM:
         self.config: dict[str, Any] = {"vllm_config": about}
         self.label, self.loaded = "default", 0
         self.requests: list[tuple[str, Any]] = []
+        self.failed: float | None = None
+        self.on_failure: Callable[[], Any] = lambda: None
         self._counts: Counter[str] = Counter()
         self._lock, self._ended = threading.RLock(), threading.Event()
         self._http = Listener(("127.0.0.1", port), self._handler())
@@ -132,6 +135,9 @@ class FakeVLLM:
             self._counts[path] += 1
             self.requests.append((path, body))
         kind = fault.kind if fault is not None and self._fits(fault, path, number) else ""
+        if kind and self.failed is None:
+            self.failed = time.monotonic()
+            self.on_failure()
         if kind in ("stall", "trickle"):
             return None
         if kind == "die":

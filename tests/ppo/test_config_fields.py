@@ -26,6 +26,7 @@ from transformers.integrations import integration_utils
 from transformers.trainer_callback import ExportableState
 
 from tests import tiny
+from tests.ppo import test_vllm_fields
 from tests.watched import without_seconds
 from trl_trustkl import TrustKLPPOConfig, load_records
 from trl_trustkl.errors import CheckpointError, NotAvailableYetError
@@ -108,6 +109,7 @@ TESTED = {
     "model_adapter_name": "policy/test_loading.py::"
     "test_an_adapter_by_another_name_is_trained_and_an_unknown_name_is_answered_with_those_that_exist",
     "ref_adapter_name": "policy/test_reference.py::test_a_named_reference_adapter_is_used_frozen",
+    **test_vllm_fields.TESTED,
     # the steps, measuring, failures
     "fp16": "ppo/test_optimise.py::test_a_step_that_the_loss_scaler_skipped_is_not_counted",
     "measure_fraction": "end_to_end/test_enforcement.py::"

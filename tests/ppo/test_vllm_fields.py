@@ -30,6 +30,23 @@ OTHERS = {
 }  # fmt: skip
 EACH = {**SERVER, **COLOCATE, **OTHERS}
 """Every field, with a value that is not its default."""
+TESTED = {
+    **dict.fromkeys(
+        ["use_vllm", "vllm_model_impl", "vllm_gpu_memory_utilization", "vllm_max_model_length"],
+        "rollout/test_engines.py::test_a_run_with_a_colocated_vllm",
+    ),
+    **dict.fromkeys(
+        ["vllm_enable_sleep_mode", "vllm_tensor_parallel_size"],
+        "rollout/test_engines.py::test_a_colocated_vllm_gets_the_settings_of_its_devices",
+    ),
+    **dict.fromkeys(
+        ["vllm_mode", "vllm_server_host", "vllm_server_port", "vllm_server_timeout"],
+        "rollout/test_engines.py::test_a_run_with_a_server",
+    ),
+    "vllm_server_base_url": "rollout/test_engines.py::test_a_server_may_have_an_address_instead_of_host_and_port",
+    "vllm_group_port": "rollout/test_engines.py::test_from_a_gpu_weights_go_through_the_group_port",
+}
+"""The test that fails if a field has no effect, for test_config_fields.py."""
 
 
 def vllm(folder: Any, **changes: Any) -> TrustKLPPOConfig:

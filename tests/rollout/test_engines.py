@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests import tiny, vllm_module
+from tests.processes import single_process
 from tests.vllm_server import FakeVLLM, loaded, saved
 from trl_trustkl import load_records
-from trl_trustkl.errors import ConfigError, ModelError
-from trl_trustkl.rollout.engines import corrects, reject_ignored
+from trl_trustkl.errors import ConfigError, ModelError, RolloutError
+from trl_trustkl.rollout import vllm_transfer
+from trl_trustkl.rollout.engines import build_engine, corrects, reject_ignored
 from trl_trustkl.rollout.transformers_engine import TransformersEngine
 from trl_trustkl.rollout.vllm_colocate import ColocatedVLLMEngine
 from trl_trustkl.rollout.vllm_server import VLLMServerEngine
+from trl_trustkl.run.signals import StopRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -100,6 +105,21 @@ def test_a_server_may_have_an_address_instead_of_host_and_port(tmp_path, folder)
         changes = {"vllm_mode": "server", "vllm_server_base_url": f"{fake.url}/", "max_steps": 1}
         trainer(tmp_path, folder, changes).train()
         assert fake.loaded == 1
+
+
+def test_from_a_gpu_weights_go_through_the_group_port(tmp_path, folder, monkeypatch):
+    asked: list[Any] = []
+    monkeypatch.setattr(vllm_transfer, "weights_client", lambda *given: asked.append(given))
+    changes = {"use_vllm": True, "vllm_mode": "server", "vllm_server_port": 81, "vllm_group_port": 4321}
+    processes = single_process()
+    processes.device = torch.device("cuda:0")
+    engine = build_engine(
+        tiny.config(tmp_path, **changes), loaded(folder), None, stop_ids=[], tokenizer=tiny.tokenizer(), processes=processes,
+        autocast=nullcontext, stop=StopRequest(1.0),
+    )  # fmt: skip
+    with pytest.raises(RolloutError):
+        engine._transfer.send(engine._server, iter(()))
+    assert asked == [("http://0.0.0.0:81", 4321, 240.0, torch.device("cuda:0"))]
 
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])

@@ -162,7 +162,7 @@ def test_a_server_that_does_not_answer_in_time(folder, path, kind):
         seconds = r"0\.\d+" if path == "/health" else SECONDS
         with pytest.raises(
             RolloutError,
-            match=f"{fake.url} has not answered . of . requests to {path}.* within {seconds} seconds.*timeout higher",
+            match=f"{fake.url} has not answered . of . requests to {path}.* within {seconds} seconds.*set vllm_server_timeout",
         ):
             CALLS[path](VLLMServer(fake.url, SECONDS))
         assert SECONDS - 0.1 < time.monotonic() - started < SECONDS + 1

@@ -36,8 +36,8 @@ class VLLMFields(TrainingFields):
         off="False")
     vllm_server_base_url: str | None = _vllm(
         _trl("vllm_server_base_url")[0], "The server's address, such as 'http://localhost:8000'; None: by host and port.")
-    vllm_server_host: str = _vllm(_trl("vllm_server_host")[0], "The server's host.")
-    vllm_server_port: int = _vllm(_trl("vllm_server_port")[0], "The server's port.", unit="port", range=_PORT)
+    vllm_server_host: str = _vllm(_trl("vllm_server_host")[0], "The server's host, by name or IP address.")
+    vllm_server_port: int = _vllm(_trl("vllm_server_port")[0], "The port that the server listens on.", unit="port", range=_PORT)
     vllm_server_timeout: float = _vllm(
         _trl("vllm_server_timeout")[0], "Seconds after which a server that does not answer ends the run, at its start and in "
         "each request.", unit="s", range=POSITIVE._replace(valid="a positive number of seconds"))
