@@ -116,6 +116,14 @@ def trained(folder: Path, kind: str, processes: int, *, resume: Any = None, **ch
     return trainer
 
 
+def many_updates(folder: Path, kind: str) -> None:
+    """50 updates at a learning rate at which each of them proposes a KL beyond the limit."""
+    sharded.on_cpus()
+    changes = {"learning_rate": 2e-2, "attribution_every": 0, "num_ppo_epochs": 1, "max_steps": 50, "max_refused": 50}
+    trainer = trained(folder / kind, kind, 2, **changes)
+    (folder / f"{kind}-rank{trainer.parts.processes.index}.json").write_text(json.dumps(trainer.dense))
+
+
 def weights(trainer: Watched) -> dict[str, Tensor]:
     return {name: whole(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
 
@@ -195,5 +203,18 @@ def test_saved_files_load_in_a_plain_process(two: Path, kind: str, saved: str) -
         assert torch.equal(weight, expected[f"policy.{name}"]), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_update_of_50_exceeds_the_limit(tmp_path: Path, kind: str) -> None:
+    in_two_processes("-m", "tests.end_to_end.test_sharded", str(tmp_path), kind, cwd=tmp_path)
+    dense = json.loads((tmp_path / f"{kind}-rank0.json").read_text())
+    records = load_records(tmp_path / kind)
+    assert len(dense) == len(records) == 50
+    assert max(dense) <= LIMIT + 1e-7 and max(record["trust"]["kl"] for record in records) <= LIMIT
+    assert sum(record["trust"]["kl_proposed"] > LIMIT for record in records) > 40
+    for record, kl in zip(records, dense, strict=True):
+        assert record["trust"]["kl"] == pytest.approx(kl, rel=1e-3, abs=1e-7)
+
+
 if __name__ == "__main__":
-    program(Path(sys.argv[1]))
+    many_updates(Path(sys.argv[1]), sys.argv[2]) if sys.argv[2:] else program(Path(sys.argv[1]))
