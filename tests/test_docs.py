@@ -138,7 +138,7 @@ def errors_of(folder: Path) -> list[Any]:
         lambda: tiny.trainer(
             folder, processing_class=tiny.tokenizer(chat=False), train_dataset=tiny.prompts(chat=True)
         ),
-        lambda: tiny.config(folder, fsdp="full_shard"),
+        lambda: tiny.config(folder, deepspeed="zero3.json"),
         None,  # test_report.py
         None,  # test_resume.py
     ]

@@ -127,7 +127,7 @@ def test_the_files_for_contributors_agree_with_the_package() -> None:
         assert content["name"] and content["description"] and content["body"], form.name
 
 
-@pytest.mark.parametrize("name", ["single_gpu", "multi_gpu", "cpu_gloo"])
+@pytest.mark.parametrize("name", ["single_gpu", "multi_gpu", "fsdp2", "cpu_gloo"])
 def test_accelerate_reads_its_ready_made_configurations(name: str) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 

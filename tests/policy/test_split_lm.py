@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests import families, tiny
 from tests.dense import dense_logps
 from tests.watched import run, watched
 from trl_trustkl.errors import ModelError
+from trl_trustkl.policy import lora
 from trl_trustkl.policy.loading import trainable
 from trl_trustkl.policy.split_lm import SplitLM
 
@@ -121,3 +123,23 @@ def tensors(value: Any) -> list[Tensor]:
 def test_there_are_tensors_to_find(tmp_path):
     trainer, _ = run(tmp_path, changes={"max_steps": 1})
     assert len(tensors(trainer.seen["advantages"][0])) > 20
+
+
+def test_shards_are_read_in_their_layers_alone():
+    """A layer's weights may be gathered only within the layer; the shorter pass reads those of all adapters before."""
+    lm = SplitLM(tiny.tuned())
+    inputs = {"input_ids": torch.arange(3, 9).unsqueeze(0), "attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    layers = lora.linear_layers(lm.causal)
+    read, forward = [], type(layers[0]).forward
+
+    def noted(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        read.append(layer)
+        return forward(layer, *args, **kwargs)
+
+    with mock.patch.object(type(layers[0]), "forward", noted):
+        before = lm.hidden(inputs, 0)[0]
+        assert not read
+        lm.without_early_reads()
+        after = lm.hidden(inputs, 0)[0]
+    assert len(read) == len(layers) > 5
+    torch.testing.assert_close(after, before)

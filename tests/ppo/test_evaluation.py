@@ -17,6 +17,7 @@ from tests.tiny import EOS
 from tests.watched import run, watched, without_seconds
 from trl_trustkl import load_records
 from trl_trustkl.errors import ConfigError
+from trl_trustkl.parallel.sharding import Replicated
 from trl_trustkl.ppo.evaluation import Evaluator, chosen_dataset, one_dataset, print_samples
 from trl_trustkl.types import Logged, Prompts, Rollout, Scored
 
@@ -118,6 +119,25 @@ def test_a_process_without_prompts_left_takes_part_in_the_batches_of_those_that_
         toy.evaluator.rows(dataset())
         assert len(toy.batches) == batches
         assert toy.calls[2:] == [([], [])] * (2 - batches) * (shared - 1)
+
+
+def test_processes_with_shards_have_equal_shares_of_the_prompts():
+    for rows, left in ((5, 1), (4, 0)):
+        for index in range(2):
+            toy = Toy(index=index, count=2)
+            toy.evaluator.sharding = Halves()
+            prompts = dataset().select(range(rows))
+            if left:
+                with pytest.raises(ConfigError, match=r"has 5 rows.*Leave out 1: eval_dataset.select\(range\(4\)\)"):
+                    toy.evaluator.rows(prompts)
+                assert not toy.batches
+            else:
+                toy.evaluator.rows(prompts)
+                assert sum(len(ids) for _, ids in toy.batches) == 2
+
+
+class Halves(Replicated):
+    sharded = True
 
 
 @pytest.mark.parametrize("few", [True, False])

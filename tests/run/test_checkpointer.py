@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Run:
             RNG_FILE: self.rng,
         }
 
-    def write_model(self, folder: Path) -> None:
+    def write_model(self, folder: Path, gathered: Any) -> None:
         """The model's own files: nothing of the policy, or some of its weights."""
         (folder / "config.json").write_text("{}")
         if self.files:
@@ -176,9 +177,41 @@ def test_a_process_that_does_not_write_takes_part_and_leaves_nothing(tmp_path):
             asked.append(True)  # where several processes gather their states
             return super().state_dict()
 
-    silent = Checkpointer({RNG_FILE: Asked([])}, single_process(), lambda folder: asked.append(folder), writes=False)
+    silent = Checkpointer({RNG_FILE: Asked([])}, single_process(), lambda *given: asked.append(given), writes=False)
     silent.save(tmp_path / "checkpoint-1")
     assert asked == [True] and contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_one_part_after_the_other_is_gathered_and_all_are_also_where_writing_fails(tmp_path, monkeypatch, fails):
+    """Other processes would wait in the gathering of a part that the writing process skipped."""
+    done = []
+
+    class Gathered(Toy):
+        def state_dict(self) -> Any:
+            done.append(f"gathered {self.value}")
+            return super().state_dict()
+
+    def write(path: Path, state: Any) -> None:
+        done.append(f"wrote {state}")
+        if fails:
+            raise OSError(28, "No space left on device")
+        path.write_text(json.dumps(state))
+
+    def gather_model() -> str:
+        done.append("gathered model")
+        return "model"
+
+    parts = {"1.json": Gathered(1), "2.json": Gathered(2)}
+    monkeypatch.setattr(checkpointer, "_write", write)
+    saver = Checkpointer(
+        parts, single_process(), lambda folder, model: done.append(f"wrote {model}"), writes=True,
+        gather_model=gather_model,
+    )  # fmt: skip
+    with pytest.raises(SaveError) if fails else nullcontext():
+        saver.save(tmp_path / "checkpoint-1")
+    each = ["gathered model", "wrote model", "gathered 1", "wrote 1", "gathered 2", "wrote 2"]
+    assert done == (each[:-1] if fails else each)
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------
@@ -189,7 +222,7 @@ class Broken(Toy):
 
 
 def failing(kind: str, tmp_path: Path) -> Checkpointer:
-    def fail(folder: Path) -> None:
+    def fail(folder: Path, gathered: Any) -> None:
         (folder / "half").write_text("of it")
         raise OSError(28, "No space left on device")
 

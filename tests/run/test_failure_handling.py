@@ -97,6 +97,20 @@ def test_a_reward_that_is_not_finite_elsewhere_rejects_the_update_here(monkeypat
 # -- an update that is given up ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("error", [RewardError("no answer"), NonFiniteRewardError("NaN")])
+@pytest.mark.parametrize("in_step", [True, False])
+def test_a_failure_elsewhere_in_an_evaluation_raises_here_if_the_processes_are_in_step(in_step, error, monkeypatch):
+    processes = single_process()
+    monkeypatch.setattr(processes, "gather_objects", lambda own: [*own, error])
+    part = FailureHandling(StopRequest(60.0), processes, in_step=in_step)
+    if not in_step:
+        assert part.score(context(training=False), lambda: 3) == 3
+        return
+    with pytest.raises(RewardError) as raised:
+        part.score(context(training=False), lambda: 3)
+    assert raised.value is error
+
+
 class Update:
     """An update that ends with `error`; `called` lists what was called then, in order."""
 

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from trl_trustkl.errors import CheckpointError
-from trl_trustkl.run.weights import TrainedWeights, WeightsOnDisk, count, names_in
+from trl_trustkl.parallel.sharding import Replicated
+from trl_trustkl.run.weights import ShardedOptimizer, TrainedWeights, WeightsOnDisk, count, names_in
 
 
 def module(seed: int = 0) -> nn.Module:
@@ -70,3 +71,52 @@ def test_the_weights_of_several_files_are_one_mapping_and_a_missing_file_has_non
     with pytest.raises(KeyError):
         found["w"]
     assert names_in(tmp_path / "a.safetensors") == {"x", "y"} and names_in(tmp_path / "missing.safetensors") == set()
+
+
+class Halves(Replicated):
+    """Each parameter is sharded into two halves, of which this process has the first; the other process's is known here."""
+
+    def __init__(self, second: dict[int, torch.Tensor]) -> None:
+        self.second = second
+        self.written_times = 0
+
+    def complete(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor, self.second[len(tensor)]]) if tensor.dim() else tensor
+
+    def part(self, complete: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return complete[: len(like)] if complete.dim() else complete
+
+    def written(self) -> None:
+        self.written_times += 1
+
+
+def test_the_state_of_a_sharded_optimizer_is_saved_complete_and_each_process_loads_its_part():
+    def stepped(seed: int) -> torch.optim.AdamW:
+        torch.manual_seed(seed)
+        weights = [torch.nn.Parameter(torch.randn(size)) for size in (3, 2)]
+        optimizer = torch.optim.AdamW([{"params": weights[:1]}, {"params": weights[1:], "lr": 0.5}])
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        optimizer.step()
+        return optimizer
+
+    one, other, sharding = stepped(0), stepped(1), Halves({3: torch.full((3,), 7.0), 2: torch.full((2,), 8.0)})
+    saved = ShardedOptimizer(one, sharding).state_dict()
+    own = one.state_dict()
+    assert saved["param_groups"] == own["param_groups"] and saved["state"].keys() == {0, 1}
+    for index, second in ((0, sharding.second[3]), (1, sharding.second[2])):
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(saved["state"][index][name], torch.cat([own["state"][index][name], second]))
+        assert saved["state"][index]["step"] == 1
+    ShardedOptimizer(other, sharding).load_state_dict(saved)
+    for index, state in other.state_dict()["state"].items():
+        for name, entry in state.items():
+            assert torch.equal(entry, own["state"][index][name])
+
+
+def test_each_process_loads_its_part_of_the_trained_weights_and_gives_up_what_it_had_gathered():
+    sharding, layer = Halves({}), torch.nn.Linear(2, 2)
+    complete = {"weight": torch.randn(2, 2), "bias": torch.randn(2)}
+    TrainedWeights(layer, sharding).load_state_dict(complete)
+    assert all(torch.equal(p, complete[name]) for name, p in layer.named_parameters())
+    assert sharding.written_times == 1

@@ -87,6 +87,8 @@ def test_what_transformers_fills_in_is_not_found(tmp_path):
     args = tiny.config(tmp_path)
     args.fsdp_config = {"min_num_params": 0, "xla": False, "xla_fsdp_grad_ckpt": False}  # transformers 5.0
     assert set_in_vain(args) == {}
+    args.fsdp, args.fsdp_config = True, {"version": 2}
+    assert set_in_vain(args) == {}, "with FSDP it has an effect"
 
 
 def test_the_reasons_are_about_fields():

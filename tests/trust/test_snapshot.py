@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.trust.tabular import OPTIMIZERS, Tabular, copies, flat, same
+from trl_trustkl.parallel.sharding import Replicated
 from trl_trustkl.trust.snapshot import ParameterPath, UpdateSnapshot
 
 
@@ -221,3 +222,31 @@ def test_a_restored_state_holds_no_entry_that_came_after_the_snapshot():
     assert "momentum_buffer" in optimizer.state[parameter]
     snapshot.restore()
     assert optimizer.state[parameter] == {} and not parameter.any()
+
+
+class Counted(Replicated):
+    """Counts how often the parameters were said to be written, each of which has a local part of another type."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def local(self, tensor: Tensor) -> Tensor:
+        return tensor.data  # another object with the same memory
+
+    def written(self) -> None:
+        self.count += 1
+
+
+def test_what_was_gathered_is_given_up_after_every_change():
+    params, sharding = parameters(torch.float32), Counted()
+    optimizer = torch.optim.AdamW(params)
+    snapshot = UpdateSnapshot(params[:1], params[1:], optimizer, sharding)
+    before = [p.detach().clone() for p in params]
+    moved(params)
+    for scale in (1.0, 0.5, 0.0):
+        count = sharding.count
+        snapshot.path.set_scale(scale)
+        assert sharding.count == count + 1, scale
+    snapshot.restore()
+    assert sharding.count == 3 + 2, "policy and value are restored"
+    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))

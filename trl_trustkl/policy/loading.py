@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -20,6 +20,8 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import ConfigError, ModelError, shown
+from ..parallel.engines import load_everywhere
+from ..parallel.sharding import Replicated
 from ..trl_compat import activation_checkpointing
 from .dropout import disable_dropout
 from .precision import avoid_bf16, dtype_to_load
@@ -135,6 +137,23 @@ def save_policy(
     torch.save(args, folder / "training_args.bin")
 
 
+def gathered_weights(policy: PreTrainedModel | PeftModel, sharding: Replicated) -> dict[str, Tensor] | None:
+    """The weights that `save_policy` saves, one gathered after the other; None if each process has all of them.
+
+    All processes call it. Those that save get the weights, the others empty tensors.
+    """
+    if not sharding.sharded:
+        return None
+    weights = policy.state_dict(keep_vars=True)
+    if isinstance(policy, PeftModel):
+        saved = get_peft_model_state_dict(policy, state_dict=weights, adapter_name=policy.active_adapter)
+        ids = {id(weight) for weight in saved.values()}
+        weights = {name: weight for name, weight in weights.items() if id(weight) in ids}
+    # By identity, so that tied weights are still recognised as one.
+    complete = {id(weight): sharding.complete(weight.detach()) for weight in weights.values()}
+    return {name: complete[id(weight)] for name, weight in weights.items()}
+
+
 def load_policy(
     model: str | PreTrainedModel | PeftModel,
     processing_class: PreTrainedTokenizerBase | None,
@@ -156,6 +175,7 @@ def load_policy(
         )
     if not isinstance(model, (PreTrainedModel, PeftModel)):
         raise ModelError(f"`model` got {type(model).__name__}; it must be a causal language model or the name of one.")
+    load_everywhere(model)
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     if not causal.can_generate() or getattr(causal.config, "is_encoder_decoder", False):
         raise ModelError(
@@ -248,6 +268,7 @@ def prepare_value_model(
             f"`value_model` got {type(model).__name__}; it must be a sequence classifier with one label, its name, or None for "
             "a value head."
         )
+    load_everywhere(model)
     unpack_4bit_weights(model)
     avoid_bf16(model, args, name="value_model")
     _prepare_for_training(model, args)

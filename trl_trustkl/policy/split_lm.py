@@ -153,6 +153,10 @@ class SplitLM:
             out = self.causal(**accepted(self.causal, inputs), use_cache=False, output_hidden_states=True)
         return out.logits[:, first:], out.hidden_states[-1][:, first:]
 
+    def without_early_reads(self) -> None:
+        """Keep to the kernels that read the weights of a layer within the layer, as shards require it."""
+        self._lora_layers = []
+
     def hidden_states(self, micro: MicroBatch) -> Tensor:
         """The states [N, H] (or logits [N, V] without a separate head) that predict the N response tokens."""
         states, _ = self.hidden(*model_inputs(micro))

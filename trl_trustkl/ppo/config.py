@@ -36,7 +36,7 @@ from . import config_checks
 from .losses import Aggregation, Penalties
 from .training_fields import only_transformers_checks, rejected_by_transformers
 from .training_fields import trl as _trl
-from .unsupported import reject_accelerator_config, reject_unsupported
+from .unsupported import reject_accelerator_config, reject_fsdp_options, reject_unsupported
 from .vllm_fields import VLLMFields
 
 TrustEstimator = Literal["exact", "k1", "k3"]
@@ -231,6 +231,7 @@ class TrustKLPPOConfig(VLLMFields):
             super().__post_init__()
         reject_accelerator_config(self.accelerator_config)
         config_checks.check(self)
+        reject_fsdp_options(self)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as transformers saves and logs them: the Hub's tokens are masked."""

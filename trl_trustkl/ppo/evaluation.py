@@ -15,6 +15,7 @@ from datasets import Dataset
 from ..errors import ConfigError, RewardError, RolloutError, unknown_name
 from ..masking import masked_sum
 from ..parallel.processes import Processes
+from ..parallel.sharding import REPLICATED, Replicated
 from ..policy.probes import as_in_training
 from ..records import as_rows
 from ..rollout.prompts import Collator, prepare_dataset, prompt_texts
@@ -41,6 +42,7 @@ class Evaluator:
     collate: Collator
     rollouts: Rollouts
     score: Callable[[Prompts, int], Scored]
+    sharding: Replicated = REPLICATED
 
     def metrics(self, dataset: Dataset, prefix: str) -> dict[str, float]:
         """Means over the dataset, each behind `prefix`, and the seconds it took."""
@@ -94,10 +96,15 @@ class Evaluator:
         return rows, metrics
 
     def _batches(self, dataset: Dataset) -> Iterator[tuple[int, Prompts]]:
-        """This process's share of the prompts, in batches with their places.
+        """This process's share of the prompts, in batches with their places. All shares are equal if parameters are sharded.
 
         Processes that share a vLLM sample in step; one that has no prompts left does so without any.
         """
+        if self.sharding.sharded and (left := len(dataset) % self.processes.count):
+            raise ConfigError(
+                f"`eval_dataset` has {len(dataset)} rows, which {self.processes.count} processes cannot share equally; "
+                f"with sharded parameters, they must. Leave out {left}: eval_dataset.select(range({len(dataset) - left}))."
+            )
         most, mine = (range(index, len(dataset), self.processes.count) for index in (0, self.processes.index))
         size = self.args.per_device_eval_batch_size
         for start in range(0, len(most), size):

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
+from torch import Tensor
 from transformers import TrainerControl
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler, ExportableState
@@ -19,6 +20,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from ..errors import CheckpointError, Interrupted
+from ..policy.loading import gathered_weights
 from ..policy.value_head import PolicyAndValue
 from ..records import BoundRecord
 from ..report import model_card
@@ -37,7 +39,7 @@ from ..run.checkpointer import (
 from ..run.failure_handling import too_many_rejections
 from ..run.signals import Overdue
 from ..run.state import OnlineTrainerState, RunState, TransformersState
-from ..run.weights import TrainedWeights
+from ..run.weights import ShardedOptimizer, TrainedWeights
 from ..types import Batch, Enforcement, Measurement, Prompts, Rollout, Scored, UpdateContext, UpdateStats
 from . import recording
 from .config import TrustKLPPOConfig
@@ -84,6 +86,7 @@ class Trainer(Protocol):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None: ...
     def create_model_card(self, model_name: str | None = None) -> None: ...
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None: ...
     def _save_checkpoint(self, model: Any, trial: Any) -> None: ...
     def _load_callback_state(self) -> None: ...
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool: ...
@@ -338,23 +341,30 @@ class TrainingLoop:
         return checkpoint_folder.of_update(Path(self._trainer.args.output_dir), self._trainer.state.global_step)
 
     def _new_checkpointer(self) -> Checkpointer:
-        trainer, parts = self._trainer, self._parts
+        trainer, parts, sharding = self._trainer, self._parts, self._parts.sharding
         held = {
-            POLICY_FILE: TrainedWeights(trainer.model.policy),
-            VALUE_FILE: TrainedWeights(trainer.model.value),
+            POLICY_FILE: TrainedWeights(trainer.model.policy, sharding),
+            VALUE_FILE: TrainedWeights(trainer.model.value, sharding),
             REFERENCE_FILE: parts.renewal,
             TRAINER_STATE_NAME: TransformersState(trainer.state, self._exportable),
-            OPTIMIZER_NAME: trainer.optimizer,
+            OPTIMIZER_NAME: ShardedOptimizer(trainer.optimizer, sharding) if sharding.sharded else trainer.optimizer,
             SCHEDULER_NAME: trainer.lr_scheduler,
             SCALER_NAME: trainer.accelerator.scaler,
             RUN_FILE: RunState([parts.settings, parts.coefficients, parts.optimisation, parts.progress]),
             RNG_FILE: rng.ProcessRandomStates(parts.processes),
         }
-        return Checkpointer(held, parts.processes, self._write_model, writes=trainer.args.should_save)
+        return Checkpointer(
+            held, parts.processes, self._write_model, writes=trainer.args.should_save,
+            gather_model=lambda: gathered_weights(trainer.model.policy, sharding),
+        )  # fmt: skip
 
-    def _write_model(self, folder: Path) -> None:
+    def _write_model(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
+        """Write the model's files; `weights` are those of a sharded policy, None for any other."""
         self._write_card()
-        self._trainer.save_model(str(folder), _internal_call=True)
+        if weights is None:
+            self._trainer.save_model(str(folder), _internal_call=True)
+        else:
+            self._trainer._save(str(folder), weights)
 
     def _write_card(self) -> None:
         args = self._trainer.args

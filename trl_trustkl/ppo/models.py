@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..errors import ConfigError, ModelError
+from ..parallel.engines import load_everywhere
 from ..policy import loading, probes
 from ..policy.precision import avoid_bf16
 from ..policy.reference import Reference, build_reference
@@ -119,6 +120,7 @@ def _given_reference(ref_model: Any, args: TrustKLPPOConfig, init_kwargs: dict[s
     """`ref_model`, which is loaded if it is a name."""
     if isinstance(ref_model, str):
         ref_model = loading.load_causal_lm(ref_model, init_kwargs)
+    load_everywhere(ref_model)
     avoid_bf16(ref_model, args, name="ref_model")
     return ref_model
 

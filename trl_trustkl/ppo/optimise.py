@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, shown
 from ..parallel.processes import Processes
+from ..parallel.sharding import REPLICATED, Replicated
 from ..policy.loading import trainable
 from ..policy.value_head import PolicyAndValue
 from ..run import rng
@@ -34,9 +35,15 @@ class Optimisation:
     """
 
     def __init__(
-        self, args: TrustKLPPOConfig, model: PolicyAndValue, accelerator: Accelerator, processes: Processes
+        self,
+        args: TrustKLPPOConfig,
+        model: PolicyAndValue,
+        accelerator: Accelerator,
+        processes: Processes,
+        sharding: Replicated = REPLICATED,
     ) -> None:
         self.args = args
+        self.sharding = sharding
         self.accelerator = accelerator
         self.processes = processes
         self.policy_and_value = model
@@ -48,11 +55,13 @@ class Optimisation:
         self.policy_scale, self.value_scale = GradientScale(), GradientScale()
 
     def prepare(self, model: nn.Module, optimizer: Any) -> None:
-        """Use the model and the optimizer that accelerate wrapped."""
+        """Use the model and the optimizer that `Replicated.prepare` returned."""
         if optimizer is not self.optimizer:
             self.rescales_gradients = rescales_gradients(optimizer)
             self.policy_scale, self.value_scale = GradientScale(), GradientScale()
         self.model, self.optimizer = model, optimizer
+        self.policy_parameters = trainable(self.policy_and_value.policy)
+        self.value_parameters = trainable(self.policy_and_value.value)
 
     def end(self, stats: UpdateStats) -> None:
         """Remember the gradients of an update that was kept."""
@@ -69,12 +78,15 @@ class Optimisation:
     def replay_point(self, snapshot: UpdateSnapshot | None = None) -> ReplayPoint:
         """The current state, all of it; `snapshot` is what was taken of it already."""
         if snapshot is None:
-            snapshot = UpdateSnapshot(self.policy_parameters, self.value_parameters, self.optimizer)
+            snapshot = self._snapshot(self.policy_parameters, self.value_parameters)
             return ReplayPoint([snapshot], self.accelerator.scaler)
         restorable = {id(parameter) for parameter in self.policy_and_value.restorable_value}
         others = [parameter for parameter in self.value_parameters if id(parameter) not in restorable]
-        snapshots = [snapshot, UpdateSnapshot([], others, self.optimizer)] if others else [snapshot]
+        snapshots = [snapshot, self._snapshot([], others)] if others else [snapshot]
         return ReplayPoint(snapshots, self.accelerator.scaler)
+
+    def _snapshot(self, trained: Sequence[nn.Parameter], others: Sequence[nn.Parameter]) -> UpdateSnapshot:
+        return UpdateSnapshot(trained, others, self.optimizer, self.sharding)
 
     def update(self, batch: Batch, too_far: Callable[[Sequence[int]], bool], *, lr_factor: float) -> UpdateStats:
         """Run the PPO epochs at the policy's scheduled learning rate times `lr_factor`.
@@ -84,9 +96,8 @@ class Optimisation:
         """
         context = batch.context
         if context.without is None:  # a rerun has the update's
-            context.snapshot = snapshot = UpdateSnapshot(
-                self.policy_parameters, self.policy_and_value.restorable_value, self.optimizer
-            )
+            snapshot = self._snapshot(self.policy_parameters, self.policy_and_value.restorable_value)
+            context.snapshot = snapshot
             context.start = self.replay_point(snapshot) if context.attributed else None
         reason = not_finite(batch) if context.rejected is None else context.rejected
         if reason is None:
@@ -129,6 +140,7 @@ class Optimisation:
                     self.optimizer.zero_grad()
                     break
                 self.optimizer.step()
+                self.sharding.written()
                 self.optimizer.zero_grad()
                 if self.accelerator.optimizer_step_was_skipped:  # fp16, while the loss scale is still being found
                     continue
@@ -224,7 +236,7 @@ class Optimisation:
             return torch.zeros((), dtype=torch.float64, device=self.processes.device)
         if self.accelerator.scaler is not None and parameters is self.policy_parameters:
             self.accelerator.unscale_gradients()
-        norm = nn.utils.clip_grad_norm_(parameters, limit or self.args.norm_limit or math.inf)
+        norm = self.sharding.clip(parameters, limit or self.args.norm_limit or math.inf)
         return norm.to(self.processes.device, torch.float64)
 
 

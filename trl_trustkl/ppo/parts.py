@@ -8,8 +8,11 @@ from typing import Any
 
 from accelerate import Accelerator
 from datasets import IterableDataset
+from torch import nn
 
+from ..parallel.engines import build_sharding
 from ..parallel.processes import Processes
+from ..parallel.sharding import Replicated
 from ..policy.forward import ForwardPass
 from ..policy.merged_weights import merged_weights
 from ..policy.quantization import is_quantized
@@ -43,6 +46,7 @@ from .setup import (
     warn_of_horizons,
     warn_of_unused_fields,
 )
+from .unsupported import reject_unsharded
 
 
 class Parts:
@@ -76,12 +80,17 @@ class Parts:
         warn_of_frozen_anchor(args)
         self.models = models
         self.processes = processes = Processes(accelerator)
+        self.sharding = sharding = build_sharding(accelerator, saves=args.should_save)
+        if sharding.sharded:
+            trained = models.trained
+            named = {"model": trained.policy, "ref_model": models.reference.model, "value_model": trained.value_model}
+            reject_unsharded(named, optimizer, engine)
         rows = None if isinstance(models.train, IterableDataset) else len(models.train)
         self.sizes = set_batch_sizes(args, rows=rows, processes=processes.count)
         warn_of_horizons(args, self.sizes)
-        for model in (models.reference.model, *(getattr(func, "model", None) for func in models.reward_funcs)):
-            if model is not None and not is_quantized(model):  # a quantized model is on its device already
-                model.to(processes.device)
+        for func in models.reward_funcs:
+            _place(getattr(func, "model", None), lambda model: model.to(processes.device))
+        _place(models.reference.model, lambda model: sharding.place(model, processes.device))
         prompts = self.sizes.batch // args.num_generations
         order = (
             StreamOrder(prompts, self.sizes.updates) if rows is None else PromptOrder(rows, prompts, args.prompt_seed)
@@ -89,9 +98,9 @@ class Parts:
         self.order = GroupedOrder(order, args.num_generations)
         self.collate = Collator(data_collator, models.tokenizer.pad_token_id, processes.device)
         self.stop = StopRequest(args.grace_seconds)
-        self.rollouts = rollouts(args, models, accelerator.autocast, processes, self.stop, engine)
-        self.failures = FailureHandling(self.stop, processes)
-        self.forward = ForwardPass(models.trained, accelerator.autocast)
+        self.rollouts = rollouts(args, models, accelerator.autocast, processes, self.stop, sharding, engine)
+        self.failures = FailureHandling(self.stop, processes, in_step=sharding.sharded)
+        self.forward = ForwardPass(models.trained, accelerator.autocast, sharding)
         self.scorer = Scorer(
             models.reward_funcs, models.reward_weights, batch_size=args.per_device_train_batch_size,
             retries=args.reward_retries, wait=self.stop.wait,
@@ -101,14 +110,20 @@ class Parts:
             corrects=corrects(args, self.rollouts.engine),
         )  # fmt: skip
         self.renewal = ReferenceRenewal(models.reference) if args.sync_ref_model else None
-        self.optimisation = Optimisation(args, models.trained, accelerator, processes)
+        self.optimisation = Optimisation(args, models.trained, accelerator, processes, sharding)
         self.coefficients = Coefficients(args)
         self.attribution = Attribution(args, self.optimisation, self.coefficients, processes)
         self.trust_region = TrustRegion(args.limits)
-        self.evaluator = Evaluator(args, models, processes, self.collate, self.rollouts, score_held_out)
+        self.evaluator = Evaluator(args, models, processes, self.collate, self.rollouts, score_held_out, sharding)
         self.recorder = Recorder(callbacks, processes)
         self.progress = Progress()
         self.settings = RunSettings(args, setup_of(models.trained, rows=rows, processes=processes.count))
+
+
+def _place(model: nn.Module | None, place: Callable[[nn.Module], Any]) -> None:
+    """Move a model to its device; a quantised one is there already."""
+    if model is not None and not is_quantized(model):
+        place(model)
 
 
 def rollouts(
@@ -117,13 +132,14 @@ def rollouts(
     autocast: Callable[[], AbstractContextManager[Any]],
     processes: Processes,
     stop: StopRequest,
+    sharding: Replicated,
     engine: RolloutEngine | None,
 ) -> Rollouts:
     """Sampling with the user's engine, or the one that `args` describe."""
     policy = models.trained.policy
     found = build_engine(
         args, policy, engine, stop_ids=models.stop_ids, tokenizer=models.tokenizer, processes=processes, autocast=autocast,
-        stop=stop,
+        stop=stop, sharding=sharding,
     )  # fmt: skip
     return Rollouts(
         found, lambda: merged_weights(policy), processes, vocabulary=models.token_limits.vocabulary,

@@ -68,11 +68,10 @@ class Scoring:
         shape = rollout.response_mask.shape
         columns = {name: rollout.response_mask.new_zeros(shape, dtype=torch.float32) for name in _TOKEN_COLUMNS}
         values = rollout.response_mask.new_zeros((shape[0], shape[1] + 1), dtype=torch.float32)
-        head = self.models.trained.split_lm.frozen_head()
+        head = self.forward.frozen_head()
         old_snapshots, ref_snapshots = [], []
         for micro in micros:
-            with self.forward.autocast():
-                snapshot = self.models.reference.snapshot(micro)
+            snapshot = self.forward.reference_snapshot(self.models.reference, micro)
             out = self.forward.score(micro, snapshot)
             old_snapshots.append(PolicySnapshot(out.hidden, head))
             ref_snapshots.append(snapshot)

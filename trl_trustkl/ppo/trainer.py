@@ -23,7 +23,7 @@ from transformers.trainer_utils import TrainOutput
 from ..callbacks.bound_report import BoundReportCallback, is_report, report_of, with_report
 from ..callbacks.completions import shown_completions
 from ..errors import DataError
-from ..policy.loading import save_policy, trainable
+from ..policy.loading import gathered_weights, save_policy, trainable
 from ..policy.value_head import PolicyAndValue
 from ..records import BoundRecord
 from ..report import model_card
@@ -44,7 +44,7 @@ from .optimise import separate_value
 from .parts import Parts
 from .shaping import shaped
 from .training_fields import OPTIMIZER, SCHEDULE, rejected_by_transformers
-from .unsupported import reject_sharding
+from .unsupported import reject_deepspeed
 
 
 class TrustKLPPOTrainer(PPOTrainer):
@@ -118,13 +118,15 @@ class TrustKLPPOTrainer(PPOTrainer):
             callbacks=[*with_report(callbacks), *shown_completions(args)],
             optimizers=optimizers,
         )  # fmt: skip
-        reject_sharding(fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
+        reject_deepspeed(self.is_deepspeed_enabled)
         self.state = OnlineTrainerState()
         self.parts = Parts(
             args, ready, self.accelerator, optimizers=(self.optimizer, self.lr_scheduler), data_collator=data_collator,
             callbacks=lambda: self.callback_handler.callbacks, score_held_out=self._score_held_out, engine=rollout_engine,
         )  # fmt: skip
         self._loop = TrainingLoop(self)
+        if self.parts.sharding.sharded:  # an evaluation before train() needs the shards too
+            self._wrap()
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
@@ -322,15 +324,25 @@ class TrustKLPPOTrainer(PPOTrainer):
 
     def prepare_optimisation(self) -> None:
         """Wrap model and optimizer for the hardware, once; a second train() starts a new schedule."""
-        if self.model_wrapped is self.model:
-            self.create_optimizer()
-            self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self._wrap()
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
         with rejected_by_transformers(SCHEDULE):
             self.create_scheduler(num_training_steps=self.parts.sizes.updates)
         self.model.train()
         self.parts.optimisation.prepare(self.model_wrapped, self.optimizer)
+
+    def _wrap(self) -> None:
+        if self.model_wrapped is not self.model:
+            return
+        self.create_optimizer()
+        sharding, reference = self.parts.sharding, self.reference
+        self.model_wrapped, self.optimizer = sharding.prepare(
+            self.accelerator, self.model, self.optimizer, reference.model
+        )
+        if sharding.sharded:
+            self.model.split_lm.without_early_reads()
+            reference.split_lm.without_early_reads()
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """TRL's optimizer, with the value's parameters in separate groups for `value_learning_rate`."""
@@ -355,9 +367,12 @@ class TrustKLPPOTrainer(PPOTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save only the policy (an adapter as an adapter), ready for `from_pretrained`."""
-        super(PPOTrainer, self).save_model(
-            output_dir, _internal_call
-        )  # TRL 1.12's PPO trainer overrides this for its loop
+        if not self.parts.sharding.sharded:  # TRL 1.12's PPO trainer overrides this for its loop
+            super(PPOTrainer, self).save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, gathered_weights(self.model.policy, self.parts.sharding))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConfigError
 from ..parallel.processes import Processes
+from ..parallel.sharding import Replicated
 from ..run.signals import StopRequest
 from .engine import RolloutEngine
 from .transformers_engine import TransformersEngine
@@ -32,6 +33,7 @@ def build_engine(
     processes: Processes,
     autocast: Callable[[], AbstractContextManager[Any]],
     stop: StopRequest,
+    sharding: Replicated,
 ) -> RolloutEngine:
     """The engine that `args` describe, or the user's if one is `given`."""
     if given is not None:
@@ -42,7 +44,7 @@ def build_engine(
         return TransformersEngine(
             policy, response_length=args.response_length, temperature=args.temperature, stop_ids=stop_ids,
             pad_token_id=tokenizer.pad_token_id, batch_size=args.local_rollout_forward_batch_size, autocast=autocast,
-            generation_kwargs=options, tokenizer=tokenizer,
+            generation_kwargs=options, tokenizer=tokenizer, gathered=sharding.gathered,
         )  # fmt: skip
     model = vllm_model(policy, args)
     sampling = VLLMSampling(args.response_length, args.temperature, stop_ids, options)

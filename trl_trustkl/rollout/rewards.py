@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConfigError, NonFiniteRewardError, RewardError, shown
+from ..parallel.engines import load_everywhere
 from ..policy.loading import load_scalar_model, of_tokenizer
 from ..policy.micro_batches import positions
 from ..types import Rollout
@@ -43,6 +44,7 @@ class RewardModel:
         tokenizer: PreTrainedTokenizerBase | None,
         padding_id: int | None = None,
     ) -> None:
+        load_everywhere(model)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.padding_id = padding_id

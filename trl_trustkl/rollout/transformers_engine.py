@@ -58,7 +58,8 @@ class TransformersEngine:
 
     pad_token_id: the tokenizer's, which may be outside of the model's vocabulary. autocast: the context of the policy's
     forward passes. generation_kwargs: further arguments of `generate`; without any, tokens are sampled from the entire
-    vocabulary. tokenizer: what `stop_strings` needs among them.
+    vocabulary. tokenizer: what `stop_strings` needs among them. gathered: calls a function with all of the policy's weights
+    on this process; see `Replicated.gathered`.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class TransformersEngine:
         autocast: Callable[[], AbstractContextManager[Any]],
         generation_kwargs: dict[str, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        gathered: Callable[[Callable[[], Samples]], Samples] = lambda call: call(),
     ) -> None:
         # An option that is None would get the default of `generate`, such as top_k=50.
         extra = {key: value for key, value in (generation_kwargs or {}).items() if value is not None}
@@ -89,6 +91,7 @@ class TransformersEngine:
         self._length = response_length
         self._batch_size = batch_size
         self._autocast = autocast
+        self._gathered = gathered
         # The model has no embedding for a padding token outside of its vocabulary, masked or not.
         known = self._causal.get_input_embeddings().weight.shape[0]
         self._pad_token_id = pad_token_id if pad_token_id < known else 0
@@ -122,6 +125,10 @@ class TransformersEngine:
 
     def generate(self, prompt_ids: Sequence[Tensor], seeds: Sequence[int]) -> Samples:
         """Sample for prompts of similar length at a time, longest first, which takes the least padding."""
+        with torch.no_grad():
+            return self._gathered(lambda: self._samples(prompt_ids, seeds))
+
+    def _samples(self, prompt_ids: Sequence[Tensor], seeds: Sequence[int]) -> Samples:
         order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]), reverse=True)
         uniform = uniform_numbers(seeds, self._length)[order].to(prompt_ids[0].device)
         rows: dict[int, tuple[Tensor, Tensor, FinishReason]] = {}
@@ -133,7 +140,6 @@ class TransformersEngine:
         ids, logps, reasons = zip(*(rows[i] for i in range(len(order))), strict=True)
         return Samples(list(ids), list(logps), list(reasons))
 
-    @torch.no_grad()
     def _generate(self, prompt_ids: Sequence[Tensor], uniform: Tensor) -> list[tuple[Tensor, Tensor, FinishReason]]:
         """Token ids, log-probabilities and finish reason of each response."""
         count, config, padded = len(prompt_ids), self._config, len({len(each) for each in prompt_ids}) > 1

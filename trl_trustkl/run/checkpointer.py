@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -27,7 +27,7 @@ from ..parallel.processes import Processes
 from . import checkpoint_folder
 from .failure_handling import raised_on_all
 from .state import Stateful
-from .weights import WeightsOnDisk, names_in
+from .weights import ShardedOptimizer, WeightsOnDisk, names_in
 
 logger = logging.get_logger(__name__)
 
@@ -47,36 +47,48 @@ class Checkpointer:
         parts: the parts by the names of their files; None for one that the run does not have. The suffix gives the format:
             `.safetensors` for weights, `.pt` for what torch saves, `.json` for numbers and text.
         processes: the processes of the run.
-        write_model: writes the model's files into a folder.
+        write_model: writes the model's files into a folder, from what `gather_model` returned.
         writes: whether this process writes; one does on each disk.
+        gather_model: gathers the model's weights from all processes, which call it together.
     """
 
     def __init__(
         self,
         parts: Mapping[str, Stateful | None],
         processes: Processes,
-        write_model: Callable[[Path], None],
+        write_model: Callable[[Path, Any], None],
         *,
         writes: bool,
+        gather_model: Callable[[], Any] = lambda: None,
     ) -> None:
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self._processes = processes
         self._writes = writes
         self._write_model = write_model
+        self._gather_model = gather_model
 
     def save(self, folder: Path, *, without: Sequence[str] = ()) -> None:
-        """Write a checkpoint atomically, `without` some parts. SaveError on all processes if it fails on one."""
-        states = {name: part.state_dict() for name, part in self.parts.items() if name not in without}
-        with raised_on_all(self._processes, SaveError):
-            if self._writes:
-                self.write(folder, states)
+        """Write a checkpoint atomically, `without` some parts. SaveError on all processes if it fails on one.
 
-    def write(self, folder: Path, states: Mapping[str, Any]) -> None:
-        """The part of `save` in which the processes do not communicate."""
+        One part after the other is gathered and written.
+        """
+        states = ((name, part.state_dict()) for name, part in self.parts.items() if name not in without)
+        with raised_on_all(self._processes, SaveError):
+            model = [self._gather_model()]  # a list, from which it is taken as soon as it is written
+            try:
+                if self._writes:
+                    self.write(folder, model, states)
+            finally:
+                for _ in states:  # the other processes wait in what gathers them
+                    pass
+
+    def write(self, folder: Path, model: list[Any], states: Iterator[tuple[str, Any]]) -> None:
+        """The part of `save` on the process that writes. `model` holds what `gather_model` returned."""
         with checkpoint_folder.written_atomically(folder) as unfinished:
-            self._write_model(unfinished)
-            for name, state in states.items():
+            self._write_model(unfinished, model.pop())
+            for name, state in states:
                 _write(unfinished / name, state)
+                del state  # before the next one is gathered
             for lines in (records.BOUNDS_FILE, records.COMPLETIONS_FILE):
                 if (path := folder.parent / lines).exists():
                     files.sync(path)
@@ -89,7 +101,7 @@ class Checkpointer:
         """
         for name in names:
             if name in self.parts and (name.endswith(".safetensors") or (folder / name).exists()):
-                state = _read(folder / name)
+                state = _read(folder / name, mapped=isinstance(self.parts[name], ShardedOptimizer))
                 try:
                     self.parts[name].load_state_dict(state)
                 except CheckpointError as error:
@@ -190,12 +202,13 @@ def _write(path: Path, state: Any) -> None:
             save_file(weights, path)
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, *, mapped: bool = False) -> Any:
+    """The state in a file; `mapped` tensors are read from the file as they are used."""
     if path.suffix == ".json":
         return read_json(path)
     try:
         if path.suffix == ".pt":
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         return WeightsOnDisk([*_model_files(path), path])
     except Exception as error:  # torch and safetensors raise errors of different types
         raise _unreadable(path, error) from error

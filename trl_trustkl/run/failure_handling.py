@@ -31,9 +31,13 @@ def raised_on_all(processes: Processes, *kinds: type[Exception]) -> Iterator[Non
 
 
 class FailureHandling:
-    """How the processes of a run react together to signals and to failing reward functions."""
+    """How the processes of a run react together to signals and to failing reward functions.
 
-    def __init__(self, stop: StopRequest, processes: Processes) -> None:
+    in_step: whether they make the same passes in an evaluation too, so that none may end it alone.
+    """
+
+    def __init__(self, stop: StopRequest, processes: Processes, *, in_step: bool = False) -> None:
+        self._in_step = in_step
         self._stop = stop
         self._processes = processes
 
@@ -77,9 +81,10 @@ class FailureHandling:
         """Return what `scoring` returns; a failure on one process is raised on all of them.
 
         For rewards that are not finite, returns None and sets `context.rejected`, so that the update is rejected. In an
-        evaluation, where the processes may have different numbers of batches, a failure is raised only on its process.
+        evaluation, where the processes may have different numbers of batches, a failure is raised only on its process,
+        unless they are in step.
         """
-        if not context.training:
+        if not context.training and not self._in_step:
             return scoring()
         result: Result | None = None
         failure: RewardError | None = None
@@ -89,7 +94,7 @@ class FailureHandling:
             failure = error
         failures = [each for each in self._processes.gather_objects([failure]) if each is not None]
         for each in failures:
-            if not isinstance(each, NonFiniteRewardError):
+            if not (context.training and isinstance(each, NonFiniteRewardError)):
                 raise each
         if failures:
             context.rejected = str(failures[0])

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..parallel.sharding import REPLICATED, Replicated
 
 
 class TrainedWeights:
     """The trained weights of a module, by their names in memory."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, sharding: Replicated = REPLICATED) -> None:
         self._module = module
+        self._sharding = sharding
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: p.detach().contiguous() for name, p in self._parameters().items()}
+        return {name: self._sharding.complete(p.detach()).contiguous() for name, p in self._parameters().items()}
 
     def load_state_dict(self, weights: Mapping[str, Tensor]) -> None:
         """Copy the weights bit for bit. CheckpointError if one is missing, or has another shape or dtype."""
@@ -33,10 +36,40 @@ class TrainedWeights:
                     f"{list(parameter.shape)}."
                 )
             with torch.no_grad():
-                parameter.copy_(weight)
+                local = self._sharding.local
+                local(parameter).copy_(local(self._sharding.part(weight, parameter)))
+        self._sharding.written()
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+
+
+class ShardedOptimizer:
+    """The state of an optimizer whose moments are sharded as the parameters are, in the format of a complete one."""
+
+    def __init__(self, optimizer: Any, sharding: Replicated) -> None:
+        self._optimizer = optimizer
+        self._sharding = sharding
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self._optimizer.state_dict()
+        return state | {"state": _each_tensor(state["state"], lambda index, tensor: self._sharding.complete(tensor))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the process's part of each moment."""
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+        def part(index: int, tensor: Tensor) -> Tensor:
+            return self._sharding.part(tensor, parameters[index])
+
+        self._optimizer.load_state_dict(state | {"state": _each_tensor(state["state"], part)})
+
+
+def _each_tensor(states: dict[int, dict[str, Any]], change: Callable[[int, Tensor], Tensor]) -> dict[int, Any]:
+    return {
+        index: {name: change(index, entry) if isinstance(entry, Tensor) else entry for name, entry in state.items()}
+        for index, state in states.items()
+    }
 
 
 class WeightsOnDisk(Mapping[str, Tensor]):

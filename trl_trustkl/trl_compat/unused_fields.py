@@ -48,7 +48,7 @@ WITHOUT_EFFECT = {
     "skip_memory_metrics": "the memory is not measured",
     # memory and processes
     "use_cache": "sampling always uses a cache, and training never does; the field is only saved with the model",
-    "fsdp_config": "for `fsdp`, which is rejected",
+    "fsdp_config": "for `fsdp`, which is off",
     "ds3_gather_for_generation": "for `deepspeed`, which is rejected",
     "enable_jit_checkpoint": "the trainer saves on SIGTERM and Ctrl-C by itself",
     "local_rank": "the launcher sets it; the process is identified by the environment",
@@ -87,7 +87,7 @@ def _differs(args: Any, name: str) -> bool:
         ignored = ("dispatch_batches", "even_batches", "use_seedable_sampler", "non_blocking")
         return any(getattr(value, key) != getattr(AcceleratorConfig(), key) for key in ignored)
     if name == "fsdp_config" and isinstance(value, dict):  # transformers 5.0 fills it with values that mean off
-        return any(value.values())
+        return not args.fsdp and any(value.values())
     field = next(each for each in dataclasses.fields(args) if each.name == name)
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     return bool(value != default)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..parallel.sharding import REPLICATED, Replicated
 
 STAGED_BYTES = 2**26
 """The GPU memory that a snapshot of the optimizer's state uses for a moment."""
@@ -18,11 +20,12 @@ class ParameterPath:
     """The segment from θ_old to θ of some parameters, in their precision.
 
     Scale 0 restores θ_old bit for bit, and scale 1 restores θ: the parameters at the last call of `set_end`, or at the
-    first call of `set_scale` if `set_end` was never called.
+    first call of `set_scale` if `set_end` was never called. `written` is called after each change of the parameters.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], written: Callable[[], None] = lambda: None) -> None:
         self.parameters = list(parameters)
+        self._written = written
         self.start = _copies(self.parameters)
         self.end: list[Tensor] = []
 
@@ -40,16 +43,18 @@ class ParameterPath:
             return
         if scale == 1.0:
             _copy(self.parameters, self.end)
-            return
-        self.restore()  # then in place, without memory for a third copy
-        for places in _same_kind(self.parameters):
-            parameters, end = ([each[place] for place in places] for each in (self.parameters, self.end))
-            torch._foreach_lerp_(parameters, end, scale)
+        else:
+            _copy(self.parameters, self.start)  # then in place, without memory for a third copy
+            for places in _same_kind(self.parameters):
+                parameters, end = ([each[place] for place in places] for each in (self.parameters, self.end))
+                torch._foreach_lerp_(parameters, end, scale)
+        self._written()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Set the parameters to θ_old."""
         _copy(self.parameters, self.start)
+        self._written()
 
 
 class UpdateSnapshot:
@@ -63,15 +68,24 @@ class UpdateSnapshot:
         trained: the policy's parameters, which `path` moves.
         others: further parameters that `restore` restores, such as the value's.
         optimizer: the optimizer of all of them.
+        sharding: how the parameters are spread over processes. Each process copies its part of them.
     """
 
-    def __init__(self, trained: Sequence[nn.Parameter], others: Sequence[nn.Parameter], optimizer: Any) -> None:
-        self.path = ParameterPath(trained)
-        self._others = ParameterPath(others)
+    def __init__(
+        self,
+        trained: Sequence[nn.Parameter],
+        others: Sequence[nn.Parameter],
+        optimizer: Any,
+        sharding: Replicated = REPLICATED,
+    ) -> None:
+        self._local = local = sharding.local
+        self.path = ParameterPath([local(p) for p in trained], sharding.written)
+        self._others = ParameterPath([local(p) for p in others], sharding.written)
         self._optimizer = optimizer
         self._covered = {*trained, *others}
         states = {p: state for p, state in optimizer.state.items() if p in self._covered}
-        copies = iter(_on_host([e for state in states.values() for e in state.values() if isinstance(e, Tensor)]))
+        tensors = [local(e) for state in states.values() for e in state.values() if isinstance(e, Tensor)]
+        copies = iter(_on_host(tensors))
         self._state = {
             parameter: {
                 name: next(copies) if isinstance(entry, Tensor) else copy.deepcopy(entry)
@@ -79,8 +93,8 @@ class UpdateSnapshot:
             }
             for parameter, state in states.items()
         }
-        self._devices = {
-            (parameter, name): entry.device
+        self._remake = {
+            (parameter, name): sharding.remake(entry)
             for parameter in self._state
             for name, entry in optimizer.state[parameter].items()
             if isinstance(entry, Tensor)
@@ -105,9 +119,9 @@ class UpdateSnapshot:
                 if not isinstance(entry, Tensor):
                     state[name] = copy.deepcopy(entry)
                 elif name in state:
-                    state[name].copy_(entry)
+                    self._local(state[name]).copy_(entry)
                 else:  # it was made since, and removed by another snapshot
-                    state[name] = entry.to(self._devices[parameter, name], copy=True)
+                    state[name] = self._remake[parameter, name](entry)
         for group, settings in zip(self._optimizer.param_groups, self._groups, strict=True):
             group.update(settings)
         self._optimizer.zero_grad()

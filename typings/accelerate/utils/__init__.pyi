@@ -1,3 +1,4 @@
+from enum import Enum
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
@@ -11,6 +12,11 @@ class DistributedDataParallelKwargs:
         broadcast_buffers: Any = ...,
         static_graph: Any = ...,
     ) -> None: ...
+
+class DistributedType(Enum):
+    FSDP = ...
+
+FullyShardedDataParallelPlugin: Any
 
 def gather_object(object: list[_T]) -> list[_T]: ...
 def broadcast_object_list(object_list: list[_T], from_process: int = ...) -> list[_T]: ...

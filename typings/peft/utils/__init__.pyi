@@ -3,7 +3,11 @@ from typing import Any
 from torch import Tensor, nn
 
 def get_peft_model_state_dict(
-    model: nn.Module, *, adapter_name: str = ..., save_embedding_layers: bool | str = ...
+    model: nn.Module,
+    state_dict: dict[str, Any] | None = ...,
+    *,
+    adapter_name: str = ...,
+    save_embedding_layers: bool | str = ...,
 ) -> dict[str, Tensor]: ...
 def set_peft_model_state_dict(
     model: nn.Module, peft_model_state_dict: dict[str, Tensor], adapter_name: str = ...

@@ -1,0 +1,220 @@
+"""PPO under FSDP2 in two processes: equal to one process with twice the batch, within its limits, resumable, saved as usual.
+
+This file is also the program that each of the two processes runs, once for both kinds of training.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from tests import sharded, tiny
+from tests.dense import dense_kl, rollout_logps
+from tests.processes import in_two_processes
+from trl_trustkl import TrustKLPPOTrainer, load_records
+from trl_trustkl.policy.loading import trainable
+from trl_trustkl.trust.limits import TrustRegion
+from trl_trustkl.types import Batch, Measurement, UpdateStats
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.processes]
+LIMIT, UPDATES, PANICS = 2e-3, 4, 3
+KINDS: dict[str, dict[str, Any]] = {"lora": {}, "full": {"peft_config": None}}
+SETTINGS = {
+    "num_mini_batches": 1,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 5e-3,
+    "lr_scheduler_type": "constant",
+    "max_steps": UPDATES,
+    "trust_max_kl": LIMIT,
+    "trust_coef": 0.1,
+    "trust_estimator": "exact",
+    "kl_estimator": "exact",
+    "kl_placement": "both",
+    "whiten_rewards": True,
+    "attribution_every": 2,
+}
+ROWS = {1: 4, 2: 2}
+"""Rows of a micro-batch, by the number of processes."""
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of a tensor that may be a shard, complete on every process."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def own(tensor: Tensor) -> Tensor:
+    """A copy of this process's part."""
+    tensor = tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+class Watched(TrustKLPPOTrainer):
+    """Computes the KL of every update again: dense, in float64, from weights that are gathered before and after it.
+
+    The update PANICS is rolled back for its KL. kept: what that must restore, from before the update.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.dense: list[float] = []
+
+    def optimise(self, batch: Batch) -> UpdateStats:
+        if batch.scored.without is None:
+            self.before = {name: whole(p) for name, p in self.model.policy.named_parameters() if p.requires_grad}
+            self.kept = self.everything()
+        return super().optimise(batch)
+
+    def enforce(self, batch: Batch, proposed: Measurement) -> Measurement:
+        if self.state.global_step + 1 == PANICS:
+            region = self.parts.trust_region
+            self.parts.trust_region = TrustRegion(region.limits._replace(panic_kl=1e-12))
+            measured = super().enforce(batch, proposed)
+            self.parts.trust_region = region
+            for one, other in zip(self.kept, self.everything(), strict=True):
+                assert torch.equal(one, other), "the rollback changed something"
+            assert measured.kl == 0.0 and batch.context.rejected is not None
+            return measured
+        return super().enforce(batch, proposed)
+
+    def everything(self) -> list[Tensor]:
+        """This process's part of the trained weights and of the optimizer's state."""
+        found = [own(p) for p in trainable(self.model)]
+        for state in self.optimizer.state.values():
+            found += [own(each) for each in state.values() if isinstance(each, Tensor)]
+        return found
+
+    def record(self, batch: Batch, stats: UpdateStats, measured: Measurement) -> Any:
+        after = {name: whole(p) for name, p in self.model.policy.named_parameters() if p.requires_grad}
+        witness = (tiny.adapted() if self.is_peft_model else tiny.llama()).double()
+        rollout = batch.scored.rollout
+        rows = []
+        for weights in (self.before, after):
+            witness.load_state_dict({name: weight.double() for name, weight in weights.items()}, strict=False)
+            with torch.no_grad():
+                rows.append(rollout_logps(witness, rollout, self.args.temperature))
+        kl = dense_kl(*rows)
+        total = self.parts.processes.sum(torch.stack([kl.sum(), torch.tensor(float(len(kl)), dtype=torch.float64)]))
+        self.dense.append(float(total[0] / total[1]))
+        return super().record(batch, stats, measured)
+
+
+def trained(folder: Path, kind: str, processes: int, *, resume: Any = None, **changes: Any) -> Watched:
+    changes = SETTINGS | {"per_device_train_batch_size": ROWS[processes], "use_cpu": processes == 1} | changes
+    trainer = tiny.trainer(folder, kind=Watched, changes=changes, **KINDS[kind])
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def many_updates(folder: Path, kind: str) -> None:
+    """50 updates at a learning rate at which each of them proposes a KL beyond the limit."""
+    sharded.on_cpus()
+    changes = {"learning_rate": 2e-2, "attribution_every": 0, "num_ppo_epochs": 1, "max_steps": 50, "max_refused": 50}
+    trainer = trained(folder / kind, kind, 2, **changes)
+    (folder / f"{kind}-rank{trainer.parts.processes.index}.json").write_text(json.dumps(trainer.dense))
+
+
+def weights(trainer: Watched) -> dict[str, Tensor]:
+    return {name: whole(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def program(folder: Path) -> None:
+    sharded.on_cpus()
+    for kind in KINDS:
+        straight = trained(folder / kind, kind, 2, save_strategy="steps", save_steps=2)
+        assert any(isinstance(p, DTensor) for p in straight.model.parameters()), "nothing is sharded"
+        assert straight.accelerator.num_processes == 2
+        resumed = trained(folder / f"{kind}-resumed", kind, 2, resume=str(folder / kind / "checkpoint-2"))
+        for one, other in zip(straight.everything(), resumed.everything(), strict=True):
+            assert torch.equal(one, other), "the resumed run differs"
+        found = weights(straight)
+        straight.save_model(str(folder / f"{kind}-saved"))
+        rank = straight.parts.processes.index
+        save_file(found, folder / f"{kind}-rank{rank}.safetensors")
+        (folder / f"{kind}-rank{rank}.json").write_text(json.dumps(straight.dense))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    in_two_processes("-m", "tests.end_to_end.test_sharded", str(folder), cwd=folder)
+    return folder
+
+
+def known(counterfactual: dict[str, float | None] | None) -> dict[str, float]:
+    return {name: kl for name, kl in (counterfactual or {}).items() if kl is not None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_with_shards_equal_one_with_twice_the_batch(two: Path, tmp_path: Path, kind: str) -> None:
+    one = trained(tmp_path, kind, 1)
+    expected = weights(one)
+    for rank in range(2):
+        found = load_file(two / f"{kind}-rank{rank}.safetensors")
+        assert found.keys() == expected.keys()
+        for name, weight in found.items():
+            torch.testing.assert_close(weight, expected[name], rtol=0, atol=2e-6)
+    for mine, theirs in zip(load_records(two / kind), load_records(tmp_path), strict=True):
+        for key in ("kl", "kl_max", "kl_proposed", "scale"):
+            assert mine["trust"][key] == pytest.approx(theirs["trust"][key], rel=1e-3), key
+        assert mine["anchor"]["kl_exact"] == pytest.approx(theirs["anchor"]["kl_exact"], rel=1e-4, abs=1e-9)
+        assert mine["gradient"]["norm"] == pytest.approx(theirs["gradient"]["norm"], rel=1e-4)
+        without, expected_without = (known(each["counterfactual"]) for each in (mine, theirs))
+        assert without.keys() == expected_without.keys()
+        for name, kl in without.items():
+            assert kl == pytest.approx(expected_without[name], rel=1e-3), name
+    assert mine["counterfactual"]["clip"] is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_limit_holds_and_the_recorded_kl_is_that_of_the_gathered_weights(two: Path, kind: str) -> None:
+    dense, again = (json.loads((two / f"{kind}-rank{rank}.json").read_text()) for rank in range(2))
+    records = load_records(two / kind)
+    assert dense == again and len(dense) == len(records) == UPDATES
+    for record, kl in zip(records, dense, strict=True):
+        assert record["trust"]["kl"] == pytest.approx(kl, rel=1e-4, abs=1e-8)
+        assert kl <= LIMIT + 1e-7 and (record["update"] == PANICS) == (kl == 0.0) == (record["refused"] is not None)
+    assert any(0 < record["trust"]["scale"] < 1 for record in records), "no update was scaled back"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("saved", ["{}-saved", "{}/checkpoint-4"])
+def test_saved_files_load_in_a_plain_process(two: Path, kind: str, saved: str) -> None:
+    folder = two / saved.format(kind)
+    if kind == "lora":
+        assert not list(folder.glob("model*.safetensors")), "the base model was saved too"
+        model: nn.Module = PeftModel.from_pretrained(tiny.llama(), folder, is_trainable=True)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    expected = load_file(two / f"{kind}-rank0.safetensors")
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(found) > 5
+    for name, weight in found.items():
+        assert torch.equal(weight, expected[f"policy.{name}"]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_update_of_50_exceeds_the_limit(tmp_path: Path, kind: str) -> None:
+    in_two_processes("-m", "tests.end_to_end.test_sharded", str(tmp_path), kind, cwd=tmp_path)
+    dense = json.loads((tmp_path / f"{kind}-rank0.json").read_text())
+    records = load_records(tmp_path / kind)
+    assert len(dense) == len(records) == 50
+    assert max(dense) <= LIMIT + 1e-7 and max(record["trust"]["kl"] for record in records) <= LIMIT
+    assert sum(record["trust"]["kl_proposed"] > LIMIT for record in records) > 40
+    for record, kl in zip(records, dense, strict=True):
+        assert record["trust"]["kl"] == pytest.approx(kl, rel=1e-3, abs=1e-7)
+
+
+if __name__ == "__main__":
+    many_updates(Path(sys.argv[1]), sys.argv[2]) if sys.argv[2:] else program(Path(sys.argv[1]))

@@ -1,0 +1,78 @@
+"""How the parameters of a run are spread over its processes: the interface to engines that shard, and what is done without.
+
+`Replicated` is the interface, and what it does with complete parameters. An engine is a subclass in `engines`; the rest of the
+package does not depend on which one it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:  # `trust_region` needs torch alone
+    from accelerate import Accelerator
+
+Result = TypeVar("Result")
+
+
+class Replicated:
+    """Every process has all parameters: one process, or several with DDP."""
+
+    sharded = False
+    """Whether a process has only a part of the parameters. Then all processes must make the same passes."""
+
+    def place(self, reference: nn.Module, device: torch.device) -> None:
+        """Move a separate reference to the process's device, or leave that to `prepare`."""
+        reference.to(device)
+
+    def prepare(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: Any, reference: nn.Module | None
+    ) -> tuple[nn.Module, Any]:
+        """The wrapped model, which is called for passes with gradients, and the wrapped optimizer.
+
+        reference: a separate reference, which is not trained. Parameters may be other objects afterwards.
+        """
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
+        return wrapped, optimizer
+
+    def run(self, call: Callable[[], Result]) -> Result:
+        """The result of `call`, which makes passes of the trained model, or reads its head, without gradients."""
+        return call()
+
+    def run_reference(self, call: Callable[[], Result]) -> Result:
+        """The result of `call`, which makes passes of the reference without gradients."""
+        return call()
+
+    def gathered(self, call: Callable[[], Result]) -> Result:
+        """The result of `call`, which generates: for its duration, every process has all parameters of the trained model."""
+        return call()
+
+    def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+        """Clip the gradients to a norm of `limit`; returns the norm before, over all parameters on all processes."""
+        return nn.utils.clip_grad_norm_(parameters, limit)
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """The part of a parameter, or of a moment of it, that this process has. It shares the tensor's memory."""
+        return tensor
+
+    def remake(self, tensor: Tensor) -> Callable[[Tensor], Tensor]:
+        """A function that makes a tensor such as this one from a copy of its local part."""
+        device = tensor.device
+        return lambda part: part.to(device, copy=True)
+
+    def written(self) -> None:
+        """To be called after local parts were written outside of a pass."""
+
+    def complete(self, tensor: Tensor) -> Tensor:
+        """The complete tensor, to be saved. All processes call it; those that save get it, the others an empty tensor."""
+        return tensor
+
+    def part(self, complete: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `complete`, on every process: the tensor, sharded as the parameter `like` if it has its shape."""
+        return complete
+
+
+REPLICATED = Replicated()
