@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--updates", type=int, default=10)
-    parser.add_argument("--tokens", type=int, default=32, help="tokens of a response")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens of a response")
     parser.add_argument("--url", help="the address of a server; without it one is started for each dtype")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/vllm_rollouts"))
     options = parser.parse_args()
