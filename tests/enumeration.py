@@ -24,6 +24,7 @@ from tests import formulas, tiny
 from trl_trustkl.advantages import value_positions
 from trl_trustkl.divergences import KLEstimatorName, Placement, gradient_kind
 from trl_trustkl.errors import ConfigError
+from trl_trustkl.importance import importance_weights
 from trl_trustkl.parallel.processes import Processes
 from trl_trustkl.policy.micro_batches import micro_batch
 from trl_trustkl.policy.reference import Reference
@@ -213,10 +214,13 @@ def update(
     scores: Tensor | None = None,
     baseline: bool = True,
     moved_to: Tensor | None = None,
+    sampler: Tensor | None = None,
 ) -> Update:
     """One step on `rows`, responses of the policy in `world`; None: the population.
 
-    The step is taken at that policy, or at the logits `moved_to`. `baseline`: whether the values are other than 0.
+    The step is taken at that policy, or at the logits `moved_to`. `baseline`: whether the values are other than 0; they depend
+    on the context only, which changes no expected gradient. `sampler`: the logits of another policy, of which the rows are
+    responses; the loss is then corrected as `args` say.
     """
     rows = population(world) if rows is None else rows
     scores = torch.zeros(len(rows), dtype=torch.float64) if scores is None else scores
@@ -235,7 +239,6 @@ def update(
         old_snapshots.append(PolicySnapshot(out.hidden, model.split_lm.frozen_head()))
         for name, column in columns.items():
             column[micro.rows, : micro.response_ids.shape[1]] = getattr(out, name)
-    # Values that depend on the context only are a baseline, which changes no expected gradient.
     values = 0.1 * contexts_of(rows, world.policy.shape[1])[:, :-1].double().cos() * baseline
     value_mask = value_positions(mask, args.score_position)
     scored = Scored(
@@ -249,6 +252,7 @@ def update(
         scores=scores,
         completions=[],
         rewards={},
+        sampler_weights=None if sampler is None else weights_of(args, sampler, rows, sampled, columns["logp"]),
         **columns,
     )
     processes = Processes(OneProcess())
@@ -257,12 +261,24 @@ def update(
     if moved_to is not None:
         with torch.no_grad():
             table.copy_(moved_to)
-    optimizer = KeepGradient(table)
-    optimisation = Optimisation(args, model, OneProcess(), processes)
+    optimizer, optimisation = KeepGradient(table), Optimisation(args, model, OneProcess(), processes)
     optimisation.prepare(model, optimizer)
     optimisation.run(batch, torch.Generator(), None)
     # The loss is a mean over the tokens that count; the enumerated divergences are per response.
     return Update(optimizer.gradient * (mask.sum().item() / mask.any(1).sum().item()), batch)
+
+
+def sampled_logps(logits: Tensor, rows: Tensor) -> Tensor:
+    """log p of each token of the rows under a table of logits, [n, T]."""
+    logp = (logits / TEMPERATURE).log_softmax(-1)
+    return logp[contexts_of(rows, logits.shape[1])[:, :-1]].gather(-1, rows[..., None]).squeeze(-1)
+
+
+def weights_of(args: Any, sampler: Tensor, rows: Tensor, mask: Tensor, old_logp: Tensor) -> Tensor:
+    """The importance weights by the fields of `args`."""
+    bounds = {"low": args.vllm_importance_sampling_clip_min, "high": args.vllm_importance_sampling_clip_max}
+    mode = args.vllm_importance_sampling_mode
+    return importance_weights(old_logp, sampled_logps(sampler, rows), mask, mode, **bounds).weights
 
 
 def anchor_gradient(args: Any, world: Tables, **arguments: Any) -> Tensor:

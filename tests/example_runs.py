@@ -31,7 +31,7 @@ HEALTHY: Row = {
     },
     "value": {"clip": 0.2, "gated": 0.05, "explained_variance": 0.4},
     "gradient": {"norm": 0.5, "max_norm": 1.0, "scale": 1.0},
-    "sampler": {"kl": 0.0005},
+    "sampler": {"kl": 0.0005, "ratio_min": 0.9, "ratio_max": 1.1, "truncated": None},
     "binding": "clip",
 }  # fmt: skip
 

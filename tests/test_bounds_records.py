@@ -48,7 +48,8 @@ OFF = Enforcement(kl_proposed=0.02, scale=None, tries=0, limit=None)
 
 SUMMARY = RolloutSummary(
     score=0.6, length=20.5, eos_rate=0.25, entropy=2.5, sampler_kl=1e-6, explained_variance=0.4,
-    rewards={"judge": 0.6},
+    rewards={"judge": 0.6}, sampler_ratio_min=0.2, sampler_ratio_max=4.5, sampler_truncated=0.125,
+    engine="Elsewhere",
 )  # fmt: skip
 
 
@@ -178,7 +179,8 @@ def test_a_record_holds_what_was_measured() -> None:
     }  # fmt: skip
     assert line.value == (0.2, 0.3, 0.4)
     assert line.gradient == (2.0, 1.0, 1.0)
-    assert line.sampler == (1e-6,) and line.rewards == {"judge": 0.6}
+    assert line.rollout == ("Elsewhere",)
+    assert line.sampler == (1e-6, 0.2, 4.5, 0.125) and line.rewards == {"judge": 0.6}
     assert line.binding == "backtrack"
     assert line.shares == pytest.approx({
         "anchor": 0.25, "clip": 0.2, "penalty": 0.0, "stop": 0.25, "backtrack": 0.6, "grad_norm": 0.0, "lr": 0.0,

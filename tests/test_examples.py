@@ -196,6 +196,13 @@ def test_rewards_judge_their_own_rows_only(model, tmp_path, capsys) -> None:
     assert any(row["score"] is None for row in rows) and any(row["score"] is not None for row in rows)
 
 
+def test_a_custom_engine_samples_from_the_policy(model, tmp_path, capsys) -> None:
+    lines = example("custom_engine", "--model", model, "--updates", "2", "--output-dir", str(tmp_path), capsys=capsys)
+    records = load_records(tmp_path)
+    assert len(records) == 2 and all(abs(record["sampler"]["kl"]) < 1e-8 for record in records)
+    assert all(0 < record["trust"]["kl"] <= 0.02 for record in records) and max(map(len, lines[-3:])) <= 80
+
+
 def test_clip_rules_are_compared_from_one_seed(model, tmp_path, capsys) -> None:
     rules = ["ppo", "none", "gspo"]
     lines = example(
@@ -348,7 +355,7 @@ def test_the_notebook_runs_from_top_to_bottom(model, tmp_path, capsys) -> None:
     assert [records[name]["trust"]["rule"] for name in ("anchor_only", "clip_only")] == ["none", "ppo"]
 
 
-TRAINING = ("custom_controller", "custom_reward", "compare_clip_rules", "qlora_ppo")
+TRAINING = ("custom_controller", "custom_reward", "custom_engine", "compare_clip_rules", "qlora_ppo")
 
 
 @pytest.mark.parametrize("name", ["kl_or_trust_region", "divergences_by_hand", *TRAINING])

@@ -23,7 +23,16 @@ from tests.pinned import PINS, ROOT, pinned
 from trl_trustkl.demo import smollm2
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-MATHEMATICS = ("masking", "divergences", "controllers", "advantages", "surrogates", "trust_region", "bounds")
+MATHEMATICS = (
+    "masking",
+    "divergences",
+    "controllers",
+    "advantages",
+    "surrogates",
+    "importance",
+    "trust_region",
+    "bounds",
+)
 
 
 def requirements(extra: str | None = None) -> list[Requirement]:

@@ -36,6 +36,7 @@ LAYERS = (
         "certificate",
         "controllers",
         "divergences",
+        "importance",
         "masking",
         "options",
         "records",

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import pytest
 import transformers
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import nn
 from transformers import GenerationConfig
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
@@ -37,15 +39,18 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """An object of each class whose attributes are set in its constructor; of other classes the class itself is checked."""
     trainer = tiny.trainer(tmp_path_factory.mktemp("typings"))
-    modules = trainer.model.policy.modules()
+    lora = next(module for module in trainer.model.policy.modules() if isinstance(module, LoraLayer))
     return {
         "Accelerator": trainer.accelerator,
+        "BaseTunerLayer": lora,
         "CallbackHandler": trainer.callback_handler,
         "GenerationConfig": GenerationConfig(),
-        "LoraLayer": next(module for module in modules if isinstance(module, LoraLayer)),
+        "LoraLayer": lora,
+        "ModulesToSaveWrapper": ModulesToSaveWrapper(nn.Linear(2, 2), "default"),
         "PeftModel": trainer.model.policy,
         "PreTrainedModel": tiny.llama(),
         "PreTrainedTokenizerBase": tiny.tokenizer(),
+        "TrainableTokensWrapper": TrainableTokensWrapper(nn.Embedding(2, 2), "default", [1]),
         "Trainer": trainer,
         "_BaseTrainer": trainer,
         "_Logger": logging.get_logger("trl_trustkl"),

@@ -22,6 +22,7 @@ from .records import (
     BoundRecord,
     CertificateRecord,
     GradientRecord,
+    RolloutRecord,
     SamplerRecord,
     TrustRecord,
     ValueRecord,
@@ -126,13 +127,16 @@ def build_record(args: Any, *, update: int, episode: int, lr: float, lr_factor: 
         trust=_trust_record(args, trust_coef, stats, measured, enforcement)._replace(certificate=certificate),
         value=_value_record(args, stats, rollout),
         gradient=GradientRecord(norm=stats.grad_norm, max_norm=args.norm_limit, scale=stats.grad_scale),
-        sampler=SamplerRecord(kl=rollout.sampler_kl),
+        sampler=SamplerRecord(
+            rollout.sampler_kl, rollout.sampler_ratio_min, rollout.sampler_ratio_max, rollout.sampler_truncated
+        ),
         binding=_binding(shares, measured.kl, counterfactual, rescaled),
         shares=shares,
         rewards=rollout.rewards,
         counterfactual=counterfactual,
         trainer="TrustKLPPOTrainer",
         advantage=_advantage_record(args, rollout),
+        rollout=RolloutRecord(rollout.engine),
     )  # fmt: skip
 
 

@@ -149,6 +149,19 @@ class SamplerRecord(NamedTuple):
     kl: Annotated[float | None, Meaning(
         "KL(sampler‖training forward pass) before any step (k3); near 0 unless sampling is filtered or the two disagree. "
         "`null` where the sampler gives no log-probabilities.", "nats/token")]
+    ratio_min: Annotated[float | None, Meaning(
+        "The smallest ratio of π_old, in the training forward pass, to the sampler's probability of a sampled token, before "
+        "any bound; `null` where the sampler gives no log-probabilities, and with TRL's trainers.")] = None
+    ratio_max: Annotated[float | None, Meaning("The largest of these ratios.")] = None
+    truncated: Annotated[float | None, Meaning(
+        "Tokens whose importance weight a bound changed ([correction](mathematics.md#importance-correction)); `null` where the "
+        "policy's loss is not weighted by these ratios.", "share")] = None
+
+
+class RolloutRecord(NamedTuple):
+    engine: Annotated[str, Meaning(
+        "What sampled the responses: `TransformersEngine`, `ColocatedVLLMEngine`, `VLLMServerEngine`, or the class of a custom "
+        "engine.")]
 
 
 class BoundRecord(NamedTuple):
@@ -165,7 +178,8 @@ class BoundRecord(NamedTuple):
     refused: Annotated[str | None, Meaning(
         "Why the update was rejected and rolled back, as text; `null` for an update that was kept.")]
     seconds: Annotated[dict[str, float], Meaning(
-        "Time in `generate`, `score`, `optimise` and `measure`, and in all: `total`.", "s")]
+        "Time in `sync`, in which the rollout engine got the policy's weights, `generate`, `score`, `optimise` and `measure`, "
+        "and in all: `total`.", "s")]
     anchor: AnchorRecord
     trust: TrustRecord
     value: ValueRecord
@@ -191,6 +205,7 @@ class BoundRecord(NamedTuple):
     advantage: Annotated[AdvantageRecord | None, Meaning(
         "Advantages that were made from groups of responses; `null` with `advantage_estimator=\"gae\"` and with TRL's "
         "trainers.")] = None
+    rollout: Annotated[RolloutRecord | None, Meaning("What sampled; `null` with TRL's trainers.")] = None
 # fmt: on
 
 

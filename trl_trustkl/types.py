@@ -57,8 +57,8 @@ class UpdateContext:
     update: updates finished before this one. training: False for a batch of an evaluation, which updates nothing.
     sampling_seed, first_row, row_step: the i-th response of this process is number first_row + i × row_step of all processes,
     and its random numbers depend on this number and the seed. random_states: of the process, before the update. episode:
-    responses sampled before the update. seconds: time of each phase. sync_seconds: of these, the time in which the rollout
-    engine got the policy's weights. rejected: why the update was rolled back, or None. snapshot: None before the first step.
+    responses sampled before the update. seconds: time of each phase. sync_seconds: time in which the rollout engine got the
+    policy's weights. rejected: why the update was rolled back, or None. snapshot: None before the first step.
     enforcement: of the trust region; None before it was enforced.
 
     attributed: whether the update is rerun without each mechanism. without: the mechanism that is off in such a rerun; None
@@ -190,6 +190,10 @@ class Scored(NamedTuple):
     tokens that get a gradient (the response mask without the rows that have no reward). value_mask: positions whose value is
     trained. scores: [B], NaN where no function gave a reward. rewards: those of each function, [B], NaN where it gave none.
     logged: by the reward functions.
+
+    sampler_weights: the importance weights of the sampled tokens, from the ratio of π_old to the sampler's distribution;
+    sampler_truncated: where a bound changed one. Both are None where nothing is corrected. sampler_finite: whether the
+    sampler's log-probabilities of all processes are finite.
     """
 
     rollout: Rollout
@@ -207,6 +211,9 @@ class Scored(NamedTuple):
     rewards: dict[str, Tensor]
     ref_snapshots: list[PolicySnapshot] | None = None
     logged: Logged = Logged({}, {})
+    sampler_weights: Tensor | None = None
+    sampler_truncated: Tensor | None = None
+    sampler_finite: bool = True
 
     @property
     def without(self) -> str | None:
@@ -312,6 +319,9 @@ class RolloutSummary(NamedTuple):
     responses that ended with a stop token. entropy: of π_old, nats per token. sampler_kl: k3 of the sampler against the
     training forward pass, nats per token, None without `sampler_logp`. explained_variance: of the returns, by the value,
     NaN without one. rewards: the mean reward of each function, None where it gave none. groups: as in `Batch`.
+    sampler_ratio_min, sampler_ratio_max: the smallest and largest ratio of π_old to the sampler's distribution at a sampled
+    token, None without `sampler_logp` or without tokens. sampler_truncated: the share of tokens whose importance weight a bound
+    changed, None where nothing is corrected. engine: the class of the rollout engine.
     """
 
     score: float | None
@@ -322,6 +332,10 @@ class RolloutSummary(NamedTuple):
     explained_variance: float
     rewards: dict[str, float | None]
     groups: Groups | None = None
+    sampler_ratio_min: float | None = None
+    sampler_ratio_max: float | None = None
+    sampler_truncated: float | None = None
+    engine: str = ""
 
 
 class ResponseMeasurement(NamedTuple):

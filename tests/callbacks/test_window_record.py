@@ -81,7 +81,8 @@ def test_a_record_holds_what_was_logged_measured_and_enforced():
         "lr": pytest.approx(0.2),
     }
     assert row["trainer"] == "GRPOTrainer"
-    assert row["binding"] == "backtrack" and row["sampler"] == {"kl": None} and row["value"]["clip"] is None
+    assert row["binding"] == "backtrack" and row["value"]["clip"] is None
+    assert row["sampler"] == {"kl": None, "ratio_min": None, "ratio_max": None, "truncated": None}
 
 
 def test_every_limit_and_what_it_guarantees_is_recorded():

@@ -43,6 +43,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "LoRA, shared head": (EVERYTHING | {"detach_value_head": False, "trust_max_kl": LIMIT}, {}),
     "LoRA, exact anchor in reward and loss": (EVERYTHING | {"kl_estimator": "exact", "kl_placement": "both"}, {}),
     "LoRA, early stop": ({"trust_stop": STOP, "num_ppo_epochs": 6}, {}),
+    "LoRA, corrected for the sampler": (
+        EVERYTHING | {"kl_estimator": "k3", "kl_placement": "both", "vllm_importance_sampling_clip_max": 1.0},
+        {"corrects": True},
+    ),
     "LoRA, grpo": (WITHOUT_VALUE | {"advantage_estimator": "grpo", "trust_max_kl": LIMIT}, {}),
     "full, rloo": (
         WITHOUT_VALUE
@@ -66,13 +70,17 @@ class Forced(TrustKLPPOTrainer):
         self.kept: list[dict[str, Any]] = []
 
     def rollout(self, prompts: Prompts) -> Rollout:
-        """Short responses in the first half of a batch, which the first process has, and long ones in the second."""
+        """Short responses in the first half of a batch, which the first process has, and long ones in the second, of which one
+        has a log-probability that is not finite in the second update, where the loss is corrected."""
         rows = [
             forced_response(row["number"], self.state.global_step, self.args.response_length) for row in prompts.rows
         ]
         ids = torch.tensor(rows)
         mask = ids != 0
-        return Rollout(prompts.ids, prompts.mask, ids, mask, torch.where(mask, -3.5, 0.0), prompts.rows)
+        sampler_logp = torch.where(mask, -3.5, 0.0)
+        if self.parts.scoring.corrects and self.state.global_step == 1:
+            sampler_logp[[row["number"] == NUMBERS - 1 for row in prompts.rows], 0] = torch.nan
+        return Rollout(prompts.ids, prompts.mask, ids, mask, sampler_logp, prompts.rows)
 
     def optimise(self, batch: Any) -> UpdateStats:
         stats = super().optimise(batch)
@@ -132,7 +140,9 @@ def forced(folder: Path, processes: int, changes: dict[str, Any], arguments: dic
     dataset = tiny.prompts(NUMBERS).add_column("number", list(range(NUMBERS)))
     settings = ARITHMETIC[processes] | {"num_mini_batches": 1, "max_steps": UPDATES} | changes
     given |= {"train_dataset": dataset, "peft_config": tiny.lora()} | arguments
+    corrects = given.pop("corrects", False)
     trainer = Forced(args=tiny.config(folder, **settings), **given)
+    trainer.parts.scoring.corrects = corrects
     trainer.parts.order = InOrder()
     return trainer
 
@@ -240,6 +250,9 @@ def test_two_processes_equal_one_with_twice_the_batch_and_only_the_first_writes(
     assert said[1]["writes"] == [] and any("bounds.jsonl" in write for write in said[0]["writes"])
     stops = [json.loads((two / f"LoRA, early stop-rank{rank}.json").read_text()) for rank in range(2)]
     assert any(kept["stopped"] and kept["steps"] < 6 for kept in stops[0]), "no update stopped early"
+    corrected = load_records(two / "LoRA, corrected for the sampler")
+    assert [record["refused"] is None for record in corrected] == [True, False, True]
+    assert all(0 < record["sampler"]["truncated"] < 1 for record in corrected), corrected
     scales = json.loads((two / "LoRA, shared head-rank0.json").read_text())
     assert any(kept["scale"] < 1 for kept in scales), "no update was scaled back"
 

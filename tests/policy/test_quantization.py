@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from tests import tiny
-from trl_trustkl.policy.quantization import is_quantized, unpack_4bit_weights
+from trl_trustkl.policy.quantization import dequantised, dequantised_dtype, is_quantized, unpack_4bit_weights
+
+
+def four_bit_layers(model) -> list:
+    return [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
 
 
 @pytest.mark.parametrize("flag", ["is_loaded_in_4bit", "is_loaded_in_8bit"])
@@ -27,7 +31,7 @@ def test_packed_weights_are_unpacked(tmp_path, double):
     from bitsandbytes.functional import _convert_weight_packed_for_cpu
 
     model = tiny.four_bit(tmp_path, double=double).train()
-    layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    layers = four_bit_layers(model)
     before = [layer.weight.data.clone() for layer in layers]
     ids = torch.arange(1, 7).unsqueeze(0)
     with torch.no_grad():
@@ -48,3 +52,50 @@ def test_weights_that_are_not_packed_stay_as_they_are(tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     unpack_4bit_weights(model)
     assert before and all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def by_definition(weight) -> torch.Tensor:
+    """NF4: two codes of the table in each byte, the first in the high bits, times the scale of their block."""
+    state = weight.quant_state
+    scales = state.absmax
+    if state.nested:  # the scales are 8-bit codes with scales, around their mean
+        codes, inner = scales.long().view(-1), state.state2
+        blocks = torch.arange(codes.numel()) // inner.blocksize
+        scales = inner.code[codes] * inner.absmax[blocks] + state.offset
+    data = weight.data.view(torch.uint8).view(-1)
+    codes = torch.stack([data >> 4, data & 15], dim=1).view(-1, state.blocksize).long()
+    return (state.code[codes] * scales[:, None]).view(state.shape)
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["plain", "double quantization"])
+def test_4_bit_weights_are_dequantised_by_their_definition(tmp_path, double):
+    for layer in four_bit_layers(tiny.four_bit(tmp_path, double=double)):
+        assert dequantised_dtype(layer.weight) == torch.float32
+        torch.testing.assert_close(dequantised(layer), by_definition(layer.weight), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["plain", "double quantization"])
+def test_packed_weights_are_dequantised_as_after_unpacking_and_stay_packed(tmp_path, double):
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+    model = tiny.four_bit(tmp_path, double=double)
+    layers = four_bit_layers(model)
+    for layer in layers:
+        layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu(
+            layer.weight.data, layer.weight.quant_state
+        )
+    before = [(each.weight.data.clone(), each.weight.quant_state.absmax.clone()) for each in layers]
+    found = [dequantised(layer) for layer in layers]
+    for layer, (data, scales) in zip(layers, before, strict=True):
+        assert dequantised_dtype(layer.weight) == torch.float32
+        assert torch.equal(layer.weight.data, data) and torch.equal(layer.weight.quant_state.absmax, scales)
+        assert layer.weight.quant_state.packing_format_for_cpu and not layer.weight.quant_state.nested
+    unpack_4bit_weights(model)
+    for layer, weight in zip(layers, found, strict=True):
+        torch.testing.assert_close(weight, by_definition(layer.weight), rtol=1e-6, atol=1e-7)
+
+
+def test_modules_without_quantised_weights_have_none_to_dequantise():
+    model = tiny.llama().bfloat16()
+    assert all(dequantised(each) is None for each in model.modules())
+    assert {dequantised_dtype(weight) for weight in model.parameters()} == {torch.bfloat16}

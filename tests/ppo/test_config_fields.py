@@ -94,6 +94,12 @@ TESTED = {
     # sampling, rewards, models
     "local_rollout_forward_batch_size": "rollout/test_transformers_engine_in_training.py::"
     "test_prompts_are_generated_from_a_few_at_a_time",
+    "vllm_importance_sampling_correction": "ppo/test_scoring_importance.py::"
+    "test_an_engine_without_log_probabilities_is_named_with_the_field",
+    **dict.fromkeys(
+        [f"vllm_importance_sampling_{name}" for name in ("mode", "clip_max", "clip_min")],
+        "ppo/test_scoring_importance.py::test_the_weights_are_those_of_the_fields_and_the_record_describes_the_ratios",
+    ),
     "stop_token": "rollout/test_sampling_in_training.py::test_prompts_of_token_ids_stop_only_if_configured",
     "stop_token_id": "rollout/test_sampling_in_training.py::test_a_custom_stop_token_ends_responses",
     "missing_eos_penalty": "ppo/test_scoring.py::test_the_missing_eos_penalty_looks_for_the_stop_token",

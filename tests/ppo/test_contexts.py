@@ -109,9 +109,9 @@ def test_each_phase_fills_in_what_it_found_out(kind, tmp_path):
         timed = {phase: at[phase]["seconds"] for phase in ("prompts", "batch", "optimised", "recorded")}
         assert timed == {
             "prompts": set(),
-            "batch": {"generate"},
-            "optimised": {"generate", "score"},
-            "recorded": {"generate", "score", "optimise", "measure"},
+            "batch": {"sync", "generate"},
+            "optimised": {"sync", "generate", "score"},
+            "recorded": {"sync", "generate", "score", "optimise", "measure"},
         }
     for record, seen in zip(load_records(tmp_path), trained(tmp_path / "again", kind), strict=True):
         enforcement = seen[0][1].enforcement
@@ -120,7 +120,7 @@ def test_each_phase_fills_in_what_it_found_out(kind, tmp_path):
             record["trust"]["kl"] == enforcement.measured.kl
             and record["trust"]["kl_proposed"] == enforcement.kl_proposed
         )
-        assert record["seconds"].keys() == {"generate", "score", "optimise", "measure", "total"}
+        assert record["seconds"].keys() == {"sync", "generate", "score", "optimise", "measure", "total"}
 
 
 def test_a_rejected_update_says_why_in_its_context(tmp_path):

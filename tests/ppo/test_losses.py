@@ -98,8 +98,9 @@ class Hand:
         )
         self.values = torch.randn(3, 5, generator=draw)
         scored = SimpleNamespace(
-            logp=self.old, ref_logp=self.ref, values=self.old_values, loss_mask=self.mask, value_mask=self.value_mask
-        )
+            logp=self.old, ref_logp=self.ref, values=self.old_values, loss_mask=self.mask, value_mask=self.value_mask,
+            sampler_weights=None,
+        )  # fmt: skip
         self.batch = SimpleNamespace(scored=scored, advantages=self.advantages, returns=self.returns)
 
     def loss(self, rows: list[int], length: int, aggregation: str = "token_mean") -> tuple[float, LossSums]:
@@ -157,8 +158,9 @@ def test_responses_of_a_sequence_rule_have_equal_weights_whatever_their_lengths(
     mask = torch.arange(6) < torch.tensor([[2], [6]])
     logp = torch.zeros(2, 6, requires_grad=True)
     scored = SimpleNamespace(
-        logp=torch.zeros(2, 6), ref_logp=torch.zeros(2, 6), values=torch.zeros(2, 6), loss_mask=mask, value_mask=mask
-    )
+        logp=torch.zeros(2, 6), ref_logp=torch.zeros(2, 6), values=torch.zeros(2, 6), loss_mask=mask, value_mask=mask,
+        sampler_weights=None,
+    )  # fmt: skip
     batch = SimpleNamespace(scored=scored, advantages=torch.ones(2, 6), returns=torch.zeros(2, 6))
     _, terms = token_weights(mask, args.aggregation, args.response_length)
     loss, sums = micro_loss(

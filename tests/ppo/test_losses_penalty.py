@@ -52,7 +52,8 @@ class Pair:
         function = None if estimator == "exact" else ESTIMATORS[estimator]
         out = self.model(self.micro, old=self.old if estimator == "exact" else None)
         penalties = Penalties(trust_coef=coef, trust_estimator=function)
-        return kl_terms(out, self.old_logp, torch.zeros_like(out.logp), self.micro.response_mask, penalties)
+        mask = self.micro.response_mask
+        return kl_terms(out, self.old_logp, torch.zeros_like(out.logp), mask, mask, penalties)
 
 
 def test_the_penalty_is_the_dense_kl_and_its_estimators_at_the_sampled_tokens():

@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from tests.tiny import EOS
-from tests.watched import run
+from tests.watched import before_the_first_step, run, watched
+from trl_trustkl.ppo.recording import summary
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 RECORD = {
     "": (
         "update episode score length eos_rate entropy lr refused seconds anchor trust value gradient sampler binding shares "
-        "rewards counterfactual trainer advantage"
+        "rewards counterfactual trainer advantage rollout"
     ),
-    "seconds": "generate score optimise measure total",
+    "seconds": "sync generate score optimise measure total",
     "anchor": "estimator placement gradient coef target kl kl_exact kl_stderr kl_per_token target_per_token renewed share "
     "limit kl_after guaranteed",
     "trust": (
@@ -27,7 +28,8 @@ RECORD = {
     ),
     "value": "clip gated explained_variance",
     "gradient": "norm max_norm scale",
-    "sampler": "kl",
+    "sampler": "kl ratio_min ratio_max truncated",
+    "rollout": "engine",
     "shares": "anchor clip penalty stop backtrack grad_norm lr",
 }
 """The keys of a record, by group."""
@@ -74,6 +76,24 @@ def test_a_record_holds_what_it_says(tmp_path):
         assert record["binding"] in BINDING and record["refused"] is None
         assert record["shares"]["clip"] == trust["gated"] and record["shares"]["anchor"] == anchor["share"]
         assert record["value"]["clip"] == 0.2 and record["sampler"]["kl"] < 1e-9
+        ratios = (scored.logp - scored.rollout.sampler_logp)[scored.rollout.response_mask].double().exp()
+        assert record["sampler"]["ratio_min"] == pytest.approx(float(ratios.min()), abs=1e-12)
+        assert record["sampler"]["ratio_max"] == pytest.approx(float(ratios.max()), abs=1e-12)
+        assert (
+            record["sampler"]["ratio_min"] < record["sampler"]["ratio_max"] and record["sampler"]["truncated"] is None
+        )
+
+
+def test_a_batch_without_a_sampled_token_has_no_ratio(tmp_path):
+    trainer = watched(tmp_path)
+    batch = before_the_first_step(trainer)
+    assert summary(batch, trainer.parts).sampler_ratio_max == pytest.approx(1, abs=1e-4)
+    nothing = torch.zeros_like(batch.scored.rollout.response_mask)
+    rollout = batch.scored.rollout._replace(response_mask=nothing)
+    scored = batch.scored._replace(rollout=rollout, sampler_truncated=nothing)
+    found = summary(batch._replace(scored=scored), trainer.parts)
+    assert (found.sampler_kl, found.sampler_ratio_min, found.sampler_ratio_max) == (0.0, None, None)
+    assert found.sampler_truncated == 0.0
 
 
 @pytest.mark.parametrize("changes", [{"panic_kl": 1e-9}, {"measure_fraction": 0.5}])

@@ -155,20 +155,28 @@ def test_an_anchor_whose_gradient_is_not_the_kls_is_named_once(tmp_path, caplog,
 
 
 @pytest.mark.parametrize(
-    ("kl", "generation_kwargs", "warned"),
+    ("kl", "generation_kwargs", "truncated", "warned"),
     [
-        (0.051, None, True),
-        (0.049, None, False),
-        (float("nan"), None, False),
-        (None, None, False),
-        (1.0, {"top_k": 5}, False),
+        (0.051, None, None, "give prompts of one length"),
+        (0.049, None, None, None),
+        (float("nan"), None, None, None),
+        (None, None, None, None),
+        (1.0, {"top_k": 5}, None, None),
+        (0.051, None, 0.0, "of an earlier update, or of another model"),
+        (0.051, {"top_k": 5}, 0.25, "filters tokens by `generation_kwargs`"),
+        (0.049, None, 0.25, None),
+        (float("nan"), {"top_k": 5}, 0.25, None),
     ],
 )
-def test_a_sampler_that_is_not_the_policy_is_named(tmp_path, caplog, kl, generation_kwargs, warned):
-    record = SimpleNamespace(update=3, sampler=SimpleNamespace(kl=kl))
+def test_a_sampler_that_is_not_the_policy_is_named(tmp_path, caplog, kl, generation_kwargs, truncated, warned):
+    """A correction is no explanation of a difference, and padding none of one that was corrected."""
+    record = SimpleNamespace(update=3, sampler=SimpleNamespace(kl=kl, truncated=truncated))
     args = tiny.config(tmp_path, generation_kwargs=generation_kwargs)
-    assert setup.warn_of_sampler(record, args) == warned
-    assert len(caplog.records) == warned and (not warned or "0.051 nats per token" in caplog.text)
+    assert setup.warn_of_sampler(record, args) == (warned is not None)
+    assert len(caplog.records) == (warned is not None)
+    if warned is not None:
+        assert "update 3" in caplog.text and "0.051 nats per token" in caplog.text and warned in caplog.text
+        assert ("padding" in caplog.text) == (truncated is None)
 
 
 @pytest.mark.parametrize(

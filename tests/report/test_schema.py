@@ -121,6 +121,10 @@ LATER = (
     "trust.kl_response_max",
     "trust.certificate",
     "advantage",
+    "rollout",
+    "sampler.ratio_min",
+    "sampler.ratio_max",
+    "sampler.truncated",
 )
 """Keys that records of earlier versions do not have."""
 
@@ -134,7 +138,7 @@ def test_records_of_earlier_versions_are_readable(tmp_path: Path) -> None:
     folder = write_run(tmp_path, rows)
     record = read_run(folder).records[0]
     assert record.shares is record.rewards is record.anchor.kl_per_token is record.trust.kl_response_max is None
-    assert record.advantage is None
+    assert record.advantage is record.rollout is None and record.sampler == (0.0005, None, None, None)
     assert render_report(folder).exists()
 
 

@@ -68,9 +68,20 @@ def test_the_range_of_a_clip_rule_in_words(run_of, rule, said) -> None:
     assert values_of(run_of(2, trust__rule=rule))["cliprange"] == said
 
 
+LEFT_OUT = ("limit", "scale", "sampler KL", "truncated")
+"""The columns of which a run without a limit and without an importance correction has nothing on record."""
+
+
+def test_a_run_that_is_corrected_has_the_sampler_in_its_rows(run_of) -> None:
+    head, rows = updates(run_of(3, sampler__kl=0.002, sampler__truncated=lambda p: 0.25 if p == 1 else None))
+    row = dict(zip(head, rows[2], strict=True))
+    assert (row["sampler KL"], row["truncated"]) == ("0.002", "25 %")
+    assert rows[0][head.index("sampler KL")] == rows[0][head.index("truncated")] == "–"
+
+
 def test_a_long_run_has_a_row_for_every_so_many_updates(run_of) -> None:
     head, rows = updates(run_of(3, refused=lambda p: "too far" if p == 1 else None))
-    assert head == [name for name in UPDATE_COLUMNS if name not in ("limit", "scale")] and [row[0] for row in rows] == [
+    assert head == [name for name in UPDATE_COLUMNS if name not in LEFT_OUT] and [row[0] for row in rows] == [
         "1",
         "2",
         "3",

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .quantization import dequantised
+
 SHORT = 128
 """Up to this many tokens, attention from plain matrix products is faster in bf16 on a CPU than the fused kernel, whose
 backward pass is slow."""
@@ -57,9 +59,8 @@ def dequantised_on_cpu(model: nn.Module) -> Iterator[None]:
 
 
 def _dequantised_forward(layer: Any) -> Callable[[Tensor], Tensor]:
-    from bitsandbytes.functional import dequantize_4bit
-
-    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    weight = dequantised(layer)
+    assert weight is not None
     bias = layer.bias
 
     def forward(x: Tensor) -> Tensor:

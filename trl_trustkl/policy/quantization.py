@@ -1,10 +1,12 @@
-"""Quantised models, and what bitsandbytes' 4-bit weights need on a CPU before they are trained."""
+"""Quantised models: their weights dequantised, and what 4-bit weights need on a CPU before they are trained."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -21,8 +23,49 @@ def unpack_4bit_weights(model: nn.Module) -> None:
         weight: Any = getattr(module, "weight", None)
         state = getattr(weight, "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
-            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+            weight.data, weight.quant_state = _unpacked(weight.data, state)
 
-            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
-            if not weight.quant_state.nested:  # the inverse leaves the scales as packing transposed them
-                weight.quant_state.absmax = weight.quant_state.absmax.T.reshape(-1).float()
+
+def _unpacked(data: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Packed 4-bit weights and their state as they were before; `state` itself is changed."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    data, state = _convert_weight_packed_for_cpu_inverse(data, state)
+    if not state.nested:  # the inverse leaves the scales as packing transposed them
+        state.absmax = state.absmax.T.reshape(-1).float()
+    return data, state
+
+
+def dequantised_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of a weight, or of what `dequantised` makes of it if bitsandbytes has quantised it."""
+    state: Any = getattr(weight, "quant_state", None)
+    if state is not None:
+        dtype: torch.dtype = state.original_dtype if getattr(state, "packing_format_for_cpu", False) else state.dtype
+        return dtype
+    return weight.dtype if weight.is_floating_point() else torch.float32
+
+
+@torch.no_grad()
+def dequantised(layer: nn.Module) -> Tensor | None:
+    """The weight [out, in] of a linear layer that bitsandbytes has quantised; None for any other module.
+
+    A 4-bit weight is in the dtype from which it was quantised, as in the forward pass in train mode; an 8-bit weight is in
+    float32. The layer is left as it is.
+    """
+    weight: Any = getattr(layer, "weight", None)
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        data = weight.data
+        if getattr(state, "packing_format_for_cpu", False):
+            data, state = _unpacked(data, copy.copy(state))
+        return dequantize_4bit(data, state)
+    if type(weight).__name__ == "Int8Params" and weight.dtype == torch.int8:
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        held: Any = layer
+        # The first forward pass moves the scales from the weight to the layer's state.
+        scales = held.state.SCB if weight.SCB is None else weight.SCB
+        return int8_vectorwise_dequant(weight.data, scales)
+    return None

@@ -130,6 +130,9 @@ class TrainingLoop:
         ):
             with self._timed(context, "generate"):
                 rollout = trainer.rollout(trainer.next_prompts()._replace(context=context))
+            context.seconds |= {
+                "sync": context.sync_seconds, "generate": context.seconds["generate"] - context.sync_seconds
+            }  # fmt: skip
             with self._timed(context, "score"):
                 scored = trainer.score(rollout if rollout.context is not None else rollout._replace(context=context))
                 batch = trainer.advantages(scored)

@@ -3,6 +3,10 @@
 The loss of a mini-batch is a mean over its tokens, or over its responses, in all micro-batches and processes. Each micro-batch
 adds its sum divided by the mini-batch's count, so that the result does not depend on the split. Statistics are summed
 likewise, and divided at the end.
+
+Where responses were sampled from another distribution μ than π_old, the terms that are estimated at sampled tokens are weighted
+by `Scored.sampler_weights`, so that they are expectations under π_old: the policy's objective, the shares of its gradient that
+were gated, and KL terms with an estimator. Counts, exact KL terms and the value's loss are not weighted.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..importance import LARGEST_LOG_RATIO
 from ..masking import masked_sum
 from ..surrogates import Surrogate
 from ..types import Batch, EpochStats, MicroBatch, TokenOutputs
@@ -21,9 +26,6 @@ from ..types import Batch, EpochStats, MicroBatch, TokenOutputs
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
 Rule = Callable[..., Surrogate]
 Estimator = Callable[[Tensor, Tensor], Tensor]
-
-LARGEST_LOG_RATIO = 40.0
-"""Weights and statistics are clamped here, or they would overflow. The ratios measured after the update are not clamped."""
 
 
 class Penalties(NamedTuple):
@@ -106,10 +108,13 @@ def micro_loss(
     advantages = batch.advantages[micro.rows, :columns]
     mask = batch.scored.loss_mask[micro.rows, :columns]
     weights, terms = token_weights(mask, aggregation, length, out.logp.dtype)
+    corrected = weights
+    if batch.scored.sampler_weights is not None:
+        corrected = weights * batch.scored.sampler_weights[micro.rows, :columns]
     log_ratio = out.logp - old_logp
     surrogate = rule(log_ratio, advantages, mask, old_logp=old_logp)
-    policy = -masked_sum(surrogate.objective * weights, mask)
-    penalty = kl_terms(out, old_logp, batch.scored.ref_logp[micro.rows, :columns], weights, penalties)
+    policy = -masked_sum(surrogate.objective * corrected, mask)
+    penalty = kl_terms(out, old_logp, batch.scored.ref_logp[micro.rows, :columns], weights, corrected, penalties)
 
     width = min(columns + 1, batch.returns.shape[1])
     returns = batch.returns[micro.rows, :width]
@@ -122,12 +127,12 @@ def micro_loss(
     gated = surrogate.gated
     with torch.no_grad():
         ratio = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
-        weight = weights * ratio * advantages.abs()
+        weight = corrected * ratio * advantages.abs()
         sums = LossSums(
             policy_loss=policy.detach(),
             weight=masked_sum(weight, mask),
             # λ·|w − 1| is the penalty's gradient with respect to the log-ratio, where w·A is the surrogate's.
-            pull=penalties.trust_coef * masked_sum(weights * (ratio - 1).abs(), mask),
+            pull=penalties.trust_coef * masked_sum(corrected * (ratio - 1).abs(), mask),
             gated=masked_sum(gated * weight, mask),
             gated_low=masked_sum(gated * weight, mask & (log_ratio < 0)),
             gated_high=masked_sum(gated * weight, mask & (log_ratio > 0)),
@@ -144,8 +149,14 @@ def micro_loss(
     return loss, sums
 
 
-def kl_terms(out: TokenOutputs, old_logp: Tensor, ref_logp: Tensor, weights: Tensor, penalties: Penalties) -> Tensor:
-    """The KL terms of the loss, summed with the `weights` of the tokens, 0 for one that does not count."""
+def kl_terms(
+    out: TokenOutputs, old_logp: Tensor, ref_logp: Tensor, weights: Tensor, corrected: Tensor, penalties: Penalties
+) -> Tensor:
+    """The KL terms of the loss, summed over the tokens with a weight above 0.
+
+    weights: those of the tokens in the loss, [b, t], 0 for one that does not count. corrected: the same multiplied by the
+    importance weights, for terms that are estimated at the sampled tokens; an exact term has no such factor.
+    """
     total = out.logp.new_zeros(())
     if penalties.anchor_coef:
         estimator = penalties.anchor_estimator
@@ -153,12 +164,14 @@ def kl_terms(out: TokenOutputs, old_logp: Tensor, ref_logp: Tensor, weights: Ten
         assert anchor is not None  # the forward pass computed it
         if penalties.anchor_offpolicy:
             anchor = anchor * (out.logp - old_logp).detach().clamp(max=LARGEST_LOG_RATIO).exp()
-        total = total + penalties.anchor_coef * masked_sum(anchor * weights, weights > 0)
+        anchor = anchor * (weights if estimator is None else corrected)
+        total = total + penalties.anchor_coef * masked_sum(anchor, weights > 0)
     if penalties.trust_coef:
         estimator = penalties.trust_estimator
         trust = out.old_kl if estimator is None else estimator(old_logp, out.logp)
         assert trust is not None  # the forward pass computed it
-        total = total + penalties.trust_coef * masked_sum(trust * weights, weights > 0)
+        trust = trust * (weights if estimator is None else corrected)
+        total = total + penalties.trust_coef * masked_sum(trust, weights > 0)
     return total
 
 

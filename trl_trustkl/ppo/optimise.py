@@ -231,6 +231,8 @@ class Optimisation:
 def not_finite(batch: Batch) -> str | None:
     """The reason why no step can be made with this batch, the same on every process; None if a step can be made."""
     anchor = batch.anchor
+    if not batch.scored.sampler_finite:
+        return "the sampler's log-probabilities are not finite"
     if anchor.coef and not (math.isfinite(anchor.kl) and math.isfinite(anchor.kl_exact)):
         return "the KL to the reference is not finite"
     return None if batch.finite else "an advantage or a return is not finite"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from accelerate import Accelerator
@@ -14,7 +15,7 @@ from ..policy.merged_weights import merged_weights
 from ..policy.quantization import is_quantized
 from ..policy.renewal import ReferenceRenewal
 from ..rollout.engine import RolloutEngine
-from ..rollout.engines import build_engine
+from ..rollout.engines import build_engine, corrects
 from ..rollout.groups import GroupedOrder
 from ..rollout.prompt_stream import StreamOrder
 from ..rollout.prompts import Collator, PromptOrder
@@ -88,16 +89,7 @@ class Parts:
         self.order = GroupedOrder(order, args.num_generations)
         self.collate = Collator(data_collator, models.tokenizer.pad_token_id, processes.device)
         self.stop = StopRequest(args.grace_seconds)
-        policy = models.trained.policy
-        engine = build_engine(
-            args, policy, engine, stop_ids=models.stop_ids, tokenizer=models.tokenizer, processes=processes,
-            autocast=accelerator.autocast, stop=self.stop,
-        )  # fmt: skip
-        self.rollouts = Rollouts(
-            engine, lambda: merged_weights(policy), processes,
-            vocabulary=models.token_limits.vocabulary, length=args.response_length,
-            pad_token_id=models.tokenizer.pad_token_id,
-        )  # fmt: skip
+        self.rollouts = rollouts(args, models, accelerator.autocast, processes, self.stop, engine)
         self.failures = FailureHandling(self.stop, processes)
         self.forward = ForwardPass(models.trained, accelerator.autocast)
         self.scorer = Scorer(
@@ -105,8 +97,9 @@ class Parts:
             retries=args.reward_retries, wait=self.stop.wait,
         )  # fmt: skip
         self.scoring = Scoring(
-            args, models, processes, self.forward, self.scorer, self.failures, self.sizes.micro_batch
-        )
+            args, models, processes, self.forward, self.scorer, self.failures, self.sizes.micro_batch,
+            corrects=corrects(args, self.rollouts.engine),
+        )  # fmt: skip
         self.renewal = ReferenceRenewal(models.reference) if args.sync_ref_model else None
         self.optimisation = Optimisation(args, models.trained, accelerator, processes)
         self.coefficients = Coefficients(args)
@@ -116,3 +109,23 @@ class Parts:
         self.recorder = Recorder(callbacks, processes)
         self.progress = Progress()
         self.settings = RunSettings(args, setup_of(models.trained, rows=rows, processes=processes.count))
+
+
+def rollouts(
+    args: TrustKLPPOConfig,
+    models: Models,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    processes: Processes,
+    stop: StopRequest,
+    engine: RolloutEngine | None,
+) -> Rollouts:
+    """Sampling with the user's engine, or the one that `args` describe."""
+    policy = models.trained.policy
+    found = build_engine(
+        args, policy, engine, stop_ids=models.stop_ids, tokenizer=models.tokenizer, processes=processes, autocast=autocast,
+        stop=stop,
+    )  # fmt: skip
+    return Rollouts(
+        found, lambda: merged_weights(policy), processes, vocabulary=models.token_limits.vocabulary,
+        length=args.response_length, pad_token_id=models.tokenizer.pad_token_id,
+    )  # fmt: skip

@@ -25,9 +25,13 @@ def summary(batch: Batch, parts: Parts) -> RolloutSummary:
     """Statistics of the rollout over all processes."""
     scored, rollout, gather = batch.scored, batch.scored.rollout, parts.processes.gather
     mask, scores = gather(rollout.response_mask), gather(scored.scores)
-    sampler_kl = None
+    sampler_kl, lowest, highest = None, None, None
     if rollout.sampler_logp is not None:
-        sampler_kl = float(masked_mean(k3(gather(rollout.sampler_logp), gather(scored.logp)), mask))
+        sampler_logp, logp = gather(rollout.sampler_logp), gather(scored.logp)
+        sampler_kl = float(masked_mean(k3(sampler_logp, logp), mask))
+        ratios = (logp - sampler_logp)[mask].double().exp()
+        lowest, highest = torch.stack(ratios.aminmax()).tolist() if len(ratios) else (None, None)
+    truncated = scored.sampler_truncated
     return RolloutSummary(
         score=_mean(scores),
         length=float(mask.sum(-1).float().mean()),
@@ -39,6 +43,10 @@ def summary(batch: Batch, parts: Parts) -> RolloutSummary:
         if batch.groups is not None
         else explained_variance(gather(scored.values), gather(batch.returns), gather(scored.value_mask)),
         groups=batch.groups,
+        sampler_ratio_min=lowest,
+        sampler_ratio_max=highest,
+        sampler_truncated=None if truncated is None else float(masked_mean(gather(truncated).double(), mask)),
+        engine=parts.rollouts.name,
     )
 
 

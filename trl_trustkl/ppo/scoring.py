@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import TrainerState
 
 from ..advantages import value_positions
-from ..errors import ModelError
+from ..errors import ConfigError, ModelError
+from ..importance import importance_weights
 from ..masking import kept, masked_mean
 from ..parallel.processes import Processes
 from ..policy.forward import ForwardPass
@@ -30,12 +32,22 @@ LARGEST_KL_AT_THE_START = 0.01
 _TOKEN_COLUMNS = ("logp", "ref_logp", "ref_kl", "entropy")
 
 
+class _Correction(NamedTuple):
+    """The importance weights of the sampled tokens and where a bound changed one, [B, T] each, None where nothing is corrected;
+    whether the sampler's log-probabilities of all processes are finite."""
+
+    weights: Tensor | None = None
+    truncated: Tensor | None = None
+    finite: bool = True
+
+
 @dataclass
 class Scoring:
-    """Computes log-probabilities under π_old and π_ref, values and scores of a rollout.
+    """Computes log-probabilities under π_old and π_ref, values, scores and importance weights of a rollout.
 
     The micro-batches and their trimming are fixed here, and used again when optimising and measuring: then ratio = 1 and
-    KL = 0 bit for bit before the first step, in bf16 too.
+    KL = 0 bit for bit before the first step, in bf16 too. corrects: whether the policy's loss is weighted by the ratio of π_old
+    to the distribution that the responses were sampled from.
     """
 
     args: TrustKLPPOConfig
@@ -45,10 +57,12 @@ class Scoring:
     scorer: Scorer
     failures: FailureHandling
     micro_batch_size: int
+    corrects: bool = False
     _checked_start: bool = field(default=False, init=False)
 
     def score(self, rollout: Rollout, context: UpdateContext, state: TrainerState) -> Scored:
-        """The scored rollout; `state` is passed to the reward functions."""
+        """The scored rollout; `state` is passed to the reward functions. ConfigError where the rollout has no log-probabilities
+        to correct by."""
         rollout = rollout._replace(context=context)
         micros = self._micro_batches(rollout, context.update)
         shape = rollout.response_mask.shape
@@ -69,6 +83,7 @@ class Scoring:
             self._checked_start = True
             if context.update == 0 and self.models.reference.is_start:
                 self._check_start(columns["ref_kl"], rollout.response_mask)
+        correction = self._correction(rollout, columns["logp"]) if context.training else _Correction()
         completions, scores, rewards, logged = self._scores(rollout, context, state)
         mask = rollout.response_mask & ~scores.isnan().unsqueeze(-1)
         value_mask = torch.zeros_like(mask)
@@ -86,8 +101,30 @@ class Scoring:
             rewards=rewards,
             logged=logged,
             ref_snapshots=ref_snapshots if self.args.keeps_reference else None,
+            sampler_weights=correction.weights,
+            sampler_truncated=correction.truncated,
+            sampler_finite=correction.finite,
             **columns,
         )
+
+    def _correction(self, rollout: Rollout, old_logp: Tensor) -> _Correction:
+        """Of a batch of training, on all processes; `old_logp` as `importance_weights` has it."""
+        args, mask, logp = self.args, rollout.response_mask, rollout.sampler_logp
+        if logp is None:
+            if self.corrects:
+                raise ConfigError(
+                    "`vllm_importance_sampling_correction` got True, but the rollout engine returned no log-probabilities of "
+                    "the sampled tokens. Let it return them, or set vllm_importance_sampling_correction=False."
+                )
+            return _Correction()
+        finite = not self.processes.any(bool((mask & ~logp.isfinite()).any()))
+        if not self.corrects:
+            return _Correction(finite=finite)
+        found = importance_weights(
+            old_logp, logp, mask, args.vllm_importance_sampling_mode,
+            low=args.vllm_importance_sampling_clip_min, high=args.vllm_importance_sampling_clip_max,
+        )  # fmt: skip
+        return _Correction(found.weights, found.truncated, finite)
 
     def _check_start(self, ref_kl: Tensor, mask: Tensor) -> None:
         """Raise ModelError on all processes if the policy is not its reference before the first step."""

@@ -137,10 +137,21 @@ def warn_of_horizons(args: TrustKLPPOConfig, sizes: BatchSizes) -> None:
 
 
 def warn_of_sampler(record: BoundRecord, args: TrustKLPPOConfig) -> bool:
-    """Warn where sampler and training pass disagree and `generation_kwargs` do not explain it; returns whether it did."""
-    kl = record.sampler.kl
-    if kl is None or not kl > MISMATCH or args.generation_kwargs:
+    """Warn where sampler and training pass disagree; returns whether it did. `generation_kwargs` explain a difference where the
+    update was not corrected for it."""
+    kl, corrected = record.sampler.kl, record.sampler.truncated is not None
+    if kl is None or not kl > MISMATCH or (args.generation_kwargs and not corrected):
         return False
+    if corrected:
+        logger.warning(
+            f"update {record.update}: the distribution that the rollout engine samples from differs from the policy's in the "
+            f"training pass by {kl:.3g} nats per token (sampler/kl), far more than by rounding. The importance correction "
+            "cannot make up for that: its weights are noisy, and biased where a bound changes them. The engine has other "
+            "weights (of an earlier update, or of another model), computes in another dtype, or filters tokens by "
+            "`generation_kwargs`. Give it the model and the dtype that are trained, and check that it gets the weights of "
+            "every update."
+        )
+        return True
     logger.warning(
         f"update {record.update}: the distribution that `model` samples from differs from the one it is trained with, by "
         f"{kl:.3g} nats per token (sampler/kl): the responses are not the policy's, and their gradients are wrong. Some "

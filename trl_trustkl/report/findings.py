@@ -20,6 +20,7 @@ from .outcome_findings import (
     grad_norm_without_effect,
     updates_go_further,
 )
+from .sampler_findings import sampler_differs, weights_truncated
 from .schema import Run
 from .series import (
     Column,
@@ -352,8 +353,10 @@ def updates_refused(run: Run) -> Finding | None:
 
 FINDINGS: dict[str, Callable[[Run], Finding | None]] = {
     "updates_refused": updates_refused,
+    "sampler_differs": sampler_differs,
     "reward_hacking": reward_hacking,
     "biased_estimator": biased_estimator,
+    "weights_truncated": weights_truncated,
     "negative_estimate": negative_estimate,
     "target_never_reached": target_never_reached,
     "coefficient_pinned": coefficient_pinned,

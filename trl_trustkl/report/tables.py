@@ -159,6 +159,8 @@ UPDATE_COLUMNS: dict[str, Callable[[BoundRecord], str]] = {
     "scale": lambda r: number(r.trust.scale),
     "max ratio": lambda r: number(r.trust.max_ratio),
     "grad norm": lambda r: number(r.gradient.norm),
+    "sampler KL": lambda r: number(None if r.sampler.truncated is None else r.sampler.kl),
+    "truncated": lambda r: percent(r.sampler.truncated),
     "lr": lambda r: number(r.lr),
     "seconds": lambda r: number(r.seconds.get("total")),
     "bound by": lambda r: (

@@ -150,10 +150,12 @@ class Rollouts:
                 f"the rollout engine {self.name} returned log-probabilities of other shapes than the token ids; it must return "
                 "one for each token, or None for all."
             )
-        tokens = [token for row in samples.ids if len(row) for token in (int(row.min()), int(row.max()))]
-        if tokens and not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
+        if longest == 0:
+            return
+        least, most = torch.stack(torch.aminmax(torch.cat(samples.ids))).tolist()
+        if not 0 <= least <= most < self._vocabulary:
             raise RolloutError(
-                f"the rollout engine {self.name} returned the tokens {min(tokens)} to {max(tokens)}; the policy's are 0 to "
+                f"the rollout engine {self.name} returned the tokens {least} to {most}; the policy's are 0 to "
                 f"{self._vocabulary - 1}: it samples from another model."
             )
 

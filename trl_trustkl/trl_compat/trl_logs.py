@@ -1,7 +1,9 @@
 """TRL's trainers: which of them a configuration belongs to, and their logs as records.
 
 They log a KL, clip ratios and the like, averaged since the last log. They do not measure an update, nor the anchor's share
-of it. What they do not log is NaN or None here, and null in `bounds.jsonl`.
+of it. What they do not log is NaN or None here, and null in `bounds.jsonl`. The ratios that GRPO logs with vLLM
+(`sampling/importance_sampling_ratio`) are its weights, within their bounds and by default of complete responses. A record has
+the ratios of tokens before any bound, so that these are None too.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from ...config import PeftConfig
+from ..tuners_utils import BaseTunerLayer
 
 class LoraConfig(PeftConfig):
     def __init__(
         self, *, r: int = ..., lora_alpha: int = ..., target_modules: Any = ..., task_type: Any = ...
     ) -> None: ...
 
-class LoraLayer(nn.Module):  # a mixin; every layer that has it is a module
-    __getattr__: Callable[..., Any]
+class LoraLayer(BaseTunerLayer):
     base_layer: nn.Module
     # nn.ModuleDict, of which no type says what is in it; of a linear layer, these.
     lora_A: Mapping[str, nn.Linear]
@@ -22,3 +22,6 @@ class LoraLayer(nn.Module):  # a mixin; every layer that has it is a module
     active_adapters: list[str]
     disable_adapters: bool
     merged: bool
+
+class Linear(LoraLayer):
+    def merge(self, safe_merge: bool = ..., adapter_names: list[str] | None = ...) -> None: ...
