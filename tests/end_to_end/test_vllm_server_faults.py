@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests import tiny
 from tests.processes import ROOT, free_port, in_two_processes
 from tests.survival import without_clock
 from tests.vllm_server import COMPLETIONS, LABEL, RELOAD, FakeVLLM, Fault, left_threads, loaded, saved
+from tests.weights import WatchWeights, same
 from trl_trustkl import load_records
 from trl_trustkl.errors import ConfigError, Interrupted, ModelError, RolloutError
 from trl_trustkl.rollout.vllm_transfer import FileTransfer
@@ -62,10 +64,6 @@ def build(out: Path, folder: Path, url: str, kind: str = "lora", *, arguments: A
 
 def parameters(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def left(out: Path) -> tuple[list[Any], list[str]]:
@@ -224,6 +222,19 @@ def test_a_prompt_that_leaves_no_room_for_the_response(tmp_path, folder):
     assert "a prompt has 9 tokens; with response_length=6 that is more than vLLM's context of 14" in str(error.value)
     assert len(load_records(tmp_path / "run")) == 1
     assert_resumes(tmp_path / "run", folder, whole(tmp_path / "whole", folder, **arguments), **arguments)
+
+
+def test_log_probabilities_of_nan_reject_the_update_and_the_run_goes_on(tmp_path, folder):
+    """Those that a server leaves out, and those that it cannot send."""
+    for kind in ("null", "nan"):
+        with FakeVLLM(folder, fault=Fault(kind, at=SECOND, once=True)) as fake:
+            watch = WatchWeights()
+            build(tmp_path / kind, folder, fake.url, arguments={"callbacks": [watch]}).train()
+        records = load_records(tmp_path / kind)
+        assert [record["refused"] is None for record in records] == [True, False, True]
+        assert "log-probabilities" in records[1]["refused"] and records[2]["sampler"]["kl"] < 1e-8
+        moved = [not same(one, other) for one, other in pairwise(watch.snapshots)]
+        assert moved == [True, False, True]
 
 
 def evaluated() -> dict[str, Any]:

@@ -72,7 +72,7 @@ def test_a_model_without_files_is_an_error(args, tmp_path):
     policy = loaded(gone)
     (gone / "config.json").unlink()
     with pytest.raises(
-        ModelError, match=f"`model` got a LlamaForCausalLM that was loaded from '{gone}', where use_vllm=True"
+        ModelError, match=f"`model` got a LlamaForCausalLM that was loaded from '{gone}'; use_vllm=True needs"
     ):
         vllm_model(policy, args)
 

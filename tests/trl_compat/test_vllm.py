@@ -48,14 +48,14 @@ def test_a_server_that_is_not_there_is_not_waited_for():
     assert time.monotonic() - started < 1
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/server_info", "/start_weight_update"])
+@pytest.mark.parametrize("path", ["/v1/models", "/server_info", "/update_weights"])
 def test_each_request_has_a_time_out(folder, path):
     with FakeVLLM(folder, fault=Fault("stall", path)) as fake:
         started = time.monotonic()
         with pytest.raises(requests.Timeout):
             client = weights_client(fake.url, 4321, 0.3, DEVICE)
             client.session.get(f"{fake.url}/server_info")
-            client._start_weight_update()
+            client._post(f"{fake.url}/update_weights", json={})
         assert 0.2 < time.monotonic() - started < 1
         assert fake.paths().count(path) == 1
 

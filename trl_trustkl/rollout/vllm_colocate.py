@@ -239,7 +239,7 @@ def finish_reason(reason: Any) -> FinishReason:
         return "length"
     raise RolloutError(
         f"vLLM ended a response with the finish reason {reason!r}; it must be 'stop' or 'length'. The response is not "
-        "complete; look at vLLM's log."
+        "complete; see vLLM's log."
     )
 
 

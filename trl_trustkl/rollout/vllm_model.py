@@ -49,8 +49,8 @@ def vllm_model(policy: PreTrainedModel | PeftModel, args: Any) -> VLLMModel:
         config = AutoConfig.from_pretrained(causal.name_or_path, **kept)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"`model` got a {type(causal).__name__} that was loaded from {causal.name_or_path!r}, where use_vllm=True needs "
-            f"its files, and they cannot be read: {error}"
+            f"`model` got a {type(causal).__name__} that was loaded from {causal.name_or_path!r}; use_vllm=True needs its "
+            f"files there, and they cannot be read: {error}"
         ) from error
     return VLLMModel(
         causal.name_or_path, dtype, causal.get_input_embeddings().weight.shape[0], kept,
