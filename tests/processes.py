@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from accelerate import Accelerator
 
@@ -42,25 +43,28 @@ def in_two_processes(*command: str, cwd: Path) -> None:
 
 def _in_two_processes(*command: str, cwd: Path) -> None:
     common = environment()
+    # A pipe would fill while the other process is waited for.
+    outputs = [TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.as_main", *command],
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+            stderr=output,
             cwd=cwd,
         )
-        for rank in range(2)
+        for rank, output in enumerate(outputs)
     ]
     try:
-        for process in processes:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors[-3000:]
+        for process, output in zip(processes, outputs, strict=True):
+            code = process.wait(timeout=300)
+            output.seek(0)
+            assert code == 0, output.read()[-3000:]
     finally:
-        for process in processes:
+        for process, output in zip(processes, outputs, strict=True):
             process.kill()
             process.wait()
+            output.close()
 
 
 def free_port() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,6 +44,8 @@ class FSDP2(Replicated):
     def prepare(
         self, accelerator: Accelerator, model: nn.Module, optimizer: Any, reference: nn.Module | None
     ) -> tuple[nn.Module, Any]:
+        # Outputs are views, of which none is changed in place.
+        warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
         plugin: Any = accelerator.state.fsdp_plugin
         plugin.mixed_precision_policy = None  # it would round losses and divergences to bf16
         layers = plugin.transformer_cls_names_to_wrap  # None: those of each model
