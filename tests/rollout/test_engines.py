@@ -15,6 +15,7 @@ from tests.processes import single_process
 from tests.vllm_server import FakeVLLM, loaded, saved
 from trl_trustkl import load_records
 from trl_trustkl.errors import ConfigError, ModelError, RolloutError
+from trl_trustkl.parallel.sharding import REPLICATED
 from trl_trustkl.rollout import vllm_transfer
 from trl_trustkl.rollout.engines import build_engine, corrects, reject_ignored
 from trl_trustkl.rollout.transformers_engine import TransformersEngine
@@ -115,7 +116,7 @@ def test_from_a_gpu_weights_go_through_the_group_port(tmp_path, folder, monkeypa
     processes.device = torch.device("cuda:0")
     engine = build_engine(
         tiny.config(tmp_path, **changes), loaded(folder), None, stop_ids=[], tokenizer=tiny.tokenizer(), processes=processes,
-        autocast=nullcontext, stop=StopRequest(1.0),
+        autocast=nullcontext, stop=StopRequest(1.0), sharding=REPLICATED,
     )  # fmt: skip
     with pytest.raises(RolloutError):
         engine._transfer.send(engine._server, iter(()))

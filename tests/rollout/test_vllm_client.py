@@ -16,7 +16,7 @@ import torch
 
 from tests import tiny
 from tests.processes import free_port
-from tests.vllm_server import COMPLETIONS, RELOAD, FakeVLLM, Fault, left_threads, loaded, saved
+from tests.vllm_server import COMPLETIONS, RELOAD, FakeVLLM, Fault, left_threads, loaded, sampled, saved
 from trl_trustkl.errors import ConfigError, RolloutError
 from trl_trustkl.rollout import vllm_client
 from trl_trustkl.rollout.vllm_client import BadRequest, NotFound, VLLMServer
@@ -110,6 +110,10 @@ def test_more_prompts_than_requests_at_a_time_are_answered_in_their_order(folder
         server = VLLMServer(fake.url, 5)
         server.model()
         at_once = server.complete(prompts, parameters(9))
+        model = loaded(folder)
+        assert [choice["token_ids"] for choice in at_once] == [
+            sampled(model, prompt, own)[0] for prompt, own in zip(prompts, parameters(9), strict=True)
+        ]
         monkeypatch.setattr(vllm_client, "CONCURRENT", 2)
         assert server.complete(prompts, parameters(9)) == at_once
         assert server.complete(prompts[::-1], parameters(9)[::-1]) == at_once[::-1]
@@ -248,6 +252,14 @@ def test_one_failed_request_ends_the_others_at_once(folder, monkeypatch):
             with pytest.raises(RolloutError, match="status 500"):
                 complete(server)
             assert time.monotonic() - started < 2 and left_threads() == []
+
+
+def test_a_connection_that_is_opened_after_the_request_was_given_up_is_closed(folder):
+    connections = vllm_client._Connections(5)
+    connections.close()
+    with FakeVLLM(folder) as fake, pytest.raises(RolloutError, match="ConnectionAbortedError"):
+        VLLMServer(fake.url, 5)._exchange("GET", "/health", None, connections)
+    assert fake.requests == []
 
 
 # -- waiting for a server ----------------------------------------------------------------------------------------------

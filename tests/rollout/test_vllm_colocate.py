@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -139,6 +141,7 @@ def test_the_environment_and_the_random_states_are_as_before_the_start(folder, m
     monkeypatch.delenv("RANK", raising=False)
     processes = single_process()
     processes.count = 2
+    random.random(), np.random.rand(), torch.rand(1)
     before = rng.capture(), dict(os.environ)
     part = engine(folder, processes=processes)
     if fails:

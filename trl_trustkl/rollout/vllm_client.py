@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
@@ -182,7 +182,7 @@ class VLLMServer:
             futures = [pool.submit(call, connections) for call in calls]
             waiting: set[Future[Answer]] = set(futures)
             while waiting:
-                done, waiting = wait(waiting, timeout=_POLL, return_when=FIRST_EXCEPTION)
+                done, waiting = wait(waiting, timeout=_POLL)
                 for error in (future.exception() for future in done):
                     if error is not None:
                         raise error

@@ -90,7 +90,6 @@ class ColocatedVLLMEngine:
         if version == self._version:
             return
         llm = self._started()
-        self._version = None
         with self._closing("could not load the policy's weights"):
             self._wake()
             cast = ((name, weight.to(self._model.dtype)) for name, weight in weights)
