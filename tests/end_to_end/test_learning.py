@@ -22,10 +22,11 @@ def test_the_anchor_holds_the_policy_near_the_reference(tmp_path, estimator, mos
 
 
 def test_what_can_be_learnt_is_learnt(tmp_path):
-    changes = {"learning_rate": 1e-2, "max_steps": 40, "kl_coef": 0.01, "lr_scheduler_type": "constant"}
+    """Over the seeds 41 to 46 the score rises from between 0.41 and 0.54 to between 0.66 and 0.89."""
+    changes = {"learning_rate": 1e-2, "max_steps": 40, "kl_coef": 0.01, "lr_scheduler_type": "constant", "seed": 43}
     _, records = run(tmp_path, changes=changes)
     scores = [record["score"] for record in records]
-    assert sum(scores[-5:]) / 5 > sum(scores[:3]) / 3 + 0.15  # from 0.51 to 0.78
+    assert sum(scores[-5:]) / 5 > sum(scores[:3]) / 3 + 0.15
     assert records[-1]["anchor"]["kl_exact"] > 1.0
 
 

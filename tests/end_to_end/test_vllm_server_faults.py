@@ -46,11 +46,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left() -> Iterator[None]:
+def _nothing_left(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No thread of a request, and no weights in temporary files."""
+    temporary = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     yield
     assert left_threads() == []
-    assert list(Path(tempfile.gettempdir()).glob("trl_trustkl-weights-*")) == []
+    assert list(temporary.glob("trl_trustkl-weights-*")) == []
 
 
 def build(out: Path, folder: Path, url: str, kind: str = "lora", *, arguments: Any = None, **changes: Any) -> Any:

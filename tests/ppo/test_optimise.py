@@ -180,5 +180,6 @@ def test_the_values_parameters_move_into_groups_with_their_own_learning_rate():
     ],
 )
 def test_a_batch_that_is_not_finite_is_rejected_before_its_first_step(coef, kl, kl_exact, finite, reason):
-    batch = SimpleNamespace(anchor=AnchorMeasurement(coef, kl, kl_exact, 0.0, None, 0.0), finite=finite)
+    anchor, scored = AnchorMeasurement(coef, kl, kl_exact, 0.0, None, 0.0), SimpleNamespace(sampler_finite=True)
+    batch = SimpleNamespace(anchor=anchor, scored=scored, finite=finite)
     assert not_finite(batch) == reason

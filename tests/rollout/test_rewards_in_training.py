@@ -152,6 +152,8 @@ def test_a_reward_model_with_an_adapter_reads_the_policys_tokens(tmp_path):
         ids = torch.cat(
             [rollout.prompt_ids[i][rollout.prompt_mask[i]], rollout.response_ids[i][rollout.response_mask[i]]]
         )
+        if ids[-1] == tiny.PAD:  # transformers reads the score at the last token that is not padding
+            continue
         with torch.no_grad():
             assert score == pytest.approx(float(classifier(input_ids=ids[None]).logits), abs=1e-4)
 
