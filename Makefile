@@ -12,7 +12,7 @@ ENVLOW := .venv-lowest
 ENVVLLM := .venv-vllm
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 PARALLEL := -n $(WORKERS) --dist worksteal
-FAST := -q -m "not slow and not processes" $(PARALLEL)
+FAST := -q -rs -m "not slow and not processes" $(PARALLEL)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
