@@ -1,4 +1,4 @@
-"""FSDP2 on CPUs: accelerate shards only with GPUs, so that it has to be told that two gloo processes are GPUs."""
+"""FSDP2 and ZeRO on CPUs: accelerate shards only with GPUs, so that it has to be told that two gloo processes are GPUs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-EXAMPLE = {
+FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
@@ -20,12 +20,51 @@ EXAMPLE = {
 }
 """What `accelerate launch` makes of TRL's example configuration `fsdp2.yaml`, but for its bf16."""
 
+ZERO3 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    "DS_ACCELERATOR": "cpu",
+}
+"""As above, for `zero3.yaml`."""
+ZERO2 = ZERO3 | {
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false",
+}
+ENGINES = {"fsdp2": FSDP2, "zero2": ZERO2, "zero3": ZERO3}
 
-def on_cpus(**changes: str) -> None:
-    """Let accelerate use FSDP2 in this process, which is one of several on CPUs, as `accelerate launch` would configure it."""
-    os.environ.update(EXAMPLE | {"ACCELERATE_TORCH_DEVICE": "cpu"} | changes)
+
+def on_cpus(engine: str, **changes: str) -> None:
+    """Let accelerate use an engine in this process, one of several on CPUs, as `accelerate launch` would configure it."""
+    os.environ.update(ENGINES[engine] | {"ACCELERATE_TORCH_DEVICE": "cpu"} | changes)
 
     def prepare_backend(self: Any, *args: Any, **kwargs: Any) -> tuple[str, DistributedType]:
         return "gloo", DistributedType.MULTI_GPU
 
     PartialState._prepare_backend = prepare_backend
+    if engine == "zero3":
+        _shard_small_weights()
+
+
+def engine() -> str:
+    """The engine that this process uses."""
+    if os.environ.get("ACCELERATE_USE_FSDP"):
+        return "fsdp2"
+    return "zero" + os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"]
+
+
+def _shard_small_weights() -> None:
+    """By default each process keeps every weight of a tiny model complete, as it has fewer than 100,000 elements."""
+    from accelerate.utils import DeepSpeedPlugin
+
+    initialise = DeepSpeedPlugin.__post_init__
+
+    def initialised(self: Any) -> None:
+        initialise(self)
+        self.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+    DeepSpeedPlugin.__post_init__ = initialised  # type: ignore[method-assign]

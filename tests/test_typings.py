@@ -182,7 +182,7 @@ PLANTS = (
     Plant("ppo/config.py", "return self.cliprange", "return self.clipranje", "clipranje"),
     Plant("ppo/config.py", "self.ref_model_sync_steps", "self.ref_model_sink_steps", "ref_model_sink_steps"),
     Plant("ppo/optimise.py", "self.args.norm_limit", "self.args.norm_limits", "norm_limits"),
-    Plant("ppo/optimise.py", "self.accelerator.backward", "self.accelerator.backwards", "backwards"),
+    Plant("ppo/optimise.py", "self.sharding.backward", "self.sharding.backwards", "backwards"),
     Plant("ppo/trainer.py", "self.parts.order.rows", "self.partz.order.rows", "partz"),
     Plant("ppo/trainer.py", "self.args.trust_stop", "self.args.trust_stopp", "trust_stopp"),
     Plant("ppo/trainer.py", "self.parts.coefficients.kl\n", "self.parts.coefficients.kll\n", "kll"),

@@ -1,6 +1,7 @@
-"""PPO under FSDP2 in two processes: equal to one process with twice the batch, within its limits, resumable, saved as usual.
+"""PPO under FSDP2, ZeRO-2 and ZeRO-3 in two processes: equal to one process with twice the batch, within its limits,
+resumable, saved as usual.
 
-This file is also the program that each of the two processes runs, once for both kinds of training.
+This file is also the program that each of the two processes runs, with an engine and some kinds of training.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from trl_trustkl.types import Batch, Measurement, UpdateStats
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.processes]
 LIMIT, UPDATES, PANICS = 2e-3, 4, 3
 KINDS: dict[str, dict[str, Any]] = {"lora": {}, "full": {"peft_config": None}}
+FAST = [("fsdp2", "lora"), ("fsdp2", "full"), ("zero3", "lora")]
+SLOW = [("zero3", "full"), ("zero2", "lora"), ("zero2", "full")]
+EVERY = [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 SETTINGS = {
     "num_mini_batches": 1,
     "gradient_accumulation_steps": 2,
@@ -48,13 +52,21 @@ ROWS = {1: 4, 2: 2}
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A copy of a tensor that may be a shard, complete on every process."""
+    """A copy of a tensor that may be a shard, complete on every process; with ZeRO the weight that is stepped, in float32."""
+    if hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(tensor).clone()
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
 def own(tensor: Tensor) -> Tensor:
-    """A copy of this process's part."""
+    """A copy of this process's part, without what ZeRO-3 pads it with."""
+    if hasattr(tensor, "ds_tensor"):
+        part = tensor.ds_tensor.detach()
+        start = part.numel() * torch.distributed.get_rank()
+        return part[: max(0, tensor.ds_numel - start)].clone()
     tensor = tensor.detach()
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).clone()
 
@@ -116,9 +128,9 @@ def trained(folder: Path, kind: str, processes: int, *, resume: Any = None, **ch
     return trainer
 
 
-def many_updates(folder: Path, kind: str) -> None:
+def many_updates(folder: Path, engine: str, kind: str) -> None:
     """50 updates at a learning rate at which each of them proposes a KL beyond the limit."""
-    sharded.on_cpus()
+    sharded.on_cpus(engine)
     changes = {"learning_rate": 2e-2, "attribution_every": 0, "num_ppo_epochs": 1, "max_steps": 50, "max_refused": 50}
     trainer = trained(folder / kind, kind, 2, **changes)
     (folder / f"{kind}-rank{trainer.parts.processes.index}.json").write_text(json.dumps(trainer.dense))
@@ -128,11 +140,23 @@ def weights(trainer: Watched) -> dict[str, Tensor]:
     return {name: whole(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def program(folder: Path) -> None:
-    sharded.on_cpus()
-    for kind in KINDS:
+def is_sharded(trainer: Watched, engine: str) -> bool:
+    """Whether this process has a part of what the engine shards."""
+    parameters = list(trainer.model.parameters())
+    if engine == "fsdp2":
+        return all(isinstance(p, DTensor) for p in parameters)
+    if engine == "zero3":
+        return all(p.shape == (0,) and p.ds_tensor.numel() == -(-p.ds_numel // 2) for p in parameters)
+    moments = sum(entry["exp_avg"].numel() for entry in trainer.optimizer.state.values())
+    count = sum(p.numel() for p in parameters if p.requires_grad)
+    return len(trainer.optimizer.state) > 5 and moments < 0.6 * count
+
+
+def program(folder: Path, engine: str, *kinds: str) -> None:
+    sharded.on_cpus(engine)
+    for kind in kinds:
         straight = trained(folder / kind, kind, 2, save_strategy="steps", save_steps=2)
-        assert any(isinstance(p, DTensor) for p in straight.model.parameters()), "nothing is sharded"
+        assert is_sharded(straight, engine), "nothing is sharded"
         assert straight.accelerator.num_processes == 2
         resumed = trained(folder / f"{kind}-resumed", kind, 2, resume=str(folder / kind / "checkpoint-2"))
         for one, other in zip(straight.everything(), resumed.everything(), strict=True):
@@ -145,9 +169,24 @@ def program(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("two")
-    in_two_processes("-m", "tests.end_to_end.test_sharded", str(folder), cwd=folder)
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path | None]:
+    """The folders of the runs that were made so far."""
+    return {}
+
+
+@pytest.fixture
+def two(engine: str, kind: str, runs: dict[Any, Path | None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run in two processes, which is made once."""
+    if engine != "fsdp2":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install '.[deepspeed]'")
+    if (engine, kind) not in runs:
+        runs[engine, kind] = None  # if it fails, it is not tried again
+        kinds = list(KINDS) if engine == "fsdp2" else [kind]
+        made = tmp_path_factory.mktemp(engine)
+        in_two_processes("-m", "tests.end_to_end.test_sharded", str(made), engine, *kinds, cwd=made)
+        runs.update({(engine, each): made for each in kinds})
+    if (folder := runs[engine, kind]) is None:
+        pytest.fail("the run failed")
     return folder
 
 
@@ -155,7 +194,7 @@ def known(counterfactual: dict[str, float | None] | None) -> dict[str, float]:
     return {name: kl for name, kl in (counterfactual or {}).items() if kl is not None}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("engine", "kind"), EVERY)
 def test_two_processes_with_shards_equal_one_with_twice_the_batch(two: Path, tmp_path: Path, kind: str) -> None:
     one = trained(tmp_path, kind, 1)
     expected = weights(one)
@@ -176,7 +215,7 @@ def test_two_processes_with_shards_equal_one_with_twice_the_batch(two: Path, tmp
     assert mine["counterfactual"]["clip"] is not None
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("engine", "kind"), EVERY)
 def test_the_limit_holds_and_the_recorded_kl_is_that_of_the_gathered_weights(two: Path, kind: str) -> None:
     dense, again = (json.loads((two / f"{kind}-rank{rank}.json").read_text()) for rank in range(2))
     records = load_records(two / kind)
@@ -187,7 +226,7 @@ def test_the_limit_holds_and_the_recorded_kl_is_that_of_the_gathered_weights(two
     assert any(0 < record["trust"]["scale"] < 1 for record in records), "no update was scaled back"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("engine", "kind"), EVERY)
 @pytest.mark.parametrize("saved", ["{}-saved", "{}/checkpoint-4"])
 def test_saved_files_load_in_a_plain_process(two: Path, kind: str, saved: str) -> None:
     folder = two / saved.format(kind)
@@ -205,8 +244,9 @@ def test_saved_files_load_in_a_plain_process(two: Path, kind: str, saved: str) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_update_of_50_exceeds_the_limit(tmp_path: Path, kind: str) -> None:
-    in_two_processes("-m", "tests.end_to_end.test_sharded", str(tmp_path), kind, cwd=tmp_path)
+@pytest.mark.parametrize("engine", sharded.ENGINES)
+def test_no_update_of_50_exceeds_the_limit(tmp_path: Path, engine: str, kind: str) -> None:
+    in_two_processes("-m", "tests.end_to_end.test_sharded", str(tmp_path), engine, kind, "50", cwd=tmp_path)
     dense = json.loads((tmp_path / f"{kind}-rank0.json").read_text())
     records = load_records(tmp_path / kind)
     assert len(dense) == len(records) == 50
@@ -217,4 +257,7 @@ def test_no_update_of_50_exceeds_the_limit(tmp_path: Path, kind: str) -> None:
 
 
 if __name__ == "__main__":
-    many_updates(Path(sys.argv[1]), sys.argv[2]) if sys.argv[2:] else program(Path(sys.argv[1]))
+    if sys.argv[-1] == "50":
+        many_updates(Path(sys.argv[1]), *sys.argv[2:4])
+    else:
+        program(Path(sys.argv[1]), *sys.argv[2:])

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
-import torch
 from transformers.trainer_pt_utils import AcceleratorConfig
-from transformers.training_args import ParallelMode
 from trl import BEMACallback, SyncRefModelCallback
 
-from tests import sharded, tiny
-from trl_trustkl import TrustKLPPOConfig, TrustKLPPOTrainer
+from tests import tiny
 from trl_trustkl.errors import ConfigError, NotAvailableYetError
-from trl_trustkl.ppo.unsupported import reject_unsharded
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -107,150 +102,6 @@ def test_optimizers_and_schedules_that_cannot_work_are_rejected_before_the_run(t
     with pytest.raises(NotAvailableYetError) as error:
         tiny.config(tmp_path, **changes)
     assert all(piece in str(error.value) for piece in pieces), str(error.value)
-
-
-STAGES = [{"zero_optimization": {"stage": stage}} for stage in (2, 3)]
-
-
-def assert_says_what_works(error: Any) -> None:
-    message = str(error.value)
-    assert message.startswith("DeepSpeed is not available yet") and "DDP" in message and "FSDP2" in message
-    for name in ("examples/accelerate/fsdp2.yaml", "multi_gpu.yaml", "cpu_gloo.yaml"):
-        assert name in message
-
-
-@pytest.mark.parametrize("stage", [*STAGES, "zero3.json"])
-def test_deepspeed_requested_in_the_configuration_is_rejected(tmp_path, stage):
-    with pytest.raises(NotAvailableYetError) as error:
-        tiny.config(tmp_path, deepspeed=stage)
-    assert_says_what_works(error)
-
-
-def test_deepspeed_requested_by_the_launcher_is_rejected(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(NotAvailableYetError) as error:
-        tiny.config(tmp_path)
-    assert_says_what_works(error)
-
-
-def test_an_accelerator_with_deepspeed_is_rejected(tmp_path, monkeypatch):
-    made = TrustKLPPOTrainer.create_accelerator_and_postprocess
-
-    def sharding(self: Any) -> None:
-        made(self)
-        self.is_deepspeed_enabled = True
-
-    monkeypatch.setattr(TrustKLPPOTrainer, "create_accelerator_and_postprocess", sharding)
-    with pytest.raises(NotAvailableYetError) as error:
-        tiny.trainer(tmp_path)
-    assert_says_what_works(error)
-
-
-@pytest.mark.parametrize("asked", [{"fsdp": "full_shard"}, {"fsdp": True}, {}], ids=["name", "flag", "launcher"])
-def test_fsdp_on_a_cpu_is_rejected(tmp_path, asked, monkeypatch):
-    if not asked:
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(NotAvailableYetError, match="`use_cpu` got True with FSDP, which accelerate would ignore"):
-        tiny.config(tmp_path, **asked)
-
-
-class Sharded(TrustKLPPOConfig):
-    """A configuration in one of several processes."""
-
-    parallel_mode = ParallelMode.DISTRIBUTED
-
-
-def test_fsdp_in_one_process_is_rejected(tmp_path):
-    with pytest.raises(ConfigError, match="`fsdp` got True in a run of one process"):
-        tiny.config(tmp_path, fsdp=True, use_cpu=False)
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """A process that `accelerate launch` started with TRL's configuration for FSDP2, but for the given variables."""
-
-    def launch(**changes: str) -> None:
-        for name, value in (sharded.EXAMPLE | changes).items():
-            monkeypatch.setenv(name, value)
-
-    return launch
-
-
-@pytest.mark.parametrize(
-    ("variables", "fields", "pieces"),
-    [
-        ({"FSDP_VERSION": "1"}, {}, ("`fsdp_version` got 1", "only 2 is available")),
-        ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, ("`fsdp_offload_params` got True", "leave it false")),
-        (
-            {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
-            {},
-            ("`fsdp_activation_checkpointing` got True", "set gradient_checkpointing=True instead"),
-        ),
-        ({"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}, {}, ("`fsdp_auto_wrap_policy` got 'NO_WRAP'", "TRANSFORMER_BASED_WRAP")),
-        (
-            {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP", "FSDP_MIN_NUM_PARAMS": "100"},
-            {},
-            ("`fsdp_auto_wrap_policy` got 'size_based_auto_wrap_policy'", "TRANSFORMER_BASED_WRAP"),
-        ),
-        ({}, {"fp16": True}, ("`fp16` got True", "bf16=True")),
-        ({}, {"optim": "adamw_8bit"}, ("`optim` got 'adamw_8bit'", "adamw_torch")),
-        ({}, {"optim": "adafactor"}, ("`optim` got 'adafactor'", "adamw_torch")),
-        ({}, {"sync_ref_model": True}, ("`sync_ref_model` got True", "leave it False")),
-        ({}, {"use_vllm": True}, ("`use_vllm` got True", "leave it False")),
-        (
-            {},
-            {"generation_kwargs": {"cache_implementation": "static"}},
-            ("`generation_kwargs` got {'cache_implementation': 'static'}", "leave out cache_implementation"),
-        ),
-    ],
-)
-def test_what_fsdp2_does_not_support_is_rejected_before_anything_is_loaded(
-    tmp_path, launched, variables, fields, pieces
-):
-    launched(**variables)
-    settings = {"output_dir": str(tmp_path), "bf16": False, "report_to": "none"}
-    with pytest.raises(NotAvailableYetError) as error:
-        Sharded(**settings | fields)
-    assert all(piece in str(error.value) for piece in pieces), str(error.value)
-
-
-def test_the_example_configuration_is_accepted(tmp_path, launched):
-    launched()
-    Sharded(output_dir=str(tmp_path), bf16=False, report_to="none")
-
-
-def quantised() -> Any:
-    model = tiny.llama()
-    model.is_loaded_in_4bit = True
-    return model
-
-
-@pytest.mark.parametrize(
-    ("changes", "pieces"),
-    [
-        ({"model": quantised}, ("`model` is quantised", "quantization_config")),
-        ({"ref_model": quantised}, ("`ref_model` is quantised",)),
-        ({"value_model": quantised}, ("`value_model` is quantised",)),
-        ({"model": lambda: tiny.tuned(tiny.gpt2(), bias="all")}, ("`peft_config` trains", "bias at 'none'")),
-        ({"optimizer": lambda: torch.optim.RAdam([torch.zeros(1)])}, ("`optimizers` got a RAdam", "AdamW")),
-        ({"engine": object}, ("`rollout_engine` got a object", "Leave it None")),
-    ],
-)
-def test_what_cannot_be_sharded_is_rejected(changes, pieces):
-    given = {"model": tiny.llama, "ref_model": lambda: None, "value_model": lambda: None} | changes
-    built = {name: build() for name, build in given.items()}
-    optimizer, engine = built.pop("optimizer", None), built.pop("engine", None)
-    with pytest.raises(NotAvailableYetError) as error:
-        reject_unsharded(built, optimizer, engine)
-    assert all(piece in str(error.value) for piece in pieces), str(error.value)
-
-
-def test_what_can_be_sharded_is_accepted():
-    weight = torch.nn.Parameter(torch.zeros(1))
-    for model in (tiny.llama(), tiny.tuned()):
-        models = {"model": model, "ref_model": tiny.llama(), "value_model": None}
-        for optimizer in (None, torch.optim.AdamW([weight]), torch.optim.SGD([weight])):
-            reject_unsharded(models, optimizer, None)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ class Halves(Replicated):
         self.second = second
         self.written_times = 0
 
-    def complete(self, tensor: torch.Tensor) -> torch.Tensor:
+    def complete(self, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return torch.cat([tensor, self.second[len(tensor)]]) if tensor.dim() else tensor
 
     def part(self, complete: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,13 @@
 """How the parameters of a run are spread over its processes: the interface to engines that shard, and what is done without.
 
-`Replicated` is the interface, and what it does with complete parameters. An engine is a subclass in `engines`; the rest of the
-package does not depend on which one it is.
+`Replicated` is the interface, and what it does with complete parameters. The engines are subclasses in `fsdp2` and `zero`; the
+rest of the package does not depend on which one it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -50,12 +51,33 @@ class Replicated:
         """The result of `call`, which generates: for its duration, every process has all parameters of the trained model."""
         return call()
 
+    def accumulating(self, accelerator: Accelerator, wrapped: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+        """The context of a pass of `wrapped` and its backward pass.
+
+        Gradients are averaged over the processes in the backward pass of the `last` micro-batch of a step.
+        """
+        return nullcontext() if last else accelerator.no_sync(wrapped)
+
+    def backward(self, accelerator: Accelerator, loss: Tensor) -> None:
+        """Add the gradients of `loss`."""
+        accelerator.backward(loss)
+
     def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
         """Clip the gradients to a norm of `limit`; returns the norm before, over all parameters on all processes."""
         return nn.utils.clip_grad_norm_(parameters, limit)
 
+    def scale_gradients(self, parameters: Sequence[nn.Parameter], factor: float) -> None:
+        """Multiply the gradients by a factor."""
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
+    def step(self, optimizer: Any) -> None:
+        """Make a step of the optimizer that `prepare` returned."""
+        optimizer.step()
+
     def local(self, tensor: Tensor) -> Tensor:
-        """The part of a parameter, or of a moment of it, that this process has. It shares the tensor's memory."""
+        """The part of a parameter, or of a moment of it, that this process has and trains. It shares the tensor's memory."""
         return tensor
 
     def remake(self, tensor: Tensor) -> Callable[[Tensor], Tensor]:
@@ -66,9 +88,16 @@ class Replicated:
     def written(self) -> None:
         """To be called after local parts were written outside of a pass."""
 
-    def complete(self, tensor: Tensor) -> Tensor:
-        """The complete tensor, to be saved. All processes call it; those that save get it, the others an empty tensor."""
-        return tensor
+    def shape(self, parameter: Tensor) -> torch.Size:
+        """The shape of the complete parameter."""
+        return parameter.shape
+
+    def complete(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """The complete tensor, to be saved. All processes call it; those that save get it, the others an empty tensor.
+
+        like: the parameter that the tensor is, or is a moment of.
+        """
+        return tensor.detach()
 
     def part(self, complete: Tensor, like: Tensor) -> Tensor:
         """The inverse of `complete`, on every process: the tensor, sharded as the parameter `like` if it has its shape."""

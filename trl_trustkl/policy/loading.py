@@ -150,7 +150,7 @@ def gathered_weights(policy: PreTrainedModel | PeftModel, sharding: Replicated) 
         ids = {id(weight) for weight in saved.values()}
         weights = {name: weight for name, weight in weights.items() if id(weight) in ids}
     # By identity, so that tied weights are still recognised as one.
-    complete = {id(weight): sharding.complete(weight.detach()) for weight in weights.values()}
+    complete = {id(weight): sharding.complete(weight, weight) for weight in weights.values()}
     return {name: complete[id(weight)] for name, weight in weights.items()}
 
 

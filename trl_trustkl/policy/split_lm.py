@@ -56,6 +56,17 @@ class OutputHead:
         return clone
 
 
+class _WithoutHooks(nn.Module):
+    """The forward pass of a module without its hooks, as those of an engine that shards, which expect its own weights."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, hidden: Tensor) -> Any:
+        return self.module.forward(hidden)
+
+
 class _AtWeights:
     """A module as it computes with its weights of now.
 
@@ -64,9 +75,9 @@ class _AtWeights:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
+        self._module = _WithoutHooks(module)
         self._weights = {
-            name: weight.detach().clone() for name, weight in module.named_parameters() if weight.requires_grad
+            name: weight.detach().clone() for name, weight in self._module.named_parameters() if weight.requires_grad
         }
 
     def __call__(self, hidden: Tensor) -> Tensor:

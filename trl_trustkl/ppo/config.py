@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -34,9 +35,10 @@ from ..trl_compat import activation_checkpointing
 from ..trust.limits import Limits
 from . import config_checks
 from .losses import Aggregation, Penalties
+from .sharding_checks import reject_sharding_options
 from .training_fields import only_transformers_checks, rejected_by_transformers
 from .training_fields import trl as _trl
-from .unsupported import reject_accelerator_config, reject_fsdp_options, reject_unsupported
+from .unsupported import reject_accelerator_config, reject_unsupported
 from .vllm_fields import VLLMFields
 
 TrustEstimator = Literal["exact", "k1", "k3"]
@@ -227,11 +229,13 @@ class TrustKLPPOConfig(VLLMFields):
         config_checks.check_batch(self)
         config_checks.choose_best(self)
         choose_bf16(self)
+        if self.world_size is None:  # transformers reads it for DeepSpeed
+            self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         with rejected_by_transformers(only_transformers_checks(self)):
             super().__post_init__()
         reject_accelerator_config(self.accelerator_config)
         config_checks.check(self)
-        reject_fsdp_options(self)
+        reject_sharding_options(self)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as transformers saves and logs them: the Hub's tokens are masked."""

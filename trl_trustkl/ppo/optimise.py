@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -139,8 +138,7 @@ class Optimisation:
                     refused = f"the {which} gradient is not finite in {step}"
                     self.optimizer.zero_grad()
                     break
-                self.optimizer.step()
-                self.sharding.written()
+                self.sharding.step(self.optimizer)
                 self.optimizer.zero_grad()
                 if self.accelerator.optimizer_step_was_skipped:  # fp16, while the loss scale is still being found
                     continue
@@ -194,14 +192,14 @@ class Optimisation:
         scale = LossScale(*self.processes.sum(counts.double()).clamp(min=1.0).float())
         for index in mini:
             # Gradients are synchronised in the backward pass of the last micro-batch.
-            with nullcontext() if index == mini[-1] else self.accelerator.no_sync(self.model):
+            with self.sharding.accumulating(self.accelerator, self.model, last=index == mini[-1]):
                 loss, sums = micro_loss(
                     self._forward(batch, index, penalties), scored.micro_batches[index], batch, scale, rule=rule,
                     aggregation=aggregation, length=length, vf_coef=self.args.vf_coef,
                     value_range=value_range, penalties=penalties,
                 )  # fmt: skip
                 # Gradients are averaged over processes; the loss is already divided by the count of all of them.
-                self.accelerator.backward(loss * self.processes.count)
+                self.sharding.backward(self.accelerator, loss * self.processes.count)
             total += torch.stack([each.detach().double() for each in sums])
         return total
 
@@ -225,9 +223,7 @@ class Optimisation:
         norm = self._clip(parameters, math.inf)
         scale = self.policy_scale if parameters is self.policy_parameters else self.value_scale
         if self.rescales_gradients and scale.factor != 1.0:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(scale.factor)
+            self.sharding.scale_gradients(parameters, scale.factor)
         return norm
 
     def _clip(self, parameters: list[nn.Parameter], limit: float | None = None) -> Tensor:

@@ -46,7 +46,7 @@ from .setup import (
     warn_of_horizons,
     warn_of_unused_fields,
 )
-from .unsupported import reject_unsharded
+from .sharding_checks import reject_unsharded
 
 
 class Parts:
@@ -84,7 +84,7 @@ class Parts:
         if sharding.sharded:
             trained = models.trained
             named = {"model": trained.policy, "ref_model": models.reference.model, "value_model": trained.value_model}
-            reject_unsharded(named, optimizer, engine)
+            reject_unsharded(args, named, optimizer, engine)
         rows = None if isinstance(models.train, IterableDataset) else len(models.train)
         self.sizes = set_batch_sizes(args, rows=rows, processes=processes.count)
         warn_of_horizons(args, self.sizes)

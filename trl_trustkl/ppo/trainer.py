@@ -44,7 +44,6 @@ from .optimise import separate_value
 from .parts import Parts
 from .shaping import shaped
 from .training_fields import OPTIMIZER, SCHEDULE, rejected_by_transformers
-from .unsupported import reject_deepspeed
 
 
 class TrustKLPPOTrainer(PPOTrainer):
@@ -118,7 +117,6 @@ class TrustKLPPOTrainer(PPOTrainer):
             callbacks=[*with_report(callbacks), *shown_completions(args)],
             optimizers=optimizers,
         )  # fmt: skip
-        reject_deepspeed(self.is_deepspeed_enabled)
         self.state = OnlineTrainerState()
         self.parts = Parts(
             args, ready, self.accelerator, optimizers=(self.optimizer, self.lr_scheduler), data_collator=data_collator,

@@ -22,21 +22,20 @@ class TrainedWeights:
         self._sharding = sharding
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: self._sharding.complete(p.detach()).contiguous() for name, p in self._parameters().items()}
+        return {name: self._sharding.complete(p, p).contiguous() for name, p in self._parameters().items()}
 
     def load_state_dict(self, weights: Mapping[str, Tensor]) -> None:
         """Copy the weights bit for bit. CheckpointError if one is missing, or has another shape or dtype."""
         for name, parameter in self._parameters().items():
             if name not in weights:
                 raise CheckpointError(f"it lacks trained weights of this model, such as {name!r}.")
-            weight = weights[name]
-            if weight.shape != parameter.shape or weight.dtype != parameter.dtype:
+            weight, local = weights[name], self._sharding.local
+            shape, dtype = self._sharding.shape(parameter), local(parameter).dtype
+            if weight.shape != shape or weight.dtype != dtype:
                 raise CheckpointError(
-                    f"it has {name!r} as {weight.dtype} {list(weight.shape)}; the model has it as {parameter.dtype} "
-                    f"{list(parameter.shape)}."
+                    f"it has {name!r} as {weight.dtype} {list(weight.shape)}; the model has it as {dtype} {list(shape)}."
                 )
             with torch.no_grad():
-                local = self._sharding.local
                 local(parameter).copy_(local(self._sharding.part(weight, parameter)))
         self._sharding.written()
 
@@ -52,17 +51,24 @@ class ShardedOptimizer:
         self._sharding = sharding
 
     def state_dict(self) -> dict[str, Any]:
-        state = self._optimizer.state_dict()
-        return state | {"state": _each_tensor(state["state"], lambda index, tensor: self._sharding.complete(tensor))}
+        state, parameters = self._optimizer.state_dict(), self._parameters()
+
+        def complete(index: int, tensor: Tensor) -> Tensor:
+            return self._sharding.complete(tensor, parameters[index])
+
+        return state | {"state": _each_tensor(state["state"], complete)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the process's part of each moment."""
-        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        parameters = self._parameters()
 
         def part(index: int, tensor: Tensor) -> Tensor:
             return self._sharding.part(tensor, parameters[index])
 
         self._optimizer.load_state_dict(state | {"state": _each_tensor(state["state"], part)})
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
 
 def _each_tensor(states: dict[int, dict[str, Any]], change: Callable[[int, Tensor], Tensor]) -> dict[int, Any]:

@@ -1,0 +1,177 @@
+"""What FSDP2 and DeepSpeed offer and this version rejects, before a model is loaded or a run begins."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
+from packaging.version import Version
+from peft import PeftModel
+from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers.training_args import ParallelMode
+
+from ..errors import ConfigError, NotAvailableYetError, shown
+from ..policy.quantization import is_quantized
+from ..policy.reference import trained_outside_adapters
+from ..trust.gradient_scale import KNOWN
+
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+"""Values of `optim` whose moments are sharded as the parameters are."""
+DEEPSPEED = ("0.19", "0.20")
+"""The versions of DeepSpeed that were tested: from the first on, and below the second."""
+
+
+class Option(NamedTuple):
+    """An option of an engine: its value, whether it is available, and what to do if it is not."""
+
+    name: str
+    got: Any
+    works: bool
+    fix: str
+
+
+def engine_of(args: Any) -> str | None:
+    """The engine that the configuration or the launcher asks for; None for complete parameters on each process."""
+    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return "FSDP2"
+    return "DeepSpeed" if args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") else None
+
+
+def reject_launch(args: Any) -> None:
+    """Raise an error for an engine that cannot start; before transformers reads the configuration."""
+    engine = engine_of(args)
+    if engine is not None and args.use_cpu:
+        raise NotAvailableYetError(
+            f"`use_cpu` got True with {engine}, which accelerate would ignore: each process would train a complete model. "
+            f"Leave `use_cpu` out, or start the run without {engine} (examples/accelerate/cpu_gloo.yaml)."
+        )
+    if engine == "DeepSpeed":
+        _check_deepspeed()
+
+
+def _check_deepspeed() -> None:
+    lowest, limit = DEEPSPEED
+    fix = f"pip install 'trl-trustkl[deepspeed]', or 'deepspeed>={lowest},<{limit}'"
+    try:
+        version = importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(f"DeepSpeed is not installed: {fix}.") from None
+    if not Version(lowest) <= Version(version) < Version(limit):
+        raise NotAvailableYetError(
+            f"DeepSpeed {version} is not available; its internals may differ from those of {lowest} to {limit} (exclusive), "
+            f"which were tested: {fix}."
+        )
+
+
+def reject_sharding_options(args: Any) -> None:
+    """Raise an error for what the engine does not support here; after transformers has read the configuration."""
+    engine = engine_of(args)
+    if engine is None:
+        return
+    if args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise ConfigError(
+            f"{engine} is configured in a run of one process, which has nothing to shard over; start several with accelerate "
+            "launch or torchrun, or leave `fsdp` and `deepspeed` out."
+        )
+    of_engine = _fsdp_options(args) if engine == "FSDP2" else _deepspeed_options(args)
+    for name, got, works, fix in itertools.chain(of_engine, _options(args)):
+        if not works:
+            raise NotAvailableYetError(f"`{name}` got {shown(got)}, which is not available with {engine}; {fix}.")
+
+
+def _options(args: Any) -> Iterator[Option]:
+    """Fields of the configuration."""
+    generation = args.arguments("generation_kwargs")
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    yield Option("fp16", True, not args.fp16, "use bf16=True, or float32")
+    yield Option("optim", optimizer, optimizer in OPTIMIZERS, f"use one of {', '.join(OPTIMIZERS)}")
+    yield Option("sync_ref_model", True, not args.sync_ref_model, "leave it False")
+    yield Option("use_vllm", True, not args.use_vllm, "leave it False: responses are sampled with the gathered weights")
+    yield Option(
+        "generation_kwargs", generation, not {"cache_implementation", "compile_config"} & generation.keys(),
+        "leave out cache_implementation and compile_config: gathered weights change their place in memory",
+    )  # fmt: skip
+
+
+def _fsdp_options(args: Any) -> Iterator[Option]:
+    given = getattr(args, "fsdp_plugin_args", None) or {}
+    version = int(given.get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))
+    fix = "set fsdp_version: 2 in accelerate's configuration, or fsdp_config={'version': 2}"
+    yield Option("fsdp_version", version, version == 2, fix)
+    plugin = FullyShardedDataParallelPlugin(**given)
+    policy = getattr(plugin.auto_wrap_policy, "__name__", "NO_WRAP")
+    yield Option("fsdp_offload_params", True, not isinstance(plugin.cpu_offload, CPUOffloadPolicy), "leave it false")
+    yield Option(
+        "fsdp_activation_checkpointing", True, not plugin.activation_checkpointing, "set gradient_checkpointing=True instead"
+    )  # fmt: skip
+    yield Option(
+        "fsdp_auto_wrap_policy", policy, policy == "transformer_auto_wrap_policy", "use TRANSFORMER_BASED_WRAP"
+    )
+
+
+def _deepspeed_options(args: Any) -> Iterator[Option]:
+    config = args.deepspeed_plugin.deepspeed_config
+    zero = config.get("zero_optimization", {})
+    stage, clipping = zero.get("stage", 0), config.get("gradient_clipping", "auto")
+    precision = config.get("bf16", {}).get("enabled", "auto")
+    yield Option("zero_stage", stage, stage in (2, 3), "use 2 or 3")
+    for name in ("offload_optimizer", "offload_param"):
+        device = zero.get(name, {}).get("device", "none")
+        yield Option(f"{name}_device", device, device == "none", "leave it none")
+    yield Option(
+        "gradient_clipping", clipping, clipping in ("auto", 0, args.max_grad_norm),
+        "leave it out: `max_grad_norm` limits the norms of the gradients of policy and value",
+    )  # fmt: skip
+    yield Option(
+        "bf16", precision, precision in ("auto", bool(args.bf16)), f"leave it out: `bf16` is {bool(args.bf16)}"
+    )
+    yield Option("fp16", True, config.get("fp16", {}).get("enabled", "auto") in ("auto", False), "use bf16, or float32")
+    for name, fix in (("optimizer", "set `optim` instead"), ("scheduler", "set `lr_scheduler_type` instead")):
+        yield Option(name, config.get(name), name not in config, fix)
+    for name, off in (
+        ("zero_hpz_partition_size", 1), ("zero_quantized_weights", False), ("zero_quantized_gradients", False),
+        ("mics_shard_size", -1),
+    ):  # fmt: skip
+        got = zero.get(name, off)
+        yield Option(name, got, got == off, "leave it out")
+    for name in ("torch_autocast", "tensor_parallel", "sequence_parallel_size"):
+        yield Option(name, config.get(name), not config.get(name), "leave it out")
+    yield Option("ds3_gather_for_generation", False, args.ds3_gather_for_generation, "leave it True")
+
+
+def reject_unsharded(args: Any, models: dict[str, Any], optimizer: Any, rollout_engine: Any) -> None:
+    """Raise NotAvailableYetError for a model (by its argument), an optimizer or a rollout engine that cannot be used with the
+    engine that shards."""
+    engine = engine_of(args)
+    for name, model in models.items():
+        if model is not None and is_quantized(model):
+            raise NotAvailableYetError(
+                f"`{name}` is quantised, which is not available with {engine}; load it without quantization_config, or start "
+                "the run with DDP (examples/accelerate/multi_gpu.yaml)."
+            )
+    policy = models["model"]
+    if isinstance(policy, PeftModel) and (outside := trained_outside_adapters(policy)):
+        raise NotAvailableYetError(
+            f"`peft_config` trains {next(iter(outside))!r}, which is not in the adapter; this is not available with {engine}. "
+            "Leave the bias at 'none'."
+        )
+    head = policy.get_output_embeddings()
+    if engine == "DeepSpeed" and head is not None and any(head.children()):
+        raise NotAvailableYetError(
+            "`peft_config` adapts the output head, which is not available with DeepSpeed; leave it out of `target_modules`, or "
+            "use FSDP2 (examples/accelerate/fsdp2.yaml)."
+        )
+    if optimizer is not None and type(optimizer) not in KNOWN:
+        raise NotAvailableYetError(
+            f"`optimizers` got a {type(optimizer).__name__}, which is not available with {engine}; use torch.optim.AdamW, "
+            "Adam or SGD."
+        )
+    if rollout_engine is not None:
+        raise NotAvailableYetError(
+            f"`rollout_engine` got a {type(rollout_engine).__name__}, which is not available with {engine}: the weights for it "
+            "are not gathered. Leave it None."
+        )
