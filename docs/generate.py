@@ -17,6 +17,7 @@ import inspect
 import io
 import os
 import re
+import runpy
 import sys
 import typing
 from collections.abc import Callable, Iterable
@@ -111,6 +112,50 @@ def engine_example() -> str:
     """The engine of examples/custom_engine.py."""
     code = (ROOT / "examples" / "custom_engine.py").read_text("utf-8")
     return f"```python\n{code.partition('# docs: begin')[2].partition('# docs: end')[0].strip()}\n```\n"
+
+
+def sharded_memory() -> str:
+    """The peaks that examples/sharded_memory.py counts."""
+    example = runpy.run_path(str(ROOT / "examples" / "sharded_memory.py"))
+    rows, counts = [], (2, 4, 8)
+    for title, rank in (("LoRA, r = 16", 16), ("full fine-tuning", None)):
+        shape = example["shapes"](example["LLAMA_8B"], rank)
+        for engine in example["ENGINES"]:
+            sums = [example["peak"](example["held"](engine, shape, count, full=rank is None)) for count in counts]
+            rows.append((title, engine, *(f"{each / 1e9:.0f}" for each in sums)))
+    return table(("", "engine", *(f"{count} GPUs" for count in counts)), rows)
+
+
+def vllm_measured() -> str:
+    """What benchmarks/vllm_rollouts.py measured."""
+    found = {}
+    for part in ("speed", "runs"):
+        with open(ROOT / "benchmarks" / "data" / f"vllm_{part}.csv", encoding="utf-8") as file:
+            found[part] = list(csv.DictReader(file))
+    speed, runs = found["speed"], found["runs"]
+    rates = table(
+        ("engine", "policy", "dtype", "responses", "tokens/s", "sending the weights, s", "start, s"),
+        (
+            (r["engine"], r["policy"], r["dtype"], r["batch"], f"{float(r['tokens_per_second']):.0f}",
+             f"{float(r['sync_seconds']):.2f}", f"{float(r['start_seconds']):.1f}")
+            for r in speed
+        ),
+    )  # fmt: skip
+    complete = table(
+        ("engine", "policy", "dtype", "updates", "largest `sampler/kl`", "π_old/μ", "largest KL(π_old‖π) by float64",
+         "above the limit", "score, first and last third"),
+        (
+            (r["engine"], r["policy"], r["dtype"], r["updates"], f"{float(r['largest_sampler_kl']):.1e}",
+             f"{float(r['smallest_ratio']):.4f} to {float(r['largest_ratio']):.4f}", f"{float(r['largest_dense_kl']):.4f}",
+             r["over_the_limit"], f"{float(r['first_scores']):+.2f} → {float(r['last_scores']):+.2f}")
+            for r in runs
+        ),
+    )  # fmt: skip
+    return (
+        f"SmolLM2-135M, vLLM 0.31, {speed[0]['machine']}; `benchmarks/vllm_rollouts.py speed`, responses of "
+        f"{speed[0]['tokens']} tokens to short prompts.\n\n{rates}\n`benchmarks/vllm_rollouts.py runs`, updates of 16 "
+        f"responses with trust_max_kl=0.02, one seed.\n\n{complete}"
+    )
 
 
 def _is_number(hint: Any) -> bool:
@@ -342,7 +387,8 @@ PARTS: dict[str, Callable[[], str]] = {
     each.__name__: each
     for each in (
         configuration, trl_configuration, inherited, rejected, unused, options, record, completions, estimators, rules,
-        controllers, gradients, bounds, others, memory, commands, contributing, engine_example,
+        controllers, gradients, bounds, others, memory, commands, contributing, engine_example, vllm_measured,
+        sharded_memory,
     )
 }  # fmt: skip
 

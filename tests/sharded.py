@@ -46,6 +46,10 @@ def on_cpus(engine: str, **changes: str) -> None:
         return "gloo", DistributedType.MULTI_GPU
 
     PartialState._prepare_backend = prepare_backend
+    if engine != "fsdp2":
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__.clear()  # or it compiles its own collectives for shared memory
     if engine == "zero3":
         _shard_small_weights()
 

@@ -7,6 +7,7 @@ This file is also the program that each of the two processes runs, with an engin
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import sharded, tiny
 from tests.dense import dense_kl, rollout_logps
-from tests.processes import in_two_processes
+from tests.processes import ROOT, in_two_processes
 from trl_trustkl import TrustKLPPOTrainer, load_records
 from trl_trustkl.policy.loading import trainable
 from trl_trustkl.trust.limits import TrustRegion
@@ -152,6 +153,20 @@ def is_sharded(trainer: Watched, engine: str) -> bool:
     return len(trainer.optimizer.state) > 5 and moments < 0.6 * count
 
 
+def bytes_held(trainer: Watched, engine: str) -> dict[str, int]:
+    """Bytes of the policy's tensors on this process."""
+    weights = list(trainer.model.policy.parameters())
+    trained = [p for p in weights if p.requires_grad]
+    local, state = trainer.parts.sharding.local, trainer.optimizer.state
+    masters = 0 if engine == "fsdp2" else sum(local(p).nbytes for p in trained)
+    reference = trainer.reference.model
+    return {
+        "weights": sum(own(p).nbytes for p in weights) + masters,
+        "moments": sum(own(e).nbytes for p in trained for name, e in state[p].items() if name != "step"),
+        "reference": 0 if reference is None else sum(own(p).nbytes for p in reference.parameters()),
+    }
+
+
 def program(folder: Path, engine: str, *kinds: str) -> None:
     sharded.on_cpus(engine)
     for kind in kinds:
@@ -166,6 +181,7 @@ def program(folder: Path, engine: str, *kinds: str) -> None:
         rank = straight.parts.processes.index
         save_file(found, folder / f"{kind}-rank{rank}.safetensors")
         (folder / f"{kind}-rank{rank}.json").write_text(json.dumps(straight.dense))
+        (folder / f"{kind}-bytes{rank}.json").write_text(json.dumps(bytes_held(straight, engine)))
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +256,21 @@ def test_saved_files_load_in_a_plain_process(two: Path, kind: str, saved: str) -
     assert len(found) > 5
     for name, weight in found.items():
         assert torch.equal(weight, expected[f"policy.{name}"]), name
+
+
+@pytest.mark.parametrize(("engine", "kind"), EVERY)
+def test_each_process_holds_what_the_example_counts(two: Path, engine: str, kind: str) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "sharded_memory.py"))
+    shape = example["shapes"](tiny.llama().config, None if kind == "full" else tiny.lora().r)
+    if kind == "lora":  # the tests adapt fewer layers than the example
+        shape = shape._replace(trained=sum(p.numel() for p in tiny.tuned().parameters() if p.requires_grad))
+    name = {"fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}[engine]
+    expected = example["held"](name, shape, 2, full=kind == "full", low=4)
+    both = [json.loads((two / f"{kind}-bytes{rank}.json").read_text()) for rank in range(2)]
+    found = {key: sum(each[key] for each in both) / 2 for key in both[0]}
+    assert found["weights"] == pytest.approx(expected["weights"], rel=0.05)
+    assert found["moments"] == pytest.approx(expected["gradients and moments"] * 2 / 3, rel=0.05)
+    assert found["reference"] == pytest.approx(expected["reference"], rel=0.05)
 
 
 @pytest.mark.slow
