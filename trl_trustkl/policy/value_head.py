@@ -25,7 +25,7 @@ class NoValue(Module):
 
 
 class ValueHead(Module):
-    """A linear value on the policy's hidden states, in float32, initially 0."""
+    """A linear value on the policy's hidden states, initially 0; in float32, unless an engine casts all weights to bf16."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class ValueHead(Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.linear(hidden.float()).squeeze(-1)
+            return self.linear(hidden.to(self.linear.weight.dtype)).squeeze(-1).float()
 
 
 class ValueModel(Module):
