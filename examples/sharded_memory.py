@@ -62,11 +62,12 @@ def held(engine: str, shape: Shapes, processes: int, *, full: bool, low: int = 2
     of_passes = low if zero else 4
     complete = frozen * low + trained * of_passes  # the weights of the passes
     layers = 2 * shape.layer + shape.root
+    kept = shape.root if engine == "FSDP2" else 0  # embeddings and head of a separate reference stay gathered
     return {
         "weights": low * frozen / weights + of_trained,
         "gradients and moments": 12 * trained / moments,
         "weights before and after an update": 8 * trained / moments,
-        "reference": of_passes * shape.base / weights if full else 0,
+        "reference": of_passes * ((shape.base - kept) / weights + kept) if full else 0,
         "head of π_old": of_passes * shape.head if full else 0,
         "gathered: for a pass": 0 if weights == 1 else complete * layers / shape.base,
         "gathered: for sampling": 0 if weights == 1 else complete,

@@ -148,10 +148,10 @@ def reject_unsharded(args: Any, models: dict[str, Any], optimizer: Any, rollout_
     engine that shards."""
     engine = engine_of(args)
     for name, model in models.items():
-        if model is not None and is_quantized(model):
+        if engine == "FSDP2" and model is not None and is_quantized(model):
             raise NotAvailableYetError(
-                f"`{name}` is quantised, which is not available with {engine}; load it without quantization_config, or start "
-                "the run with DDP (examples/accelerate/multi_gpu.yaml)."
+                f"`{name}` is quantised, which is not available with FSDP2; load it without quantization_config, or start the "
+                "run with DeepSpeed (examples/accelerate/zero3.yaml) or DDP (multi_gpu.yaml)."
             )
     policy = models["model"]
     if isinstance(policy, PeftModel) and (outside := trained_outside_adapters(policy)):
