@@ -133,12 +133,16 @@ def vllm_measured() -> str:
         with open(ROOT / "benchmarks" / "data" / f"vllm_{part}.csv", encoding="utf-8") as file:
             found[part] = list(csv.DictReader(file))
     speed, runs = found["speed"], found["runs"]
+    found_rates = {(r["engine"], r["policy"], r["dtype"], r["batch"]): float(r["tokens_per_second"]) for r in speed}
+    sending = {(r["engine"], r["policy"], r["dtype"]): float(r["sync_seconds"]) for r in speed}
+    engines, batches = ("transformers", "colocate", "server"), ("16", "64")
     rates = table(
-        ("engine", "policy", "dtype", "responses", "tokens/s", "sending the weights, s", "start, s"),
+        ("policy", "dtype", *(f"{engine}, {batch}" for engine in engines for batch in batches),
+         *(f"{engine}, sending" for engine in engines[1:])),
         (
-            (r["engine"], r["policy"], r["dtype"], r["batch"], f"{float(r['tokens_per_second']):.0f}",
-             f"{float(r['sync_seconds']):.2f}", f"{float(r['start_seconds']):.1f}")
-            for r in speed
+            (policy, dtype, *(f"{found_rates[engine, policy, dtype, batch]:.0f}" for engine in engines for batch in batches),
+             *(f"{sending[engine, policy, dtype]:.1f} s" for engine in engines[1:]))
+            for policy, dtype in dict.fromkeys((r["policy"], r["dtype"]) for r in speed)
         ),
     )  # fmt: skip
     complete = table(
@@ -152,9 +156,10 @@ def vllm_measured() -> str:
         ),
     )  # fmt: skip
     return (
-        f"SmolLM2-135M, vLLM 0.31, {speed[0]['machine']}; `benchmarks/vllm_rollouts.py speed`, responses of "
-        f"{speed[0]['tokens']} tokens to short prompts.\n\n{rates}\n`benchmarks/vllm_rollouts.py runs`, updates of 16 "
-        f"responses with trust_max_kl=0.02, one seed.\n\n{complete}"
+        f"Tokens per second for 16 and for 64 prompts, responses of {speed[0]['tokens']} tokens, and seconds of sending the "
+        f"weights (`benchmarks/vllm_rollouts.py speed`; SmolLM2-135M, vLLM 0.31; {speed[0]['machine']}):\n\n{rates}\n"
+        "Complete runs with a limit of 0.02 on KL(π_old‖π), 16 responses an update, one seed "
+        f"(`benchmarks/vllm_rollouts.py runs`):\n\n{complete}"
     )
 
 

@@ -254,6 +254,15 @@ def test_two_processes_with_shards_equal_one_with_twice_the_batch(two: Path, tmp
 
 
 @pytest.mark.parametrize(("engine", "kind"), EVERY)
+def test_one_process_resumes_a_run_of_two(two: Path, tmp_path: Path, kind: str) -> None:
+    one = trained(tmp_path, kind, 1, resume=str(two / kind / "checkpoint-2"))
+    expected = load_file(two / f"{kind}-rank0.safetensors")
+    for name, weight in weights(one).items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5 if kind == "qlora" else 2e-6)
+    assert [record["update"] for record in load_records(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("engine", "kind"), EVERY)
 def test_the_limit_holds_and_the_recorded_kl_is_that_of_the_gathered_weights(two: Path, kind: str) -> None:
     dense, again = (json.loads((two / f"{kind}-rank{rank}.json").read_text()) for rank in range(2))
     records = load_records(two / kind)

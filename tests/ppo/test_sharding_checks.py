@@ -105,7 +105,6 @@ def launched(monkeypatch):
         ({}, {"optim": "adamw_8bit"}, ("`optim` got 'adamw_8bit'", "adamw_torch")),
         ({}, {"optim": "adafactor"}, ("`optim` got 'adafactor'", "adamw_torch")),
         ({}, {"sync_ref_model": True}, ("`sync_ref_model` got True", "leave it False")),
-        ({}, {"use_vllm": True}, ("`use_vllm` got True", "leave it False")),
         (
             {},
             {"generation_kwargs": {"cache_implementation": "static"}},
@@ -155,7 +154,6 @@ def test_what_fsdp2_does_not_support_is_rejected_before_anything_is_loaded(
         ({"fields": {"fp16": True}}, ("`fp16` got True", "bf16=True")),
         ({"fields": {"optim": "adamw_8bit"}}, ("`optim` got 'adamw_8bit'", "adamw_torch")),
         ({"fields": {"sync_ref_model": True}}, ("`sync_ref_model` got True", "with DeepSpeed")),
-        ({"fields": {"use_vllm": True}}, ("`use_vllm` got True", "with DeepSpeed")),
     ],
 )
 def test_what_deepspeed_offers_and_is_not_supported_is_rejected_before_anything_is_loaded(changes, pieces, tmp_path):
@@ -202,15 +200,14 @@ def quantised() -> Any:
         ({"value_model": quantised}, ("`value_model` is quantised",)),
         ({"model": lambda: tiny.tuned(tiny.gpt2(), bias="all")}, ("`peft_config` trains", "bias at 'none'")),
         ({"optimizer": lambda: torch.optim.RAdam([torch.zeros(1)])}, ("`optimizers` got a RAdam", "AdamW")),
-        ({"engine": object}, ("`rollout_engine` got a object", "Leave it None")),
     ],
 )
 def test_what_cannot_be_sharded_is_rejected(changes, pieces):
     given = {"model": tiny.llama, "ref_model": lambda: None, "value_model": lambda: None} | changes
     built = {name: build() for name, build in given.items()}
-    optimizer, engine = built.pop("optimizer", None), built.pop("engine", None)
+    optimizer = built.pop("optimizer", None)
     with pytest.raises(NotAvailableYetError) as error:
-        reject_unsharded(Asked("fsdp"), built, optimizer, engine)
+        reject_unsharded(Asked("fsdp"), built, optimizer)
     assert all(piece in str(error.value) for piece in pieces), str(error.value)
 
 
@@ -218,7 +215,7 @@ def test_what_cannot_be_sharded_is_rejected(changes, pieces):
 def test_an_adapter_on_the_output_head_is_rejected_with_deepspeed(asked, rejected):
     models = {"model": tiny.tuned(target_modules=["q_proj", "lm_head"]), "ref_model": None, "value_model": None}
     with pytest.raises(NotAvailableYetError, match="adapts the output head") if rejected else nullcontext():
-        reject_unsharded(Asked(asked), models, None, None)
+        reject_unsharded(Asked(asked), models, None)
 
 
 def test_what_can_be_sharded_is_accepted():
@@ -226,4 +223,4 @@ def test_what_can_be_sharded_is_accepted():
     for model in (tiny.llama(), tiny.tuned()):
         models = {"model": model, "ref_model": tiny.llama(), "value_model": None}
         for optimizer in (None, torch.optim.AdamW([weight]), torch.optim.SGD([weight])):
-            reject_unsharded(Asked("fsdp"), models, optimizer, None)
+            reject_unsharded(Asked("fsdp"), models, optimizer)

@@ -10,8 +10,9 @@ import torch
 from tests import survival, tiny
 from tests.pinned import on_pinned_transformers
 from tests.survival import build
-from trl_trustkl import TrustKLPPOConfig
+from trl_trustkl import TrustKLPPOConfig, load_records
 from trl_trustkl.errors import ConfigError
+from trl_trustkl.policy.loading import trainable
 from trl_trustkl.run import resume_compatibility as settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -111,3 +112,33 @@ def test_a_checkpoint_from_before_the_critic_free_estimators_fits(tmp_path):
         assert "`whiten_advantages`: True in the checkpoint, False now" in found and len(found) == 1 + 2 * (
             "num_generations" in changes
         )
+
+
+def divided(folder, rows: int, steps: int, **changes):
+    settings = {
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": steps,
+        "max_steps": 4,
+        "save_steps": 2,
+    }
+    return tiny.trainer(folder, changes={"num_mini_batches": 1, "save_strategy": "steps", **settings, **changes})
+
+
+def test_the_same_batch_may_be_divided_otherwise(tmp_path):
+    first, second = divided(tmp_path / "first", 4, 2), divided(tmp_path / "second", 2, 4)
+    first.train()
+    second.train(resume_from_checkpoint=tmp_path / "first" / "checkpoint-2")
+    assert [record["update"] for record in load_records(tmp_path / "second")] == [1, 2, 3, 4]
+    for one, other in zip(trainable(first.model), trainable(second.model), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "steps"),
+    [({"num_mini_batches": 2}, 2, 4), ({"measure_fraction": 0.5}, 2, 4), ({}, 4, 1)],
+    ids=["mini-batches", "measured in part", "another batch"],
+)
+def test_a_batch_that_would_not_be_the_same_is_named(tmp_path, changes, rows, steps):
+    divided(tmp_path, 4, 2, **changes).train()
+    with pytest.raises(ConfigError, match="`(per_device_train_batch_size|gradient_accumulation_steps)`: "):
+        divided(tmp_path, rows, steps, **changes).train(resume_from_checkpoint=True)

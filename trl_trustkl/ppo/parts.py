@@ -12,7 +12,7 @@ from torch import nn
 
 from ..parallel.engines import build_sharding
 from ..parallel.processes import Processes
-from ..parallel.sharding import Replicated
+from ..parallel.sharding import REPLICATED, Replicated
 from ..policy.forward import ForwardPass
 from ..policy.merged_weights import merged_weights
 from ..policy.quantization import is_quantized
@@ -24,6 +24,7 @@ from ..rollout.prompt_stream import StreamOrder
 from ..rollout.prompts import Collator, PromptOrder
 from ..rollout.sampling import Rollouts
 from ..rollout.scorer import Scorer
+from ..rollout.transformers_engine import TransformersEngine
 from ..run.failure_handling import FailureHandling
 from ..run.recorder import Recorder
 from ..run.resume_compatibility import RunSettings, setup_of
@@ -84,7 +85,7 @@ class Parts:
         if sharding.sharded:
             trained = models.trained
             named = {"model": trained.policy, "ref_model": models.reference.model, "value_model": trained.value_model}
-            reject_unsharded(args, named, optimizer, engine)
+            reject_unsharded(args, named, optimizer)
         rows = None if isinstance(models.train, IterableDataset) else len(models.train)
         self.sizes = set_batch_sizes(args, rows=rows, processes=processes.count)
         warn_of_horizons(args, self.sizes)
@@ -144,4 +145,5 @@ def rollouts(
     return Rollouts(
         found, lambda: merged_weights(policy), processes, vocabulary=models.token_limits.vocabulary,
         length=args.response_length, pad_token_id=models.tokenizer.pad_token_id,
+        gathered=REPLICATED.gathered if isinstance(found, TransformersEngine) else sharding.gathered,
     )  # fmt: skip

@@ -90,7 +90,6 @@ def _options(args: Any) -> Iterator[Option]:
     yield Option("fp16", True, not args.fp16, "use bf16=True, or float32")
     yield Option("optim", optimizer, optimizer in OPTIMIZERS, f"use one of {', '.join(OPTIMIZERS)}")
     yield Option("sync_ref_model", True, not args.sync_ref_model, "leave it False")
-    yield Option("use_vllm", True, not args.use_vllm, "leave it False: responses are sampled with the gathered weights")
     yield Option(
         "generation_kwargs", generation, not {"cache_implementation", "compile_config"} & generation.keys(),
         "leave out cache_implementation and compile_config: gathered weights change their place in memory",
@@ -143,9 +142,8 @@ def _deepspeed_options(args: Any) -> Iterator[Option]:
     yield Option("ds3_gather_for_generation", False, args.ds3_gather_for_generation, "leave it True")
 
 
-def reject_unsharded(args: Any, models: dict[str, Any], optimizer: Any, rollout_engine: Any) -> None:
-    """Raise NotAvailableYetError for a model (by its argument), an optimizer or a rollout engine that cannot be used with the
-    engine that shards."""
+def reject_unsharded(args: Any, models: dict[str, Any], optimizer: Any) -> None:
+    """Raise NotAvailableYetError for a model (by its argument) or an optimizer that cannot be used with the engine."""
     engine = engine_of(args)
     for name, model in models.items():
         if engine == "FSDP2" and model is not None and is_quantized(model):
@@ -169,9 +167,4 @@ def reject_unsharded(args: Any, models: dict[str, Any], optimizer: Any, rollout_
         raise NotAvailableYetError(
             f"`optimizers` got a {type(optimizer).__name__}, which is not available with {engine}; use torch.optim.AdamW, "
             "Adam or SGD."
-        )
-    if rollout_engine is not None:
-        raise NotAvailableYetError(
-            f"`rollout_engine` got a {type(rollout_engine).__name__}, which is not available with {engine}: the weights for it "
-            "are not gathered. Leave it None."
         )

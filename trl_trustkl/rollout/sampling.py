@@ -62,11 +62,16 @@ def ended(rollout: Rollout, stop_ids: list[int]) -> Tensor:
     return (is_stop(rollout.response_ids, stop_ids) & rollout.response_mask).any(-1)
 
 
+def _called(call: Callable[[], None]) -> None:
+    call()
+
+
 class Rollouts:
     """Samples responses with an engine, to which it gives the policy's weights whenever they may have changed.
 
     weights: returns the policy's weights, as `RolloutEngine.sync` gets them. vocabulary: the number of tokens of the policy.
-    length: of a response, at most; responses are padded to it on the right.
+    length: of a response, at most; responses are padded to it on the right. gathered: makes a call for whose duration this
+    process has all weights; all processes call it together.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class Rollouts:
         vocabulary: int,
         length: int,
         pad_token_id: int,
+        gathered: Callable[[Callable[[], None]], None] = _called,
     ) -> None:
         self.engine = engine
         self._weights = weights
@@ -85,6 +91,7 @@ class Rollouts:
         self._vocabulary = vocabulary
         self._length = length
         self._pad_token_id = pad_token_id
+        self._gathered = gathered
         self._version = 0
 
     @property
@@ -105,7 +112,7 @@ class Rollouts:
         """Give the engine the policy's weights, on all processes; returns the seconds that this took."""
         started = time.perf_counter()
         with raised_on_all(self._processes, TrustKLError, Overdue), self._as_rollout_error():
-            self.engine.sync(self._version, self._weights())
+            self._gathered(lambda: self.engine.sync(self._version, self._weights()))
         return time.perf_counter() - started
 
     def close(self) -> None:

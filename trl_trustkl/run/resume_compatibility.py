@@ -47,6 +47,9 @@ HARMLESS = (
 """Fields that may differ between a checkpoint and the run that resumes it. All others must be the same, including those
 that later versions add."""
 
+DIVISION = ("per_device_train_batch_size", "gradient_accumulation_steps")
+"""Fields that may differ, as may the number of processes, where they divide the same batch: numbers change only by rounding."""
+_PROCESSES = "number of processes"
 _ADAPTER_NOTES = ("inference_mode", "peft_version", "base_model_name_or_path", "auto_mapping", "revision")
 
 
@@ -74,8 +77,8 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=_plain))
 
 
-def differences(saved: dict[str, Any], now: dict[str, Any], args: Any) -> Iterator[str]:
-    """A message for each field that differs between the checkpoint and `now`, both as returned by `compared`."""
+def differences(saved: dict[str, Any], now: dict[str, Any], args: Any) -> Iterator[tuple[str, str]]:
+    """The fields that differ between the checkpoint and `now`, both as returned by `compared`, with a message."""
     defaults = {f.name: as_json(f.default) for f in dataclasses.fields(args) if f.default is not dataclasses.MISSING}
     for name, value in now.items():
         was = saved.get(name, defaults.get(name))
@@ -84,7 +87,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any], args: Any) -> Iterat
         if name == _LENGTH:
             name = "max_steps"
         why = " (the learning rate's schedule depends on the number of updates)" if name == "max_steps" else ""
-        yield f"`{name}`: {was!r} in the checkpoint, {value!r} now{why}"
+        yield name, f"`{name}`: {was!r} in the checkpoint, {value!r} now{why}"
 
 
 def _depends_on_length(args: Any) -> bool:
@@ -119,15 +122,26 @@ class RunSettings:
 
     def check(self, state: dict[str, Any], folder: Path) -> None:
         """Raise a ConfigError that names every setting which differs from the checkpoint's and must not."""
-        found = list(differences(state["config"], self._config, self._args))
+        divided = self._is_divided_otherwise(state)
+        found = [
+            message
+            for name, message in differences(state["config"], self._config, self._args)
+            if not (divided and name in DIVISION)
+        ]
         for name, was in state["setup"].items():
-            if was != self._setup[name]:
+            if was != self._setup[name] and not (divided and name == _PROCESSES):
                 found.append(_difference(name, was, self._setup[name]))
         if found:
             raise ConfigError(
                 f"`resume_from_checkpoint` got {folder}, which was saved under other settings: {'; '.join(found)}. "
                 "Resume with the checkpoint's settings; or start a new run from its weights, in another output_dir."
             )
+
+    def _is_divided_otherwise(self, state: dict[str, Any]) -> bool:
+        """Whether other processes, or another number of them, make the same batch, of which every step uses all."""
+        batch = state["config"].get("batch_size")
+        whole = self._args.num_mini_batches == 1 and self._args.measure_fraction == 1
+        return whole and batch is not None and batch == self._config["batch_size"]
 
 
 def setup_of(trained: PolicyAndValue, *, rows: int | None, processes: int) -> dict[str, Any]:
@@ -137,7 +151,7 @@ def setup_of(trained: PolicyAndValue, *, rows: int | None, processes: int) -> di
         everything = as_json(policy.peft_config[policy.active_adapter].to_dict())
         adapter = {key: value for key, value in everything.items() if key not in _ADAPTER_NOTES}
     return {
-        "number of processes": processes,
+        _PROCESSES: processes,
         "rows of train_dataset": rows,
         "vocabulary size": trained.split_lm.vocab_size,
         "trained numbers of the policy": count(policy),

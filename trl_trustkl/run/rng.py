@@ -58,7 +58,10 @@ def mixed_seed(*keys: int) -> int:
 
 
 class ProcessRandomStates:
-    """The random states of all processes, for checkpoints. Both methods are called by all processes."""
+    """The random states of all processes, for checkpoints. Both methods are called by all processes.
+
+    Among more processes than were saved, several get the same state.
+    """
 
     def __init__(self, processes: Processes) -> None:
         self._processes = processes
@@ -67,7 +70,7 @@ class ProcessRandomStates:
         return self._processes.gather_objects([capture()])
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        restore(states[self._processes.index])
+        restore(states[self._processes.index % len(states)])
 
 
 def capture() -> dict[str, Any]:
