@@ -59,7 +59,9 @@ def program(folder: Path, model: Path, engine: str, url: str) -> None:
             save_file(found, run / f"{torch.distributed.get_rank()}.safetensors")
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3", pytest.param("zero2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "engine", ["fsdp2", *(pytest.param(zero, marks=pytest.mark.slow) for zero in ("zero2", "zero3"))]
+)
 def test_engines_get_the_weights_of_all_processes(tmp_path: Path, engine: str) -> None:
     if engine != "fsdp2":
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'trl-trustkl[deepspeed]'")
