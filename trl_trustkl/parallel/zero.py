@@ -192,8 +192,8 @@ class ZeRO(Replicated):
             with GatheredParameters([tensor]):
                 return tensor.detach().clone()
         mine = part.master if tensor is like else tensor
-        if mine.shape != part.master.shape:  # the count of steps
-            return tensor
+        if mine.shape != part.master.shape:  # the count of steps, of which each parameter gets its own in a file
+            return tensor.clone()
         shape = self.shape(like)
         found = mine.new_zeros(shape.numel())
         found[part.start : part.start + mine.numel()] = mine

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +77,17 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=_plain))
 
 
-def differences(saved: dict[str, Any], now: dict[str, Any], args: Any) -> Iterator[tuple[str, str]]:
-    """The fields that differ between the checkpoint and `now`, both as returned by `compared`, with a message."""
+def differences(saved: dict[str, Any], now: dict[str, Any], args: Any, ignored: Sequence[str] = ()) -> Iterator[str]:
+    """A message for each field that differs between the checkpoint and `now`, both as returned by `compared`."""
     defaults = {f.name: as_json(f.default) for f in dataclasses.fields(args) if f.default is not dataclasses.MISSING}
     for name, value in now.items():
         was = saved.get(name, defaults.get(name))
-        if was == value or (name == _LENGTH and not _depends_on_length(args)):
+        if was == value or name in ignored or (name == _LENGTH and not _depends_on_length(args)):
             continue
         if name == _LENGTH:
             name = "max_steps"
         why = " (the learning rate's schedule depends on the number of updates)" if name == "max_steps" else ""
-        yield name, f"`{name}`: {was!r} in the checkpoint, {value!r} now{why}"
+        yield f"`{name}`: {was!r} in the checkpoint, {value!r} now{why}"
 
 
 def _depends_on_length(args: Any) -> bool:
@@ -123,11 +123,8 @@ class RunSettings:
     def check(self, state: dict[str, Any], folder: Path) -> None:
         """Raise a ConfigError that names every setting which differs from the checkpoint's and must not."""
         divided = self._is_divided_otherwise(state)
-        found = [
-            message
-            for name, message in differences(state["config"], self._config, self._args)
-            if not (divided and name in DIVISION)
-        ]
+        ignored = DIVISION if divided else ()
+        found = list(differences(state["config"], self._config, self._args, ignored))
         for name, was in state["setup"].items():
             if was != self._setup[name] and not (divided and name == _PROCESSES):
                 found.append(_difference(name, was, self._setup[name]))
