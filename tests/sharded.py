@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import pytest
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
@@ -36,6 +37,12 @@ ZERO2 = ZERO3 | {
     "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false",
 }
 ENGINES = {"fsdp2": FSDP2, "zero2": ZERO2, "zero3": ZERO3}
+
+
+def require(engine: str) -> None:
+    """Skip a test where what it needs is not installed."""
+    if engine != "fsdp2":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'trl-trustkl[deepspeed]'")
 
 
 def on_cpus(engine: str, **changes: str) -> None:

@@ -215,8 +215,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path
 @pytest.fixture
 def two(engine: str, kind: str, runs: dict[Any, Path | None], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run in two processes, which is made once."""
-    if engine != "fsdp2":
-        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install '.[deepspeed]'")
+    sharded.require(engine)
     if (engine, kind) not in runs:
         runs[engine, kind] = None  # if it fails, it is not tried again
         kinds = ["lora", "full"] if engine == "fsdp2" else [kind]
@@ -309,6 +308,7 @@ def test_each_process_holds_what_the_example_counts(two: Path, engine: str, kind
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("engine", sharded.ENGINES)
 def test_no_update_of_50_exceeds_the_limit(tmp_path: Path, engine: str, kind: str) -> None:
+    sharded.require(engine)
     in_two_processes("-m", "tests.end_to_end.test_sharded", str(tmp_path), engine, kind, "50", cwd=tmp_path)
     dense = json.loads((tmp_path / f"{kind}-rank0.json").read_text())
     records = load_records(tmp_path / kind)

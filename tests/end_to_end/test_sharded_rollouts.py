@@ -63,8 +63,7 @@ def program(folder: Path, model: Path, engine: str, url: str) -> None:
     "engine", ["fsdp2", *(pytest.param(zero, marks=pytest.mark.slow) for zero in ("zero2", "zero3"))]
 )
 def test_engines_get_the_weights_of_all_processes(tmp_path: Path, engine: str) -> None:
-    if engine != "fsdp2":
-        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'trl-trustkl[deepspeed]'")
+    sharded.require(engine)
     model = saved(tmp_path / "model")
     with ExitStack() as servers:
         ours, others = (servers.enter_context(FakeVLLM(model)) for _ in range(2))

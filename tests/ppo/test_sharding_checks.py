@@ -180,8 +180,7 @@ def test_what_deepspeed_offers_and_is_supported_is_accepted(changes, stage, tmp_
 
 @pytest.mark.parametrize("engine", sharded.ENGINES)
 def test_the_example_configurations_are_accepted(tmp_path, launched, engine):
-    if engine != "fsdp2":
-        pytest.importorskip("deepspeed")
+    sharded.require(engine)
     launched(engine)
     Sharded(output_dir=str(tmp_path), bf16=False, report_to="none")
 
