@@ -45,7 +45,7 @@ def test_sharding_on_a_cpu_is_rejected(tmp_path, asked, engine, monkeypatch):
         tiny.config(tmp_path, **asked)
 
 
-@pytest.mark.parametrize("version", ["0.18.9", "0.20.0", None])
+@pytest.mark.parametrize("version", ["0.19.7", "0.20.0", None])
 def test_deepspeed_of_a_version_that_was_not_tested_is_rejected(version, monkeypatch):
     def installed(name: str) -> str:
         if version is None:
@@ -215,6 +215,14 @@ def test_an_adapter_on_the_output_head_is_rejected_with_deepspeed(asked, rejecte
     models = {"model": tiny.tuned(target_modules=["q_proj", "lm_head"]), "ref_model": None, "value_model": None}
     with pytest.raises(NotAvailableYetError, match="adapts the output head") if rejected else nullcontext():
         reject_unsharded(Asked(asked), models, None)
+
+
+@pytest.mark.parametrize(("asked", "rejected"), [("deepspeed", True), ("fsdp", False)])
+def test_dampening_is_rejected_with_deepspeed(asked, rejected):
+    models = {"model": tiny.llama(), "ref_model": None, "value_model": None}
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9, dampening=0.5)
+    with pytest.raises(NotAvailableYetError, match="SGD with dampening") if rejected else nullcontext():
+        reject_unsharded(Asked(asked), models, optimizer)
 
 
 def test_what_can_be_sharded_is_accepted():

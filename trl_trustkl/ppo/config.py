@@ -35,7 +35,7 @@ from ..trl_compat import activation_checkpointing
 from ..trust.limits import Limits
 from . import config_checks
 from .losses import Aggregation, Penalties
-from .sharding_checks import reject_sharding_options
+from .sharding_checks import engine_of, reject_sharding_options
 from .training_fields import only_transformers_checks, rejected_by_transformers
 from .training_fields import trl as _trl
 from .unsupported import reject_accelerator_config, reject_unsupported
@@ -229,7 +229,9 @@ class TrustKLPPOConfig(VLLMFields):
         config_checks.check_batch(self)
         config_checks.choose_best(self)
         choose_bf16(self)
-        if self.world_size is None:  # transformers reads it for DeepSpeed
+        if (
+            self.world_size is None and engine_of(self) == "DeepSpeed"
+        ):  # transformers reads it; this field hides its property
             self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         with rejected_by_transformers(only_transformers_checks(self)):
             super().__post_init__()

@@ -21,8 +21,8 @@ from ..trust.gradient_scale import KNOWN
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 """Values of `optim` whose moments are sharded as the parameters are."""
-DEEPSPEED = ("0.19", "0.20")
-"""The versions of DeepSpeed that were tested: from the first on, and below the second."""
+DEEPSPEED = ("0.19.8", "0.20")
+"""The versions of DeepSpeed that are accepted: from the first, which was tested, and below the second."""
 
 
 class Option(NamedTuple):
@@ -62,8 +62,7 @@ def _check_deepspeed() -> None:
         raise ConfigError(f"DeepSpeed is not installed: {fix}.") from None
     if not Version(lowest) <= Version(version) < Version(limit):
         raise NotAvailableYetError(
-            f"DeepSpeed {version} is not available; its internals may differ from those of {lowest} to {limit} (exclusive), "
-            f"which were tested: {fix}."
+            f"DeepSpeed {version} is not available; its internals may differ from those of {lowest}, which was tested: {fix}."
         )
 
 
@@ -167,4 +166,13 @@ def reject_unsharded(args: Any, models: dict[str, Any], optimizer: Any) -> None:
         raise NotAvailableYetError(
             f"`optimizers` got a {type(optimizer).__name__}, which is not available with {engine}; use torch.optim.AdamW, "
             "Adam or SGD."
+        )
+    if (
+        engine == "DeepSpeed"
+        and optimizer is not None
+        and any(group.get("dampening") for group in optimizer.param_groups)
+    ):
+        raise NotAvailableYetError(
+            "`optimizers` got an SGD with dampening, which is not available with DeepSpeed: its first step would be different. "
+            "Leave `dampening` at 0."
         )

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import RolloutError, TrustKLError, out_of_range
 from ..parallel.processes import Processes
+from ..parallel.sharding import REPLICATED
 from ..run.failure_handling import raised_on_all
 from ..run.rng import mixed_seed
 from ..run.signals import Overdue
@@ -62,10 +63,6 @@ def ended(rollout: Rollout, stop_ids: list[int]) -> Tensor:
     return (is_stop(rollout.response_ids, stop_ids) & rollout.response_mask).any(-1)
 
 
-def _called(call: Callable[[], None]) -> None:
-    call()
-
-
 class Rollouts:
     """Samples responses with an engine, to which it gives the policy's weights whenever they may have changed.
 
@@ -83,7 +80,7 @@ class Rollouts:
         vocabulary: int,
         length: int,
         pad_token_id: int,
-        gathered: Callable[[Callable[[], None]], None] = _called,
+        gathered: Callable[[Callable[[], None]], None] = REPLICATED.gathered,
     ) -> None:
         self.engine = engine
         self._weights = weights
