@@ -306,6 +306,11 @@ def main() -> None:
         action=argparse.BooleanOptionalAction,
         help="for equal and recommended (default: if the hardware has it)",
     )
+    parser.add_argument(
+        "--avx2",
+        action="store_true",
+        help="as on a CPU without larger vectors: restricts torch, oneDNN and MKL to AVX2",
+    )
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument(
         "--model", default="smollm2", help="smollm2, random, or the name or folder of a model (%(default)s)"
@@ -319,12 +324,17 @@ def main() -> None:
         options.bf16 = bool(options.bf16)  # None would select TRL's default, which is True
         print(json.dumps(run(options)))
         return
+    if options.avx2:
+        # torch and MKL read these at their start, so that this process has to begin again.
+        limits = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+        if any(os.environ.get(name) != value for name, value in limits.items()):
+            os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **limits})
     from trl_trustkl.policy.cpu import has_bf16_instructions
 
     if options.bf16 is None:
         options.bf16 = options.device == "cuda" or has_bf16_instructions()
     rows = measure(options)
-    name = "vs_stock_ppo" + ("" if options.device == "cpu" else "_cuda")
+    name = "vs_stock_ppo" + ("_cuda" if options.device == "cuda" else "_avx2" if options.avx2 else "")
     write_csv(DATA / f"{name}.csv", rows)
     text = summary(rows, options)
     (DATA / f"{name}.md").write_text(text, encoding="utf-8")

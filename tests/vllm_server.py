@@ -21,6 +21,8 @@ from tests import tiny
 
 COMPLETIONS, RELOAD, RESET = "/v1/completions", "/collective_rpc", "/reset_prefix_cache"
 NAMED, LABEL = "/update_weight_version", "/weight_info"
+SLACK = 10.0
+"""Seconds that a loaded machine may take longer than a time-out."""
 NAN = {"error": {"message": "Out of range float values are not JSON compliant: nan", "code": 400}}
 
 

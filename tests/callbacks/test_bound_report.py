@@ -69,12 +69,12 @@ def test_no_report_when_it_is_switched_off(tmp_path, renders):
 
 
 def test_the_time_to_render_is_in_no_record(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "render_report", lambda folder: time.sleep(1))
+    monkeypatch.setattr(module, "render_report", lambda folder: time.sleep(2))
     trainer = tiny.trainer(tmp_path, changes={"max_steps": 2}, callbacks=[BoundReportCallback(report_every=1)])
     trainer.train()
     for row in load_records(tmp_path):
         phases = sum(seconds for name, seconds in row["seconds"].items() if name != "total")
-        assert row["seconds"]["total"] - phases < 0.9
+        assert row["seconds"]["total"] - phases < 1.9
 
 
 def test_a_failure_to_render_is_one_warning_and_does_not_end_the_run(tmp_path, monkeypatch, said):

@@ -199,8 +199,9 @@ def test_a_window_may_be_enforced_repeatedly_towards_one_start():
 def test_the_time_of_measuring_is_shared_by_its_windows():
     run = Run()
     windows = run.windows(1.0, 1.0)
+    started = time.perf_counter()
     with run.enforcer.measuring(windows):
         time.sleep(0.02)
     assert windows[0].seconds == pytest.approx(windows[1].seconds, rel=0.1)
-    assert 0.02 <= windows[0].seconds + windows[1].seconds < 0.2
+    assert 0.02 <= windows[0].seconds + windows[1].seconds <= time.perf_counter() - started
     assert run.enforcer.measure(windows[0]).kl == 0.0 and windows[0].seconds > windows[1].seconds

@@ -12,21 +12,23 @@ from trl_trustkl.policy import cpu
 
 
 @pytest.mark.parametrize(
-    ("flags", "wanted"),
+    ("flags", "capability", "wanted"),
     [
-        ("fma avx512_bf16 amx_tile", True),
-        ("fma avx512f amx_tile", False),
-        ("fma not_avx512_bf16 amx_tile", False),
-        (None, False),
+        ("fma avx512_bf16 amx_tile", "AVX512", True),
+        ("fma avx512_bf16 amx_tile", "AVX2", False),
+        ("fma avx512f amx_tile", "AVX512", False),
+        ("fma not_avx512_bf16 amx_tile", "AVX512", False),
+        (None, "AVX512", False),
     ],
 )
-def test_bf16_instructions_are_read_from_the_flags_of_the_cpu(flags, wanted, monkeypatch):
+def test_bf16_instructions_are_read_from_the_flags_of_the_cpu(flags, capability, wanted, monkeypatch):
     def read_text(self: Path) -> str:
         if flags is None:
             raise FileNotFoundError(self)
         return f"flags\t\t: fpu {flags} sse\n"
 
     monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert cpu.has_bf16_instructions() is wanted
 
 

@@ -13,7 +13,7 @@ import torch
 from trl.generation import vllm_client
 
 from tests.processes import free_port
-from tests.vllm_server import FakeVLLM, Fault, saved
+from tests.vllm_server import SLACK, FakeVLLM, Fault, saved
 from trl_trustkl.trl_compat.vllm import weights_client
 
 DEVICE = torch.device("cuda:0")
@@ -35,7 +35,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 def test_the_client_is_trls_with_its_group_open(folder, opened):
     with FakeVLLM(folder) as fake:
-        client = weights_client(fake.url, 4321, 5.0, DEVICE)
+        client = weights_client(fake.url, 4321, 60.0, DEVICE)
         assert isinstance(client, vllm_client.VLLMClient) and opened == [(client, DEVICE)]
         assert (client.base_url, client.group_port, client.model) == (fake.url, 4321, str(folder))
         assert client._post(f"{fake.url}/reset_prefix_cache", json={}) == {"success": True}
@@ -44,8 +44,8 @@ def test_the_client_is_trls_with_its_group_open(folder, opened):
 def test_a_server_that_is_not_there_is_not_waited_for():
     started = time.monotonic()
     with pytest.raises(requests.ConnectionError):
-        weights_client(f"http://127.0.0.1:{free_port()}", 4321, 5.0, DEVICE)
-    assert time.monotonic() - started < 1
+        weights_client(f"http://127.0.0.1:{free_port()}", 4321, 60.0, DEVICE)
+    assert time.monotonic() - started < SLACK
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/server_info", "/update_weights"])
@@ -53,16 +53,16 @@ def test_each_request_has_a_time_out(folder, path):
     with FakeVLLM(folder, fault=Fault("stall", path)) as fake:
         started = time.monotonic()
         with pytest.raises(requests.Timeout):
-            client = weights_client(fake.url, 4321, 0.3, DEVICE)
+            client = weights_client(fake.url, 4321, 2.0, DEVICE)
             client.session.get(f"{fake.url}/server_info")
             client._post(f"{fake.url}/update_weights", json={})
-        assert 0.2 < time.monotonic() - started < 1
+        assert 1.9 < time.monotonic() - started < 2 + SLACK
         assert fake.paths().count(path) == 1
 
 
 def test_a_failed_request_is_not_repeated(folder):
     with FakeVLLM(folder, fault=Fault("500", "/update_weights")) as fake:
-        client = weights_client(fake.url, 4321, 5.0, DEVICE)
+        client = weights_client(fake.url, 4321, 60.0, DEVICE)
         with pytest.raises(Exception, match="500"):
             client._post(f"{fake.url}/update_weights", json={})
         assert fake.paths().count("/update_weights") == 1

@@ -24,7 +24,12 @@ def computes_bf16() -> bool:
 
 
 def has_bf16_instructions() -> bool:
-    """Whether this CPU has bf16 instructions; on a CPU without them, bf16 is slower than float32."""
+    """Whether torch uses this CPU's bf16 instructions; without them, bf16 is slower than float32.
+
+    With the environment variable ATEN_CPU_CAPABILITY=avx2 it does not.
+    """
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        return False
     try:
         return " avx512_bf16 " in Path("/proc/cpuinfo").read_text()
     except OSError:
