@@ -121,8 +121,13 @@ def sharded_memory() -> str:
     for title, rank in (("LoRA, r = 16", 16), ("full fine-tuning", None)):
         shape = example["shapes"](example["LLAMA_8B"], rank)
         for engine in example["ENGINES"]:
-            sums = [example["peak"](example["held"](engine, shape, count, full=rank is None)) for count in counts]
-            rows.append((title, engine, *(f"{each / 1e9:.0f}" for each in sums)))
+            held = [example["held"](engine, shape, count, full=rank is None) for count in counts]
+            ways = [(engine, True)]
+            if engine in ("FSDP2", "ZeRO-3"):
+                ways.append((f"{engine}, sampling layer by layer", False))
+            for name, gathers in ways:
+                sums = [example["peak"](each, gathers=gathers) for each in held]
+                rows.append((title, name, *(f"{each / 1e9:.0f}" for each in sums)))
     return table(("", "engine", *(f"{count} GPUs" for count in counts)), rows)
 
 

@@ -75,13 +75,17 @@ def held(engine: str, shape: Shapes, processes: int, *, full: bool, low: int = 2
     }
 
 
-def peak(parts: dict[str, float]) -> float:
-    """The largest sum on the GPU: of training, or of sampling, in which no update is under way."""
+def peak(parts: dict[str, float], *, gathers: bool = True) -> float:
+    """The largest sum on the GPU: of training, or of sampling, in which no update is under way.
+
+    gathers: whether all weights are gathered for sampling. They are not with ds3_gather_for_generation=False, nor with a vLLM
+    server or another engine that has the weights elsewhere.
+    """
     kept = sum(parts[name] for name in ("weights", "gradients and moments", "reference"))
     training = kept + sum(
         parts[name] for name in ("weights before and after an update", "head of π_old", "gathered: for a pass")
     )
-    return max(training, kept + parts["gathered: for sampling"])
+    return max(training, kept + parts["gathered: for sampling"]) if gathers else training
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -99,6 +103,9 @@ def main(arguments: list[str] | None = None) -> None:
         for engine in ENGINES:
             columns = [held(engine, shape, count, full=rank is None) for count in options.processes]
             print(f"{engine:44}" + "".join(f"{peak(column) / GB:10.1f}" for column in columns))
+            if columns[0]["gathered: for sampling"]:
+                layers = [peak(column, gathers=False) for column in columns]
+                print(f"{f'{engine}, sampling layer by layer':44}" + "".join(f"{each / GB:10.1f}" for each in layers))
             for name in columns[0]:
                 if any(column[name] for column in columns):
                     print(f"    {name:40}" + "".join(f"{column[name] / GB:10.2f}" for column in columns))

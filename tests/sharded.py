@@ -6,8 +6,11 @@ import os
 from typing import Any
 
 import pytest
+import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -41,7 +44,7 @@ ENGINES = {"fsdp2": FSDP2, "zero2": ZERO2, "zero3": ZERO3}
 
 def require(engine: str) -> None:
     """Skip a test where what it needs is not installed."""
-    if engine != "fsdp2":
+    if engine.startswith("zero"):
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'trl-trustkl[deepspeed]'")
 
 
@@ -79,3 +82,23 @@ def _shard_small_weights() -> None:
         self.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
     DeepSpeedPlugin.__post_init__ = initialised  # type: ignore[method-assign]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of a tensor that may be a shard, complete on every process; with ZeRO the weight that is stepped, in float32."""
+    if hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(tensor).clone()
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def own(tensor: Tensor) -> Tensor:
+    """A copy of this process's part, without what ZeRO-3 pads it with."""
+    if hasattr(tensor, "ds_tensor"):
+        part = tensor.ds_tensor.detach()
+        start = part.numel() * torch.distributed.get_rank()
+        return part[: max(0, tensor.ds_numel - start)].clone()
+    tensor = tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).clone()

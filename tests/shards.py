@@ -19,12 +19,13 @@ from tests.processes import in_two_processes
 from trl_trustkl.parallel.engines import build_sharding, load_everywhere
 from trl_trustkl.parallel.sharding import Replicated
 from trl_trustkl.policy.loading import trainable
+from trl_trustkl.policy.merged_weights import merged_weights
 from trl_trustkl.policy.value_head import PolicyAndValue
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 ANSWERS = [
-    "sharded", "shards", "gathered", "run", "reference", "optimizer", "complete", "part", "remade", "copied", "written",
-    "stepped", "cleared", "loaded",
+    "sharded", "shards", "gathered", "streamed", "run", "reference", "optimizer", "complete", "part", "remade", "copied",
+    "written", "stepped", "cleared", "observed", "loaded",
 ]  # fmt: skip
 """What is True on both processes."""
 
@@ -85,6 +86,7 @@ def program(folder: Path, engine: str) -> None:
     said["local"] = {name: sharding.local(p).tolist() for name, p in parameters.items()}
     gathered = sharding.gathered(lambda: values(model))
     said["gathered"] = equal(gathered, before) and are_shards(model)
+    said["streamed"] = streamed(sharding, model)
     head = sharding.run(lambda: values(model.policy.get_output_embeddings()))
     said["run"] = torch.equal(head["weight"], before["policy.base_model.model.lm_head.weight"]) and are_shards(model)
     found = sharding.run_reference(lambda: reference(input_ids=IDS).logits.detach())
@@ -103,6 +105,33 @@ def program(folder: Path, engine: str) -> None:
     said |= of_steps(sharding, accelerator, root, optimizer, model)
     said["loaded"] = loaded_everywhere(rank) if engine == "fsdp2" else completed()
     (folder / f"said-{rank}.json").write_text(json.dumps(said))
+
+
+def is_complete(parameter: Tensor) -> bool:
+    """Whether this process has the whole weight."""
+    return not isinstance(parameter, DTensor) and parameter.numel() == getattr(parameter, "ds_numel", parameter.numel())
+
+
+def streamed(sharding: Replicated, model: PolicyAndValue) -> bool:
+    """Whether the weights for another engine are those of the complete model, one layer is gathered at a time, and none stays
+    so, also where they are not read to the end."""
+    expected = dict(merged_weights(trained_model().policy))
+    layers = model.policy.get_base_model().model.layers
+    gathered, most = [], []
+    for _ in range(2):
+        found = {}
+        weights = merged_weights(model.policy, sharding=sharding)
+        for name, weight in weights:
+            found[name] = weight
+            gathered.append([all(map(is_complete, layer.parameters())) for layer in layers])
+            if "layers.1.self_attn" in name and not most:
+                break
+        weights.close()
+        most.append(len(found))
+        if not are_shards(model):
+            return False
+    one_at_a_time = all(sum(each) <= 1 for each in gathered) and any(any(each) for each in gathered)
+    return equal(found, expected) and most[0] < most[1] and (one_at_a_time or sharded.engine() == "zero2")
 
 
 def of_steps(
@@ -141,8 +170,28 @@ def of_steps(
         for name, entry in optimizer.state[p].items()
     )
     said["cleared"] = abandoned(sharding, accelerator, root, optimizer, model)
+    said["observed"] = observed(sharding, accelerator, root, optimizer, model)
     said |= of_writing(sharding, root, model, found)
     return said
+
+
+def observed(
+    sharding: Replicated, accelerator: Accelerator, root: nn.Module, optimizer: Any, model: PolicyAndValue
+) -> bool:
+    """Whether the engine of another trainer, which is only observed, has the same parts, moments and groups."""
+    other = build_sharding(accelerator, saves=True)
+    with other.loaded(root):
+        complete = is_complete(model.policy.get_input_embeddings().weight)
+    found = other.observe(root, optimizer)
+    for parameter in trainable(model):
+        mine, theirs = sharding.local(parameter), other.local(parameter)
+        if not torch.equal(mine, theirs) or mine.data_ptr() != theirs.data_ptr():
+            return False
+        for name, entry in optimizer.state[parameter].items():
+            if not torch.equal(sharding.local(entry), other.local(found.state[parameter][name])):
+                return False
+    lengths = [[len(group["params"]) for group in each.param_groups] for each in (optimizer, found)]
+    return lengths[0] == lengths[1] and complete and other.steps_in_backward == (sharded.engine() != "fsdp2")
 
 
 def loss_of(model: PolicyAndValue, step: int, micro: int, rank: int) -> Tensor:

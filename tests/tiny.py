@@ -137,8 +137,8 @@ ANCHORED = {
 """Changes for a loss with both exact penalties and nothing that clips."""
 
 
-def four_bit(folder: Any, *, double: bool = False) -> LlamaForCausalLM:
-    """A Llama with NF4 weights, with double quantization if requested, that computes in float32.
+def four_bit(folder: Any, *, double: bool = False, storage: torch.dtype = torch.uint8) -> LlamaForCausalLM:
+    """A Llama with NF4 weights in tensors of dtype `storage`, with double quantization if requested, that computes in float32.
 
     Its full weights are saved under `folder`.
     """
@@ -148,6 +148,7 @@ def four_bit(folder: Any, *, double: bool = False) -> LlamaForCausalLM:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.float32,
         bnb_4bit_use_double_quant=double,
+        bnb_4bit_quant_storage=storage,
     )
     return LlamaForCausalLM.from_pretrained(folder / "full", quantization_config=quantization)
 

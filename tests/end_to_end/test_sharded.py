@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import runpy
 import sys
@@ -36,7 +37,14 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.processes]
 LIMIT, UPDATES, PANICS = 2e-3, 4, 3
 KINDS: dict[str, dict[str, Any]] = {"lora": {}, "full": {"peft_config": None}, "qlora": {}}
 FAST = [("fsdp2", "lora"), ("fsdp2", "full"), ("zero3", "lora")]
-SLOW = [("zero3", "full"), ("zero3", "qlora"), ("zero2", "lora"), ("zero2", "full"), ("zero2", "qlora")]
+SLOW = [
+    ("fsdp2", "qlora"),
+    ("zero3", "full"),
+    ("zero3", "qlora"),
+    ("zero2", "lora"),
+    ("zero2", "full"),
+    ("zero2", "qlora"),
+]
 EVERY = [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 COUNTED = [case for case in EVERY if "qlora" not in getattr(case, "values", case)]
 SETTINGS = {
@@ -60,27 +68,7 @@ ROWS = {1: 4, 2: 2}
 @functools.cache
 def four_bit() -> Any:
     with tempfile.TemporaryDirectory() as folder:
-        return tiny.four_bit(Path(folder))
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A copy of a tensor that may be a shard, complete on every process; with ZeRO the weight that is stepped, in float32."""
-    if hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping"):
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return safe_get_full_fp32_param(tensor).clone()
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
-
-
-def own(tensor: Tensor) -> Tensor:
-    """A copy of this process's part, without what ZeRO-3 pads it with."""
-    if hasattr(tensor, "ds_tensor"):
-        part = tensor.ds_tensor.detach()
-        start = part.numel() * torch.distributed.get_rank()
-        return part[: max(0, tensor.ds_numel - start)].clone()
-    tensor = tensor.detach()
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).clone()
+        return tiny.four_bit(Path(folder), storage=torch.float32)
 
 
 class Watched(TrustKLPPOTrainer):
@@ -95,7 +83,9 @@ class Watched(TrustKLPPOTrainer):
 
     def optimise(self, batch: Batch) -> UpdateStats:
         if batch.scored.without is None:
-            self.before = {name: whole(p) for name, p in self.model.policy.named_parameters() if p.requires_grad}
+            self.before = {
+                name: sharded.whole(p) for name, p in self.model.policy.named_parameters() if p.requires_grad
+            }
             self.kept = self.everything()
         return super().optimise(batch)
 
@@ -113,9 +103,9 @@ class Watched(TrustKLPPOTrainer):
 
     def everything(self) -> list[Tensor]:
         """This process's part of the trained weights and of the optimizer's state."""
-        found = [own(p) for p in trainable(self.model)]
+        found = [sharded.own(p) for p in trainable(self.model)]
         for state in self.optimizer.state.values():
-            found += [own(each) for each in state.values() if isinstance(each, Tensor)]
+            found += [sharded.own(each) for each in state.values() if isinstance(each, Tensor)]
         return found
 
     def plain(self) -> nn.Module:
@@ -125,7 +115,7 @@ class Watched(TrustKLPPOTrainer):
         return tiny.adapted() if self.is_peft_model else tiny.llama()
 
     def record(self, batch: Batch, stats: UpdateStats, measured: Measurement) -> Any:
-        after = {name: whole(p) for name, p in self.model.policy.named_parameters() if p.requires_grad}
+        after = {name: sharded.whole(p) for name, p in self.model.policy.named_parameters() if p.requires_grad}
         witness = self.plain().double()
         rollout = batch.scored.rollout
         rows = []
@@ -158,7 +148,7 @@ def many_updates(folder: Path, engine: str, kind: str) -> None:
 
 
 def weights(trainer: Watched) -> dict[str, Tensor]:
-    return {name: whole(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return {name: sharded.whole(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def is_sharded(trainer: Watched, engine: str) -> bool:
@@ -181,9 +171,9 @@ def bytes_held(trainer: Watched, engine: str) -> dict[str, int]:
     masters = 0 if engine == "fsdp2" else sum(local(p).nbytes for p in trained)
     reference = trainer.reference.model
     return {
-        "weights": sum(own(p).nbytes for p in weights) + masters,
-        "moments": sum(own(e).nbytes for p in trained for name, e in state[p].items() if name != "step"),
-        "reference": 0 if reference is None else sum(own(p).nbytes for p in reference.parameters()),
+        "weights": sum(sharded.own(p).nbytes for p in weights) + masters,
+        "moments": sum(sharded.own(e).nbytes for p in trained for name, e in state[p].items() if name != "step"),
+        "reference": 0 if reference is None else sum(sharded.own(p).nbytes for p in reference.parameters()),
     }
 
 
@@ -206,6 +196,14 @@ def program(folder: Path, engine: str, *kinds: str) -> None:
         (folder / f"{kind}-bytes{rank}.json").write_text(json.dumps(bytes_held(straight, engine)))
 
 
+def resumed(folder: Path, engine: str, *kinds: str) -> None:
+    """Continue runs of one process."""
+    sharded.on_cpus(engine)
+    for kind in kinds:
+        trainer = trained(folder / f"{kind}-two", kind, 2, resume=str(folder / kind / "checkpoint-2"))
+        save_file(weights(trainer), folder / f"{kind}-rank{trainer.parts.processes.index}.safetensors")
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path | None]:
     """The folders of the runs that were made so far."""
@@ -218,7 +216,7 @@ def two(engine: str, kind: str, runs: dict[Any, Path | None], tmp_path_factory: 
     sharded.require(engine)
     if (engine, kind) not in runs:
         runs[engine, kind] = None  # if it fails, it is not tried again
-        kinds = ["lora", "full"] if engine == "fsdp2" else [kind]
+        kinds = ["lora", "full"] if engine == "fsdp2" and kind != "qlora" else [kind]
         made = tmp_path_factory.mktemp(engine)
         in_two_processes("-m", "tests.end_to_end.test_sharded", str(made), engine, *kinds, cwd=made)
         runs.update({(engine, each): made for each in kinds})
@@ -259,6 +257,18 @@ def test_one_process_resumes_a_run_of_two(two: Path, tmp_path: Path, kind: str) 
     for name, weight in weights(one).items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5 if kind == "qlora" else 2e-6)
     assert [record["update"] for record in load_records(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", sharded.ENGINES)
+def test_two_processes_resume_a_run_of_one(tmp_path: Path, engine: str) -> None:
+    sharded.require(engine)
+    kinds = ("lora", "full")
+    expected = {kind: weights(trained(tmp_path / kind, kind, 1, save_strategy="steps", save_steps=2)) for kind in kinds}
+    in_two_processes("-m", "tests.end_to_end.test_sharded", str(tmp_path), engine, *kinds, "resume", cwd=tmp_path)
+    for kind, rank in itertools.product(kinds, range(2)):
+        for name, weight in load_file(tmp_path / f"{kind}-rank{rank}.safetensors").items():
+            torch.testing.assert_close(weight, expected[kind][name], rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(("engine", "kind"), EVERY)
@@ -322,5 +332,7 @@ def test_no_update_of_50_exceeds_the_limit(tmp_path: Path, engine: str, kind: st
 if __name__ == "__main__":
     if sys.argv[-1] == "50":
         many_updates(Path(sys.argv[1]), *sys.argv[2:4])
+    elif sys.argv[-1] == "resume":
+        resumed(Path(sys.argv[1]), *sys.argv[2:-1])
     else:
         program(Path(sys.argv[1]), *sys.argv[2:])

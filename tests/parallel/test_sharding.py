@@ -15,7 +15,9 @@ def test_complete_parameters_are_used_as_they_are() -> None:
     for same in (REPLICATED.local(weight), REPLICATED.complete(weight, weight), REPLICATED.part(weight, weight)):
         assert same.data_ptr() == weight.data_ptr() and torch.equal(same, weight)
     assert not REPLICATED.complete(weight, weight).requires_grad and REPLICATED.shape(weight) == (3, 2)
-    assert not REPLICATED.sharded
+    assert not REPLICATED.sharded and not REPLICATED.shards_weights
+    with REPLICATED.holding(nn.Linear(1, 1)):
+        pass
     for call in (REPLICATED.run, REPLICATED.run_reference, REPLICATED.gathered):
         assert call(lambda: weight) is weight
     REPLICATED.written()

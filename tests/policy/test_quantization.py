@@ -70,7 +70,7 @@ def by_definition(weight) -> torch.Tensor:
 @pytest.mark.parametrize("double", [False, True], ids=["plain", "double quantization"])
 def test_4_bit_weights_are_dequantised_by_their_definition(tmp_path, double):
     for layer in four_bit_layers(tiny.four_bit(tmp_path, double=double)):
-        assert dequantised_dtype(layer.weight) == torch.float32
+        assert dequantised_dtype(layer, "weight") == torch.float32
         torch.testing.assert_close(dequantised(layer), by_definition(layer.weight), rtol=1e-6, atol=1e-7)
 
 
@@ -87,7 +87,7 @@ def test_packed_weights_are_dequantised_as_after_unpacking_and_stay_packed(tmp_p
     before = [(each.weight.data.clone(), each.weight.quant_state.absmax.clone()) for each in layers]
     found = [dequantised(layer) for layer in layers]
     for layer, (data, scales) in zip(layers, before, strict=True):
-        assert dequantised_dtype(layer.weight) == torch.float32
+        assert dequantised_dtype(layer, "weight") == torch.float32
         assert torch.equal(layer.weight.data, data) and torch.equal(layer.weight.quant_state.absmax, scales)
         assert layer.weight.quant_state.packing_format_for_cpu and not layer.weight.quant_state.nested
     unpack_4bit_weights(model)
@@ -98,4 +98,6 @@ def test_packed_weights_are_dequantised_as_after_unpacking_and_stay_packed(tmp_p
 def test_modules_without_quantised_weights_have_none_to_dequantise():
     model = tiny.llama().bfloat16()
     assert all(dequantised(each) is None for each in model.modules())
-    assert {dequantised_dtype(weight) for weight in model.parameters()} == {torch.bfloat16}
+    for each in model.modules():
+        for name, _ in each.named_parameters(recurse=False):
+            assert dequantised_dtype(each, name) == torch.bfloat16

@@ -92,6 +92,7 @@ TESTED = {
     "test_the_value_loss_moves_the_policy_only_where_the_head_is_attached",
     "value_learning_rate": "ppo/test_optimise.py::test_the_value_has_a_separate_learning_rate",
     # sampling, rewards, models
+    "ds3_gather_for_generation": "end_to_end/test_sharded_rollouts.py::test_engines_get_the_weights_of_all_processes",
     "local_rollout_forward_batch_size": "rollout/test_transformers_engine_in_training.py::"
     "test_prompts_are_generated_from_a_few_at_a_time",
     "vllm_importance_sampling_correction": "ppo/test_scoring_importance.py::"

@@ -150,7 +150,6 @@ def test_what_fsdp2_does_not_support_is_rejected_before_anything_is_loaded(
         ({"torch_autocast": {"enabled": True}}, ("`torch_autocast` got",)),
         ({"tensor_parallel": {"autotp_size": 2}}, ("`tensor_parallel` got",)),
         ({"sequence_parallel_size": 2}, ("`sequence_parallel_size` got 2",)),
-        ({"fields": {"ds3_gather_for_generation": False}}, ("`ds3_gather_for_generation` got False", "leave it True")),
         ({"fields": {"fp16": True}}, ("`fp16` got True", "bf16=True")),
         ({"fields": {"optim": "adamw_8bit"}}, ("`optim` got 'adamw_8bit'", "adamw_torch")),
         ({"fields": {"sync_ref_model": True}}, ("`sync_ref_model` got True", "with DeepSpeed")),
@@ -187,7 +186,7 @@ def test_the_example_configurations_are_accepted(tmp_path, launched, engine):
 
 def quantised() -> Any:
     model = tiny.llama()
-    model.is_loaded_in_4bit = True
+    model.is_loaded_in_8bit = True
     return model
 
 

@@ -93,11 +93,12 @@ def test_a_field_of_the_other_mode_is_an_error(tmp_path, name):
     )
 
 
-def test_a_batch_size_of_transformers_is_an_error_with_vllm(tmp_path):
-    with pytest.raises(
-        ConfigError, match="`local_rollout_forward_batch_size` got 3 with use_vllm=True, .*leave it out"
-    ):
-        vllm(tmp_path, local_rollout_forward_batch_size=3)
+@pytest.mark.parametrize(
+    ("name", "value"), [("local_rollout_forward_batch_size", 3), ("ds3_gather_for_generation", False)]
+)
+def test_a_field_of_transformers_is_an_error_with_vllm(tmp_path, name, value):
+    with pytest.raises(ConfigError, match=f"`{name}` got {value} with use_vllm=True, .*leave it out"):
+        vllm(tmp_path, **{name: value})
 
 
 @pytest.mark.parametrize("name", CORRECTION[1:])

@@ -87,7 +87,7 @@ def test_a_run_with_a_server(tmp_path, folder):
     with FakeVLLM(folder) as fake:
         host, _, port = fake.url.removeprefix("http://").partition(":")
         changes = {
-            "vllm_mode": "server", "vllm_server_host": host, "vllm_server_port": int(port), "vllm_server_timeout": 7,
+            "vllm_mode": "server", "vllm_server_host": host, "vllm_server_port": int(port), "vllm_server_timeout": 70,
             "max_steps": 2,
         }  # fmt: skip
         ours = trainer(tmp_path, folder, changes)
@@ -96,7 +96,7 @@ def test_a_run_with_a_server(tmp_path, folder):
         assert fake.requests == [], "the server was asked before the run"
         ours.train()
         assert fake.loaded == 2 and {body["timeout"] for path, body in fake.requests if path == "/collective_rpc"} == {
-            7.0
+            70.0
         }
     assert all(record["sampler"]["kl"] < 1e-8 for record in load_records(tmp_path))
 

@@ -133,6 +133,23 @@ def test_weights_that_may_have_changed_are_a_new_version():
     assert [call[1] for call in engine.calls if call[0] == "sync"] == [0, 0, 1, 1, 3]
 
 
+def test_weights_that_are_read_together_are_computed_only_for_an_engine_that_reads_them():
+    for reads in (True, False):
+        engine, computed = Answers([3, 2], [2]), []
+
+        def weights(computed: list[str] = computed) -> Any:
+            computed.append("w")
+            yield "w", IDS
+
+        if not reads:
+            engine.sync = lambda version, weights: None
+        part = Rollouts(
+            engine, weights, Processes(Accelerator(cpu=True)), vocabulary=10, length=3, pad_token_id=0, together=True
+        )
+        part.sample(PROMPTS, PROMPTS.context)
+        assert computed == ["w"] * reads
+
+
 def test_in_an_evaluation_the_weights_are_sent_once_before_all_batches():
     engine = Answers([3, 2], [2])
     part, context = rollouts(engine), UpdateContext(update=0, training=False, sampling_seed=0)

@@ -37,7 +37,6 @@ SET = {
     "skip_memory_metrics": False,
     "use_cache": True,
     "fsdp_config": {"min_num_params": 5},
-    "ds3_gather_for_generation": False,
     "do_train": True,
     "do_eval": True,
     "do_predict": True,

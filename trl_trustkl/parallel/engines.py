@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Any
 
-import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, parse_flag_from_env
-from torch import Tensor, distributed, nn
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from packaging.version import Version
+from torch import nn
 
-from .fsdp2 import FSDP2
+from ..errors import ConfigError, NotAvailableYetError
+from .fsdp2 import FSDP2, load_missing
 from .sharding import REPLICATED, Replicated
 from .zero import ZeRO, complete_model
+
+DEEPSPEED = ("0.19.8", "0.20")
+"""The versions of DeepSpeed that are accepted: from the first, which was tested, and below the second."""
+
+
+def check_deepspeed() -> None:
+    """Raise ConfigError if DeepSpeed is not installed, and NotAvailableYetError for a version that was not tested."""
+    lowest, limit = DEEPSPEED
+    fix = f"pip install 'trl-trustkl[deepspeed]', or 'deepspeed>={lowest},<{limit}'"
+    try:
+        version = importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(f"DeepSpeed is not installed: {fix}.") from None
+    if not Version(lowest) <= Version(version) < Version(limit):
+        raise NotAvailableYetError(
+            f"DeepSpeed {version} is not available; its internals may differ from those of {lowest}, which was tested: {fix}."
+        )
 
 
 def build_sharding(accelerator: Accelerator, *, saves: bool) -> Replicated:
     """The sharding that accelerate was configured with. saves: whether this process saves the model and checkpoints."""
     kind = accelerator.distributed_type
     if kind == DistributedType.FSDP:
-        return FSDP2(saves=saves)
+        plugin: Any = accelerator.state.fsdp_plugin
+        return FSDP2(saves=saves, reshards=bool(plugin.reshard_after_forward))
     if kind == DistributedType.DEEPSPEED:
         return ZeRO(accelerator, saves=saves)
     return REPLICATED
@@ -33,28 +53,4 @@ def load_everywhere(model: Any) -> None:
     """
     if isinstance(model, nn.Module):
         complete_model(model)
-    enabled = all(map(parse_flag_from_env, ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")))
-    if not enabled or not distributed.is_initialized() or not isinstance(model, nn.Module):
-        return
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    missing = [sorted(name for name, tensor in tensors if tensor.is_meta)] * distributed.get_world_size()
-    distributed.all_gather_object(missing, missing[0])
-    names, device = {name for each in missing for name in each}, PartialState().device
-    for name, tensor in tensors:
-        if name not in names:
-            continue
-        weight = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
-        distributed.broadcast(weight, src=0)
-        if tensor.is_meta:
-            _replace(model, name, weight.cpu())
-    if names and (tie := getattr(model, "tie_weights", None)) is not None:
-        tie()
-
-
-def _replace(model: nn.Module, name: str, weight: Tensor) -> None:
-    path, _, last = name.rpartition(".")
-    module = model.get_submodule(path)
-    if last in module._parameters:
-        module._parameters[last] = nn.Parameter(weight, requires_grad=model.get_parameter(name).requires_grad)
-    else:
-        module._buffers[last] = weight
+        load_missing(model)

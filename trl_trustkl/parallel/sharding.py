@@ -23,7 +23,11 @@ class Replicated:
     """Every process has all parameters: one process, or several with DDP."""
 
     sharded = False
-    """Whether a process has only a part of the parameters. Then all processes must make the same passes."""
+    """Whether an engine shards what is trained. Then all processes must make the same passes."""
+    steps_in_backward = False
+    """Whether accelerate makes the step of the optimizer within the backward pass of its last micro-batch."""
+    shards_weights = False
+    """Whether a process has only a part of each weight, also of those that are not trained."""
 
     def place(self, reference: nn.Module, device: torch.device) -> None:
         """Move a separate reference to the process's device, or leave that to `prepare`."""
@@ -39,6 +43,15 @@ class Replicated:
         wrapped, optimizer = accelerator.prepare(model, optimizer)
         return wrapped, optimizer
 
+    def loaded(self, model: nn.Module) -> AbstractContextManager[None]:
+        """A context in which the parts of a model that was sharded before training can be called, for its checks."""
+        return nullcontext()
+
+    def observe(self, model: nn.Module, optimizer: Any, reference: nn.Module | None = None) -> Any:
+        """Use the wrapped model and optimizer of another trainer, and its wrapped reference, instead of `prepare`. Returns the
+        optimizer with its state by the parameters of the model."""
+        return optimizer
+
     def run(self, call: Callable[[], Result]) -> Result:
         """The result of `call`, which makes passes of the trained model, or reads its head, without gradients."""
         return call()
@@ -48,8 +61,16 @@ class Replicated:
         return call()
 
     def gathered(self, call: Callable[[], Result]) -> Result:
-        """The result of `call`, which generates: for its duration, every process has all parameters of the trained model."""
+        """The result of `call`: for its duration, every process has all parameters of the trained model."""
         return call()
+
+    def holding(self, module: nn.Module) -> AbstractContextManager[None]:
+        """A context in which this process has all parameters of `module`, a part of the trained model or another model.
+
+        All processes enter and leave it together. If `module` contains layers, it has those that are in no layer; the context
+        of a layer within it, or a pass of the layer, has the layer's.
+        """
+        return nullcontext()
 
     def accumulating(self, accelerator: Accelerator, wrapped: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
         """The context of a pass of `wrapped` and its backward pass.

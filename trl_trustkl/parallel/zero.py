@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -40,18 +40,20 @@ class ZeRO(Replicated):
     """
 
     sharded = True
+    steps_in_backward = True
 
     def __init__(self, accelerator: Accelerator, *, saves: bool) -> None:
         plugin: Any = accelerator.state.deepspeed_plugin
         self._saves = saves
-        self._shards_weights = plugin.zero_stage == 3
+        self.shards_weights = plugin.zero_stage == 3
         self._engine: Any = None
         self._reference: Any = None
+        self._above_layers: set[int] = set()
         self._parts: dict[int, Part] = {}
         self._trained: list[nn.Parameter] = []
 
     def place(self, reference: nn.Module, device: torch.device) -> None:
-        if not self._shards_weights:
+        if not self.shards_weights:
             super().place(reference, device)
 
     def prepare(
@@ -74,24 +76,55 @@ class ZeRO(Replicated):
         groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
         self._trained = [parameter for group in groups for parameter in group["params"]]
         root = Root(model)
+        self._find_layers(root)
         self._engine, _ = accelerator.prepare(root, optimizer)
-        if self._shards_weights and reference is not None:
+        if self.shards_weights and reference is not None:
             self._reference = prepare_deepspeed(Root(reference), accelerator)
-        if self._shards_weights:
+        if self.shards_weights:
             _use_heads_in(root, root if reference is None else nn.ModuleList([root, reference]))
+        return self._engine, self._optimizer(groups)
+
+    def loaded(self, model: nn.Module) -> AbstractContextManager[None]:
+        from deepspeed import DeepSpeedEngine
+
+        if isinstance(model, DeepSpeedEngine):
+            return _releasing(model.module.parameters(), model) if self.shards_weights else nullcontext()
+        return _gathered([p for p in model.parameters() if hasattr(p, "ds_id")])
+
+    def observe(self, model: nn.Module, optimizer: Any, reference: nn.Module | None = None) -> Any:
+        self._engine, self._reference = model, reference
+        self._find_layers(Root(self._engine.module))
+        zero = self._engine.optimizer
+        own = {id(p) for p in self._engine.module.parameters() if p.requires_grad}
+        of_groups = zero.fp16_groups if self.shards_weights else zero.bit16_groups
+        indices = [zero.sub_group_to_group_id[i] if self.shards_weights else i for i in range(len(of_groups))]
+        groups = []
+        for index, settings in enumerate(zero.optimizer.param_groups):
+            members = [
+                p for i, some in zip(indices, of_groups, strict=True) if i == index for p in some if id(p) in own
+            ]
+            groups.append({**settings, "params": members})
+        self._trained = [parameter for group in groups for parameter in group["params"]]
+        return self._optimizer(groups)
+
+    def _find_layers(self, root: Root) -> None:
+        layers = {id(m) for m in root.modules() if type(m).__name__ in root._no_split_modules}
+        self._above_layers = {id(m) for m in root.modules() if any(id(c) in layers for c in m.modules() if c is not m)}
+
+    def _optimizer(self, groups: list[dict[str, Any]]) -> ZeROOptimizer:
         self._parts = {id(parameter): self._part_of(parameter) for parameter in self._trained}
         masters = {parameter: self._parts[id(parameter)].master for parameter in self._trained}
-        return self._engine, ZeROOptimizer(self._engine, groups, self._flats(), masters, self._clear_gradients)
+        return ZeROOptimizer(self._engine, groups, self._flats(), masters, self._clear_gradients)
 
     def _flats(self) -> list[tuple[int, Tensor]]:
         """The tensors that the engine's optimizer trains on this process, with the index of their group."""
         zero = self._engine.optimizer
-        if self._shards_weights:
+        if self.shards_weights:
             return [(zero.sub_group_to_group_id[i], flat) for i, flat in enumerate(zero.fp32_partitioned_groups_flat)]
         return list(enumerate(zero.single_partition_of_fp32_groups))
 
     def _part_of(self, parameter: nn.Parameter) -> Part:
-        if self._shards_weights:
+        if self.shards_weights:
             from deepspeed.utils import safe_get_local_fp32_param
 
             padded = safe_get_local_fp32_param(parameter)
@@ -103,22 +136,35 @@ class ZeRO(Replicated):
         return Part(fragment.hp_fragment, fragment.lp_fragment_address.start)
 
     def run(self, call: Callable[[], Result]) -> Result:
-        return self._engine(call=call) if self._shards_weights else call()  # type: ignore[no-any-return]
+        return self._engine(call=call) if self.shards_weights else call()  # type: ignore[no-any-return]
 
     def run_reference(self, call: Callable[[], Result]) -> Result:
         return self.run(call) if self._reference is None else self._reference(call=call)  # type: ignore[no-any-return]
 
     def gathered(self, call: Callable[[], Result]) -> Result:
-        if not self._shards_weights:
+        if not self.shards_weights:
             return call()
         from deepspeed.runtime.zero import GatheredParameters
 
+        _coordinator(self._engine)._clean_inflight_param_registry()
         with GatheredParameters(list(self._engine.module.parameters())):
             remove_hooks(self._engine)  # they would shard each module again after its pass
             try:
                 return call()
             finally:
                 add_hooks(self._engine)
+
+    def holding(self, module: nn.Module) -> AbstractContextManager[None]:
+        """As in `Replicated`, but of a module that contains layers only its own parameters are gathered: DeepSpeed gathers
+        those of each module that it calls, and gives them up. What it has kept of them is given up at the end."""
+        if not self.shards_weights:
+            return nullcontext()
+        _coordinator(self._engine)._clean_inflight_param_registry()
+        if id(module) in self._above_layers:
+            return _releasing(module.parameters(recurse=False), self._engine)
+        if self._reference is not None and module is self._reference.module:
+            return _releasing(module.parameters(recurse=False), self._reference)
+        return _gathered(module.parameters())
 
     def accumulating(self, accelerator: Accelerator, wrapped: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -150,7 +196,7 @@ class ZeRO(Replicated):
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """This process's part of the accumulated gradient, which may be written to; None before a backward pass."""
-        if self._shards_weights:
+        if self.shards_weights:
             from deepspeed.utils import safe_get_local_grad
 
             padded: Tensor = safe_get_local_grad(parameter)
@@ -167,7 +213,7 @@ class ZeRO(Replicated):
     def written(self) -> None:
         """Round the weights of the passes from those in float32."""
         zero = self._engine.optimizer
-        if not self._shards_weights:
+        if not self.shards_weights:
             zero.update_lp_params()
             return
         zero._partition_all_parameters()
@@ -206,6 +252,35 @@ class ZeRO(Replicated):
         if part is None or complete.shape != self.shape(like):
             return complete
         return complete.flatten()[part.start : part.start + part.master.numel()].to(part.master.device, copy=True)
+
+
+@contextmanager
+def _gathered(parameters: Iterable[Any]) -> Iterator[None]:
+    """All values of these parameters; those that are gathered already stay so afterwards."""
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    missing = [p for p in parameters if getattr(p, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE]
+    with GatheredParameters(missing, enabled=bool(missing)):
+        yield
+
+
+def _coordinator(engine: Any) -> Any:
+    """What gathers modules ahead of their passes, in the order of the passes before. What it has not finished gathering cannot
+    be gathered otherwise, and passes that its trainer does not make must not become a part of this order."""
+    zero = engine.optimizer
+    return getattr(zero, "parameter_offload", zero).get_param_coordinator()
+
+
+@contextmanager
+def _releasing(parameters: Iterable[Any], engine: Any) -> Iterator[None]:
+    """All values of these parameters; at the end, whatever was gathered of the engine's model is given up."""
+    with _gathered(parameters):
+        yield
+    coordinator = _coordinator(engine)
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+    coordinator.release_and_reset_all(engine.module)
 
 
 def _within(count: int, start: int, shape: torch.Size) -> int:

@@ -65,8 +65,11 @@ class ZeROOptimizer(torch.optim.Optimizer):
 
 
 def _create_states(optimizer: Any, flats: Sequence[tuple[int, Tensor]]) -> None:
-    """Let the optimizer create its state as in its first step, by a step that changes nothing, and set it to 0."""
+    """Let the optimizer create its state as in its first step, by a step that changes nothing, and set it to 0. A state that it
+    has, as after it was loaded, is kept."""
     for index, flat in flats:
+        if optimizer.state.get(flat):
+            continue
         group = optimizer.param_groups[index]
         kept = {"params": group["params"], "lr": group["lr"]}
         group.update(params=[flat], lr=0.0)

@@ -7,7 +7,7 @@ changes them, and an error leaves the adapter merged. Here each layer is merged 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,13 +20,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError, shown
+from ..parallel.sharding import REPLICATED, Replicated
 from .quantization import dequantised, dequantised_dtype
 
 _OWN_WEIGHTS = "sample with the policy itself instead of an engine that needs its weights."
 
 
 def merged_weights(
-    policy: PreTrainedModel | PeftModel, dtype: torch.dtype | None = None
+    policy: PreTrainedModel | PeftModel, dtype: torch.dtype | None = None, sharding: Replicated = REPLICATED
 ) -> Iterator[tuple[str, Tensor]]:
     """The weights of the policy by the names of the base model's parameters, with the active adapter merged.
 
@@ -38,12 +39,27 @@ def merged_weights(
     Nothing is computed before it is requested, and at most one copy of a layer exists at a time. The policy is never
     changed. The tensors are detached and on the devices of the parameters; those that nothing was added to share the
     policy's memory and must not be changed in place. `check_mergeable` says whether the result is complete.
+
+    With `sharding`, all processes request the weights together. One layer is gathered at a time, and each tensor is a copy.
     """
     model = policy.get_base_model() if isinstance(policy, PeftModel) else policy
-    dtypes = {name: dtype or dequantised_dtype(weight) for name, weight in _parameters(model, _unmerged)}
-    for name, weight in _parameters(model, _merged):
-        yield name, weight.detach().to(dtypes[name])
-        del weight  # it would keep a copy of its layer's weight while the next layer is copied
+    return _weights(model, dtype, sharding, "")
+
+
+def _weights(
+    module: nn.Module, dtype: torch.dtype | None, sharding: Replicated, prefix: str
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights of `module` by their names without PEFT's wrappers."""
+    with sharding.holding(module):
+        base, merged = _unmerged(module), _merged(module)
+        for name, weight in merged.named_parameters(recurse=False, remove_duplicate=False):
+            wanted = dtype or dequantised_dtype(base, name)
+            yield f"{prefix}{name}", weight.detach().to(wanted, copy=sharding.shards_weights)
+            del weight  # it would keep a copy of its layer's weight while the next layer is copied
+        children = list(merged.named_children())
+        del merged, base
+        for name, child in children:
+            yield from _weights(child, dtype, sharding, f"{prefix}{name}.")
 
 
 def check_mergeable(policy: PreTrainedModel | PeftModel) -> None:
@@ -110,17 +126,6 @@ def _check_ties(model: PreTrainedModel, inactive: set[str]) -> None:
             "LoraConfig(ensure_weight_tying=True), or neither; or untie them in the base model's checkpoint: load it with "
             "tie_word_embeddings=False, copy the embedding's weight to the head, and save it."
         )
-
-
-def _parameters(
-    module: nn.Module, without_wrapper: Callable[[nn.Module], nn.Module], prefix: str = ""
-) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of `module` by their names without PEFT's wrappers, which `without_wrapper` takes off each module."""
-    module = without_wrapper(module)
-    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-        yield f"{prefix}{name}", parameter
-    for name, child in module.named_children():
-        yield from _parameters(child, without_wrapper, f"{prefix}{name}.")
 
 
 def _unmerged(module: nn.Module) -> nn.Module:

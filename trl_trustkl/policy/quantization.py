@@ -26,6 +26,16 @@ def unpack_4bit_weights(model: nn.Module) -> None:
             weight.data, weight.quant_state = _unpacked(weight.data, state)
 
 
+def is_8bit(model: nn.Module) -> bool:
+    return bool(getattr(model, "is_loaded_in_8bit", False))
+
+
+def _state_of(layer: Any, weight: Any) -> Any:
+    """bitsandbytes' state of a 4-bit weight; FSDP2 makes another tensor of the weight, and the layer keeps the state."""
+    state = getattr(weight, "quant_state", None)
+    return getattr(layer, "quant_state", None) if state is None else state
+
+
 def _unpacked(data: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Packed 4-bit weights and their state as they were before; `state` itself is changed."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
@@ -36,9 +46,10 @@ def _unpacked(data: Tensor, state: Any) -> tuple[Tensor, Any]:
     return data, state
 
 
-def dequantised_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of a weight, or of what `dequantised` makes of it if bitsandbytes has quantised it."""
-    state: Any = getattr(weight, "quant_state", None)
+def dequantised_dtype(layer: nn.Module, name: str) -> torch.dtype:
+    """The dtype of a parameter of `layer`, or of what `dequantised` makes of it if bitsandbytes has quantised it."""
+    weight: Tensor = getattr(layer, name)
+    state = _state_of(layer, weight) if name == "weight" else None
     if state is not None:
         dtype: torch.dtype = state.original_dtype if getattr(state, "packing_format_for_cpu", False) else state.dtype
         return dtype
@@ -53,7 +64,7 @@ def dequantised(layer: nn.Module) -> Tensor | None:
     float32. The layer is left as it is.
     """
     weight: Any = getattr(layer, "weight", None)
-    state = getattr(weight, "quant_state", None)
+    state = _state_of(layer, weight)
     if state is not None:
         from bitsandbytes.functional import dequantize_4bit
 

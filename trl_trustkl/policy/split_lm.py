@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -30,12 +30,13 @@ class OutputHead:
 
     def __init__(self, projection: nn.Module, config: Any) -> None:
         self.projection: Any = projection
+        self._project: Callable[[Tensor], Tensor] = projection
         self.softcap = getattr(config, "final_logit_softcapping", getattr(config, "logits_soft_cap", None))
         self.divisor = getattr(config, "logits_scaling", None)
         self.factor = getattr(config, "logit_scale", None)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        logits = self.projection(hidden)
+        logits = self._project(hidden)
         if self.divisor is not None:
             logits = logits / self.divisor
         if self.factor is not None:
@@ -52,7 +53,20 @@ class OutputHead:
         if not trainable(self.projection):
             return self
         clone = copy.copy(self)
-        clone.projection = _AtWeights(self.projection)
+        clone.projection = clone._project = _AtWeights(self.projection)
+        return clone
+
+    def without_hooks(self, holding: Callable[[nn.Module], AbstractContextManager[None]]) -> OutputHead:
+        """The head without the hooks of its module, which an engine that shards has put around its use in a pass of the model.
+        `holding` makes a context in which the module has its weights."""
+
+        def project(hidden: Tensor) -> Tensor:
+            with holding(self.projection):
+                logits: Tensor = self.projection.forward(hidden)
+                return logits
+
+        clone = copy.copy(self)
+        clone._project = project
         return clone
 
 

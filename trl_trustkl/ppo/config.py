@@ -177,6 +177,9 @@ class TrustKLPPOConfig(VLLMFields):
         "have had; 0: never.", unit="updates", off="0", range=COUNT_OR_0, fix="0 turns it off.")
     dataset_num_proc: int | None = _run(*_trl("dataset_num_proc"), unit="processes", range=COUNT)
     local_rollout_forward_batch_size: int = _run(*_trl("local_rollout_forward_batch_size"), unit="prompts", range=COUNT)
+    ds3_gather_for_generation: bool = _run(
+        True, "With FSDP2 and ZeRO-3: whether all weights are gathered for a rollout. If not, each pass gathers them layer by "
+        "layer, which is slower and takes no memory for all of them.", off="False")
     num_sample_generations: int = _run(*_trl("num_sample_generations"), unit="times", off="0")
     log_completions: bool = _run(
         False, "Whether the completions of an update are shown wherever metrics are logged: in a table in the terminal if rich "

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..parallel.engines import build_sharding
 from ..parallel.processes import Processes
-from ..parallel.sharding import REPLICATED, Replicated
+from ..parallel.sharding import Replicated
 from ..policy.forward import ForwardPass
 from ..policy.merged_weights import merged_weights
 from ..policy.quantization import is_quantized
@@ -24,7 +24,6 @@ from ..rollout.prompt_stream import StreamOrder
 from ..rollout.prompts import Collator, PromptOrder
 from ..rollout.sampling import Rollouts
 from ..rollout.scorer import Scorer
-from ..rollout.transformers_engine import TransformersEngine
 from ..run.failure_handling import FailureHandling
 from ..run.recorder import Recorder
 from ..run.resume_compatibility import RunSettings, setup_of
@@ -143,7 +142,6 @@ def rollouts(
         stop=stop, sharding=sharding,
     )  # fmt: skip
     return Rollouts(
-        found, lambda: merged_weights(policy), processes, vocabulary=models.token_limits.vocabulary,
-        length=args.response_length, pad_token_id=models.tokenizer.pad_token_id,
-        gathered=REPLICATED.gathered if isinstance(found, TransformersEngine) else sharding.gathered,
+        found, lambda: merged_weights(policy, sharding=sharding), processes, vocabulary=models.token_limits.vocabulary,
+        length=args.response_length, pad_token_id=models.tokenizer.pad_token_id, together=sharding.shards_weights,
     )  # fmt: skip

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
-from packaging.version import Version
 from peft import PeftModel
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers.training_args import ParallelMode
 
 from ..errors import ConfigError, NotAvailableYetError, shown
-from ..policy.quantization import is_quantized
+from ..parallel.engines import check_deepspeed
+from ..policy.quantization import is_8bit
 from ..policy.reference import trained_outside_adapters
 from ..trust.gradient_scale import KNOWN
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 """Values of `optim` whose moments are sharded as the parameters are."""
-DEEPSPEED = ("0.19.8", "0.20")
-"""The versions of DeepSpeed that are accepted: from the first, which was tested, and below the second."""
 
 
 class Option(NamedTuple):
@@ -50,20 +47,7 @@ def reject_launch(args: Any) -> None:
             f"Leave `use_cpu` out, or start the run without {engine} (examples/accelerate/cpu_gloo.yaml)."
         )
     if engine == "DeepSpeed":
-        _check_deepspeed()
-
-
-def _check_deepspeed() -> None:
-    lowest, limit = DEEPSPEED
-    fix = f"pip install 'trl-trustkl[deepspeed]', or 'deepspeed>={lowest},<{limit}'"
-    try:
-        version = importlib.metadata.version("deepspeed")
-    except importlib.metadata.PackageNotFoundError:
-        raise ConfigError(f"DeepSpeed is not installed: {fix}.") from None
-    if not Version(lowest) <= Version(version) < Version(limit):
-        raise NotAvailableYetError(
-            f"DeepSpeed {version} is not available; its internals may differ from those of {lowest}, which was tested: {fix}."
-        )
+        check_deepspeed()
 
 
 def reject_sharding_options(args: Any) -> None:
@@ -138,17 +122,16 @@ def _deepspeed_options(args: Any) -> Iterator[Option]:
         yield Option(name, got, got == off, "leave it out")
     for name in ("torch_autocast", "tensor_parallel", "sequence_parallel_size"):
         yield Option(name, config.get(name), not config.get(name), "leave it out")
-    yield Option("ds3_gather_for_generation", False, args.ds3_gather_for_generation, "leave it True")
 
 
 def reject_unsharded(args: Any, models: dict[str, Any], optimizer: Any) -> None:
     """Raise NotAvailableYetError for a model (by its argument) or an optimizer that cannot be used with the engine."""
     engine = engine_of(args)
     for name, model in models.items():
-        if engine == "FSDP2" and model is not None and is_quantized(model):
+        if engine == "FSDP2" and model is not None and is_8bit(model):
             raise NotAvailableYetError(
-                f"`{name}` is quantised, which is not available with FSDP2; load it without quantization_config, or start the "
-                "run with DeepSpeed (examples/accelerate/zero3.yaml) or DDP (multi_gpu.yaml)."
+                f"`{name}` is quantised to 8 bits, which is not available with FSDP2; load it in 4 bits, without "
+                "quantization_config, or start the run with DeepSpeed (examples/accelerate/zero3.yaml) or DDP (multi_gpu.yaml)."
             )
     policy = models["model"]
     if isinstance(policy, PeftModel) and (outside := trained_outside_adapters(policy)):

@@ -79,7 +79,11 @@ _COLOCATE = (
     "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization", "vllm_max_model_length",
     "vllm_tensor_parallel_size",
 )  # fmt: skip
-_OF_TRANSFORMERS = "local_rollout_forward_batch_size"
+_OF_TRANSFORMERS = {
+    "local_rollout_forward_batch_size": "vLLM chooses its batches by itself",
+    "ds3_gather_for_generation": "vLLM gets the weights layer by layer in any case",
+}
+"""Fields of the other engine, and why vLLM has no use for them."""
 
 
 def changed(args: Any, names: tuple[str, ...]) -> list[str]:
@@ -99,10 +103,9 @@ def check_vllm(args: Any) -> None:
     """Raise ConfigError for a field that would be ignored, and for values that contradict each other."""
     other, needed = (_COLOCATE, "colocate") if args.vllm_mode == "server" else (_SERVER, "server")
     ignored = ("vllm_mode", *_SERVER, *_COLOCATE) if not args.use_vllm else other
-    if args.use_vllm and changed(args, (_OF_TRANSFORMERS,)):
+    for name in changed(args, tuple(_OF_TRANSFORMERS)) if args.use_vllm else ():
         raise ConfigError(
-            f"`{_OF_TRANSFORMERS}` got {getattr(args, _OF_TRANSFORMERS)} with use_vllm=True, and vLLM chooses its batches by "
-            "itself; leave it out."
+            f"`{name}` got {getattr(args, name)} with use_vllm=True, and {_OF_TRANSFORMERS[name]}; leave it out."
         )
     for name in changed(args, ignored):
         fix = "use_vllm=True" if not args.use_vllm else f"vllm_mode={needed!r}"

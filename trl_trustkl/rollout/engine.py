@@ -39,7 +39,8 @@ class RolloutEngine(Protocol):
 
         The weights have the names of a checkpoint of the base model. An adapter is merged into them, and quantised weights are
         dequantised, layer by layer as the iterator is read; the policy stays as it is. Every update makes a new version, also
-        one that was rolled back or scaled back.
+        one that was rolled back or scaled back. With FSDP2 and ZeRO-3 the iterator gathers each layer, in which processes whose
+        engine reads nothing take part.
         """
 
     def generate(self, prompt_ids: Sequence[Tensor], seeds: Sequence[int]) -> Samples:

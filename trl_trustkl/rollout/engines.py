@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..errors import ConfigError
 from ..parallel.processes import Processes
@@ -21,6 +22,8 @@ from .vllm_model import vllm_model
 from .vllm_options import VLLMSampling
 from .vllm_server import VLLMServerEngine
 from .vllm_transfer import transfer_for
+
+logger = logging.get_logger(__name__)
 
 
 def build_engine(
@@ -41,10 +44,17 @@ def build_engine(
         return given
     options = args.arguments("generation_kwargs")
     if not args.use_vllm:
+        complete = args.ds3_gather_for_generation or not sharding.shards_weights
+        if complete and not args.ds3_gather_for_generation:
+            logger.warning(
+                "`ds3_gather_for_generation` got False and has no effect: each process has all weights; only FSDP2 and ZeRO-3 "
+                "shard them."
+            )
         return TransformersEngine(
             policy, response_length=args.response_length, temperature=args.temperature, stop_ids=stop_ids,
             pad_token_id=tokenizer.pad_token_id, batch_size=args.local_rollout_forward_batch_size, autocast=autocast,
-            generation_kwargs=options, tokenizer=tokenizer, gathered=sharding.gathered,
+            generation_kwargs=options, tokenizer=tokenizer, run=sharding.gathered if complete else sharding.run,
+            complete=complete,
         )  # fmt: skip
     model = vllm_model(policy, args)
     sampling = VLLMSampling(args.response_length, args.temperature, stop_ids, options)
@@ -77,4 +87,4 @@ def reject_ignored(args: Any) -> None:
             )
 
 
-_OF_OUR_ENGINES = ("use_vllm", "generation_kwargs", "local_rollout_forward_batch_size")
+_OF_OUR_ENGINES = ("use_vllm", "generation_kwargs", "local_rollout_forward_batch_size", "ds3_gather_for_generation")

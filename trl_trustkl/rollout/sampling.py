@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import RolloutError, TrustKLError, out_of_range
+from ..parallel.lockstep import in_lockstep
 from ..parallel.processes import Processes
-from ..parallel.sharding import REPLICATED
 from ..run.failure_handling import raised_on_all
 from ..run.rng import mixed_seed
 from ..run.signals import Overdue
@@ -67,8 +67,8 @@ class Rollouts:
     """Samples responses with an engine, to which it gives the policy's weights whenever they may have changed.
 
     weights: returns the policy's weights, as `RolloutEngine.sync` gets them. vocabulary: the number of tokens of the policy.
-    length: of a response, at most; responses are padded to it on the right. gathered: makes a call for whose duration this
-    process has all weights; all processes call it together.
+    length: of a response, at most; responses are padded to it on the right. together: whether all processes have to request the
+    weights together, as those of a sharded policy.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Rollouts:
         vocabulary: int,
         length: int,
         pad_token_id: int,
-        gathered: Callable[[Callable[[], None]], None] = REPLICATED.gathered,
+        together: bool = False,
     ) -> None:
         self.engine = engine
         self._weights = weights
@@ -88,7 +88,7 @@ class Rollouts:
         self._vocabulary = vocabulary
         self._length = length
         self._pad_token_id = pad_token_id
-        self._gathered = gathered
+        self._together = together
         self._version = 0
 
     @property
@@ -109,7 +109,9 @@ class Rollouts:
         """Give the engine the policy's weights, on all processes; returns the seconds that this took."""
         started = time.perf_counter()
         with raised_on_all(self._processes, TrustKLError, Overdue), self._as_rollout_error():
-            self._gathered(lambda: self.engine.sync(self._version, self._weights()))
+            reading = in_lockstep(self._weights(), self._processes) if self._together else nullcontext(self._weights())
+            with reading as weights:
+                self.engine.sync(self._version, weights)
         return time.perf_counter() - started
 
     def close(self) -> None:

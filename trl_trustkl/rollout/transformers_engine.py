@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -58,8 +58,9 @@ class TransformersEngine:
 
     pad_token_id: the tokenizer's, which may be outside of the model's vocabulary. autocast: the context of the policy's
     forward passes. generation_kwargs: further arguments of `generate`; without any, tokens are sampled from the entire
-    vocabulary. tokenizer: what `stop_strings` needs among them. gathered: calls a function with all of the policy's weights
-    on this process; see `Replicated.gathered`.
+    vocabulary. tokenizer: what `stop_strings` needs among them. run: calls a function that makes passes of the policy; see
+    `Replicated.gathered` and `Replicated.run`. complete: whether this process has all weights for its duration. Without, each
+    pass gathers them layer by layer, and all processes sample until the last response of any of them has ended.
     """
 
     def __init__(
@@ -74,7 +75,8 @@ class TransformersEngine:
         autocast: Callable[[], AbstractContextManager[Any]],
         generation_kwargs: dict[str, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        gathered: Callable[[Callable[[], Samples]], Samples] = lambda call: call(),
+        run: Callable[[Callable[[], Samples]], Samples] = lambda call: call(),
+        complete: bool = True,
     ) -> None:
         # An option that is None would get the default of `generate`, such as top_k=50.
         extra = {key: value for key, value in (generation_kwargs or {}).items() if value is not None}
@@ -91,7 +93,8 @@ class TransformersEngine:
         self._length = response_length
         self._batch_size = batch_size
         self._autocast = autocast
-        self._gathered = gathered
+        self._run = run
+        self._complete = complete
         # The model has no embedding for a padding token outside of its vocabulary, masked or not.
         known = self._causal.get_input_embeddings().weight.shape[0]
         self._pad_token_id = pad_token_id if pad_token_id < known else 0
@@ -126,7 +129,7 @@ class TransformersEngine:
     def generate(self, prompt_ids: Sequence[Tensor], seeds: Sequence[int]) -> Samples:
         """Sample for prompts of similar length at a time, longest first, which takes the least padding."""
         with torch.no_grad():
-            return self._gathered(lambda: self._samples(prompt_ids, seeds))
+            return self._run(lambda: self._samples(prompt_ids, seeds))
 
     def _samples(self, prompt_ids: Sequence[Tensor], seeds: Sequence[int]) -> Samples:
         order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]), reverse=True)
@@ -154,7 +157,7 @@ class TransformersEngine:
         if self._tokenizer is not None and self._strings:
             strings.append(StopStrings(self._strings, self._tokenizer, ids.shape[1]))
         with (
-            ready_to_generate(self._causal, self._adapter_weights, self._static),
+            ready_to_generate(self._causal, self._adapter_weights, self._static, complete=self._complete),
             without_waiting(ids.device, padded=padded),
         ):
             sequences = self._causal.generate(
@@ -163,6 +166,7 @@ class TransformersEngine:
                 generation_config=config,
                 custom_generate=sampler.decode if self._static is None else self._static.decoding(sampler.decode),
                 stopping_criteria=StoppingCriteriaList(strings),
+                synced_gpus=not self._complete,
             )
         new = sequences[:, ids.shape[1] :]
         ends = is_stop(new, self._stop_ids)
@@ -179,9 +183,14 @@ class TransformersEngine:
 
 @contextmanager
 def ready_to_generate(
-    causal: PreTrainedModel, adapter_weights: list[Tensor], static: StaticDecoding | None = None
+    causal: PreTrainedModel,
+    adapter_weights: list[Tensor],
+    static: StaticDecoding | None = None,
+    *,
+    complete: bool = True,
 ) -> Iterator[None]:
     """Prepare the model for generation, and restore it afterwards. `adapter_weights`: the buffers of `lora.short_forward`.
+    complete: whether this process has all weights, so that they can be prepared for all tokens at once.
 
     A blank generation config replaces the model's, which would set every option that is not given, such as an end of
     sequence or a repetition penalty. Gradient checkpointing is disabled, since it disables the KV cache. The model stays in
@@ -196,7 +205,10 @@ def ready_to_generate(
     for module in checkpointed:
         module.gradient_checkpointing = False
     try:
-        with cpu.dequantised_on_cpu(causal), lora.short_forward(lora.linear_layers(causal), adapter_weights):
+        with ExitStack() as stack:
+            if complete:
+                stack.enter_context(cpu.dequantised_on_cpu(causal))
+                stack.enter_context(lora.short_forward(lora.linear_layers(causal), adapter_weights))
             if static is not None:
                 static.keep_forwards()
             yield

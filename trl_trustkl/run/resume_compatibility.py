@@ -31,7 +31,7 @@ HARMLESS = (
     # memory, devices and workers, which change numbers only by rounding
     "torch_empty_cache_steps", "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
     "activation_checkpointing_kwargs", "use_cpu", "full_determinism", "ddp_find_unused_parameters", "ddp_bucket_cap_mb",
-    "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout", "dataset_num_proc",
+    "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout", "dataset_num_proc", "ds3_gather_for_generation",
     # what a run does when something goes wrong
     "grace_seconds", "max_refused", "reward_retries",
     # where vLLM runs, and its memory

@@ -49,7 +49,6 @@ WITHOUT_EFFECT = {
     # memory and processes
     "use_cache": "sampling always uses a cache, and training never does; the field is only saved with the model",
     "fsdp_config": "for `fsdp`, which is off",
-    "ds3_gather_for_generation": "with ZeRO-3 the weights are always gathered to generate; False is an error there",
     "enable_jit_checkpoint": "the trainer saves on SIGTERM and Ctrl-C by itself",
     "local_rank": "the launcher sets it; the process is identified by the environment",
     # scripts
