@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from trl_trustkl.callbacks.enforcer import NO_TOKENS, Enforcer
+from trl_trustkl.parallel.sharding import REPLICATED, Replicated
 from trl_trustkl.trust.limits import Limits
 from trl_trustkl.trust.measurement import measurement
 
@@ -24,6 +25,9 @@ class ObservedModel:
     """Counts how often it is put into the state in which it is measured."""
 
     entered, inside = 0, False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
 
     @contextmanager
     def without_noise(self) -> Any:
@@ -55,13 +59,14 @@ class Batch:
 class Run:
     """A model of one weight, its optimizer with momentum, and an enforcer."""
 
-    def __init__(self, **limits: float) -> None:
+    def __init__(self, *, sharding: Replicated = REPLICATED, **limits: float) -> None:
         self.model = nn.Linear(1, 1, bias=False)
         nn.init.constant_(self.model.weight, START)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=RATE, momentum=0.9)
-        self.observed = ObservedModel()
-        trainer = SimpleNamespace(model=self.model, optimizer=self.optimizer)
-        self.enforcer = Enforcer(trainer, self.observed, Limits(**limits))
+        self.observed = ObservedModel(self.model)
+        trainer = SimpleNamespace(model=self.model, model_wrapped=self.model, ref_model=None, optimizer=self.optimizer)
+        self.enforcer = Enforcer(trainer, self.observed, Limits(**limits), sharding=sharding)
+        self.enforcer.begin()
 
     @property
     def weight(self) -> float:
@@ -80,13 +85,41 @@ def test_without_limits_it_only_measures():
     run = Run()
     (window,) = run.windows(1.0)
     run.enforcer.take_snapshot()
-    assert run.enforcer._snapshot is None and not run.enforcer.limited
+    assert not run.enforcer.has_snapshot and not run.enforcer.limited
     run.step(0.5)
     run.enforcer.enforce([window])
     found = window.enforcement
     assert run.weight == pytest.approx(1.5)
     assert (found.scale, found.tries, found.limit, found.rejected) == (None, 0, None, None)
     assert found.kl_proposed == found.measured.kl == pytest.approx(0.25) and run.observed.entered == 1
+
+
+class StepsInBackward(Replicated):
+    steps_in_backward = True
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_kl": LIMIT}])
+def test_where_the_step_comes_before_the_old_policy_is_measured_its_weights_are_set_for_that(limits):
+    run = Run(sharding=StepsInBackward(), **limits)
+    (window,) = run.windows(1.0)
+    run.enforcer.take_snapshot()
+    assert run.enforcer.has_snapshot
+    run.step(0.5)
+    proposed = run.weight
+    with run.enforcer.measuring([window]), run.enforcer.before_step():
+        assert run.weight == START and window.measure().kl == 0.0
+    assert run.weight == proposed
+    run.enforcer.enforce([window])
+    assert (run.weight == proposed) == (not limits) and window.enforcement.kl_proposed == pytest.approx(0.25)
+    assert (window.enforcement.scale is None) == (not limits)
+
+
+def test_where_the_old_policy_is_measured_before_the_step_nothing_is_set():
+    run = Run(max_kl=LIMIT)
+    run.enforcer.take_snapshot()
+    run.step(0.5)
+    with run.enforcer.before_step():
+        assert run.weight == pytest.approx(START + 0.5)
 
 
 @pytest.mark.parametrize("change", [0.05, 0.1])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
@@ -14,7 +17,13 @@ from trl import SFTConfig, SFTTrainer
 from tests import tiny
 from tests.trl_trainers import KINDS, trainer_of
 from trl_trustkl import TrustRegionCallback
-from trl_trustkl.callbacks.trust_region_checks import check_options, check_stop, checked_kind, not_repeatable
+from trl_trustkl.callbacks.trust_region_checks import (
+    check_options,
+    check_reference,
+    check_stop,
+    checked_kind,
+    not_repeatable,
+)  # fmt: skip
 from trl_trustkl.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -134,11 +143,54 @@ def test_the_ppo_trainer_of_this_package_has_its_own_limits(tmp_path):
         TrustRegionCallback(tiny.trainer(tmp_path), max_kl=0.1)
 
 
-@pytest.mark.parametrize(("flag", "engine"), [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")])
-def test_sharded_parameters(flag, engine, trainer, monkeypatch):
+def fsdp(**options: Any) -> Any:
+    return {"fsdp_plugin": SimpleNamespace(**{"fsdp_version": 2, "cpu_offload": None} | options)}
+
+
+def deepspeed(stage: int, **options: Any) -> Any:
+    zero = {"stage": stage} | {name: value for name, value in options.items() if name.startswith("offload")}
+    return {"deepspeed_plugin": SimpleNamespace(deepspeed_config={"zero_optimization": zero} | options)}
+
+
+@pytest.mark.parametrize(
+    ("flag", "state", "engine"),
+    [
+        ("is_fsdp_enabled", fsdp(), None),
+        ("is_fsdp_enabled", fsdp(fsdp_version=1), "FSDP1"),
+        ("is_fsdp_enabled", fsdp(cpu_offload=CPUOffloadPolicy()), "FSDP2 with fsdp_offload_params"),
+        ("is_deepspeed_enabled", deepspeed(2), None),
+        ("is_deepspeed_enabled", deepspeed(3, offload_param={"device": "none"}), None),
+        ("is_deepspeed_enabled", deepspeed(0), "DeepSpeed's ZeRO-0"),
+        ("is_deepspeed_enabled", deepspeed(1), "DeepSpeed's ZeRO-1"),
+        ("is_deepspeed_enabled", deepspeed(2, fp16={"enabled": True}), "DeepSpeed with fp16"),
+        ("is_deepspeed_enabled", deepspeed(2, offload_optimizer={"device": "cpu"}), "DeepSpeed with offload_optimizer"),
+        ("is_deepspeed_enabled", deepspeed(3, offload_param={"device": "nvme"}), "DeepSpeed with offload_param"),
+    ],
+)
+def test_engines_that_shard(flag, state, engine, trainer, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.19.8")
     monkeypatch.setattr(trainer, flag, True)
-    with pytest.raises(ConfigError, match=f"under {engine}, which shards the parameters.*with several under DDP"):
+    monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(state=SimpleNamespace(**state)))
+    if engine is None:
+        assert checked_kind(trainer) == "grpo"
+        return
+    with pytest.raises(ConfigError, match=f"under {engine}, which this version.*does not support. Use .*fsdp2.yaml"):
         TrustRegionCallback(trainer)
+
+
+@pytest.mark.parametrize(("missing", "other"), [(False, False), (True, False), (False, True)])
+def test_a_reference_without_weights_on_some_process(missing, other):
+    """`other`: whether those of another process are missing."""
+    reference = tiny.llama().to("meta" if missing else "cpu")
+    processes: Any = SimpleNamespace(any=lambda flag: flag or other)
+    with (
+        nullcontext()
+        if not missing | other
+        else pytest.raises(ConfigError, match="fsdp_cpu_ram_efficient_loading: false")
+    ):
+        check_reference(SimpleNamespace(ref_model=reference), processes)
+    with nullcontext() if not other else pytest.raises(ConfigError):
+        check_reference(SimpleNamespace(ref_model=None), processes)
 
 
 @pytest.mark.parametrize("name", ["lomo", "adalomo", "galore_adamw_layerwise"])
@@ -161,13 +213,15 @@ def test_a_model_without_trainable_parameters(tmp_path):
         TrustRegionCallback(frozen)
 
 
-def of_batches(steps_per_generation: int, num_iterations: int, accumulation: int, scaler: Any = None) -> Any:
+def of_batches(
+    steps_per_generation: int, num_iterations: int, accumulation: int, scaler: Any = None, deepspeed: bool = False
+) -> Any:
     args = SimpleNamespace(
         steps_per_generation=steps_per_generation,
         num_iterations=num_iterations,
         gradient_accumulation_steps=accumulation,
     )
-    return SimpleNamespace(args=args, accelerator=SimpleNamespace(scaler=scaler))
+    return SimpleNamespace(args=args, accelerator=SimpleNamespace(scaler=scaler), is_deepspeed_enabled=deepspeed)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +236,10 @@ def of_batches(steps_per_generation: int, num_iterations: int, accumulation: int
         ((1, 2, 4), "and there is only one"),
         ((3, 1, 2), "an optimizer step then uses two generation batches, of which it cannot drop one"),
         ((2, 3, 4), "an optimizer step then uses two generation batches"),
+        (
+            (2, 2, 2, None, True),
+            "with DeepSpeed, which makes a step within the backward pass, so that none can be dropped",
+        ),
         ((2, 2, 2, object()), "with fp16=True, whose gradient scaler rejects a step without gradients; use bf16=True"),
     ],
 )

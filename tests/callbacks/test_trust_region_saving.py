@@ -74,7 +74,7 @@ def test_a_model_that_is_saved_in_the_middle_of_a_window_is_within_the_limit(cas
     assert max(found.values()) <= LIMIT + ROUNDING, found
     assert max(found.values()) > 0.3 * LIMIT
     assert [row["update"] for row in load_records(tmp_path)] == [3, 6]
-    assert not any(type(each).__name__ == "_BeforeSave" for each in trainer.callback_handler.callbacks)
+    assert not any(type(each).__name__ == "BeforeSave" for each in trainer.callback_handler.callbacks)
 
 
 def test_without_a_limit_such_a_model_is_beyond_it(tmp_path):

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from tests import tiny
+from tests import sharded, tiny
 from tests.dense import dense_kl
 from tests.witness import in_float64
 from trl_trustkl import BoundReportCallback, TrustRegionCallback, load_records
@@ -59,7 +59,7 @@ class Labelled:
         super().__init__(*args, **kwargs)
 
     def weights(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self.model.parameters() if p.requires_grad]
+        return [sharded.whole(p) for p in self.model.parameters() if p.requires_grad]
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         old = self.weights()

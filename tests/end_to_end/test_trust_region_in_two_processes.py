@@ -1,4 +1,5 @@
-"""`TrustRegionCallback` in two processes with a batch of n each, against one process with 2n: equal numbers and decisions.
+"""`TrustRegionCallback` in two processes (DDP, FSDP2) with a batch of n each, against one process with 2n: equal numbers and
+decisions.
 
 Both get the same completions: `Scripted` derives them from the prompt and the number of the generation. The first process
 has short ones, and in one generation none that counts. This file is also the program of each of the two processes.
@@ -6,6 +7,7 @@ has short ones, and in one generation none that counts. This file is also the pr
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -15,9 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import LlamaForCausalLM
 
-from tests import tiny
+from tests import sharded, tiny
 from tests.end_to_end.dense_windows import Judge, Labelled, LabelledGRPO, LabelledRLOO, SetUp, Window, train
 from tests.processes import in_two_processes
 from tests.tiny import EOS, LIMIT
@@ -67,6 +71,15 @@ def numbered_prompts() -> Any:
     return prompts.add_column("number", list(range(len(prompts))))
 
 
+def saved_llama(folder: Path) -> nn.Module:
+    """A policy that TRL can load again as the reference."""
+    if os.environ.get("RANK", "0") == "0":
+        tiny.llama().save_pretrained(folder / "policy")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return LlamaForCausalLM.from_pretrained(folder / "policy")
+
+
 COMMON = {
     "shuffle_dataset": False,
     "mask_truncated_completions": True,
@@ -78,6 +91,9 @@ GRPO = SetUp(TWICE, kind=ScriptedGRPO, data=numbered_prompts)
 SET_UPS = {
     "GRPO, LoRA": GRPO,
     "GRPO, full": replace(GRPO, changes=COMMON | {"learning_rate": 5e-3}, adapter=None, reference=None),
+    "GRPO, full, reference": replace(
+        GRPO, changes=COMMON | {"learning_rate": 5e-3, "beta": 0.1}, adapter=None, model=saved_llama, reference="start"
+    ),
     "RLOO, LoRA, limit after each step": replace(
         GRPO, changes=TWICE | {"beta": 0.1}, kind=ScriptedRLOO, options={"max_kl": LIMIT, "every": "step"}
     ),
@@ -87,12 +103,28 @@ SET_UPS = {
 }
 
 
-def program(root: Path) -> None:
+OFTEN = COMMON | {"max_steps": 50}
+FIFTY = {
+    "GRPO, LoRA": replace(GRPO, changes=OFTEN | {"learning_rate": 5e-2}, model=saved_llama),
+    "RLOO, full": replace(
+        GRPO, changes=OFTEN | {"learning_rate": 1e-2, "beta": 0.0}, kind=ScriptedRLOO, adapter=None, reference=None
+    ),
+}
+
+
+def program(root: Path, engine: str, setups: dict[str, SetUp]) -> None:
     """Train each set-up in this process and another; keep what the witness and the comparison need."""
-    for name, setup in SET_UPS.items():
-        half = replace(setup, changes=setup.changes | {"per_device_train_batch_size": 2})
-        trainer, keeps = train(half, root / name)
+    changes: dict[str, Any] = {"per_device_train_batch_size": 2}
+    if engine != "ddp":
+        # TRL shards a reference without the weights that only the first process has loaded.
+        sharded.on_cpus(engine, FSDP_CPU_RAM_EFFICIENT_LOADING=str(setups is FIFTY))
+        changes["use_cpu"] = False
+    for name, setup in setups.items():
+        trainer, keeps = train(replace(setup, changes=setup.changes | changes), root / name)
         assert trainer.accelerator.num_processes == 2
+        parameters = list(trainer.model.parameters())
+        assert engine != "fsdp2" or all(isinstance(p, DTensor) for p in parameters)
+        assert engine != "zero3" or all(p.numel() == 0 < p.ds_numel for p in parameters)
         logged = [{key: entry[key] for key in entry if is_measured(key)} for entry in trainer.state.log_history]
         kept = {"generations": trainer.generations, "proposed": keeps.proposed, "kept": keeps.kept, "logged": logged}
         torch.save(kept, root / f"{name}-{trainer.accelerator.process_index}.pt")
@@ -168,8 +200,12 @@ def largest_difference(one: list[Tensor], other: list[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
 
 
-def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
-    in_two_processes("-m", "tests.end_to_end.test_trust_region_in_two_processes", str(tmp_path), cwd=tmp_path)
+@pytest.mark.parametrize(
+    "engine", ["ddp", "fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3"))]
+)
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path, engine):
+    sharded.require(engine)
+    in_two_processes("-m", "tests.end_to_end.test_trust_region_in_two_processes", str(tmp_path), engine, cwd=tmp_path)
     for name, setup in SET_UPS.items():
         ranks = [torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=False) for rank in range(2)]
         assert_equal_to_each_other(ranks)
@@ -189,5 +225,21 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
         assert all(0 < record["trust"]["scale"] < 1 for record in records), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", sharded.ENGINES)
+def test_no_update_of_50_exceeds_the_limit(tmp_path, engine):
+    sharded.require(engine)
+    in_two_processes(
+        "-m", "tests.end_to_end.test_trust_region_in_two_processes", str(tmp_path), engine, "50", cwd=tmp_path
+    )
+    for name, setup in FIFTY.items():
+        ranks = [torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=False) for rank in range(2)]
+        records = load_records(tmp_path / name)
+        assert len(records) == 50 and sum(record["trust"]["scale"] < 1 for record in records) > 30
+        judge = Judge(setup, tmp_path, setup.trainer(tmp_path / "judge"))
+        for parts in zip(*(windows_of(judge, kept, records) for kept in ranks), strict=True):
+            assert_limit_over_both_parts(parts, every_step=False)
+
+
 if __name__ == "__main__":
-    program(Path(sys.argv[1]))
+    program(Path(sys.argv[1]), sys.argv[2], FIFTY if sys.argv[-1] == "50" else SET_UPS)

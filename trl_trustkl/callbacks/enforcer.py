@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
+from torch import nn
+
+from ..parallel.sharding import REPLICATED, Replicated
 from ..policy.loading import trainable
 from ..policy.observed_lm import ObservedLM
 from ..trl_compat.trl_trainers import GenerationTrainer
@@ -18,19 +22,56 @@ NO_TOKENS = "no token of the generation batch counts, so that its KL(π_old‖π
 
 
 class Enforcer:
-    """Measures windows, and holds `limits` on them; without limits it only measures."""
+    """Measures windows, and holds `limits` on them; without limits it only measures.
 
-    def __init__(self, trainer: GenerationTrainer, model: ObservedLM, limits: Limits) -> None:
+    sharding: how the parameters are spread over the processes. reference: a separate reference.
+    """
+
+    def __init__(
+        self,
+        trainer: GenerationTrainer,
+        model: ObservedLM,
+        limits: Limits,
+        *,
+        sharding: Replicated = REPLICATED,
+        reference: nn.Module | None = None,
+    ) -> None:
         self._trainer = trainer
         self._model = model
+        self._sharding = sharding
+        self._held = [model.model] if reference is None else [model.model, reference]
+        self._optimizer: Any = None
         self._region = TrustRegion(limits)
         self.limited = limits.hard or limits.panic_kl is not None
         self._snapshot: UpdateSnapshot | None = None
 
+    def begin(self) -> None:
+        """Use the trainer's model and optimizer as they are, prepared for training."""
+        trainer = self._trainer
+        self._optimizer = self._sharding.observe(trainer.model_wrapped, trainer.optimizer, trainer.ref_model)
+
+    @property
+    def has_snapshot(self) -> bool:
+        return self._snapshot is not None
+
     def take_snapshot(self) -> None:
-        """Keep the current state: an update is shortened towards it, or rolled back to it."""
-        if self.limited:
-            self._snapshot = UpdateSnapshot(trainable(self._trainer.model), [], self._trainer.optimizer)
+        """Keep the current state: an update is shortened towards it, or rolled back to it, and π_old is measured in it."""
+        if self.limited or self._sharding.steps_in_backward:
+            self._snapshot = UpdateSnapshot(trainable(self._trainer.model), [], self._optimizer, self._sharding)
+
+    @contextmanager
+    def before_step(self) -> Iterator[None]:
+        """The weights from before the step that was just made, where accelerate has made it in the backward pass."""
+        if self._snapshot is None or not self._sharding.steps_in_backward:
+            yield
+            return
+        path = self._snapshot.path
+        path.set_end()
+        path.set_scale(0.0)
+        try:
+            yield
+        finally:
+            path.set_scale(1.0)
 
     def drop_snapshot(self) -> None:
         """Free the memory of the snapshot."""
@@ -47,7 +88,7 @@ class Enforcer:
         with self.measuring(windows):
             proposed = measure()
             found = Enforcement(proposed.kl, None, 0, None, proposed)
-            if self._snapshot is not None:
+            if self._snapshot is not None and self.limited:
                 found = self._enforced(self._snapshot, measure, proposed)
         after = next(each for each in reversed(tried) if any(measured is found.measured for measured in each))
         for window, before, measured in zip(windows, tried[0], after, strict=True):
@@ -75,7 +116,10 @@ class Enforcer:
     def measuring(self, windows: Sequence[Window]) -> Iterator[None]:
         """The model as it is measured. The time inside is added to that of the windows."""
         started = time.perf_counter()
-        with self._model.without_noise():
+        with ExitStack() as stack:
+            stack.enter_context(self._model.without_noise())
+            for module in self._held:
+                stack.enter_context(self._sharding.holding(module))
             yield
         for window in windows:
             window.seconds += (time.perf_counter() - started) / len(windows)

@@ -8,15 +8,14 @@ from contextlib import ExitStack
 from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..controllers import LearningRateByKL
 from ..divergences import ESTIMATORS
 from ..errors import ConfigError, ModelError
+from ..parallel.engines import build_sharding
 from ..parallel.processes import Processes
 from ..policy.dropout import has_noise
-from ..policy.loading import trainable
 from ..policy.observed_lm import ObservedLM, observed_reference
 from ..records import BoundRecord
 from ..run.recorder import Recorder
@@ -28,7 +27,15 @@ from ..trust.limits import Limits, blocked_at_the_anchor
 from .adaptive_kl import AdaptiveKLCallback
 from .bound_report import is_report, report_of
 from .enforcer import Enforcer
-from .trust_region_checks import check_anchor_limit, check_options, check_stop, checked_kind, not_repeatable
+from .trust_region_checks import (
+    check_anchor_limit,
+    check_options,
+    check_reference,
+    check_stop,
+    checked_kind,
+    not_repeatable,
+)  # fmt: skip
+from .trust_region_saving import BeforeSave, TrustRegionState, may_save
 from .window import Window
 from .window_record import completion_rows, enforced, tracked, window_record
 
@@ -37,20 +44,6 @@ logger = logging.get_logger(__name__)
 CONTROLLER = (
     "kl_controller='dual' with a kl_target below it in nats per token, or add AdaptiveKLCallback(DualKL(…), trainer)"
 )
-
-
-class TrustRegionState(TrainerCallback, ExportableState):
-    """Holds the state of a `TrustRegionCallback` in checkpoints. A `TrustRegionCallback` adds it to its trainer.
-
-    It is a separate callback, because transformers may rebuild such callbacks from the checkpoint, and a checkpoint cannot
-    hold the trainer that a `TrustRegionCallback` needs.
-    """
-
-    def __init__(self) -> None:
-        self.lr_factor = 1.0
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"lr_factor": self.lr_factor}}
 
 
 class TrustRegionCallback(TrainerCallback):
@@ -88,13 +81,13 @@ class TrustRegionCallback(TrainerCallback):
     With a hard limit or panic_kl, a window whose KL is not finite, or in which no token counts, is rolled back.
 
     The numbers are added to TRL's logs as `trust/…` and `anchor/…`, and a `BoundReportCallback` of the same trainer writes a
-    record for each generation batch. Several processes (DDP) measure and decide together. State for resuming is saved in
-    checkpoints.
+    record for each generation batch. Several processes (DDP, FSDP2, ZeRO-2, ZeRO-3) measure and decide together. State for
+    resuming is saved in checkpoints.
 
     Raises ConfigError for an option out of range and for a trainer that it does not support: one without generation batches or
-    that fills them with earlier responses, under FSDP or DeepSpeed, with an optimizer that steps within the backward pass, with
-    images in its dataset, or one that is training; and for anchor_max_kl without a reference that stays the same. Raises
-    ModelError if the model's passes are random even without dropout.
+    that fills them with earlier responses, under FSDP1, ZeRO-1 or with offloading, with an optimizer that steps within the
+    backward pass, with images in its dataset, or one that is training; and for anchor_max_kl without a reference that stays
+    the same. Raises ModelError if the model's passes are random even without dropout.
     """
 
     def __init__(
@@ -121,21 +114,32 @@ class TrustRegionCallback(TrainerCallback):
         self.stop = stop
         self.shared_steps = generation.steps_are_shared(trainer)
         self.processes = Processes(trainer.accelerator)
-        self.model = ObservedLM(trainer.model, autocast=trainer.accelerator.autocast, temperature=trainer.temperature)
-        self.reference = observed_reference(trainer, self.model) if anchor else None
+        self._sharding = build_sharding(trainer.accelerator, saves=trainer.args.should_save)
+        with self._sharding.loaded(trainer.model):
+            self.model = ObservedLM(
+                trainer.model, autocast=trainer.accelerator.autocast, temperature=trainer.temperature,
+                sharding=self._sharding,
+            )  # fmt: skip
+        if anchor:
+            check_reference(trainer, self.processes)
+        self.reference = observed_reference(trainer, self.model, self._sharding) if anchor else None
         check_anchor_limit(anchor_max_kl, trainer, measured=self.reference is not None)
         self.limits = limits
-        self._enforcer = Enforcer(trainer, self.model, limits)
+        self._enforcer = Enforcer(
+            trainer, self.model, limits, sharding=self._sharding,
+            reference=None if self.reference is None else self.reference.model,
+        )  # fmt: skip
         saves_any_time = getattr(trainer.args, "enable_jit_checkpoint", False)  # a checkpoint on SIGTERM
         needs_every_step = self._enforcer.limited and (self.shared_steps or saves_any_time)
         self.every_step = every == "step" or needs_every_step
         self.lr_controller = None if lr_target is None else LearningRateByKL(lr_target)
         self._recorder = Recorder(lambda: trainer.callback_handler.callbacks, self.processes)
-        self._before_save = _BeforeSave(self)
+        self._before_save = BeforeSave(self)
         self._rates = ExitStack()
         self._run = ExitStack()
         self._training = False
         self._rescaled = True
+        self._rate, self._factor = 0.0, 1.0
         self._reset()
         if self.lr_controller is not None:
             self._lr_state = self.lr_controller.init()
@@ -179,6 +183,7 @@ class TrustRegionCallback(TrainerCallback):
         self._reset()
         self._metrics.take()
         self._restore(state)
+        self._enforcer.begin()
         self._run.callback(self.model.watch())
         self._rescaled = rescales_gradients(self.trainer.optimizer)
         if (anchor_limit := self.limits.anchor_max_kl) is not None and self._anchor_target() is None:
@@ -201,6 +206,8 @@ class TrustRegionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._write(args, state, control)
+        if self._sharding.steps_in_backward:
+            self._prepare_step()
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -211,19 +218,29 @@ class TrustRegionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._after_pass()
-        optimizer, windows = self.trainer.optimizer, self._windows
+        windows = self._windows
         for window in windows:
             if not window.old:
-                with self._enforcer.measuring([window]):
+                with self._enforcer.measuring([window]), self._enforcer.before_step():
                     self._fix_old_policy(window)
-        if self.shared_steps:
-            self._enforcer.take_snapshot()
+        if not self._sharding.steps_in_backward:
+            self._prepare_step()
         if any(window.stopped for window in windows):
-            optimizer.zero_grad()
-        factor = 1.0 if self.lr_controller is None else self._lr_state.coef
+            self.trainer.optimizer.zero_grad()
         for window in windows:
-            window.begin_step(lr=optimizer.param_groups[0]["lr"], lr_factor=factor)
-        self._rates.enter_context(scaled_learning_rate(optimizer, trainable(self.trainer.model), factor))
+            window.begin_step(lr=self._rate, lr_factor=self._factor)
+
+    def _prepare_step(self) -> None:
+        """Before the optimizer's step: set its learning rate, and keep the state if that of the window's start is not enough.
+
+        Where accelerate makes the step in the backward pass, this is before the passes of the step.
+        """
+        if self.shared_steps or (self._sharding.steps_in_backward and not self._enforcer.has_snapshot):
+            self._enforcer.take_snapshot()
+        optimizer = self.trainer.optimizer
+        self._factor = 1.0 if self.lr_controller is None else self._lr_state.coef
+        self._rate = optimizer.param_groups[0]["lr"]
+        self._rates.enter_context(scaled_learning_rate(optimizer, None, self._factor))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -257,7 +274,7 @@ class TrustRegionCallback(TrainerCallback):
     def before_save(self, args: TrainingArguments, control: TrainerControl) -> None:
         """Enforce the limits on windows that have not ended if the model may be saved now."""
         windows = [window for window in self._windows if window.steps]
-        if windows and self._enforcer.limited and not self._held and _may_save(args, control):
+        if windows and self._enforcer.limited and not self._held and may_save(args, control):
             self._enforcer.enforce(windows)
             self._held = True
 
@@ -272,7 +289,7 @@ class TrustRegionCallback(TrainerCallback):
         trainer = self.trainer
         if trainer._buffered_inputs is not self._batch:
             self._batch = trainer._buffered_inputs
-            if not self._windows and not self.shared_steps:
+            if not self._windows and not self.shared_steps and not self._sharding.steps_in_backward:
                 self._enforcer.take_snapshot()
             self._windows.append(
                 Window(
@@ -373,28 +390,3 @@ class TrustRegionCallback(TrainerCallback):
     def _stored(self) -> TrustRegionState | None:
         callbacks = self.trainer.callback_handler.callbacks
         return next((each for each in callbacks if isinstance(each, TrustRegionState)), None)
-
-
-class _BeforeSave(TrainerCallback):
-    """The last callback of the run, so that it sees whether any other requested a save or the end."""
-
-    def __init__(self, callback: TrustRegionCallback) -> None:
-        self._callback = callback
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._callback.after_step(args, state, control)
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._callback.after_step(args, state, control)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._callback.before_save(args, control)
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._callback.before_save(args, control)
-
-
-def _may_save(args: TrainingArguments, control: TrainerControl) -> bool:
-    return control.should_save or (control.should_evaluate and args.save_strategy == "best")

@@ -6,8 +6,11 @@ import math
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from ..errors import ConfigError, is_finite, out_of_range, unknown_name
+from ..parallel.engines import check_deepspeed
+from ..parallel.processes import Processes
 from ..policy.loading import trainable
 from ..trl_compat import generation, trl_logs
 from ..trl_compat.trl_logs import Kind
@@ -71,12 +74,11 @@ def checked_kind(trainer: Any) -> Kind:
             f"`trainer` got a {name}, whose batches have responses of earlier policies: they tell nothing about the policy "
             "that was sampled from last. Use GRPOTrainer."
         )
-    for flag, engine in (("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")):
-        if getattr(trainer, flag):
-            raise ConfigError(
-                f"`trainer` got a {name} under {engine}, which shards the parameters; this version of TrustRegionCallback "
-                "needs all of them on each process. Train with one process, or with several under DDP."
-            )
+    if (engine := unsupported_engine(trainer)) is not None:
+        raise ConfigError(
+            f"`trainer` got a {name} under {engine}, which this version of TrustRegionCallback does not support. Use "
+            "examples/accelerate/fsdp2.yaml, zero2.yaml, zero3.yaml, or multi_gpu.yaml for DDP."
+        )
     if steps_in_backward(trainer.args):
         raise ConfigError(
             f"`trainer` got a {name} with an optimizer that steps within the backward pass (`optim`), where no update can be "
@@ -91,6 +93,41 @@ def checked_kind(trainer: Any) -> Kind:
             f"`trainer` got a {name} whose model has no trainable parameter; there is no update to limit."
         )
     return kind
+
+
+def check_reference(trainer: GenerationTrainer, processes: Processes) -> None:
+    """ConfigError on all processes for a reference without weights on one of them."""
+    reference = trainer.ref_model
+    if processes.any(reference is not None and any(p.is_meta for p in reference.parameters())):
+        raise ConfigError(
+            "`trainer` has a reference whose weights only the first process of a machine has loaded, and TRL shards it without "
+            "them. Set fsdp_cpu_ram_efficient_loading: false, train an adapter (`peft_config`), or set beta=0."
+        )
+
+
+def unsupported_engine(trainer: Any) -> str | None:
+    """The engine that shards the parameters, if the callback cannot work with it or with its options."""
+    if trainer.is_deepspeed_enabled:
+        check_deepspeed()
+        return _unsupported_deepspeed(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
+    if not trainer.is_fsdp_enabled:
+        return None
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        return "FSDP1"
+    return "FSDP2 with fsdp_offload_params" if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else None
+
+
+def _unsupported_deepspeed(config: dict[str, Any]) -> str | None:
+    zero = config.get("zero_optimization", {})
+    if (stage := zero.get("stage", 0)) not in (2, 3):
+        return f"DeepSpeed's ZeRO-{stage}"
+    if config.get("fp16", {}).get("enabled") is True:
+        return "DeepSpeed with fp16"
+    for name in ("offload_optimizer", "offload_param"):
+        if zero.get(name, {}).get("device", "none") != "none":
+            return f"DeepSpeed with {name}"
+    return None
 
 
 def check_stop(stop: float, trainer: GenerationTrainer) -> None:
@@ -108,6 +145,11 @@ def check_stop(stop: float, trainer: GenerationTrainer) -> None:
         raise ConfigError(
             f"`stop` got {stop:g} with {steps}: it ends the steps on a generation batch early, and there is only one. Use "
             "max_kl, or num_iterations=2 or more."
+        )
+    if trainer.is_deepspeed_enabled:
+        raise ConfigError(
+            f"`stop` got {stop:g} with DeepSpeed, which makes a step within the backward pass, so that none can be dropped; "
+            "use max_kl."
         )
     if trainer.accelerator.scaler is not None:
         raise ConfigError(

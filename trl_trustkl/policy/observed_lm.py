@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,14 +12,15 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..parallel.sharding import REPLICATED, Replicated
 from ..trl_compat.trl_trainers import GenerationTrainer
-from ..types import MicroBatch, PolicySnapshot
+from ..types import Head, MicroBatch, PolicySnapshot
 from .dropout import noise_places, without_dropout
 from .exact_kl import TokenStatistics, token_statistics
 from .micro_batches import predicting
 from .probes import as_in_training
 from .reference import Reference
-from .split_lm import SplitLM
+from .split_lm import OutputHead, SplitLM
 
 
 class ObservedLM(SplitLM):
@@ -34,6 +35,7 @@ class ObservedLM(SplitLM):
         autocast: the context of the trainer's passes.
         temperature: the number by which the trainer divides logits.
         name: of the model, in messages.
+        sharding: how its parameters are spread over processes.
     """
 
     def __init__(
@@ -43,12 +45,16 @@ class ObservedLM(SplitLM):
         autocast: Callable[[], AbstractContextManager[Any]],
         temperature: float,
         name: str = "model",
+        sharding: Replicated = REPLICATED,
     ) -> None:
+        self._sharding = sharding
         self._noise = noise_places(model)
         # Accelerate may have put autocast around the model's forward pass; the backbone alone is then tested under it too.
         prepared = hasattr(model, "_original_forward")
         with without_dropout(self._noise), autocast() if prepared else nullcontext():
             super().__init__(model, name=name)
+        if isinstance(self.head, OutputHead) and sharding.shards_weights:
+            self.head = self.head.without_hooks(sharding.holding)
         self.model = model
         self.autocast = autocast
         self.temperature = temperature
@@ -107,6 +113,12 @@ class ObservedLM(SplitLM):
             hook.remove()
         return predicting(states[-1], micro)
 
+    def frozen_head(self) -> Head:
+        if not isinstance(self.head, OutputHead):
+            return self.head
+        with self._sharding.holding(self.head.projection):
+            return self.head.frozen()
+
     def compare(self, micro: MicroBatch, old: PolicySnapshot, ref: PolicySnapshot | None = None) -> TokenStatistics:
         """Log-probabilities under the current policy and π_old, exact KL(π_old‖π) and total variation, and with a reference
         KL(π‖π_ref), [b, t] each."""
@@ -124,14 +136,20 @@ class ObservedLM(SplitLM):
         ref: PolicySnapshot | None = None,
         old: PolicySnapshot | None = None,
     ) -> TokenStatistics:
-        with self.autocast():
+        with self.autocast(), ExitStack() as stack:
+            for each in (policy, old, ref):
+                projection = getattr(getattr(each, "head", None), "projection", None)
+                if isinstance(projection, nn.Module):  # gathered once for all chunks
+                    stack.enter_context(self._sharding.holding(projection))
             return token_statistics(
                 policy.hidden, micro.targets, policy.head, vocab_size=self.vocab_size,
                 temperature=self.temperature, ref=ref, old=old,
             ).spread(micro)  # fmt: skip
 
 
-def observed_reference(trainer: GenerationTrainer, model: ObservedLM) -> Reference | None:
+def observed_reference(
+    trainer: GenerationTrainer, model: ObservedLM, sharding: Replicated = REPLICATED
+) -> Reference | None:
     """The reference of a trainer of TRL, whose policy is `model`; None where TRL has none."""
     policy = trainer.model
     if isinstance(policy, PeftModel):
@@ -139,8 +157,11 @@ def observed_reference(trainer: GenerationTrainer, model: ObservedLM) -> Referen
     if trainer.ref_model is None:
         return None
     ref_model = trainer.accelerator.unwrap_model(trainer.ref_model)
-    ref_lm = ObservedLM(ref_model, autocast=model.autocast, temperature=model.temperature, name="ref_model")
-    return Reference(policy, model, ref_model, ref_lm=ref_lm)
+    with sharding.loaded(trainer.ref_model):  # TRL has sharded it already
+        ref_lm = ObservedLM(
+            ref_model, autocast=model.autocast, temperature=model.temperature, name="ref_model", sharding=sharding
+        )
+        return Reference(policy, model, ref_model, ref_lm=ref_lm)
 
 
 def _last_states(output: Any) -> Tensor:

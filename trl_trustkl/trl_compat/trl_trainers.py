@@ -53,6 +53,7 @@ class GenerationTrainer(TRLTrainer, Protocol):
     """GRPOTrainer or RLOOTrainer, which train on batches that they generate."""
 
     model: Any
+    model_wrapped: Any
     ref_model: Any
     accelerator: Accelerator
     optimizer: Any
