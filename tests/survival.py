@@ -111,8 +111,11 @@ Moment = int | tuple[str, int]
 
 
 @contextmanager
-def counted(trainer: TrustKLPPOTrainer, at: Moment, act: Callable[[str], None]) -> Iterator[list[str]]:
-    """Call `act(name)` before the moment `at`; yields the names of the moments so far."""
+def counted(
+    trainer: Any, at: Moment, act: Callable[[str], None], targets: list[tuple[Any, str]] | None = None
+) -> Iterator[list[str]]:
+    """Call `act(name)` before the moment `at`; yields the names of the moments so far. `targets`: the functions whose calls are
+    moments; None: those of a run of PPO."""
     seen: list[str] = []
 
     def watch(name: str, original: Callable) -> Callable:
@@ -127,7 +130,7 @@ def counted(trainer: TrustKLPPOTrainer, at: Moment, act: Callable[[str], None]) 
 
         return watched
 
-    with _patched(moments(trainer), watch):
+    with _patched(moments(trainer) if targets is None else targets, watch):
         yield seen
 
 

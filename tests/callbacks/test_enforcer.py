@@ -85,7 +85,7 @@ def test_without_limits_it_only_measures():
     run = Run()
     (window,) = run.windows(1.0)
     run.enforcer.take_snapshot()
-    assert not run.enforcer.has_snapshot and not run.enforcer.limited
+    assert run.enforcer._snapshot is None and not run.enforcer.limited
     run.step(0.5)
     run.enforcer.enforce([window])
     found = window.enforcement
@@ -103,7 +103,7 @@ def test_where_the_step_comes_before_the_old_policy_is_measured_its_weights_are_
     run = Run(sharding=StepsInBackward(), **limits)
     (window,) = run.windows(1.0)
     run.enforcer.take_snapshot()
-    assert run.enforcer.has_snapshot
+    assert (run.enforcer._snapshot is None) == (not limits)
     run.step(0.5)
     proposed = run.weight
     with run.enforcer.measuring([window]), run.enforcer.before_step():

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate import FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -24,7 +25,7 @@ from trl_trustkl.callbacks.trust_region_checks import (
     checked_kind,
     not_repeatable,
 )  # fmt: skip
-from trl_trustkl.errors import ConfigError
+from trl_trustkl.errors import ConfigError, NotAvailableYetError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PER_TOKEN = "nats per token"
@@ -143,38 +144,44 @@ def test_the_ppo_trainer_of_this_package_has_its_own_limits(tmp_path):
         TrustRegionCallback(tiny.trainer(tmp_path), max_kl=0.1)
 
 
-def fsdp(**options: Any) -> Any:
-    return {"fsdp_plugin": SimpleNamespace(**{"fsdp_version": 2, "cpu_offload": None} | options)}
-
-
-def deepspeed(stage: int, **options: Any) -> Any:
-    zero = {"stage": stage} | {name: value for name, value in options.items() if name.startswith("offload")}
-    return {"deepspeed_plugin": SimpleNamespace(deepspeed_config={"zero_optimization": zero} | options)}
+def engine(stage: int | None = None, **options: Any) -> Any:
+    """The state of accelerate with FSDP2, or with a stage of ZeRO."""
+    if stage is None:
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+        vars(plugin).update(options)
+        return SimpleNamespace(fsdp_plugin=plugin)
+    return SimpleNamespace(
+        deepspeed_plugin=SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": stage}} | options)
+    )
 
 
 @pytest.mark.parametrize(
-    ("flag", "state", "engine"),
+    ("flag", "state", "fields", "said"),
     [
-        ("is_fsdp_enabled", fsdp(), None),
-        ("is_fsdp_enabled", fsdp(fsdp_version=1), "FSDP1"),
-        ("is_fsdp_enabled", fsdp(cpu_offload=CPUOffloadPolicy()), "FSDP2 with fsdp_offload_params"),
-        ("is_deepspeed_enabled", deepspeed(2), None),
-        ("is_deepspeed_enabled", deepspeed(3, offload_param={"device": "none"}), None),
-        ("is_deepspeed_enabled", deepspeed(0), "DeepSpeed's ZeRO-0"),
-        ("is_deepspeed_enabled", deepspeed(1), "DeepSpeed's ZeRO-1"),
-        ("is_deepspeed_enabled", deepspeed(2, fp16={"enabled": True}), "DeepSpeed with fp16"),
-        ("is_deepspeed_enabled", deepspeed(2, offload_optimizer={"device": "cpu"}), "DeepSpeed with offload_optimizer"),
-        ("is_deepspeed_enabled", deepspeed(3, offload_param={"device": "nvme"}), "DeepSpeed with offload_param"),
+        ("is_fsdp_enabled", engine(), {}, None),
+        ("is_fsdp_enabled", engine(fsdp_version=1), {}, "`fsdp_version` got 1"),
+        ("is_fsdp_enabled", engine(cpu_offload=CPUOffloadPolicy()), {}, "`fsdp_offload_params` got True"),
+        ("is_deepspeed_enabled", engine(2), {}, None),
+        ("is_deepspeed_enabled", engine(3), {}, None),
+        ("is_deepspeed_enabled", engine(1), {}, "`zero_stage` got 1"),
+        ("is_deepspeed_enabled", engine(2, fp16={"enabled": True}), {}, "`fp16` got True"),
+        ("is_deepspeed_enabled", engine(2, scheduler={"type": "WarmupLR"}), {}, "`scheduler` got {'type': 'WarmupLR'}"),
+        ("is_deepspeed_enabled", engine(2), {"optim": "adamw_8bit"}, "`optim` got 'adamw_8bit'"),
+        ("is_deepspeed_enabled", engine(2), {"enable_jit_checkpoint": True}, "`enable_jit_checkpoint` got True"),
     ],
 )
-def test_engines_that_shard(flag, state, engine, trainer, monkeypatch):
+def test_engines_that_shard(flag, state, fields, said, trainer, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.19.8")
     monkeypatch.setattr(trainer, flag, True)
-    monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(state=SimpleNamespace(**state)))
-    if engine is None:
+    monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(state=state))
+    for name, value in fields.items():
+        monkeypatch.setattr(trainer.args, name, value, raising=False)
+    if said is None:
         assert checked_kind(trainer) == "grpo"
         return
-    with pytest.raises(ConfigError, match=f"under {engine}, which this version.*does not support. Use .*fsdp2.yaml"):
+    with pytest.raises(
+        NotAvailableYetError, match=f"{said}, which is not available for a SpiedGRPO with a TrustRegionC.*; "
+    ):
         TrustRegionCallback(trainer)
 
 

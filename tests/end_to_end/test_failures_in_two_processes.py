@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from tests import survival
 from tests.pinned import on_pinned_transformers
@@ -104,8 +105,13 @@ def fill_the_records_disk(trainer: Any) -> None:
     records.open = full  # type: ignore[attr-defined]
 
 
+def run_out_of_memory(trainer: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
 ACTS = {
     "fail": fail,
+    "run out of memory": run_out_of_memory,
     "terminate": lambda trainer: os.kill(os.getpid(), signal.SIGTERM),
     "interrupt": lambda trainer: os.kill(os.getpid(), signal.SIGINT),
     "kill": lambda trainer: os.kill(os.getpid(), signal.SIGKILL),

@@ -38,6 +38,7 @@ class Case(NamedTuple):
 
 CASES = [
     Case("fail", 1, ("score", 2), "RewardError: reward function `fails_on_request`"),
+    Case("run out of memory", 1, ("step", 9)),
     Case("terminate", 1, ("measure", 2)),
     Case("limit files", 0, ("write", 1), "checkpoint-4 could not be written"),
     Case("kill", 0, ("save_file", 3)),

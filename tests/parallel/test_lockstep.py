@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -19,36 +19,50 @@ class Both:
 
     def __init__(self) -> None:
         self._barrier = threading.Barrier(2, timeout=30)
-        self._flags: list[bool] = []
+        self._values: list[Any] = []
 
-    def any(self, flag: bool) -> bool:
-        self._flags.append(flag)
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        return [any(each) for each in zip(*self._gathered(flags), strict=True)]
+
+    def raise_on_all(self, error: Exception | None) -> None:
+        for found in self._gathered(error):
+            if found is not None:
+                raise found
+
+    def _gathered(self, value: Any) -> list[Any]:
+        self._values.append(value)
         self._barrier.wait()
-        found = any(self._flags)
+        found = list(self._values)
         if self._barrier.wait() == 0:
-            self._flags.clear()
+            self._values.clear()
         self._barrier.wait()
         return found
 
 
 class Items:
-    """Items that are counted as they are computed. closed: whether their iteration has ended."""
+    """Items that are counted as they are computed. closed: whether their iteration has ended. fails: the one that cannot be
+    computed."""
 
-    def __init__(self) -> None:
-        self.computed, self.closed = 0, False
+    def __init__(self, fails: int | None = None) -> None:
+        self.computed, self.closed, self.fails = 0, False, fails
 
     def __call__(self) -> Iterator[int]:
         try:
             for number in range(ITEMS):
                 self.computed += 1
+                if number == self.fails:
+                    raise MemoryError(f"item {number}")
                 yield number
         finally:
             self.closed = True
 
 
-def in_two_threads(*readers: Callable[[Iterator[int]], Any]) -> tuple[list[Items], list[Any]]:
+def in_two_threads(
+    *readers: Callable[[Iterator[int]], Any], items: Sequence[Items] | None = None
+) -> tuple[Sequence[Items], list[Any]]:
     """What the readers computed, and returned or raised."""
-    both, items, results = Both(), [Items(), Items()], [None, None]
+    both, results = Both(), [None, None]
+    items = [Items(), Items()] if items is None else items
 
     def run(index: int) -> None:
         try:
@@ -96,6 +110,13 @@ def test_both_compute_what_either_requests(readers, computed):
         assert (type(result) is OSError) == (reader is fails)
         if reader is list:
             assert result == list(range(ITEMS))
+
+
+@pytest.mark.parametrize("readers", [(list, list), (list, lambda items: None), (lambda items: None, list)])
+def test_an_item_that_one_cannot_compute_is_an_error_of_both(readers):
+    items, results = in_two_threads(*readers, items=[Items(), Items(fails=2)])
+    assert [type(result) for result in results] == [MemoryError, MemoryError]
+    assert [each.computed for each in items] == [3, 3] and all(each.closed for each in items)
 
 
 def test_one_process_reads_as_without():

@@ -14,7 +14,7 @@ from ..policy.loading import trainable
 from ..policy.observed_lm import ObservedLM
 from ..trl_compat.trl_trainers import GenerationTrainer
 from ..trust.limits import Limits, TrustRegion
-from ..trust.snapshot import UpdateSnapshot
+from ..trust.snapshot import ParameterPath, UpdateSnapshot
 from ..types import Enforcement, Measurement
 from .window import Window
 
@@ -40,7 +40,8 @@ class Enforcer:
         self._model = model
         self._sharding = sharding
         self._held = [model.model] if reference is None else [model.model, reference]
-        self._optimizer: Any = None
+        self.optimizer: Any = None
+        self._path: ParameterPath | None = None
         self._region = TrustRegion(limits)
         self.limited = limits.hard or limits.panic_kl is not None
         self._snapshot: UpdateSnapshot | None = None
@@ -48,34 +49,36 @@ class Enforcer:
     def begin(self) -> None:
         """Use the trainer's model and optimizer as they are, prepared for training."""
         trainer = self._trainer
-        self._optimizer = self._sharding.observe(trainer.model_wrapped, trainer.optimizer, trainer.ref_model)
-
-    @property
-    def has_snapshot(self) -> bool:
-        return self._snapshot is not None
+        self.optimizer = self._sharding.observe(trainer.model_wrapped, trainer.optimizer, trainer.ref_model)
 
     def take_snapshot(self) -> None:
         """Keep the current state: an update is shortened towards it, or rolled back to it, and π_old is measured in it."""
-        if self.limited or self._sharding.steps_in_backward:
-            self._snapshot = UpdateSnapshot(trainable(self._trainer.model), [], self._optimizer, self._sharding)
+        trained = trainable(self._trainer.model)
+        if self.limited:
+            self._snapshot = UpdateSnapshot(trained, [], self.optimizer, self._sharding)
+            self._path = self._snapshot.path
+        elif self._sharding.steps_in_backward:
+            self._path = ParameterPath([self._sharding.local(each) for each in trained], self._sharding.written)
 
     @contextmanager
     def before_step(self) -> Iterator[None]:
         """The weights from before the step that was just made, where accelerate has made it in the backward pass."""
-        if self._snapshot is None or not self._sharding.steps_in_backward:
+        path = self._path
+        if path is None or not self._sharding.steps_in_backward:
             yield
             return
-        path = self._snapshot.path
         path.set_end()
         path.set_scale(0.0)
         try:
             yield
         finally:
             path.set_scale(1.0)
+            if not self.limited:
+                self._path = None
 
     def drop_snapshot(self) -> None:
         """Free the memory of the snapshot."""
-        self._snapshot = None
+        self._snapshot = self._path = None
 
     def enforce(self, windows: Sequence[Window]) -> None:
         """Hold the limits on these windows together: the one that exceeds them most decides."""
@@ -88,7 +91,7 @@ class Enforcer:
         with self.measuring(windows):
             proposed = measure()
             found = Enforcement(proposed.kl, None, 0, None, proposed)
-            if self._snapshot is not None and self.limited:
+            if self._snapshot is not None:
                 found = self._enforced(self._snapshot, measure, proposed)
         after = next(each for each in reversed(tried) if any(measured is found.measured for measured in each))
         for window, before, measured in zip(windows, tried[0], after, strict=True):

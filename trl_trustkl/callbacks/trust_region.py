@@ -85,9 +85,9 @@ class TrustRegionCallback(TrainerCallback):
     resuming is saved in checkpoints.
 
     Raises ConfigError for an option out of range and for a trainer that it does not support: one without generation batches or
-    that fills them with earlier responses, under FSDP1, ZeRO-1 or with offloading, with an optimizer that steps within the
-    backward pass, with images in its dataset, or one that is training; and for anchor_max_kl without a reference that stays
-    the same. Raises ModelError if the model's passes are random even without dropout.
+    that fills them with earlier responses, with an option of FSDP or DeepSpeed that is not available, with an optimizer that
+    steps within the backward pass, with images in its dataset, or one that is training; and for anchor_max_kl without a
+    reference that stays the same. Raises ModelError if the model's passes are random even without dropout.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class TrustRegionCallback(TrainerCallback):
         self._restore(state)
         self._enforcer.begin()
         self._run.callback(self.model.watch())
-        self._rescaled = rescales_gradients(self.trainer.optimizer)
+        self._rescaled = rescales_gradients(self._enforcer.optimizer)
         if (anchor_limit := self.limits.anchor_max_kl) is not None and self._anchor_target() is None:
             logger.warning(blocked_at_the_anchor(anchor_limit, CONTROLLER))
         self.trainer.add_callback(self._before_save)
@@ -197,6 +197,7 @@ class TrustRegionCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._rates.close()
         self._end_windows(state.global_step)
         self._write(args, state, control)
         self._run.close()
@@ -207,6 +208,7 @@ class TrustRegionCallback(TrainerCallback):
     ) -> None:
         self._write(args, state, control)
         if self._sharding.steps_in_backward:
+            self._rates.close()  # of a step that another callback ended early
             self._prepare_step()
 
     def on_substep_end(
@@ -235,12 +237,13 @@ class TrustRegionCallback(TrainerCallback):
 
         Where accelerate makes the step in the backward pass, this is before the passes of the step.
         """
-        if self.shared_steps or (self._sharding.steps_in_backward and not self._enforcer.has_snapshot):
+        if self.shared_steps or (self._sharding.steps_in_backward and not self._windows):
             self._enforcer.take_snapshot()
         optimizer = self.trainer.optimizer
         self._factor = 1.0 if self.lr_controller is None else self._lr_state.coef
         self._rate = optimizer.param_groups[0]["lr"]
-        self._rates.enter_context(scaled_learning_rate(optimizer, None, self._factor))
+        if self._factor != 1.0:
+            self._rates.enter_context(scaled_learning_rate(optimizer, None, self._factor))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

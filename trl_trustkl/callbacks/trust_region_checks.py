@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy
 
-from ..errors import ConfigError, is_finite, out_of_range, unknown_name
+from ..errors import ConfigError, NotAvailableYetError, is_finite, out_of_range, shown, unknown_name
 from ..parallel.engines import check_deepspeed
+from ..parallel.options import Option, deepspeed_options, fsdp_options, optimizer_option
 from ..parallel.processes import Processes
 from ..policy.loading import trainable
 from ..trl_compat import generation, trl_logs
@@ -74,11 +75,12 @@ def checked_kind(trainer: Any) -> Kind:
             f"`trainer` got a {name}, whose batches have responses of earlier policies: they tell nothing about the policy "
             "that was sampled from last. Use GRPOTrainer."
         )
-    if (engine := unsupported_engine(trainer)) is not None:
-        raise ConfigError(
-            f"`trainer` got a {name} under {engine}, which this version of TrustRegionCallback does not support. Use "
-            "examples/accelerate/fsdp2.yaml, zero2.yaml, zero3.yaml, or multi_gpu.yaml for DDP."
-        )
+    for option in engine_options(trainer):
+        if not option.works:
+            raise NotAvailableYetError(
+                f"`{option.name}` got {shown(option.got)}, which is not available for a {name} with a TrustRegionCallback; "
+                f"{option.fix}."
+            )
     if steps_in_backward(trainer.args):
         raise ConfigError(
             f"`trainer` got a {name} with an optimizer that steps within the backward pass (`optim`), where no update can be "
@@ -105,29 +107,18 @@ def check_reference(trainer: GenerationTrainer, processes: Processes) -> None:
         )
 
 
-def unsupported_engine(trainer: Any) -> str | None:
-    """The engine that shards the parameters, if the callback cannot work with it or with its options."""
+def engine_options(trainer: Any) -> Iterator[Option]:
+    """The options of the engine that shards the parameters of a trainer, and the fields that it restricts."""
+    state, args = trainer.accelerator.state, trainer.args
+    if trainer.is_fsdp_enabled:
+        yield from fsdp_options(state.fsdp_plugin, state.fsdp_plugin.fsdp_version)
     if trainer.is_deepspeed_enabled:
         check_deepspeed()
-        return _unsupported_deepspeed(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
-    if not trainer.is_fsdp_enabled:
-        return None
-    plugin = trainer.accelerator.state.fsdp_plugin
-    if plugin.fsdp_version != 2:
-        return "FSDP1"
-    return "FSDP2 with fsdp_offload_params" if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else None
-
-
-def _unsupported_deepspeed(config: dict[str, Any]) -> str | None:
-    zero = config.get("zero_optimization", {})
-    if (stage := zero.get("stage", 0)) not in (2, 3):
-        return f"DeepSpeed's ZeRO-{stage}"
-    if config.get("fp16", {}).get("enabled") is True:
-        return "DeepSpeed with fp16"
-    for name in ("offload_optimizer", "offload_param"):
-        if zero.get(name, {}).get("device", "none") != "none":
-            return f"DeepSpeed with {name}"
-    return None
+        yield from deepspeed_options(state.deepspeed_plugin.deepspeed_config)
+        yield optimizer_option(args)
+        saves_any_time = getattr(args, "enable_jit_checkpoint", False)
+        fix = "leave it False: DeepSpeed makes a step before its update can be limited, and this saves in between"
+        yield Option("enable_jit_checkpoint", True, not saves_any_time, fix)
 
 
 def check_stop(stop: float, trainer: GenerationTrainer) -> None:

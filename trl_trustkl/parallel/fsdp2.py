@@ -69,7 +69,7 @@ class FSDP2(Replicated):
         return nullcontext()
 
     def observe(self, model: nn.Module, optimizer: Any, reference: nn.Module | None = None) -> Any:
-        self._root = model
+        self._root, self._held = model, []
         self._layers = [each for each in model.modules() if isinstance(each, FSDPModule) and each is not model]
         return optimizer
 
@@ -103,10 +103,10 @@ class FSDP2(Replicated):
             return
         separate = unit is not self._root and unit not in self._layers  # a reference, which TRL has sharded as a whole
         self._held.append(unit)
-        if separate:
-            unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
         try:
+            if separate:
+                unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
             yield
         finally:
             self._held.remove(unit)

@@ -17,20 +17,40 @@ def in_lockstep(items: Iterator[Item], processes: Processes) -> Iterator[Iterato
 
     Computing an item may communicate, such as gathering the weights of a layer. A process may request fewer items than another,
     or none; it computes what the others request when it leaves the context, which all leave together. `items` is closed then.
+    If computing an item fails on a process, its error is raised on all of them.
     """
+    failed: list[Exception] = []
+    over = False
+
+    def agreed(request: bool) -> bool:
+        """Whether any process requests an item."""
+        nonlocal over
+        requested, failure = processes.any_of([request, bool(failed)])
+        if failure:
+            over = True  # on all processes, which leave without another agreement
+            processes.raise_on_all(failed[0] if failed else None)
+        return requested
 
     def requested() -> Iterator[Item]:
-        while processes.any(True):
+        while agreed(True):
             try:
                 item = next(items)
             except StopIteration:
                 return
+            except Exception as error:
+                failed.append(error)
+                raise
             yield item
 
     try:
         yield requested()
     finally:
-        while processes.any(False):
-            next(items, None)
-        if isinstance(items, Generator):
-            items.close()
+        try:
+            while not over and agreed(False):
+                try:
+                    next(items, None)
+                except Exception as error:
+                    failed.append(error)
+        finally:
+            if isinstance(items, Generator):
+                items.close()

@@ -275,12 +275,14 @@ def _coordinator(engine: Any) -> Any:
 @contextmanager
 def _releasing(parameters: Iterable[Any], engine: Any) -> Iterator[None]:
     """All values of these parameters; at the end, whatever was gathered of the engine's model is given up."""
-    with _gathered(parameters):
-        yield
-    coordinator = _coordinator(engine)
-    if not coordinator.is_invalid_trace():
-        coordinator._invalidate_trace()
-    coordinator.release_and_reset_all(engine.module)
+    try:
+        with _gathered(parameters):
+            yield
+    finally:
+        coordinator = _coordinator(engine)
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
+        coordinator.release_and_reset_all(engine.module)
 
 
 def _within(count: int, start: int, shape: torch.Size) -> int:

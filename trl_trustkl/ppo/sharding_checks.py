@@ -5,30 +5,18 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from peft import PeftModel
-from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers.training_args import ParallelMode
 
 from ..errors import ConfigError, NotAvailableYetError, shown
 from ..parallel.engines import check_deepspeed
+from ..parallel.options import Option, deepspeed_options, fsdp_options, optimizer_option
 from ..policy.quantization import is_8bit
 from ..policy.reference import trained_outside_adapters
 from ..trust.gradient_scale import KNOWN
-
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
-"""Values of `optim` whose moments are sharded as the parameters are."""
-
-
-class Option(NamedTuple):
-    """An option of an engine: its value, whether it is available, and what to do if it is not."""
-
-    name: str
-    got: Any
-    works: bool
-    fix: str
 
 
 def engine_of(args: Any) -> str | None:
@@ -69,9 +57,8 @@ def reject_sharding_options(args: Any) -> None:
 def _options(args: Any) -> Iterator[Option]:
     """Fields of the configuration."""
     generation = args.arguments("generation_kwargs")
-    optimizer = str(getattr(args.optim, "value", args.optim))
     yield Option("fp16", True, not args.fp16, "use bf16=True, or float32")
-    yield Option("optim", optimizer, optimizer in OPTIMIZERS, f"use one of {', '.join(OPTIMIZERS)}")
+    yield optimizer_option(args)
     yield Option("sync_ref_model", True, not args.sync_ref_model, "leave it False")
     yield Option(
         "generation_kwargs", generation, not {"cache_implementation", "compile_config"} & generation.keys(),
@@ -82,28 +69,14 @@ def _options(args: Any) -> Iterator[Option]:
 def _fsdp_options(args: Any) -> Iterator[Option]:
     given = getattr(args, "fsdp_plugin_args", None) or {}
     version = int(given.get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))
-    fix = "set fsdp_version: 2 in accelerate's configuration, or fsdp_config={'version': 2}"
-    yield Option("fsdp_version", version, version == 2, fix)
-    plugin = FullyShardedDataParallelPlugin(**given)
-    policy = getattr(plugin.auto_wrap_policy, "__name__", "NO_WRAP")
-    yield Option("fsdp_offload_params", True, not isinstance(plugin.cpu_offload, CPUOffloadPolicy), "leave it false")
-    yield Option(
-        "fsdp_activation_checkpointing", True, not plugin.activation_checkpointing, "set gradient_checkpointing=True instead"
-    )  # fmt: skip
-    yield Option(
-        "fsdp_auto_wrap_policy", policy, policy == "transformer_auto_wrap_policy", "use TRANSFORMER_BASED_WRAP"
-    )
+    plugin = FullyShardedDataParallelPlugin(**given) if version == 2 else None  # the version is looked at first
+    return fsdp_options(plugin, version)
 
 
 def _deepspeed_options(args: Any) -> Iterator[Option]:
     config = args.deepspeed_plugin.deepspeed_config
-    zero = config.get("zero_optimization", {})
-    stage, clipping = zero.get("stage", 0), config.get("gradient_clipping", "auto")
-    precision = config.get("bf16", {}).get("enabled", "auto")
-    yield Option("zero_stage", stage, stage in (2, 3), "use 2 or 3")
-    for name in ("offload_optimizer", "offload_param"):
-        device = zero.get(name, {}).get("device", "none")
-        yield Option(f"{name}_device", device, device == "none", "leave it none")
+    clipping, precision = config.get("gradient_clipping", "auto"), config.get("bf16", {}).get("enabled", "auto")
+    yield from deepspeed_options(config)
     yield Option(
         "gradient_clipping", clipping, clipping in ("auto", 0, args.max_grad_norm),
         "leave it out: `max_grad_norm` limits the norms of the gradients of policy and value",
@@ -111,17 +84,6 @@ def _deepspeed_options(args: Any) -> Iterator[Option]:
     yield Option(
         "bf16", precision, precision in ("auto", bool(args.bf16)), f"leave it out: `bf16` is {bool(args.bf16)}"
     )
-    yield Option("fp16", True, config.get("fp16", {}).get("enabled", "auto") in ("auto", False), "use bf16, or float32")
-    for name, fix in (("optimizer", "set `optim` instead"), ("scheduler", "set `lr_scheduler_type` instead")):
-        yield Option(name, config.get(name), name not in config, fix)
-    for name, off in (
-        ("zero_hpz_partition_size", 1), ("zero_quantized_weights", False), ("zero_quantized_gradients", False),
-        ("mics_shard_size", -1),
-    ):  # fmt: skip
-        got = zero.get(name, off)
-        yield Option(name, got, got == off, "leave it out")
-    for name in ("torch_autocast", "tensor_parallel", "sequence_parallel_size"):
-        yield Option(name, config.get(name), not config.get(name), "leave it out")
 
 
 def reject_unsharded(args: Any, models: dict[str, Any], optimizer: Any) -> None:
