@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 import torch
+import trl
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -33,7 +35,8 @@ from trl_trustkl.policy.quantization import is_quantized
 from trl_trustkl.trust.limits import TrustRegion
 from trl_trustkl.types import Batch, Measurement, UpdateStats
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.processes]
+NEWEST = pytest.mark.skipif(Version(trl.__version__) < Version("1.13"), reason="PPO does not depend on TRL's trainers")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.processes, NEWEST]
 LIMIT, UPDATES, PANICS = 2e-3, 4, 3
 KINDS: dict[str, dict[str, Any]] = {"lora": {}, "full": {"peft_config": None}, "qlora": {}}
 FAST = [("fsdp2", "lora"), ("fsdp2", "full"), ("zero3", "lora")]
