@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch.distributed.fsdp import CPUOffloadPolicy
+
+from ..errors import NotAvailableYetError
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 """Values of `optim` whose moments are sharded as the parameters are."""
+CLASSES = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+"""Their classes. But for SGD with dampening, their state is 0 before the first step."""
 
 
 class Option(NamedTuple):
@@ -59,3 +64,17 @@ def optimizer_option(args: Any) -> Option:
     """The field `optim`."""
     name = str(getattr(args.optim, "value", args.optim))
     return Option("optim", name, name in OPTIMIZERS, f"use one of {', '.join(OPTIMIZERS)}")
+
+
+def check_optimizer(optimizer: Any, engine: str) -> None:
+    """Raise NotAvailableYetError for an optimizer that cannot be used with the engine."""
+    if type(optimizer) not in CLASSES:
+        raise NotAvailableYetError(
+            f"`optimizers` got a {type(optimizer).__name__}, which is not available with {engine}; use torch.optim.AdamW, Adam "
+            "or SGD."
+        )
+    if engine == "DeepSpeed" and any(group.get("dampening") for group in optimizer.param_groups):
+        raise NotAvailableYetError(
+            "`optimizers` got an SGD with dampening, which is not available with DeepSpeed: its first step would be different. "
+            "Leave `dampening` at 0."
+        )

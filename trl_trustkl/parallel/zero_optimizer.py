@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import NotAvailableYetError
-
-CLASSES = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
-"""Optimizers whose state is 0 before the first step."""
+from .options import check_optimizer
 
 
 class ZeROOptimizer(torch.optim.Optimizer):
@@ -41,7 +38,7 @@ class ZeROOptimizer(torch.optim.Optimizer):
         super().__init__(groups, {})
         self._engine = engine
         self.optimizer = self._inner = engine.optimizer.optimizer
-        check_optimizer(self.optimizer)
+        check_optimizer(self.optimizer, "DeepSpeed")
         self._clear = clear
         _create_states(self._inner, flats)
         self._groups = [group for group in self.param_groups if group["params"]]  # DeepSpeed removes empty ones
@@ -70,20 +67,6 @@ class ZeROOptimizer(torch.optim.Optimizer):
             saved = state["state"].get(index, {})
             for name, entry in self.state[parameter].items():
                 entry.copy_(saved[name]) if name in saved else entry.zero_()
-
-
-def check_optimizer(optimizer: Any) -> None:
-    """Raise NotAvailableYetError for an optimizer whose state would not be 0 before its first step."""
-    if type(optimizer) not in CLASSES:
-        raise NotAvailableYetError(
-            f"`optimizers` got a {type(optimizer).__name__}, which is not available with DeepSpeed; use torch.optim.AdamW, "
-            "Adam or SGD."
-        )
-    if any(group.get("dampening") for group in optimizer.param_groups):
-        raise NotAvailableYetError(
-            "`optimizers` got an SGD with dampening, which is not available with DeepSpeed: its first step would be different. "
-            "Leave `dampening` at 0."
-        )
 
 
 def _create_states(optimizer: Any, flats: Sequence[tuple[int, Tensor]]) -> None:

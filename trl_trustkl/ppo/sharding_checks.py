@@ -13,10 +13,9 @@ from transformers.training_args import ParallelMode
 
 from ..errors import ConfigError, NotAvailableYetError, shown
 from ..parallel.engines import check_deepspeed
-from ..parallel.options import Option, deepspeed_options, fsdp_options, optimizer_option
+from ..parallel.options import Option, check_optimizer, deepspeed_options, fsdp_options, optimizer_option
 from ..policy.quantization import is_8bit
 from ..policy.reference import trained_outside_adapters
-from ..trust.gradient_scale import KNOWN
 
 
 def engine_of(args: Any) -> str | None:
@@ -107,17 +106,5 @@ def reject_unsharded(args: Any, models: dict[str, Any], optimizer: Any) -> None:
             "`peft_config` adapts the output head, which is not available with DeepSpeed; leave it out of `target_modules`, or "
             "use FSDP2 (examples/accelerate/fsdp2.yaml)."
         )
-    if optimizer is not None and type(optimizer) not in KNOWN:
-        raise NotAvailableYetError(
-            f"`optimizers` got a {type(optimizer).__name__}, which is not available with {engine}; use torch.optim.AdamW, "
-            "Adam or SGD."
-        )
-    if (
-        engine == "DeepSpeed"
-        and optimizer is not None
-        and any(group.get("dampening") for group in optimizer.param_groups)
-    ):
-        raise NotAvailableYetError(
-            "`optimizers` got an SGD with dampening, which is not available with DeepSpeed: its first step would be different. "
-            "Leave `dampening` at 0."
-        )
+    if optimizer is not None:
+        check_optimizer(optimizer, str(engine))
