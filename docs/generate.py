@@ -244,7 +244,7 @@ def options() -> str:
             own = [
                 f"`{p.name}` {p.default:g}"
                 for p in inspect.signature(function).parameters.values()
-                if p.kind is p.KEYWORD_ONLY and p.name not in ("low", "high", "old_logp")
+                if p.kind is p.KEYWORD_ONLY and p.name not in ("low", "high", "old_logp", "projection")
             ]
             if own:
                 rows.append((f"`{field}`", f"`{name}`", ", ".join(own)))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from trl_trustkl.bounds import binding, binding_by_outcome, binding_shares, build_record, guaranteed
+from trl_trustkl.kl_ball import TokenProjection
 from trl_trustkl.records import CertificateRecord
 from trl_trustkl.surrogates import ClipRuleName, build_surrogate
 from trl_trustkl.types import AnchorMeasurement, Enforcement, EpochStats, Measurement, RolloutSummary, UpdateStats
@@ -60,7 +61,9 @@ def stats(**changes: object) -> UpdateStats:
 
 def test_nothing_bound_an_idle_update() -> None:
     shares = binding_shares(ANCHOR, STATS, OFF, 1.0)
-    assert shares == dict.fromkeys(("anchor", "clip", "penalty", "stop", "backtrack", "grad_norm", "lr"), 0.0)
+    assert shares == dict.fromkeys(
+        ("anchor", "clip", "response_mask", "penalty", "stop", "backtrack", "grad_norm", "lr"), 0.0
+    )
     assert binding(shares) == "none"
 
 
@@ -69,6 +72,7 @@ def test_nothing_bound_an_idle_update() -> None:
     [
         ("anchor", 0.4, ANCHOR._replace(share=0.4), STATS, OFF, 1.0),
         ("clip", 0.3, ANCHOR, stats(gated=0.3), OFF, 1.0),
+        ("response_mask", 0.35, ANCHOR, stats(masked=0.35, masked_responses=0.5), OFF, 1.0),
         ("penalty", 0.2, ANCHOR, stats(penalty=0.2), OFF, 1.0),
         ("stop", 0.75, ANCHOR, stats(steps=1, stopped=True), OFF, 1.0),
         ("backtrack", 0.9, ANCHOR, STATS, Enforcement(0.2, scale=0.1, tries=2, limit=0.02), 1.0),
@@ -140,7 +144,7 @@ def test_guaranteed_needs_a_limit_the_entire_batch_and_the_kl_within_it(limit, c
 def args(**changes: object) -> SimpleNamespace:
     settings = {
         "kl_estimator": "k3", "kl_placement": "reward", "kl_target": 6.0, "clip_rule": "ppo", "low": 0.2, "high": 0.28,
-        "anchor_max_kl": 7.0, "num_ppo_epochs": 2, "value_range": 0.2, "norm_limit": 1.0,
+        "anchor_max_kl": 7.0, "response_mask_kl": None, "num_ppo_epochs": 2, "value_range": 0.2, "norm_limit": 1.0,
     }  # fmt: skip
     return SimpleNamespace(**settings | changes)
 
@@ -165,8 +169,10 @@ def record(config: SimpleNamespace, enforcement: Enforcement = OFF, update: Upda
 
 
 def test_a_record_holds_what_was_measured() -> None:
-    update = stats(gated=0.2, gated_low=0.15, gated_high=0.05, steps=3, stopped=True)
-    line = record(args(), Enforcement(0.09, scale=0.4, tries=3, limit=0.03, decided="trust_max_kl"), update)
+    update = stats(gated=0.2, gated_low=0.15, gated_high=0.05, steps=3, stopped=True, masked=0.1, masked_responses=0.2)
+    line = record(
+        args(response_mask_kl=0.07), Enforcement(0.09, scale=0.4, tries=3, limit=0.03, decided="trust_max_kl"), update
+    )
     assert (line.update, line.episode, line.lr, line.refused, line.seconds) == (3, 48, 1e-4, None, {"total": 1.5})
     assert (line.score, line.length, line.eos_rate, line.entropy) == (0.6, 20.5, 0.25, 2.5)
     assert line.anchor == ("k3", "reward", "biased", 0.05, 6.0, 5.5, 5.0, 0.4, 0.25, 0.27, None, None, 7.0, None, None)
@@ -176,6 +182,7 @@ def test_a_record_holds_what_was_measured() -> None:
         "ratio_quantiles": {"0.5": 1.0}, "scale": 0.4, "tries": 3, "limit": 0.03, "guaranteed": 0.03,
         "kl_response_max": 0.5, "limit_token": None, "limit_response": None, "guaranteed_token": None,
         "guaranteed_response": None, "decided": "trust_max_kl", "certificate": CERTIFICATE,
+        "mask_limit": 0.07, "masked": 0.1, "masked_responses": 0.2,
     }  # fmt: skip
     assert line.value == (0.2, 0.3, 0.4)
     assert line.gradient == (2.0, 1.0, 1.0)
@@ -183,7 +190,8 @@ def test_a_record_holds_what_was_measured() -> None:
     assert line.sampler == (1e-6, 0.2, 4.5, 0.125) and line.rewards == {"judge": 0.6}
     assert line.binding == "backtrack"
     assert line.shares == pytest.approx({
-        "anchor": 0.25, "clip": 0.2, "penalty": 0.0, "stop": 0.25, "backtrack": 0.6, "grad_norm": 0.0, "lr": 0.0,
+        "anchor": 0.25, "clip": 0.2, "response_mask": 0.1, "penalty": 0.0, "stop": 0.25, "backtrack": 0.6,
+        "grad_norm": 0.0, "lr": 0.0,
     })  # fmt: skip
 
 
@@ -193,8 +201,10 @@ def test_a_range_is_recorded_only_if_the_rule_uses_it(rule: str) -> None:
     log_ratio, mask = torch.linspace(-3, 3, 25).repeat(2)[:, None], torch.ones(50, 1, dtype=torch.bool)
     advantages = torch.cat([torch.ones(25, 1), -torch.ones(25, 1)])
     old_logp = torch.full_like(log_ratio, -4.0)
+    projection = TokenProjection(old_logp + log_ratio / 2, log_ratio.abs(), log_ratio * 0 + 0.5, log_ratio / 9)
     narrow, wide = (
-        build_surrogate(rule, low=end, high=end)(log_ratio, advantages, mask, old_logp).gated for end in (0.1, 0.9)
+        build_surrogate(rule, low=end, high=end)(log_ratio, advantages, mask, old_logp, projection).gated
+        for end in (0.1, 0.9)
     )
     trust = record(args(clip_rule=rule)).trust
     ranged = not torch.equal(narrow, wide)

@@ -37,6 +37,7 @@ LAYERS = (
         "controllers",
         "divergences",
         "importance",
+        "kl_ball",
         "masking",
         "options",
         "records",

@@ -10,20 +10,41 @@ import pytest
 import torch
 from torch import Tensor
 
+from trl_trustkl.divergences import project_onto_kl_ball
 from trl_trustkl.errors import ConfigError
-from trl_trustkl.surrogates import SURROGATES, ClipRuleName, Surrogate, build_surrogate, cispo, dppo_tv, ppo
+from trl_trustkl.kl_ball import TokenProjection
+from trl_trustkl.surrogates import (
+    SURROGATES,
+    ClipRuleName,
+    Surrogate,
+    build_surrogate,
+    cispo,
+    dppo_tv,
+    drpo,
+    ppo,
+    troll,
+)
 
 torch.set_num_threads(1)
 
 LOW, HIGH = 0.2, 0.35
 SEQUENCE_RULES = ("gspo", "gmpo")
-SOFT_RULES = ("none", "spo", "cispo", "sapo")  # rules that may remove a part of a token's gradient, or nothing
+SOFT_RULES = (
+    "none",
+    "spo",
+    "cispo",
+    "sapo",
+    "drpo",
+    "troll",
+)  # rules that may remove a part of a token's gradient, or nothing
 OPTIONS = {
     "dual": [{}, {"c": 1.5}],
     "rollback": [{}, {"alpha": 0.02}],
     "sapo": [{}, {"tau_pos": 2.0, "tau_neg": 0.5}],
     "dppo_tv": [{}, {"delta": 0.02}],
     "dppo_kl": [{}, {"delta": 0.005}],
+    "drpo": [{}, {"delta": 0.02}],
+    "troll": [{}, {"limit": 0.002, "alpha": 0.3}, {"alpha": 0.0}],
 }
 CASES = [(name, options) for name in SURROGATES for options in OPTIONS.get(name, [{}])]
 
@@ -41,6 +62,26 @@ class Tokens:
         self.advantages[0, ::5] = 0.0
         lengths = torch.tensor([17, 11, 1, 5, 16, 0])
         self.mask = torch.arange(shape[1]) < lengths[:, None]
+
+
+def binary(logp: Tensor) -> Tensor:
+    """The distribution over "this token" and "any other", [..., 2]."""
+    return torch.stack([logp, torch.log1p(-logp.exp())], -1)
+
+
+def binary_projection(log_ratio: Tensor, old_logp: Tensor, mask: Tensor, limit: float) -> TokenProjection:
+    """Of a vocabulary of two tokens, where every gradient is along that of log π(token); garbage under a False mask."""
+    old = torch.where(mask, old_logp, -1.0).double()
+    logp = torch.where(mask, old.detach() + log_ratio, -1.0).double().clamp(-500.0, -1e-9)
+    new, projected = binary(logp), project_onto_kl_ball(binary(logp), binary(old).detach(), limit)
+    kl = (new.exp() * (new - projected.detach())).sum(-1)
+    kept, pull = (torch.autograd.grad(each.sum(), logp, retain_graph=True)[0] if logp.requires_grad else logp * 0
+                  for each in (projected[..., 0], kl))  # fmt: skip
+    inside = (new.exp() * (new - binary(old))).sum(-1) <= limit
+    kept, pull = torch.where(inside, 1.0, kept), torch.where(inside, 0.0, pull)  # without the rounding of autograd
+    garbage = torch.full_like(logp, torch.nan)
+    columns = (torch.where(mask, each, garbage) for each in (projected[..., 0], kl, kept, pull))
+    return TokenProjection(*(each.to(torch.promote_types(log_ratio.dtype, torch.float32)) for each in columns))
 
 
 # -- The papers' formulas, on tokens w, A; sequence rules also get the mask --------------------------------------------
@@ -90,8 +131,38 @@ def paper(name: str, t: Tokens, options: dict[str, float]) -> tuple[Tensor, Tens
         "dppo_tv": lambda: masked_by((p - mu).abs(), options.get("delta", 0.15)).detach() * w * a,
         "dppo_kl": lambda: masked_by(bernoulli_kl, options.get("delta", 0.05)).detach() * w * a,
     }
+    objective["drpo"] = lambda: w * a - a.abs() * (p - mu) ** 2 / mu / (2 * options.get("delta", 0.15))
+    objective["troll"] = lambda: troll_objective(t, options)
     unclipped = {"gspo": s * a, "gmpo": unclipped_g * a}.get(name, w * a)
     return objective[name](), unclipped
+
+
+def troll_objective(t: Tokens, options: dict[str, float]) -> Tensor:
+    """w̃·A − α·KL(π‖⌊π̃⌋) over the two outcomes, with η by bisection; its derivative by that of the KL at the solution."""
+    limit, alpha = options.get("limit", 0.05), options.get("alpha", 1.0)
+    old = torch.where(t.mask, t.old_logp, -1.0)
+    logp = torch.where(t.mask, old + t.log_ratio, -1.0)
+    new, before = binary(logp), binary(old)
+
+    def at(share: Tensor) -> Tensor:  # share = η/(1 + η)
+        return ((1 - share[..., None]) * new + share[..., None] * before).log_softmax(-1)
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        return (p.exp() * (p - q)).sum(-1)
+
+    low, high = torch.zeros_like(logp), torch.ones_like(logp)
+    with torch.no_grad():
+        for _ in range(100):
+            middle = (low + high) / 2
+            above = kl(at(middle), before) > limit
+            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    share = high.requires_grad_()
+    (rate,) = torch.autograd.grad(kl(at(share), before).sum(), share)
+    # One step of Newton's method at the solution has the derivative of the implicit function.
+    share = share.detach() - (kl(at(share.detach()), before) - limit) / rate
+    outside = kl(new, before).detach() > limit
+    projected = torch.where(outside[..., None], at(torch.where(outside, share, 0.5)), new)
+    return (projected[..., 0] - old).exp() * t.advantages - alpha * kl(new, projected.detach())
 
 
 def gradient(objective: Tensor, t: Tokens) -> Tensor:
@@ -99,7 +170,21 @@ def gradient(objective: Tensor, t: Tokens) -> Tensor:
 
 
 def run(name: str, t: Tokens, options: dict[str, float], low: float = LOW, high: float = HIGH) -> Surrogate:
-    return build_surrogate(name, low, high, options)(t.log_ratio, t.advantages, t.mask, t.old_logp)
+    return applied(name, t.log_ratio, t.advantages, t.mask, t.old_logp, low=low, high=high, options=options)
+
+
+def applied(name: str, log_ratio: Tensor, advantages: Tensor, mask: Tensor, old_logp: Tensor, *, low: float = LOW,
+            high: float = HIGH, options: dict[str, float] | None = None) -> Surrogate:  # fmt: skip
+    rule = build_surrogate(name, low, high, options)
+    projection = None if rule.limit is None else binary_projection(log_ratio, old_logp, mask, rule.limit)
+    out = rule(log_ratio, advantages, mask, old_logp, projection)
+    assert (out.penalty is not None) == (name == "troll")
+    return out
+
+
+def total(out: Surrogate) -> Tensor:
+    """What is maximised."""
+    return out.objective if out.penalty is None else out.objective - out.penalty
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
@@ -108,16 +193,19 @@ def test_value_gradient_and_gated_against_the_paper(name, options, seed, spread)
     t = Tokens(seed, spread)
     out = run(name, t, options)
     expected, unclipped = paper(name, t, options)
-    torch.testing.assert_close(out.objective[t.mask], expected[t.mask], rtol=1e-12, atol=1e-14)
-    assert (out.objective[~t.mask] == 0).all()
+    near = {"rtol": 1e-9, "atol": 1e-12} if name == "troll" else {"rtol": 1e-12, "atol": 1e-14}
+    torch.testing.assert_close(total(out)[t.mask], expected[t.mask], **near)
+    assert (total(out)[~t.mask] == 0).all()
 
     expected_gradient, full = gradient(expected, t), gradient(unclipped, t)
-    torch.testing.assert_close(gradient(out.objective, t), expected_gradient, rtol=1e-11, atol=1e-14)
+    near = {"rtol": 1e-6, "atol": 1e-9} if name == "troll" else {"rtol": 1e-11, "atol": 1e-14}
+    torch.testing.assert_close(gradient(total(out), t), expected_gradient, **near)
 
     counts = t.mask & (t.advantages != 0)
     gated = torch.zeros_like(full)
     gated[counts] = (1 - expected_gradient[counts] / full[counts]).clamp(0, 1)
-    torch.testing.assert_close(out.gated, gated, rtol=1e-9, atol=1e-12)
+    near = {"rtol": 1e-5, "atol": 1e-6} if name == "troll" else {"rtol": 1e-9, "atol": 1e-12}
+    torch.testing.assert_close(out.gated, gated, **near)
     assert not out.gated.requires_grad
     if name not in SOFT_RULES:
         assert ((out.gated == 0) | (out.gated == 1)).all()
@@ -131,7 +219,7 @@ def test_at_ratio_one_every_rule_is_the_plain_policy_gradient(name):
     t = Tokens()
     t.log_ratio = torch.zeros_like(t.advantages).requires_grad_()
     out = run(name, t, {})
-    torch.testing.assert_close(gradient(out.objective, t), torch.where(t.mask, t.advantages, 0.0), rtol=1e-15, atol=0)
+    torch.testing.assert_close(gradient(total(out), t), torch.where(t.mask, t.advantages, 0.0), rtol=1e-15, atol=0)
     assert (out.gated == 0).all()
 
 
@@ -215,6 +303,19 @@ def test_dppo_by_hand():
     torch.testing.assert_close(out.objective, torch.tensor([[0.0, 5.0, 0.0, 0.25, 0.0]], dtype=torch.float64))
 
 
+def test_drpo_by_hand():
+    """δ = 0.2. π_old = 0.2 → π = 0.5 is beyond μ + δ, where the gradient points back; 0.01 → 0.05, a ratio of 5, keeps 80 %."""
+    old_logp = torch.tensor([[0.2, 0.01, 0.4, 0.4]], dtype=torch.float64).log()
+    log_ratio = torch.tensor([[0.5, 0.05, 0.3, 0.3]], dtype=torch.float64).log() - old_logp
+    log_ratio.requires_grad_()
+    a = torch.tensor([[1.0, 1.0, -1.0, 2.0]], dtype=torch.float64)
+    out = drpo(log_ratio, a, torch.ones(1, 4, dtype=torch.bool), low=0.2, high=0.2, old_logp=old_logp, delta=0.2)
+    torch.testing.assert_close(out.gated, torch.tensor([[1.0, 0.2, 0.5, 0.0]], dtype=torch.float64))
+    out.objective.sum().backward()
+    expected = [2.5 * (1 - 1.5), 5 * 0.8, -0.75 * 0.5, 2 * 0.75 * 1.5]
+    torch.testing.assert_close(log_ratio.grad, torch.tensor([expected], dtype=torch.float64))
+
+
 def test_cispo_without_old_logp_differs_by_a_constant():
     t = Tokens(1)
     arguments = {"low": LOW, "high": HIGH}
@@ -237,14 +338,12 @@ def test_dict_and_literal_agree():
 def test_shapes_and_dtypes(name, dtype):
     t = Tokens(dtype=torch.float64)
     arguments = (t.log_ratio.detach().to(dtype), t.advantages.to(dtype), t.mask, t.old_logp.to(dtype))
-    out = build_surrogate(name, LOW, HIGH)(*arguments)
+    out = applied(name, *arguments)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    for each in out:
+    for each in filter(torch.is_tensor, out):
         assert each.shape == t.mask.shape
         assert each.dtype is wide
-    upcast = build_surrogate(name, LOW, HIGH)(
-        arguments[0].to(wide), arguments[1].to(wide), t.mask, arguments[3].to(wide)
-    )
+    upcast = applied(name, arguments[0].to(wide), arguments[1].to(wide), t.mask, arguments[3].to(wide))
     assert torch.equal(out.objective, upcast.objective)
     assert torch.equal(out.gated, upcast.gated)
     assert ((out.gated >= 0) & (out.gated <= 1)).all()
@@ -260,9 +359,9 @@ def test_no_nan_for_extreme_ratios(name, dtype, low):
         for old_logp in (0.0, -1e-9, -0.7, -30.0, -200.0):
             leaf = log_ratio.clone().requires_grad_()
             a, old = torch.full_like(log_ratio, advantage), torch.full_like(log_ratio, old_logp)
-            out = build_surrogate(name, low, HIGH)(leaf, a, torch.ones_like(a, dtype=torch.bool), old)
+            out = applied(name, leaf, a, torch.ones_like(a, dtype=torch.bool), old, low=low)
             out.objective.sum().backward()
-            for each in (*out, leaf.grad):
+            for each in (*filter(torch.is_tensor, out), leaf.grad):
                 assert not each.isnan().any()
             if name != "spo":  # its (w − 1)² is e^160 at 80, which overflows float32
                 finite = log_ratio.abs() <= 80
@@ -328,6 +427,18 @@ def test_advantages_and_old_log_probabilities_are_data(name):
         ("rollback", 0.2, 0.2, {"alpha": 0.0}, r"^`clip_kwargs\['alpha'\]` got 0.0"),
         ("sapo", 0.2, 0.2, {"tau_neg": -1.0}, r"^`clip_kwargs\['tau_neg'\]` got -1.0"),
         ("dppo_kl", 0.2, 0.2, {"delta": math.nan}, r"^`clip_kwargs\['delta'\]` got nan"),
+        ("drpo", 0.2, 0.2, {"delta": 0.0}, r"^`clip_kwargs\['delta'\]` got 0.0; it must be a finite number above 0"),
+        ("troll", 0.2, 0.2, {"limit": 0.0}, r"^`clip_kwargs\['limit'\]` got 0.0; .* above 0, in nats"),
+        ("troll", 0.2, 0.2, {"limit": -1.0}, r"^`clip_kwargs\['limit'\]` got -1.0"),
+        ("troll", 0.2, 0.2, {"alpha": -0.5}, r"^`clip_kwargs\['alpha'\]` got -0.5; it must be a finite number >= 0"),
+        (
+            "troll",
+            0.2,
+            0.2,
+            {"projection": 1.0},
+            r"^`clip_kwargs` got 'projection'; it must be one of 'alpha', 'limit'",
+        ),
+        ("ppo", 0.2, 0.2, {"limit": 0.05}, r"^`clip_kwargs` got 'limit', but 'ppo' takes no options"),
     ],
 )
 def test_errors_come_when_the_rule_is_built(name, low, high, kwargs, message):
@@ -335,11 +446,20 @@ def test_errors_come_when_the_rule_is_built(name, low, high, kwargs, message):
         build_surrogate(name, low, high, kwargs)
 
 
-@pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl"])
-def test_divergence_masks_need_the_old_log_probabilities(name):
+@pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl", "drpo"])
+def test_rules_of_probabilities_need_the_old_log_probabilities(name):
     t = Tokens()
     with pytest.raises(ConfigError, match="`old_logp` got None"):
         SURROGATES[name](t.log_ratio, t.advantages, t.mask, low=0.2, high=0.2)
+
+
+def test_a_rule_of_distributions_needs_their_projections():
+    t = Tokens()
+    with pytest.raises(ConfigError, match="`projection` got None"):
+        troll(t.log_ratio, t.advantages, t.mask, low=0.2, high=0.2, old_logp=t.old_logp)
+    limits = {name: build_surrogate(name, 0.2, 0.2).limit for name in SURROGATES}
+    assert {name: limit for name, limit in limits.items() if limit is not None} == {"troll": 0.05}
+    assert build_surrogate("troll", 0.2, 0.2, {"limit": 0.3}).limit == 0.3
 
 
 def test_a_range_of_zero_and_an_open_lower_end_are_allowed():

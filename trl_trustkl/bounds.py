@@ -41,15 +41,17 @@ def binding_shares(
 
     It is no measure of the outcome: under Adam, the factor of `grad_norm` hardly changes the update.
 
-    anchor: its share of the absolute advantage. clip: the share of the gradient's weight that the rule gated. penalty:
-    Σ λ|w − 1| / Σ (λ|w − 1| + |w·A|), its pull on the sampled tokens against the surrogate's. stop: the share of the
-    planned optimizer steps left out. backtrack: 1 − scale. grad_norm: 1 − the mean factor of clipping. lr: 1 − the factor
-    of the learning rate by KL on the scheduled one, where that is below 1.
+    anchor: its share of the absolute advantage. clip: the share of the gradient's weight that the rule gated. response_mask:
+    the share of this weight in responses that were left out. penalty: Σ λ|w − 1| / Σ (λ|w − 1| + |w·A|), its pull on the
+    sampled tokens against the surrogate's. stop: the share of the planned optimizer steps left out. backtrack: 1 − scale.
+    grad_norm: 1 − the mean factor of clipping. lr: 1 − the factor of the learning rate by KL on the scheduled one, where
+    that is below 1.
     """
     left_out = 1.0 - stats.steps / stats.planned_steps if stats.stopped and stats.planned_steps else 0.0
     return {
         "anchor": anchor.share or 0.0,
         "clip": stats.total.gated,
+        "response_mask": stats.total.masked,
         "penalty": stats.total.penalty,
         "stop": left_out,
         "backtrack": 0.0 if enforcement.scale is None else 1.0 - enforcement.scale,
@@ -180,6 +182,7 @@ def _trust_record(
         guaranteed=held.mean,
         limit_token=enforcement.limit_token, limit_response=enforcement.limit_response,
         guaranteed_token=held.token, guaranteed_response=held.response, decided=enforcement.decided,
+        mask_limit=args.response_mask_kl, masked=stats.total.masked, masked_responses=stats.total.masked_responses,
     )  # fmt: skip
 
 

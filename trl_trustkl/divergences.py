@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .errors import check_options, is_finite, option_names, out_of_range, unknown_name
+from .kl_ball import project_onto_kl_ball as project_onto_kl_ball  # public here
 
 EstimatorName = Literal["k1", "k2", "k3", "abs", "forward_kl", "js", "tv", "hellinger", "chi2", "alpha"]
 KLEstimatorName = Literal[EstimatorName, "exact"]

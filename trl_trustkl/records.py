@@ -121,6 +121,12 @@ class TrustRecord(NamedTuple):
         "**Certified** where `difference` is above twice `stderr`: whether the surrogate's gain exceeds the bound on its "
         "error, as far as the batch shows ([certificate](mathematics.md#certificate)). A statement about this batch, no proof. "
         "`null` for a rejected update, a batch measured in part, or fewer than two responses with a reward.")] = None
+    mask_limit: Annotated[float | None, Meaning("`response_mask_kl`, or `null`.", "nats")] = None
+    masked: Annotated[float | None, Meaning(
+        "**Gated**: what response masks left out of Σ|w·A| over all steps of the update; `null` with TRL's trainers.",
+        "share")] = None
+    masked_responses: Annotated[float | None, Meaning(
+        "The responses that they left out, of those in all steps of the update.", "share")] = None
 
 
 class ValueRecord(NamedTuple):
@@ -186,10 +192,10 @@ class BoundRecord(NamedTuple):
     gradient: GradientRecord
     sampler: SamplerRecord
     binding: Annotated[str, Meaning(
-        "The mechanism that limited the update most: `anchor`, `clip`, `penalty`, `stop`, `backtrack`, `grad_norm`, `lr` or "
-        "`value_clip`. By `counterfactual` where there is one: the mechanism without which the KL would have been largest. "
-        "Otherwise the one with the largest of `shares`, without `grad_norm` under an optimizer that rescales gradients, such "
-        "as Adam. `none` where that is less than 1 % of the update, or the update was rejected.")]
+        "The mechanism that limited the update most: `anchor`, `clip`, `response_mask`, `penalty`, `stop`, `backtrack`, "
+        "`grad_norm`, `lr` or `value_clip`. By `counterfactual` where there is one: the mechanism without which the KL would "
+        "have been largest. Otherwise the one with the largest of `shares`, without `grad_norm` under an optimizer that "
+        "rescales gradients, such as Adam. `none` where that is less than 1 % of the update, or the update was rejected.")]
     shares: Annotated[dict[str, float] | None, Meaning(
         "The share of the update in which each of these mechanisms intervened, which need not be the share by which it "
         "changed the outcome; `null` for an update that was rejected. With GRPO and RLOO, of those whose share is known. "

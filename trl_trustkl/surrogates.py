@@ -10,6 +10,9 @@ and g' the same without the rule, w·A. For the sequence rules (gspo, gmpo) g' k
 `gated` is about the range only. Each rule computes it together with its objective. It carries no gradient, and is 0 where
 A = 0.
 
+A rule of distributions (troll) gets the `projection` of each token's distribution too; the forward pass computes it for
+the rule's `limit`. Its gradient has a component that log_ratio does not determine, and g is the component along ∇log π.
+
 No rule here bounds the policy: at w = 1 each of them passes the full gradient, and the optimizer determines the length of
 the step. They only gate the gradient of tokens that have already moved.
 
@@ -19,6 +22,7 @@ log-ratios of ±80 nothing is NaN, and beyond the dtype's range only an objectiv
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
@@ -27,16 +31,21 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, check_options, is_finite, option_names, out_of_range, unknown_name
+from .kl_ball import TokenProjection, check_limit
 from .masking import masked_mean
 
-ClipRuleName = Literal["none", "ppo", "dual", "rollback", "spo", "cispo", "sapo", "gspo", "gmpo", "dppo_tv", "dppo_kl"]
+ClipRuleName = Literal[
+    "none", "ppo", "dual", "rollback", "spo", "cispo", "sapo", "gspo", "gmpo", "dppo_tv", "dppo_kl", "drpo", "troll"
+]
 
 
 class Surrogate(NamedTuple):
-    """objective: [B, T], to be maximised. gated: [B, T] in [0, 1], the removed share of the token's gradient."""
+    """objective: [B, T], to be maximised. gated: [B, T] in [0, 1], the removed share of the token's gradient. penalty: [B, T],
+    a term over the vocabulary to be subtracted from the objective, which is no estimate at the sampled token; or None."""
 
     objective: Tensor
     gated: Tensor
+    penalty: Tensor | None = None
 
 
 # -- Shared pieces -----------------------------------------------------------------------------------------------------
@@ -46,6 +55,13 @@ def _masked(log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor
     """Both in the working dtype, 0 under a False mask, where A = 0 makes every objective 0; the advantages are detached."""
     dtype = torch.promote_types(torch.promote_types(log_ratio.dtype, advantages.dtype), torch.float32)
     return torch.where(mask, log_ratio.to(dtype), 0.0), torch.where(mask, advantages.detach().to(dtype), 0.0)
+
+
+def _old(old_logp: Tensor | None, log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """log π_old in the working dtype, 0 under a False mask; ConfigError without it."""
+    if old_logp is None:
+        raise ConfigError("`old_logp` got None; this clip rule needs log π_old of the sampled tokens, [B, T].")
+    return torch.where(mask, old_logp.detach().to(log_ratio.dtype), 0.0)
 
 
 def _live(log_ratio: Tensor, advantages: Tensor) -> Tensor:
@@ -83,9 +99,9 @@ def _by_sign(advantages: Tensor, positive: float, other: float) -> Tensor:
     return torch.where(advantages > 0, torch.full_like(advantages, positive), other)
 
 
-def _require(field: str, value: float, holds: bool, valid: str) -> None:
+def _require(field: str, value: float, holds: bool, valid: str, fix: str = "") -> None:
     if not holds or not math.isfinite(value):
-        raise out_of_range(field, value, valid)
+        raise out_of_range(field, value, valid, fix)
 
 
 def _positive(name: str, value: float) -> None:
@@ -111,7 +127,7 @@ def ppo(log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, low: float, high
 
     >>> ratios, advantages = torch.tensor([1.5, 1.5, 1.1]), torch.tensor([1.0, -1.0, 1.0])
     >>> ppo(ratios.log(), advantages, torch.tensor([True, True, True]), low=0.2, high=0.2)
-    Surrogate(objective=tensor([ 1.2000, -1.5000,  1.1000]), gated=tensor([1., 0., 0.]))
+    Surrogate(objective=tensor([ 1.2000, -1.5000,  1.1000]), gated=tensor([1., 0., 0.]), penalty=None)
     """
     log_ratio, advantages = _masked(log_ratio, advantages, mask)
     clipped, outside = _clip(log_ratio, advantages, low, high)
@@ -243,11 +259,9 @@ def _binary_kl(old_logp: Tensor, logp: Tensor) -> Tensor:
 def _divergence_mask(divergence: Callable[[Tensor, Tensor], Tensor], log_ratio: Tensor, advantages: Tensor,
                      mask: Tensor, old_logp: Tensor | None, delta: float) -> Surrogate:  # fmt: skip
     """w·A, and 0 for tokens that move away (A > 0, w > 1 or A < 0, w < 1) with a divergence above `delta`."""
-    if old_logp is None:
-        raise ConfigError("`old_logp` got None; the dppo rules need log π_old of the sampled tokens, [B, T].")
     _positive("delta", delta)
     log_ratio, advantages = _masked(log_ratio, advantages, mask)
-    old = torch.where(mask, old_logp.detach().to(log_ratio.dtype), 0.0).clamp(max=0.0)
+    old = _old(old_logp, log_ratio, mask).clamp(max=0.0)
     # Rounding can put old + log_ratio above 0; a probability above 1 has no divergence.
     beyond = divergence(old, (old + log_ratio.detach()).clamp(max=0.0)) > delta
     dropped = beyond & _overshot(log_ratio, advantages, 0.0, 0.0)
@@ -271,39 +285,106 @@ def dppo_kl(log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, low: float, 
     return _divergence_mask(_binary_kl, log_ratio, advantages, mask, old_logp, delta)
 
 
+def drpo(log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, low: float, high: float,
+         old_logp: Tensor | None = None, delta: float = 0.15) -> Surrogate:  # fmt: skip
+    """w·A − |A|·μ(w − 1)²/(2δ) (DRPO, arXiv 2606.09821, eq. 8): SPO's penalty with the range |p − μ| ≤ δ of `dppo_tv`.
+
+    Its gradient is w·A times 1 − sign(A)(p − μ)/δ: 0 at p = μ ± δ, and beyond it points back. The range is ignored. gated =
+    clamp(sign(A)(p − μ)/δ, 0, 1). The default is that of `dppo_tv`; the paper's experiments have δ = 12.5, with which the
+    weight stays within 8 % of 1. A ratio above e^80 counts as e^80. ConfigError without `old_logp`.
+    """
+    _positive("delta", delta)
+    log_ratio, advantages = _masked(log_ratio, advantages, mask)
+    old = _old(old_logp, log_ratio, mask)
+    log_ratio = _live(log_ratio, advantages).clamp(max=80.0)
+    sign, moved = advantages.sign(), torch.expm1(log_ratio)  # w − 1
+    # Rounding can put old + log_ratio slightly above 0, where the gradient must not be cut off; the clamp is far from there.
+    shift = (old + log_ratio).clamp(max=1.0).exp() - old.exp()  # p − μ = μ(w − 1)
+    objective = advantages.abs() * (sign + moved * (sign - shift / (2 * delta)))
+    return Surrogate(objective, (sign * shift.detach() / delta).clamp(0.0, 1.0))
+
+
+# -- Projections -------------------------------------------------------------------------------------------------------
+
+
+def troll(log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, low: float, high: float,
+          old_logp: Tensor | None = None, projection: TokenProjection | None = None,
+          limit: float = 0.05, alpha: float = 1.0) -> Surrogate:  # fmt: skip
+    """w̃·A − α·KL(π‖π̃), w̃ = π̃/π_old at the token: π̃ is the distribution nearest to π with KL(π̃‖π_old) ≤ `limit`, in nats.
+
+    TROLL (arXiv 2510.03817), here over the complete vocabulary; `kl_ball` computes π̃. In the second term π̃ is constant, so
+    that π follows its projection; it is the `penalty` of the result. A token within the limit has the gradient w·A, and the
+    range is ignored. gated = clamp(1 − (w̃·A·kept − α·pull)/(w·A), 0, 1), of the terms of `TokenProjection`. ConfigError
+    without `old_logp` or `projection`.
+    """
+    check_limit("clip_kwargs['limit']", limit)
+    _require("clip_kwargs['alpha']", alpha, alpha >= 0, "a finite number >= 0", "0 leaves out KL(π‖π̃).")
+    if projection is None:
+        raise ConfigError("`projection` got None; clip_rule='troll' needs the projections of the tokens, [B, T] each.")
+    log_ratio, advantages = _masked(log_ratio, advantages, mask)
+    old = _old(old_logp, log_ratio, mask)
+    logp, kl, kept, pull = (torch.where(mask, each.to(log_ratio.dtype), 0.0) for each in projection)
+    projected = _live(torch.where(mask, logp - old, 0.0), advantages)
+    log_w, projected_log_w = (
+        each.detach().clamp(-40.0, 40.0) for each in (log_ratio, projected)
+    )  # so that none is NaN
+    left = (projected_log_w - log_w).exp() * kept.detach()
+    back = alpha * pull.detach() * (-log_w).exp() / advantages
+    gated = torch.where(advantages == 0, 0.0, (1 - left + back).clamp(0.0, 1.0))
+    return Surrogate(projected.exp() * advantages, gated, alpha * kl)
+
+
 # -- By name -----------------------------------------------------------------------------------------------------------
 
 Rule = Callable[..., Surrogate]
 
 SURROGATES: dict[ClipRuleName, Rule] = {
     "none": none, "ppo": ppo, "dual": dual, "rollback": rollback, "spo": spo, "cispo": cispo, "sapo": sapo,
-    "gspo": gspo, "gmpo": gmpo, "dppo_tv": dppo_tv, "dppo_kl": dppo_kl,
+    "gspo": gspo, "gmpo": gmpo, "dppo_tv": dppo_tv, "dppo_kl": dppo_kl, "drpo": drpo, "troll": troll,
 }  # fmt: skip
 
-WITHOUT_RANGE: frozenset[str] = frozenset({"none", "sapo", "dppo_tv", "dppo_kl"})
+WITHOUT_RANGE: frozenset[str] = frozenset({"none", "sapo", "dppo_tv", "dppo_kl", "drpo", "troll"})
 """The rules that ignore `low` and `high`."""
 
 SEQUENCE_RANGE: frozenset[str] = frozenset({"gspo"})
 """The rules whose range applies to the geometric mean of a response's ratios, not to the ratio of a token."""
 
 
-def build_surrogate(name: str, low: float, high: float, kwargs: Mapping[str, float] | None = None) -> Rule:
-    """The rule `name` with its range and options bound: (log_ratio, advantages, mask, old_logp=None) -> Surrogate.
+class ClipRule(NamedTuple):
+    """A rule with its range and options bound: (log_ratio, advantages, mask, old_logp=None, projection=None) -> Surrogate.
+
+    limit: where the rule needs the `projection` of the tokens' distributions, that of KL(π̃‖π_old), in nats; otherwise None.
+    """
+
+    rule: Rule
+    options: dict[str, float]
+    limit: float | None
+
+    def __call__(self, log_ratio: Tensor, advantages: Tensor, mask: Tensor, old_logp: Tensor | None = None,
+                 projection: TokenProjection | None = None) -> Surrogate:  # fmt: skip
+        given = {} if self.limit is None else {"projection": projection}
+        return self.rule(log_ratio, advantages, mask, old_logp=old_logp, **given, **self.options)
+
+
+def build_surrogate(name: str, low: float, high: float, kwargs: Mapping[str, float] | None = None) -> ClipRule:
+    """The rule `name` with its range and options bound.
 
     ConfigError for an unknown rule or option (`clip_kwargs`), and for a range or an option's value that the rule rejects.
     """
     if name not in SURROGATES:
         raise unknown_name("clip_rule", name, SURROGATES)
     rule, kwargs = SURROGATES[name], dict(kwargs or {})
-    options = [option for option in option_names(rule) if option not in ("low", "high", "old_logp")]
+    arguments = option_names(rule)
+    options = [option for option in arguments if option not in ("low", "high", "old_logp", "projection")]
     check_options("clip_kwargs", name, options, kwargs)
     for option, value in kwargs.items():
         if not is_finite(value):
             raise out_of_range(f"clip_kwargs['{option}']", value, "a finite number")
-
-    def bound(log_ratio: Tensor, advantages: Tensor, mask: Tensor, old_logp: Tensor | None = None) -> Surrogate:
-        return rule(log_ratio, advantages, mask, low=low, high=high, old_logp=old_logp, **kwargs)
-
+    limit = (
+        kwargs.get("limit", inspect.signature(rule).parameters["limit"].default) if "projection" in arguments else None
+    )
+    bound = ClipRule(rule, {"low": low, "high": high, **kwargs}, limit)
     token = torch.zeros(1, 1)
-    bound(token, token, token == 0, token)  # so that a bad value is reported here and not after the first rollout
+    # So that a bad value is reported here and not after the first rollout.
+    bound(token, token, token == 0, token, TokenProjection(token, token, token, token))
     return bound

@@ -154,25 +154,6 @@ def indices(mask: Tensor) -> Tensor:
     return mask.flatten().nonzero().squeeze(1)
 
 
-class TokenOutputs(NamedTuple):
-    """The results of one forward pass at a micro-batch's response tokens, [b, t] each unless stated.
-
-    logp: log π(token). values: [b, t + 1], the value before each token and after the last. hidden: [N, H], the states
-    that predict the N tokens that count. entropy: of π. ref_logp: log π_ref(token); ref_kl: exact KL(π‖π_ref). old_logp:
-    log π_old(token); old_kl, old_tv: exact KL(π_old‖π) and total variation. The last six are None unless requested.
-    """
-
-    logp: Tensor
-    values: Tensor
-    hidden: Tensor
-    entropy: Tensor | None = None
-    ref_logp: Tensor | None = None
-    ref_kl: Tensor | None = None
-    old_logp: Tensor | None = None
-    old_kl: Tensor | None = None
-    old_tv: Tensor | None = None
-
-
 class Logged(NamedTuple):
     """What reward functions log of a batch of completions. columns: a value for each completion, by the column's name.
     metrics: the numbers logged, by the metric's name."""
@@ -191,9 +172,10 @@ class Scored(NamedTuple):
     trained. scores: [B], NaN where no function gave a reward. rewards: those of each function, [B], NaN where it gave none.
     logged: by the reward functions.
 
-    sampler_weights: the importance weights of the sampled tokens, from the ratio of π_old to the sampler's distribution;
-    sampler_truncated: where a bound changed one. Both are None where nothing is corrected. sampler_finite: whether the
-    sampler's log-probabilities of all processes are finite.
+    sampler_logp: log-probabilities of the sampled tokens under the distribution that another engine sampled from; None where
+    the policy's own forward pass sampled, or response masks are off. sampler_weights: the importance weights of these tokens,
+    from the ratio of π_old to the sampler's distribution; sampler_truncated: where a bound changed one. Both are None where
+    nothing is corrected. sampler_finite: whether the sampler's log-probabilities of all processes are finite.
     """
 
     rollout: Rollout
@@ -211,6 +193,7 @@ class Scored(NamedTuple):
     rewards: dict[str, Tensor]
     ref_snapshots: list[PolicySnapshot] | None = None
     logged: Logged = Logged({}, {})
+    sampler_logp: Tensor | None = None
     sampler_weights: Tensor | None = None
     sampler_truncated: Tensor | None = None
     sampler_finite: bool = True
@@ -276,7 +259,10 @@ class AnchorMeasurement(NamedTuple):
 
 
 class EpochStats(NamedTuple):
-    """Means over the tokens of one PPO epoch (or of all of them), gathered from all processes."""
+    """Means over the tokens of one PPO epoch (or of all of them), gathered from all processes.
+
+    masked: the share of Σ|w·A| that response masks left out; masked_responses: that of the responses.
+    """
 
     policy_loss: float
     value_loss: float
@@ -289,6 +275,8 @@ class EpochStats(NamedTuple):
     approx_kl: float
     ratio: float
     ratio_var: float
+    masked: float = 0.0
+    masked_responses: float = 0.0
 
 
 class UpdateStats(NamedTuple):

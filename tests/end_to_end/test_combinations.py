@@ -149,12 +149,13 @@ def test_a_value_model_and_the_adapter_of_a_4_bit_policy_are_trained_and_resumed
     assert survival.same(tmp_path / "uninterrupted", tmp_path / "cut")
 
 
-@pytest.mark.parametrize("rule", ["gspo", "none", "spo", "dppo_kl"])
+@pytest.mark.parametrize("rule", ["gspo", "none", "spo", "dppo_kl", "drpo", "troll"])
 def test_mechanisms_work_together_and_the_limit_still_holds(rule, tmp_path):
     changes = FAST | {
         "max_steps": 3,
         "clip_rule": rule,
         "trust_stop": 0.5,
+        "response_mask_kl": 0.05,
         "trust_coef": 0.5,
         "trust_controller": "threshold",
         "trust_target": LIMIT,

@@ -40,6 +40,7 @@ ALL = {
     "cliprange": 0.05,
     "loss_aggregation": "token_mean",
     "trust_coef": 1.0,
+    "response_mask_kl": 0.015,
     "trust_max_kl": 0.004,
     "trust_lr_target": 0.05,
     "detach_value_head": False,
@@ -51,6 +52,7 @@ ALL = {
 WITHOUT: dict[str, dict[str, Any]] = {
     "anchor": {"kl_coef": 0.0},
     "clip": {"clip_rule": "none"},
+    "response_mask": {"response_mask_kl": None},
     "penalty": {"trust_coef": 0.0},
     "stop": {"trust_stop": None},
     "backtrack": {"trust_max_kl": None},
@@ -106,7 +108,10 @@ CONFIGURATIONS = st.fixed_dictionaries(
     {
         "optim": st.sampled_from([*OPTIMIZERS]),
         "kl_placement": st.sampled_from(["reward", "loss", "both"]),
-        "clip_rule": st.sampled_from(["ppo", "dual", "spo", "cispo", "sapo", "gspo", "gmpo", "dppo_kl"]),
+        "clip_rule": st.sampled_from(
+            ["ppo", "dual", "spo", "cispo", "sapo", "gspo", "gmpo", "dppo_kl", "drpo", "troll"]
+        ),
+        "response_mask_kl": st.sampled_from([None, 0.005]),
         "num_mini_batches": st.sampled_from([1, 2]),
         "num_ppo_epochs": st.integers(1, 3),
         "trust_coef": st.sampled_from([0.0, 0.5]),

@@ -38,10 +38,11 @@ from tests.enumeration import (
 )
 from trl_trustkl.divergences import k2
 from trl_trustkl.importance import importance_weights
+from trl_trustkl.policy.exact_kl import TokenOutputs
 from trl_trustkl.policy.micro_batches import micro_batch
 from trl_trustkl.ppo.losses import LossScale, Penalties, micro_loss
 from trl_trustkl.surrogates import build_surrogate
-from trl_trustkl.types import Batch, Rollout, Scored, TokenOutputs
+from trl_trustkl.types import Batch, Rollout, Scored
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 torch.set_num_threads(1)

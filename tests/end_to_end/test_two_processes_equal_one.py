@@ -47,6 +47,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         EVERYTHING | {"kl_estimator": "k3", "kl_placement": "both", "vllm_importance_sampling_clip_max": 1.0},
         {"corrects": True},
     ),
+    "LoRA, response masks": (
+        EVERYTHING | {"response_mask_kl": 5e-3, "num_ppo_epochs": 3, "detach_value_head": False},
+        {},
+    ),
+    "full, projections": (
+        {"clip_rule": "troll", "clip_kwargs": {"limit": 2e-3}, "num_ppo_epochs": 3, "response_mask_kl": 0.02},
+        FULL,
+    ),
     "LoRA, grpo": (WITHOUT_VALUE | {"advantage_estimator": "grpo", "trust_max_kl": LIMIT}, {}),
     "full, rloo": (
         WITHOUT_VALUE
@@ -253,6 +261,12 @@ def test_two_processes_equal_one_with_twice_the_batch_and_only_the_first_writes(
     corrected = load_records(two / "LoRA, corrected for the sampler")
     assert [record["refused"] is None for record in corrected] == [True, False, True]
     assert all(0 < record["sampler"]["truncated"] < 1 for record in corrected), corrected
+    for case in ("LoRA, response masks", "full, projections"):
+        trusts = [record["trust"] for record in load_records(two / case)]
+        assert any(0 < trust["masked_responses"] < 1 for trust in trusts), (
+            f"{case}: no response was left out, or all were"
+        )
+    assert all(trust["gated"] > 0 for trust in trusts), "no token was outside of the ball"
     scales = json.loads((two / "LoRA, shared head-rank0.json").read_text())
     assert any(kept["scale"] < 1 for kept in scales), "no update was scaled back"
 

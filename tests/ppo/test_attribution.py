@@ -18,7 +18,7 @@ from trl_trustkl.report.series import COUNTERFACTUALS
 from trl_trustkl.trust.gradient_scale import GradientScale
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-SHARES = ("anchor", "clip", "penalty", "stop", "backtrack", "grad_norm", "lr")
+SHARES = ("anchor", "clip", "response_mask", "penalty", "stop", "backtrack", "grad_norm", "lr")
 OFF = {"kl_coef": 0.0, "clip_rule": "none", "max_grad_norm": 0.0, "clip_value": False, "learning_rate": 1e-2}
 
 
@@ -50,6 +50,7 @@ def test_without_any_mechanism_nothing_is_rerun(tmp_path):
         ({"kl_coef": 0.5}, {"anchor"}),
         ({"kl_coef": 0.5, "kl_placement": "loss", "kl_estimator": "exact"}, {"anchor"}),
         ({"clip_rule": "ppo"}, {"clip"}),
+        ({"response_mask_kl": 1e-4}, {"response_mask"}),
         ({"trust_coef": 0.1}, {"penalty"}),
         ({"trust_stop": 1e-6}, {"stop"}),
         ({"max_grad_norm": 0.01}, {"grad_norm"}),

@@ -51,6 +51,7 @@ DESIGN_FIELDS: dict[str, Any] = {
     "trust_target": None,
     "trust_controller_kwargs": None,
     "trust_stop": None,
+    "response_mask_kl": None,
     "trust_max_kl": None,
     "trust_max_kl_token": None,
     "trust_max_kl_response": None,

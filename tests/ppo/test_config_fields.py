@@ -73,6 +73,7 @@ TESTED = {
     ),
     "trust_estimator": "ppo/test_losses_penalty.py::"
     "test_the_penalty_by_k1_makes_the_sampled_tokens_likelier_and_the_update_larger",
+    "response_mask_kl": "ppo/test_response_masks.py::test_response_masks_are_recorded_and_shorten_the_update",
     "trust_stop": "ppo/test_optimise_early_stop.py::test_trust_stop_ends_the_update_after_the_step_that_went_too_far",
     "anchor_max_kl": "ppo/test_parts.py::test_the_trust_region_has_the_limits_of_the_configuration",
     "trust_max_kl": "ppo/test_parts.py::test_the_trust_region_has_the_limits_of_the_configuration",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from types import SimpleNamespace
 from typing import get_args
 
@@ -15,6 +14,7 @@ from tests.tiny import EOS
 from tests.watched import CUT, run
 from trl_trustkl.divergences import k1, k3
 from trl_trustkl.masking import masked_mean
+from trl_trustkl.policy.exact_kl import TokenOutputs
 from trl_trustkl.ppo.losses import (
     Aggregation,
     LossScale,
@@ -25,8 +25,8 @@ from trl_trustkl.ppo.losses import (
     token_weights,
     value_loss,
 )
-from trl_trustkl.surrogates import SURROGATES
-from trl_trustkl.types import EpochStats, TokenOutputs
+from trl_trustkl.surrogates import build_surrogate
+from trl_trustkl.types import EpochStats
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -69,13 +69,13 @@ def test_the_value_loss_is_the_worse_of_the_value_and_the_clipped_value():
 def test_epoch_statistics_are_means_of_the_sums():
     sums = LossSums(
         policy_loss=3.0, weight=8.0, pull=2.0, gated=4.0, gated_low=1.0, gated_high=3.0, clipped=5.0,
-        squared_log_ratio=20.0, ratio=10.0, squared_ratio=14.0, tokens=10.0, terms=5.0, value_loss=6.0,
-        value_gated=2.0, positions=4.0,
+        squared_log_ratio=20.0, ratio=10.0, squared_ratio=14.0, tokens=10.0, terms=5.0, masked=2.0, masked_responses=1.0,
+        responses=5.0, value_loss=6.0, value_gated=2.0, positions=4.0,
     )  # fmt: skip
     found = epoch_stats(torch.tensor(sums, dtype=torch.float64))
     assert found == EpochStats(
         policy_loss=0.6, value_loss=1.5, gated=0.5, gated_low=0.125, gated_high=0.375, clip_fraction=0.5, penalty=0.2,
-        value_gated=0.5, approx_kl=1.0, ratio=1.0, ratio_var=pytest.approx(0.4),
+        value_gated=0.5, approx_kl=1.0, ratio=1.0, ratio_var=pytest.approx(0.4), masked=0.25, masked_responses=0.2,
     )  # fmt: skip
 
 
@@ -107,7 +107,7 @@ class Hand:
         micro = SimpleNamespace(rows=torch.tensor(rows))
         out = TokenOutputs(self.logp[rows, :length], self.values[rows, : length + 1], hidden=torch.zeros(0))
         penalties = Penalties(anchor_coef=0.3, anchor_estimator=k1, trust_coef=0.7, trust_estimator=k3)
-        rule = partial(SURROGATES["none"], low=0.2, high=0.2)
+        rule = build_surrogate("none", low=0.2, high=0.2)
         terms = self.mask.sum() if aggregation == "token_mean" else self.mask.any(1).sum()
         scale = LossScale(float(terms), float(self.value_mask.sum()))
         loss, sums = micro_loss(

@@ -40,10 +40,11 @@ from tests.enumeration import (
 )
 from trl_trustkl.divergences import ESTIMATORS, KLEstimatorName, gradient_kind
 from trl_trustkl.parallel.processes import Processes
+from trl_trustkl.policy.exact_kl import TokenOutputs
 from trl_trustkl.policy.micro_batches import micro_batch
 from trl_trustkl.ppo.losses import LossScale, micro_loss
 from trl_trustkl.ppo.shaping import shaped
-from trl_trustkl.types import Rollout, Scored, TokenOutputs
+from trl_trustkl.types import Rollout, Scored
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 torch.set_num_threads(1)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from trl_trustkl.divergences import k1, k2, k3
+from trl_trustkl.policy.exact_kl import TokenOutputs
 from trl_trustkl.ppo.losses import Aggregation, LossScale, LossSums, Penalties, epoch_stats, micro_loss, token_weights
 from trl_trustkl.surrogates import build_surrogate
-from trl_trustkl.types import TokenOutputs
 
 LENGTH, COEF = 6, 0.3
 

@@ -24,17 +24,18 @@ RECORD = {
     "trust": (
         "rule low high gated gated_low gated_high coef epochs stopped kl kl_max kl_response_max kl_proposed tv "
         "max_ratio ratio_quantiles scale tries limit guaranteed "
-        "limit_token limit_response guaranteed_token guaranteed_response decided certificate"
+        "limit_token limit_response guaranteed_token guaranteed_response decided certificate "
+        "mask_limit masked masked_responses"
     ),
     "value": "clip gated explained_variance",
     "gradient": "norm max_norm scale",
     "sampler": "kl ratio_min ratio_max truncated",
     "rollout": "engine",
-    "shares": "anchor clip penalty stop backtrack grad_norm lr",
+    "shares": "anchor clip response_mask penalty stop backtrack grad_norm lr",
 }
 """The keys of a record, by group."""
 CERTIFICATE = "gain stderr bound difference smallest kl_needed"
-BINDING = {"anchor", "clip", "penalty", "stop", "backtrack", "grad_norm", "lr", "none"}
+BINDING = {"anchor", "clip", "response_mask", "penalty", "stop", "backtrack", "grad_norm", "lr", "none"}
 
 
 def test_a_record_has_exactly_the_keys_of_the_design(tmp_path):

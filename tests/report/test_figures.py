@@ -104,7 +104,7 @@ def test_a_mechanism_has_one_colour_in_both_figures(run_of) -> None:
     lines, figure = lines_of(records), Figure()
     gated(figure, records)
     bars = {str(bar.get_label()): to_hex(bar[0].get_facecolor()) for bar in figure.axes[0].containers}
-    assert len(bars) == 7 and bars == {label: to_hex(lines[label].get_color()) for label in bars}
+    assert len(bars) == 8 and bars == {label: to_hex(lines[label].get_color()) for label in bars}
 
 
 @pytest.mark.parametrize(

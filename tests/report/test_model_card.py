@@ -101,12 +101,16 @@ def test_a_full_model_has_a_card_in_its_checkpoint_too(tmp_path):
 def test_controllers_and_limits_are_named_with_their_options(tmp_path):
     args = tiny.config(
         tmp_path, kl_controller="adaptive", kl_target=6.0, kl_controller_kwargs={"min_coef": 0.01}, trust_coef=0.5,
-        trust_stop=0.03, trust_lr_target=0.02, max_grad_norm=0.5,
+        trust_stop=0.03, trust_lr_target=0.02, max_grad_norm=0.5, response_mask_kl=0.1, clip_rule="troll",
+        clip_kwargs={"limit": 0.03},
     )  # fmt: skip
     text = section([record()], args).replace("\\", "")
     assert "kl_controller=adaptive (min_coef=0.01), kl_target=6 nats per response" in text
     assert "| penalty on KL(π_old‖π) | trust_estimator=exact, trust_coef=0.5 |" in text
     assert "trust_stop=0.03 nats per token" in text and "trust_lr_target=0.02 nats per token" in text
+    assert (
+        "| response masks | response_mask_kl=0.1 nats |" in text and "| clip | clip_rule=troll (limit=0.03) |" in text
+    )
     assert "max_grad_norm=0.5" in text and "| hard limits, by backtracking | off |" in text
 
 

@@ -135,7 +135,7 @@ def test_what_is_guaranteed_and_what_is_not(run_of) -> None:
     assert said["Guaranteed"].startswith("In 6 of 12 updates")
 
 
-@pytest.mark.parametrize("rule", ["sapo", "dppo_tv", "dppo_kl", "gspo", "none"])
+@pytest.mark.parametrize("rule", ["sapo", "dppo_tv", "dppo_kl", "drpo", "troll", "gspo", "none"])
 @pytest.mark.parametrize("end", [0.2, None])
 def test_no_range_of_ratios_is_reported_for_a_rule_without_one(run_of, rule: str, end: float | None) -> None:
     run = run_of(trust__rule=rule, trust__low=end, trust__high=end, trust__max_ratio=99.0)

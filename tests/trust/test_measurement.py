@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from trl_trustkl.policy.exact_kl import TokenOutputs
 from trl_trustkl.policy.micro_batches import micro_batch
 from trl_trustkl.trust.measurement import QUANTILES, measure, measurement
-from trl_trustkl.types import Measurement, MicroBatch, PolicySnapshot, Rollout, TokenOutputs
+from trl_trustkl.types import Measurement, MicroBatch, PolicySnapshot, Rollout
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -38,7 +38,7 @@ _SCRIPT, _MODEL, _ANCHOR, _TRUST = "data, rewards, models", "policy: precision a
 _OWN, _COMMON, _REST = "TRAINER", "training", "further options of transformers' TrainingArguments"
 _SECTIONS = (_SCRIPT, _MODEL, _ANCHOR, _TRUST, _OWN, _COMMON, _REST)
 
-_LISTED = 12  # choices at most; for more of them, the option's text says where they are listed
+_LISTED = 16  # choices at most that are listed
 # Those of transformers' many fields that most runs set.
 _COMMON_FIELDS = {
     "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -116,12 +117,17 @@ def sentiment_config(output_dir: str, **changes: Any) -> Any:
 
 
 def quieten() -> None:
-    """Turn off the libraries' progress bars and deprecation warnings."""
+    """Turn off the libraries' progress bars and warnings."""
     # Before any other import: bitsandbytes logs errors while it is imported, and transformers may import it.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import datasets
+    import torch
     import transformers
 
+    if (
+        not torch.cuda.is_available()
+    ):  # accelerate imports DeepSpeed if it is installed, which then warns of a search in vain
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.simplefilter("ignore", FutureWarning)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import divergences
+from ..kl_ball import TokenProjection
 from ..types import Head, MicroBatch, PolicySnapshot
+from . import projection
 
 CHUNK_ELEMENTS = 2**22
 """Logits in one chunk on a CPU, and the fewest on a GPU: 16 MiB in float32."""
@@ -61,11 +63,49 @@ class TokenStatistics(NamedTuple):
     old_logp: Tensor | None = None
     old_kl: Tensor | None = None
     old_tv: Tensor | None = None
+    projected_logp: Tensor | None = None
+    projected_kl: Tensor | None = None
+    projected_kept: Tensor | None = None
+    projected_pull: Tensor | None = None
+    projected_scale: Tensor | None = None
 
     def spread(self, micro: MicroBatch) -> TokenStatistics:
         """The same as [b, t] each: the N tokens are the micro-batch's response tokens, and elsewhere it is 0."""
         columns = {name: spread(column, micro) for name, column in self._asdict().items() if column is not None}
         return TokenStatistics(**columns)
+
+    @property
+    def projection(self) -> TokenProjection | None:
+        """The tokens' projections; None if they were not requested."""
+        columns = (self.projected_logp, self.projected_kl, self.projected_kept, self.projected_pull)
+        return None if any(each is None for each in columns) else TokenProjection(*columns)  # type: ignore[arg-type]
+
+
+class TokenOutputs(NamedTuple):
+    """The results of one forward pass at a micro-batch's response tokens, [b, t] each unless stated.
+
+    logp: log π(token). values: [b, t + 1], the value before each token and after the last. hidden: [N, H], the states
+    that predict the N tokens that count. entropy: of π. ref_logp: log π_ref(token); ref_kl: exact KL(π‖π_ref). old_logp:
+    log π_old(token); old_kl, old_tv: exact KL(π_old‖π) and total variation. projection: of π onto a ball around π_old. The
+    last seven are None unless requested.
+    """
+
+    logp: Tensor
+    values: Tensor
+    hidden: Tensor
+    entropy: Tensor | None = None
+    ref_logp: Tensor | None = None
+    ref_kl: Tensor | None = None
+    old_logp: Tensor | None = None
+    old_kl: Tensor | None = None
+    old_tv: Tensor | None = None
+    projection: TokenProjection | None = None
+
+    @classmethod
+    def of(cls, token: TokenStatistics, values: Tensor, hidden: Tensor) -> TokenOutputs:
+        """From statistics [b, t]."""
+        shared = {name: each for name, each in token._asdict().items() if name in cls._fields}
+        return cls(values=values, hidden=hidden, projection=token.projection, **shared)
 
 
 def spread(values: Tensor, micro: MicroBatch) -> Tensor:
@@ -74,8 +114,8 @@ def spread(values: Tensor, micro: MicroBatch) -> Tensor:
     return values.new_zeros(shape.numel()).index_copy(0, micro.tokens, values).view(shape)
 
 
-_CONSTANT = ("ref_logp", "old_logp", "old_tv")
-"""Statistics without a gradient: a log-probability of a snapshot depends on that only, and `old_tv` is a measurement."""
+_CONSTANT = ("ref_logp", "old_logp", "old_tv", "projected_kept", "projected_pull", "projected_scale")
+"""Statistics without a gradient: a log-probability of a snapshot depends on that only, and the others are measurements."""
 
 
 def token_statistics(
@@ -88,16 +128,18 @@ def token_statistics(
     entropy: bool = False,
     ref: PolicySnapshot | None = None,
     old: PolicySnapshot | None = None,
+    limit: float | None = None,
 ) -> TokenStatistics:
     """Log-probabilities of `targets` [N] from `hidden` [N, H], and further statistics of the same logits.
 
     Every distribution is softmax(logits / temperature). entropy: in nats. With `ref`: log π_ref(target) and the exact
-    KL(π‖π_ref). With `old`: log π_old(target), the exact KL(π_old‖π) and the total variation. Gradients flow to `hidden` and
-    to the trainable parameters in `head.parameters()`, never to a snapshot. Chunk boundaries depend only on N, V and the
+    KL(π‖π_ref). With `old`: log π_old(target), the exact KL(π_old‖π) and the total variation; with a `limit` too,
+    the projection of π onto KL(·‖π_old) ≤ `limit`, in nats (see `TokenProjection`). Gradients flow to `hidden` and to the
+    trainable parameters in `head.parameters()`, never to a snapshot. Chunk boundaries depend only on N, V and the
     device, so that two passes over the same tokens do the same arithmetic.
     """
     snapshots = {name: snapshot for name, snapshot in (("ref", ref), ("old", old)) if snapshot is not None}
-    plan = _Plan(head, vocab_size, temperature, entropy, snapshots)
+    plan = _Plan(head, vocab_size, temperature, entropy, snapshots, limit)
     trained = [p for p in getattr(head, "parameters", tuple)() if p.requires_grad]
     return TokenStatistics(*_Chunked.apply(hidden, targets, plan, *trained))  # type: ignore[no-untyped-call]
 
@@ -110,6 +152,7 @@ class _Plan(NamedTuple):
     temperature: float
     entropy: bool
     snapshots: dict[str, PolicySnapshot]
+    limit: float | None
 
     def logits(self, head: Head, hidden: Tensor) -> Tensor:
         """Logits divided by the temperature, in float32 or higher precision."""
@@ -117,8 +160,10 @@ class _Plan(NamedTuple):
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         return logits / self.temperature if self.temperature != 1.0 else logits
 
-    def snapshot_logits(self, rows: slice) -> dict[str, Tensor]:
-        return {name: self.logits(each.head, each.hidden[rows]) for name, each in self.snapshots.items()}
+    def snapshot_logits(self, rows: slice, needed: dict[str, bool] | None = None) -> dict[str, Tensor]:
+        """The logits of the snapshots, or of those that are needed."""
+        snapshots = {name: each for name, each in self.snapshots.items() if needed is None or needed[name]}
+        return {name: self.logits(each.head, each.hidden[rows]) for name, each in snapshots.items()}
 
     def chunks(self, rows: Tensor, elements: int) -> Iterator[slice]:
         """Slices of `rows` with at most `elements` logits; one empty slice for no rows."""
@@ -142,7 +187,6 @@ class _Chunked(torch.autograd.Function):
         # For the backward pass; without a cache, which would reuse the freed graph of another chunk.
         ctx.autocast = torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
         ctx.plan, ctx.trained = plan, trained
-        ctx.save_for_backward(hidden, targets)
         ctx.set_materialize_grads(False)
         columns: dict[str, Tensor] = {}
         for chunk in plan.chunks(hidden, chunk_elements(hidden.device)):
@@ -150,6 +194,7 @@ class _Chunked(torch.autograd.Function):
             columns = columns or {name: each.new_empty(len(hidden)) for name, each in found.items()}
             for name, each in found.items():
                 columns[name][chunk] = each
+        ctx.save_for_backward(hidden, targets, columns.get("projected_scale"))
         ctx.mark_non_differentiable(*(columns[name] for name in _CONSTANT if name in columns))
         return tuple(columns.get(name) for name in TokenStatistics._fields)
 
@@ -160,7 +205,8 @@ class _Chunked(torch.autograd.Function):
         weights = {name: each for name, each in asked if each is not None}
         if not weights:  # a later operation stopped the gradient
             return (None,) * (3 + len(ctx.trained))
-        hidden, targets = ctx.saved_tensors
+        hidden, targets, scale = ctx.saved_tensors
+        scale = None if scale is None else scale.cpu()  # the host has to know which rows were projected
         # In float32 or higher: summed over many chunks in half precision, small terms would be lost.
         dtypes = [torch.promote_types(p.dtype, torch.float32) for p in ctx.trained]
         of_hidden = torch.empty_like(hidden)
@@ -168,7 +214,7 @@ class _Chunked(torch.autograd.Function):
         for chunk in ctx.plan.chunks(hidden, chunk_elements(hidden.device)):
             part = hidden[chunk].detach().requires_grad_()
             with ctx.autocast:
-                logits, gradient = _chunk_gradient(part, targets[chunk], chunk, weights, ctx.plan)
+                logits, gradient = _chunk_gradient(part, targets[chunk], chunk, weights, scale, ctx.plan)
             of_hidden[chunk], *others = torch.autograd.grad(
                 logits, [part, *ctx.trained], gradient, allow_unused=True, materialize_grads=True
             )
@@ -186,15 +232,17 @@ def _chunk_columns(hidden: Tensor, targets: Tensor, chunk: slice, plan: _Plan) -
 
 
 def _chunk_gradient(
-    hidden: Tensor, targets: Tensor, chunk: slice, weights: dict[str, Tensor], plan: _Plan
+    hidden: Tensor, targets: Tensor, chunk: slice, weights: dict[str, Tensor], scale: Tensor | None, plan: _Plan
 ) -> tuple[Tensor, Tensor]:
     """The logits of a chunk, and the gradient of Σ weight·statistic with respect to them, computed block by block."""
     with torch.enable_grad():
         logits = plan.logits(plan.head, hidden)
-    snapshots, gradient = plan.snapshot_logits(chunk), torch.empty_like(logits)
+    scales = torch.ones(len(logits)) if scale is None else scale[chunk]
+    needed = {"ref": "ref_kl" in weights, "old": "old_kl" in weights or bool((scales < 1).any())}
+    snapshots, gradient = plan.snapshot_logits(chunk, needed), torch.empty_like(logits)
     for rows in plan.blocks(logits):
         of_rows = {name: each[chunk][rows].unsqueeze(-1) for name, each in weights.items()}
-        gradient[rows] = _block_gradient(logits.detach()[rows], targets, snapshots, rows, of_rows)
+        gradient[rows] = _block_gradient(logits.detach()[rows], targets, snapshots, rows, of_rows, scales[rows])
     return logits, gradient
 
 
@@ -220,13 +268,20 @@ def _block(
         old_p = old_logps.exp()
         out["old_kl"] = divergences.kl_between(old_logps, logps, old_p, p)
         out["old_tv"] = old_p.sub_(p).abs_().sum(-1) / 2
+        if plan.limit is not None:
+            out |= projection.statistics(logps, old_logps, target, plan.limit)
     return out
 
 
 def _block_gradient(
-    logits: Tensor, targets: Tensor, snapshots: dict[str, Tensor], rows: slice, weights: dict[str, Tensor]
+    logits: Tensor,
+    targets: Tensor,
+    snapshots: dict[str, Tensor],
+    rows: slice,
+    weights: dict[str, Tensor],
+    scale: Tensor,
 ) -> Tensor:
-    """The gradient of Σ weight·statistic with respect to the logits of some rows; the weights are [n, 1].
+    """The gradient of Σ weight·statistic with respect to the logits of some rows; the weights are [n, 1], the scales [n].
 
     For p = softmax(logits) and fixed q: ∇log p(y) = 1_y − p, ∇KL(p‖q) = p·(log(p/q) − KL(p‖q)), ∇KL(q‖p) = p − q, and
     ∇entropy = −p·(log p + entropy).
@@ -243,6 +298,9 @@ def _block_gradient(
         gradient.addcmul_(p, _centred(d, p).mul_(weights["ref_kl"]))
     if "old_kl" in weights:
         gradient.addcmul_(p - torch.softmax(snapshots["old"][rows], -1), weights["old_kl"])
+    if "projected_logp" in weights or "projected_kl" in weights:
+        old = snapshots["old"][rows] if "old" in snapshots else logits  # which is not read where no row was projected
+        projection.add_gradient(gradient, logps, old, targets[rows].unsqueeze(-1), scale, weights)
     return gradient
 
 

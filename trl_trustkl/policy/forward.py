@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ..parallel.sharding import REPLICATED, Replicated
-from ..types import Head, MicroBatch, PolicySnapshot, TokenOutputs
+from ..types import Head, MicroBatch, PolicySnapshot
+from .exact_kl import TokenOutputs
 from .reference import Reference
 from .value_head import PolicyAndValue
 

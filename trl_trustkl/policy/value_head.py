@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from ..errors import ModelError
 from ..trl_compat import activation_checkpointing
 from ..trl_compat.module import Module
-from ..types import MicroBatch, PolicySnapshot, TokenOutputs
-from .exact_kl import token_statistics
+from ..types import MicroBatch, PolicySnapshot
+from .exact_kl import TokenOutputs, token_statistics
 from .loading import trainable
 from .micro_batches import positions, predicting
 from .rms_norm import plain_layers
@@ -143,8 +143,10 @@ class PolicyAndValue(Module):
         values: bool = True,
         ref: PolicySnapshot | None = None,
         old: PolicySnapshot | None = None,
+        limit: float | None = None,
     ) -> TokenOutputs:
-        """The micro-batch's tokens under the policy; see `TokenOutputs`. Without `values`, or without a value, these are 0."""
+        """The micro-batch's tokens under the policy; see `TokenOutputs` and the arguments of `token_statistics`. Without
+        `values`, or without a value, these are 0."""
         inputs, first = model_inputs(micro)
         states, features = self.split_lm.hidden(inputs, first)
         hidden = predicting(states, micro)
@@ -157,10 +159,11 @@ class PolicyAndValue(Module):
             entropy=entropy,
             ref=ref,
             old=old,
+            limit=limit,
         )
         found = self._values(inputs, first, features) if values else None
         value = features.new_zeros(features.shape[:2]) if found is None else found
-        return TokenOutputs(values=value, hidden=hidden.detach(), **token.spread(micro)._asdict())
+        return TokenOutputs.of(token.spread(micro), value, hidden.detach())
 
     def _values(self, inputs: dict[str, Tensor], first: int, features: Tensor) -> Tensor | None:
         if isinstance(self.value, NoValue):

@@ -64,6 +64,7 @@ class Attribution:
         return {
             "anchor": batch.anchor.coef > 0,
             "clip": args.clip_rule != "none",
+            "response_mask": args.response_mask_kl is not None,
             "penalty": batch.trust_coef > 0,
             "stop": args.trust_stop is not None,
             "backtrack": args.limits.hard,
@@ -79,6 +80,7 @@ class Attribution:
     def _idle(self, stats: UpdateStats) -> set[str]:
         """The mechanisms that did nothing in this update, so that the update without them is the same."""
         idle = {
+            "response_mask": stats.total.masked_responses == 0,
             "stop": not stats.stopped,
             "grad_norm": stats.grad_scale == 1.0 and not self._shares_backbone,
             "lr": self._coefficients.lr_factor == 1.0,

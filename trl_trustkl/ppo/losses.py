@@ -20,11 +20,12 @@ from torch import Tensor
 
 from ..importance import LARGEST_LOG_RATIO
 from ..masking import masked_sum
-from ..surrogates import Surrogate
-from ..types import Batch, EpochStats, MicroBatch, TokenOutputs
+from ..policy.exact_kl import TokenOutputs
+from ..surrogates import ClipRule
+from ..types import Batch, EpochStats, MicroBatch
+from .response_masks import within
 
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
-Rule = Callable[..., Surrogate]
 Estimator = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -44,7 +45,8 @@ class Penalties(NamedTuple):
 
 
 class LossSums(NamedTuple):
-    """Scalar sums over tokens (the last three over value positions), added over micro-batches and processes."""
+    """Scalar sums over tokens (`responses` and `masked_responses` over responses, the last three over value positions), added
+    over micro-batches and processes."""
 
     policy_loss: Tensor
     weight: Tensor
@@ -58,6 +60,9 @@ class LossSums(NamedTuple):
     squared_ratio: Tensor
     tokens: Tensor
     terms: Tensor
+    masked: Tensor
+    masked_responses: Tensor
+    responses: Tensor
     value_loss: Tensor
     value_gated: Tensor
     positions: Tensor
@@ -94,59 +99,84 @@ def micro_loss(
     batch: Batch,
     scale: LossScale,
     *,
-    rule: Rule,
+    rule: ClipRule,
     aggregation: Aggregation = "token_mean",
     length: int = 1,
     vf_coef: float,
     value_range: float | None,
     penalties: Penalties,
+    mask_kl: float | None = None,
 ) -> tuple[Tensor, LossSums]:
     """The micro-batch's share of the mini-batch's loss, and its sums. The value is not clipped where `value_range` is None.
-    `aggregation` and `length` are those of `token_weights`."""
+    `aggregation` and `length` are those of `token_weights`.
+
+    Responses with a token beyond `mask_kl` are left out, the value's loss included; the number of terms stays as it is, so that
+    the others weigh no more than before (Trust Region Masking, arXiv 2512.23075).
+    """
     columns = out.logp.shape[1]
     old_logp = batch.scored.logp[micro.rows, :columns]
     advantages = batch.advantages[micro.rows, :columns]
     mask = batch.scored.loss_mask[micro.rows, :columns]
-    weights, terms = token_weights(mask, aggregation, length, out.logp.dtype)
-    corrected = weights
-    if batch.scored.sampler_weights is not None:
-        corrected = weights * batch.scored.sampler_weights[micro.rows, :columns]
+    keep = mask.new_ones((len(mask), 1))
+    if mask_kl is not None:
+        keep = within(out, micro, batch.scored, mask_kl)
+    all_weights, terms = token_weights(mask, aggregation, length, out.logp.dtype)
+    importance = None if batch.scored.sampler_weights is None else batch.scored.sampler_weights[micro.rows, :columns]
+    all_corrected = all_weights if importance is None else all_weights * importance
+    kept, weights, corrected = mask & keep, all_weights * keep, all_corrected * keep
     log_ratio = out.logp - old_logp
-    surrogate = rule(log_ratio, advantages, mask, old_logp=old_logp)
-    policy = -masked_sum(surrogate.objective * corrected, mask)
+    surrogate = rule(log_ratio, advantages, kept, old_logp=old_logp, projection=out.projection)
+    policy = -masked_sum(surrogate.objective * corrected, kept)
+    if surrogate.penalty is not None:
+        policy = policy + masked_sum(surrogate.penalty * weights, kept)
     penalty = kl_terms(out, old_logp, batch.scored.ref_logp[micro.rows, :columns], weights, corrected, penalties)
 
-    width = min(columns + 1, batch.returns.shape[1])
-    returns = batch.returns[micro.rows, :width]
-    old_values = batch.scored.values[micro.rows, :width]
-    value_mask = batch.scored.value_mask[micro.rows, :width]
-    squared, clipped = value_loss(out.values[:, :width], old_values, returns, value_range)
-    value = 0.5 * masked_sum(squared, value_mask)
-
+    value, value_gated, positions = value_terms(out, micro, batch, keep, value_range)
     loss = (policy + penalty) / scale.terms + vf_coef * value / scale.positions
-    gated = surrogate.gated
     with torch.no_grad():
         ratio = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
-        weight = corrected * ratio * advantages.abs()
+        responses = mask.any(1, keepdim=True)
         sums = LossSums(
             policy_loss=policy.detach(),
-            weight=masked_sum(weight, mask),
+            **gated_sums(surrogate.gated, all_corrected * ratio * advantages.abs(), log_ratio, mask, keep),
             # λ·|w − 1| is the penalty's gradient with respect to the log-ratio, where w·A is the surrogate's.
             pull=penalties.trust_coef * masked_sum(corrected * (ratio - 1).abs(), mask),
-            gated=masked_sum(gated * weight, mask),
-            gated_low=masked_sum(gated * weight, mask & (log_ratio < 0)),
-            gated_high=masked_sum(gated * weight, mask & (log_ratio > 0)),
-            clipped=masked_sum((gated > 0).float(), mask),
             squared_log_ratio=masked_sum(log_ratio**2, mask),
             ratio=masked_sum(ratio, mask),
             squared_ratio=masked_sum(ratio**2, mask),
             tokens=mask.sum(),
             terms=terms,
+            masked_responses=(responses & ~keep).sum(),
+            responses=responses.sum(),
             value_loss=value.detach(),
-            value_gated=masked_sum(clipped.float(), value_mask),
-            positions=value_mask.sum(),
+            value_gated=value_gated,
+            positions=positions,
         )
     return loss, sums
+
+
+def gated_sums(gated: Tensor, weight: Tensor, log_ratio: Tensor, mask: Tensor, keep: Tensor) -> dict[str, Tensor]:
+    """The sums of a token's weight in the gradient, |w·A| times its weight in the loss, and of what of it was removed."""
+    return {
+        "weight": masked_sum(weight, mask),
+        "gated": masked_sum(gated * weight, mask),
+        "gated_low": masked_sum(gated * weight, mask & (log_ratio < 0)),
+        "gated_high": masked_sum(gated * weight, mask & (log_ratio > 0)),
+        "clipped": masked_sum((gated > 0).float(), mask),
+        "masked": masked_sum(weight, mask & ~keep),
+    }
+
+
+def value_terms(
+    out: TokenOutputs, micro: MicroBatch, batch: Batch, keep: Tensor, clip: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Half the sum of the squared errors of the value, over the positions of responses that are kept; how many of these the
+    clip gated, and how many there are."""
+    width = min(out.logp.shape[1] + 1, batch.returns.shape[1])
+    returns = batch.returns[micro.rows, :width]
+    mask = batch.scored.value_mask[micro.rows, :width] & keep
+    squared, clipped = value_loss(out.values[:, :width], batch.scored.values[micro.rows, :width], returns, clip)
+    return 0.5 * masked_sum(squared, mask), masked_sum(clipped.float(), mask), mask.sum()
 
 
 def kl_terms(
@@ -204,5 +234,7 @@ def epoch_stats(total: Tensor) -> EpochStats:
         value_gated=share(s["value_gated"], s["positions"]),
         approx_kl=0.5 * share(s["squared_log_ratio"], s["tokens"]),
         ratio=ratio,
+        masked=share(s["masked"], s["weight"]),
+        masked_responses=share(s["masked_responses"], s["responses"]),
         ratio_var=max(share(s["squared_ratio"], s["tokens"]) - ratio**2, 0.0) if math.isfinite(ratio) else math.nan,
     )

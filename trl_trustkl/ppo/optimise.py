@@ -13,17 +13,19 @@ from torch import Tensor, nn
 from ..errors import ConfigError, shown
 from ..parallel.processes import Processes
 from ..parallel.sharding import REPLICATED, Replicated
+from ..policy.exact_kl import TokenOutputs
 from ..policy.loading import trainable
 from ..policy.value_head import PolicyAndValue
 from ..run import rng
 from ..run.failure_handling import reject
+from ..surrogates import ClipRule
 from ..trust.attribution import ReplayPoint
 from ..trust.gradient_scale import GradientScale, rescales_gradients
 from ..trust.learning_rate import scaled_learning_rate
 from ..trust.snapshot import UpdateSnapshot
-from ..types import Batch, PolicySnapshot, TokenOutputs, UpdateStats
+from ..types import Batch, PolicySnapshot, UpdateStats
 from .config import TrustKLPPOConfig
-from .losses import LossScale, LossSums, Penalties, Rule, epoch_stats, micro_loss, token_weights
+from .losses import LossScale, LossSums, Penalties, epoch_stats, micro_loss, token_weights
 
 
 class Optimisation:
@@ -180,7 +182,7 @@ class Optimisation:
         for start in range(0, count, size):
             yield order[start : start + size]
 
-    def _backward(self, batch: Batch, mini: list[int], rule: Rule, penalties: Penalties) -> Tensor:
+    def _backward(self, batch: Batch, mini: list[int], rule: ClipRule, penalties: Penalties) -> Tensor:
         """Accumulate the mini-batch's gradient; returns its sums on this process."""
         scored, total = batch.scored, self._zero_sums()
         rows = torch.cat([scored.micro_batches[index].rows for index in mini])
@@ -188,30 +190,34 @@ class Optimisation:
         _, terms = token_weights(scored.loss_mask[rows], aggregation, length)
         counts = torch.stack([terms, scored.value_mask[rows].sum()])
         value_range = None if scored.without == "value_clip" else self.args.value_range
+        mask_kl = None if scored.without == "response_mask" else self.args.response_mask_kl
         # In float32, as the loss; float64 would make the loss of that dtype, and a number on the host a synchronisation.
         scale = LossScale(*self.processes.sum(counts.double()).clamp(min=1.0).float())
         for index in mini:
             # Gradients are synchronised in the backward pass of the last micro-batch.
             with self.sharding.accumulating(self.accelerator, self.model, last=index == mini[-1]):
                 loss, sums = micro_loss(
-                    self._forward(batch, index, penalties), scored.micro_batches[index], batch, scale, rule=rule,
+                    self._forward(batch, index, rule, penalties, mask_kl), scored.micro_batches[index], batch, scale, rule=rule,
                     aggregation=aggregation, length=length, vf_coef=self.args.vf_coef,
-                    value_range=value_range, penalties=penalties,
+                    value_range=value_range, penalties=penalties, mask_kl=mask_kl,
                 )  # fmt: skip
                 # Gradients are averaged over processes; the loss is already divided by the count of all of them.
                 self.sharding.backward(self.accelerator, loss * self.processes.count)
             total += torch.stack([each.detach().double() for each in sums])
         return total
 
-    def _forward(self, batch: Batch, index: int, penalties: Penalties) -> TokenOutputs:
-        """The outputs of a micro-batch, with only those exact divergences that the loss needs."""
+    def _forward(
+        self, batch: Batch, index: int, rule: ClipRule, penalties: Penalties, mask_kl: float | None
+    ) -> TokenOutputs:
+        """The outputs of a micro-batch, with only those exact divergences and projections that the loss needs."""
         scored = batch.scored
         snapshots: dict[str, PolicySnapshot] = {}
         if penalties.anchor_coef and penalties.anchor_estimator is None and scored.ref_snapshots is not None:
             snapshots["ref"] = scored.ref_snapshots[index]
-        if penalties.trust_coef and penalties.trust_estimator is None:
+        masks = mask_kl is not None and scored.sampler_logp is None
+        if masks or rule.limit is not None or (penalties.trust_coef and penalties.trust_estimator is None):
             snapshots["old"] = scored.old_snapshots[index]
-        return self.model(scored.micro_batches[index], **snapshots)
+        return self.model(scored.micro_batches[index], **snapshots, limit=rule.limit)
 
     def _unlimited(self, parameters: list[nn.Parameter]) -> Tensor:
         """Leave the gradients as they are without `max_grad_norm`; returns their norm.

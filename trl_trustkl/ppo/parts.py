@@ -18,7 +18,7 @@ from ..policy.merged_weights import merged_weights
 from ..policy.quantization import is_quantized
 from ..policy.renewal import ReferenceRenewal
 from ..rollout.engine import RolloutEngine
-from ..rollout.engines import build_engine, corrects
+from ..rollout.engines import build_engine, corrects, is_other
 from ..rollout.groups import GroupedOrder
 from ..rollout.prompt_stream import StreamOrder
 from ..rollout.prompts import Collator, PromptOrder
@@ -107,7 +107,7 @@ class Parts:
         )  # fmt: skip
         self.scoring = Scoring(
             args, models, processes, self.forward, self.scorer, self.failures, self.sizes.micro_batch,
-            corrects=corrects(args, self.rollouts.engine),
+            corrects=corrects(args, self.rollouts.engine), other_sampler=is_other(self.rollouts.engine),
         )  # fmt: skip
         self.renewal = ReferenceRenewal(models.reference) if args.sync_ref_model else None
         self.optimisation = Optimisation(args, models.trained, accelerator, processes, sharding)

@@ -46,8 +46,9 @@ class Scoring:
     """Computes log-probabilities under π_old and π_ref, values, scores and importance weights of a rollout.
 
     The micro-batches and their trimming are fixed here, and used again when optimising and measuring: then ratio = 1 and
-    KL = 0 bit for bit before the first step, in bf16 too. corrects: whether the policy's loss is weighted by the ratio of π_old
-    to the distribution that the responses were sampled from.
+    KL = 0 bit for bit before the first step, in bf16 too. other_sampler: whether something else than the policy's forward
+    pass samples. corrects: whether the policy's loss is weighted by the ratio of π_old to the distribution that the responses
+    were sampled from.
     """
 
     args: TrustKLPPOConfig
@@ -58,6 +59,7 @@ class Scoring:
     failures: FailureHandling
     micro_batch_size: int
     corrects: bool = False
+    other_sampler: bool = False
     _checked_start: bool = field(default=False, init=False)
 
     def score(self, rollout: Rollout, context: UpdateContext, state: TrainerState) -> Scored:
@@ -100,16 +102,26 @@ class Scoring:
             rewards=rewards,
             logged=logged,
             ref_snapshots=ref_snapshots if self.args.keeps_reference else None,
+            sampler_logp=rollout.sampler_logp if self._masks_by_sampler and context.training else None,
             sampler_weights=correction.weights,
             sampler_truncated=correction.truncated,
             sampler_finite=correction.finite,
             **columns,
         )
 
+    @property
+    def _masks_by_sampler(self) -> bool:
+        return self.other_sampler and self.args.response_mask_kl is not None
+
     def _correction(self, rollout: Rollout, old_logp: Tensor) -> _Correction:
         """Of a batch of training, on all processes; `old_logp` as `importance_weights` has it."""
         args, mask, logp = self.args, rollout.response_mask, rollout.sampler_logp
         if logp is None:
+            if self._masks_by_sampler:
+                raise ConfigError(
+                    f"`response_mask_kl` got {args.response_mask_kl}, but the rollout engine returned no log-probabilities of "
+                    "the sampled tokens, which response masks need. Let it return them, or set response_mask_kl=None."
+                )
             if self.corrects:
                 raise ConfigError(
                     "`vllm_importance_sampling_correction` got True, but the rollout engine returned no log-probabilities of "

@@ -26,13 +26,14 @@ from .series import Column, attributed, column, distance, kl_without, quantile, 
 Records = Sequence[BoundRecord]
 
 BLUE, ORANGE, GREEN, RED, SKY, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7"
-YELLOW = "#f0e442"
+YELLOW, BROWN = "#f0e442", "#8c564b"
 INK, INK_ON_DARK = "#42474d", "#c3c8ce"
 EARLY_TO_LATE = LinearSegmentedColormap.from_list("early_to_late", [SKY, PURPLE, RED])
 POINTS = 300  # bins of a long line
 LARGEST = 1e30  # a larger number is drawn here: axes overflow before floats do
 MECHANISMS = {
-    "anchor": ("anchor", BLUE), "clip": ("clip", ORANGE), "penalty": ("penalty", SKY), "stop": ("early stop", GREEN),
+    "anchor": ("anchor", BLUE), "clip": ("clip", ORANGE), "response_mask": ("response masks", BROWN),
+    "penalty": ("penalty", SKY), "stop": ("early stop", GREEN),
     "backtrack": ("backtracking", RED), "grad_norm": ("gradient norm", PURPLE), "lr": ("learning rate", INK),
     "value_clip": ("value clip", YELLOW),
 }  # fmt: skip

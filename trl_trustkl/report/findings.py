@@ -14,6 +14,7 @@ import numpy as np
 from ..records import BoundRecord
 from .advice import FEW, Finding, configured_lr, of_updates, set_limit, set_lr, weaker_anchor
 from .limit_findings import anchor_blocks, limit_decides
+from .mask_findings import masks_act_too_late, masks_leave_out_most
 from .outcome_findings import (
     anchor_pulls_more_than_reward,
     clip_halves_updates,
@@ -78,9 +79,13 @@ def clip_never_binds(run: Run) -> Finding | None:
         "Clipping is on but never acted",
         f"The clip removed nothing in any of {made}"
         + (f"; the largest ratio measured after a step was {number(reached)}" if np.isfinite(reached) else "")
-        + ". The updates are too small for the clip range to matter.",
+        + f". The updates are too small for {_its_limit(clipped[-1])} to matter.",
         set_lr(run, 2, "twice the present one") + ".",
     )
+
+
+def _its_limit(record: BoundRecord) -> str:
+    return "the clip range" if np.isfinite(column([record], "trust.high")[0]) else f"clip_rule={record.trust.rule!r}"
 
 
 def _all_limited(records: list[BoundRecord]) -> bool:
@@ -365,6 +370,8 @@ FINDINGS: dict[str, Callable[[Run], Finding | None]] = {
     "anchor_pulls_more_than_reward": anchor_pulls_more_than_reward,
     "clip_never_binds": clip_never_binds,
     "ratio_far_outside": ratio_far_outside,
+    "masks_leave_out_most": masks_leave_out_most,
+    "masks_act_too_late": masks_act_too_late,
     "updates_go_further": updates_go_further,
     "clip_halves_updates": clip_halves_updates,
     "early_stop": early_stop,

@@ -100,6 +100,7 @@ def mechanisms(args: Any) -> list[tuple[str, str]]:
         ("anchor: KL(π‖π_ref)", _penalty(args, args.anchored, "kl", ("estimator", "placement", "coef"), "response")),
         ("clip", _clip(args)),
         ("penalty on KL(π_old‖π)", _penalty(args, penalised, "trust", ("estimator", "coef"), "token")),
+        ("response masks", _limit(args, "response_mask_kl", "nats")),
         ("early stop", _limit(args, "trust_stop")),
         ("hard limits, by backtracking", _hard_limits(args)),
         ("KL-adaptive learning rate", _limit(args, "trust_lr_target")),
@@ -153,18 +154,22 @@ def _penalty(args: Any, on: bool, prefix: str, settings: Sequence[str], per: str
         return "off"
     parts = [_setting(args, f"{prefix}_{name}") for name in settings]
     if getattr(args, f"{prefix}_controller") != "fixed":
-        kwargs = getattr(args, f"{prefix}_controller_kwargs") or {}
-        options = shortened(", ".join(f"{name}={value}" for name, value in kwargs.items()), 200)
-        parts.append(_setting(args, f"{prefix}_controller") + (f" ({options})" if options else ""))
+        parts.append(_setting(args, f"{prefix}_controller") + _options(args, f"{prefix}_controller_kwargs"))
     if getattr(args, f"{prefix}_target") is not None:
         parts.append(f"{_setting(args, f'{prefix}_target')} nats per {per}")
     return ", ".join(parts)
 
 
+def _options(args: Any, field: str) -> str:
+    """A field that holds arguments, in parentheses; empty if there are none."""
+    options = shortened(", ".join(f"{name}={value}" for name, value in (getattr(args, field) or {}).items()), 200)
+    return f" ({options})" if options else ""
+
+
 def _clip(args: Any) -> str:
     if args.clip_rule == "none":
         return "off"
-    rule = _setting(args, "clip_rule")
+    rule = _setting(args, "clip_rule") + _options(args, "clip_kwargs")
     if args.clip_rule in WITHOUT_RANGE:
         return rule
     if args.clip_rule in SEQUENCE_RANGE:

@@ -15,7 +15,7 @@ from .schema import GROUPS, Run
 
 Column = NDArray[np.float64]
 
-COUNTERFACTUALS = ("anchor", "clip", "penalty", "stop", "backtrack", "grad_norm", "lr", "value_clip")
+COUNTERFACTUALS = ("anchor", "clip", "response_mask", "penalty", "stop", "backtrack", "grad_norm", "lr", "value_clip")
 """The mechanisms without which an update is rerun: the keys of a record's `counterfactual`."""
 
 
@@ -122,6 +122,7 @@ def shares(records: Sequence[BoundRecord]) -> dict[str, Column]:
     taken = {
         "anchor": column(records, "anchor.share"),
         "clip": column(records, "trust.gated"),
+        "response_mask": np.zeros(len(records)),
         "penalty": np.zeros(len(records)),
         "stop": stop_share(records),
         "backtrack": 1.0 - column(records, "trust.scale"),

@@ -32,6 +32,7 @@ from .text import count, listed, number, percent, shortened
 MECHANISMS = {
     "anchor": "the anchor",
     "clip": "the clip",
+    "response_mask": "the masks of responses",
     "penalty": "the penalty on KL(π_old‖π)",
     "stop": "the early stop",
     "backtrack": "backtracking",

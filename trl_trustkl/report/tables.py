@@ -88,8 +88,9 @@ def _settings_of_groups(r: Sequence[BoundRecord]) -> Table:
 
 
 def _further_limits(r: Sequence[BoundRecord]) -> list[list[str]]:
-    """Those of the hard limits per token, per response and of the anchor that are on."""
+    """Those of response masks and of the hard limits per token, per response and of the anchor that are on."""
     rows = [
+        ["trust region", "response_mask_kl", _numbers(r, "trust.mask_limit", " nats")],
         ["trust region", "trust_max_kl_token", _numbers(r, "trust.limit_token", " nats")],
         ["trust region", "trust_max_kl_response", _numbers(r, "trust.limit_response", " nats per response")],
         ["anchor", "anchor_max_kl", _numbers(r, "anchor.limit", " nats per response")],

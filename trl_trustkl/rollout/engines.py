@@ -74,7 +74,12 @@ def build_engine(
 def corrects(args: Any, engine: RolloutEngine) -> bool:
     """Whether the loss is weighted for the difference between sampler and training pass, which `generate` in the training
     process does not need."""
-    return args.vllm_importance_sampling_correction and not isinstance(engine, TransformersEngine)
+    return args.vllm_importance_sampling_correction and is_other(engine)
+
+
+def is_other(engine: RolloutEngine) -> bool:
+    """Whether something else than the policy's forward pass in the training process samples."""
+    return not isinstance(engine, TransformersEngine)
 
 
 def reject_ignored(args: Any) -> None:
