@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def sentiment_trainer(output_dir: str, *, callbacks: Sequence[Any] = (), **changes: Any) -> Any:
-    """A trainer of a 4-bit SmolLM2 with LoRA and VADER's compound score as reward; `changes` are configuration fields."""
+def sentiment_trainer(
+    output_dir: str, *, callbacks: Sequence[Any] = (), reward_funcs: Any = None, **changes: Any
+) -> Any:
+    """A trainer of a 4-bit SmolLM2 with LoRA and VADER's compound score, or other rewards; `changes` are configuration
+    fields."""
     quieten()
     import torch
 
@@ -19,10 +22,14 @@ def sentiment_trainer(output_dir: str, *, callbacks: Sequence[Any] = (), **chang
 
     config = sentiment_config(output_dir, **changes)
     model, tokenizer = load_smollm2(quantize=True, dtype=torch.bfloat16 if config.bf16 else torch.float32)
-    return TrustKLPPOTrainer(args=config, model=model, processing_class=tokenizer, callbacks=list(callbacks), **_task())
+    return TrustKLPPOTrainer(
+        args=config, model=model, processing_class=tokenizer, callbacks=list(callbacks), **_task(reward_funcs)
+    )
 
 
-def sentiment_grpo_trainer(output_dir: str, *, callbacks: Sequence[Any] = (), **changes: Any) -> Any:
+def sentiment_grpo_trainer(
+    output_dir: str, *, callbacks: Sequence[Any] = (), reward_funcs: Any = None, **changes: Any
+) -> Any:
     """TRL's GRPO trainer with a trust region on the same task, with LoRA on a model that is not quantized; `changes` are
     configuration fields."""
     quieten()
@@ -35,7 +42,7 @@ def sentiment_grpo_trainer(output_dir: str, *, callbacks: Sequence[Any] = (), **
     config = sentiment_grpo_config(output_dir, **changes)
     model, tokenizer = load_smollm2(quantize=False, dtype=torch.float32)
     trainer = TrustKLGRPOTrainer(
-        model=model, args=config, processing_class=tokenizer, callbacks=list(callbacks), **_task()
+        model=model, args=config, processing_class=tokenizer, callbacks=list(callbacks), **_task(reward_funcs)
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -59,7 +66,7 @@ def sentiment_grpo_config(output_dir: str, **changes: Any) -> Any:
     return TrustKLGRPOConfig(output_dir, **settings | changes)
 
 
-def _task() -> dict[str, Any]:
+def _task(reward_funcs: Any = None) -> dict[str, Any]:
     """The prompts, the reward and the adapter, as arguments of a trainer."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -71,7 +78,7 @@ def _task() -> dict[str, Any]:
         return Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in texts]})
 
     return {
-        "reward_funcs": sentiment,
+        "reward_funcs": sentiment if reward_funcs is None else reward_funcs,
         "train_dataset": as_chat(TRAIN_PROMPTS),
         "eval_dataset": as_chat(EVAL_PROMPTS),
         "peft_config": LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
