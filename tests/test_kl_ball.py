@@ -173,7 +173,11 @@ def test_where_no_distribution_is_within_the_limit():
     """π excludes half of π_old, so that every distribution that it allows is log 2 away; two that share nothing."""
     p = torch.tensor([[0.9, 0.1, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
     q = torch.tensor([[0.25, 0.25, 0.5], [0.5, 0.5, 0.0]], dtype=torch.float64)
-    found = project_onto_kl_ball(p.log(), q.log(), 0.05).exp()
+    leaf = p.log().requires_grad_()
+    found = project_onto_kl_ball(leaf, q.log(), 0.05).exp()
+    (gradient,) = torch.autograd.grad(found[1, 0], leaf, retain_graph=True)
+    assert (gradient == 0).all(), "π_old does not depend on π"
+    found = found.detach()
     torch.testing.assert_close(found[0], torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64), rtol=1e-6, atol=1e-9)
     assert torch.equal(found[1], q[1])
 

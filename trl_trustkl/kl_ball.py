@@ -99,14 +99,15 @@ class _Project(torch.autograd.Function):
 
 
 def outside_ball(logps: Tensor, old_logps: Tensor, limit: float) -> Tensor:
-    """The indices of the rows [n, V] with KL(π‖π_old) above the limit. On a GPU the host waits for their number."""
+    """The indices of the rows [n, V] with KL(π‖π_old) above the limit. A GPU's host waits for their number."""
     return (_kl(logps, old_logps, old_logps.exp()).squeeze(-1) > limit).nonzero().squeeze(1)
 
 
 def project(logps: Tensor, old_logps: Tensor, limit: float) -> BallProjection:
     """The projections of rows [n, V] that are outside of the ball.
 
-    Newton's method for √(2·KL) = √(2·limit), which is nearly linear in s, with bisection where it leaves the bracket.
+    Newton's method for √(2·KL) = √(2·limit), which is nearly linear in s, with bisection where it leaves the bracket. A GPU's
+    host waits in each step, to learn whether it was the last. The scale is 0 where π and π_old have no entry in common.
     """
     base, d = _family(logps, old_logps)
     old_p = old_logps.exp()
@@ -128,7 +129,8 @@ def project(logps: Tensor, old_logps: Tensor, limit: float) -> BallProjection:
         found = _tilt(base, d, scale)
         if bool(done.all()):
             break
-    return found
+    apart = (d == 0).all(-1, keepdim=True)
+    return found._replace(scale=torch.where(apart, 0.0, found.scale.clamp(max=1 - eps)))
 
 
 def tilted(logps: Tensor, old_logps: Tensor, scale: Tensor) -> BallProjection:

@@ -126,7 +126,7 @@ class TrustRecord(NamedTuple):
         "**Gated**: what response masks left out of Σ|w·A| over all steps of the update; `null` with TRL's trainers.",
         "share")] = None
     masked_responses: Annotated[float | None, Meaning(
-        "The responses that they left out, of those in all steps of the update.", "share")] = None
+        "The responses that they left out, of those in all steps of the update; `null` with TRL's trainers.", "share")] = None
 
 
 class ValueRecord(NamedTuple):

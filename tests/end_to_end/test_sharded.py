@@ -10,6 +10,7 @@ import copy
 import functools
 import itertools
 import json
+import os
 import runpy
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from tests import sharded, tiny
 from tests.dense import dense_kl, rollout_logps
 from tests.processes import ROOT, in_two_processes
 from trl_trustkl import TrustKLPPOTrainer, load_records
+from trl_trustkl.policy import exact_kl
 from trl_trustkl.policy.loading import trainable
 from trl_trustkl.policy.quantization import is_quantized
 from trl_trustkl.trust.limits import TrustRegion
@@ -63,6 +65,8 @@ SETTINGS = {
     "kl_placement": "both",
     "whiten_rewards": True,
     "attribution_every": 2,
+    "clip_rule": "troll",
+    "clip_kwargs": {"limit": 1e-3},
 }
 ROWS = {1: 4, 2: 2}
 """Rows of a micro-batch, by the number of processes."""
@@ -184,6 +188,7 @@ def program(folder: Path, engine: str, *kinds: str) -> None:
     if "qlora" in kinds:
         four_bit()  # without an engine: transformers saves and loads by other rules with one
     sharded.on_cpus(engine)
+    differing_chunks()
     for kind in kinds:
         straight = trained(folder / kind, kind, 2, save_strategy="steps", save_steps=2)
         assert is_sharded(straight, engine), "nothing is sharded"
@@ -197,6 +202,12 @@ def program(folder: Path, engine: str, *kinds: str) -> None:
         save_file(found, folder / f"{kind}-rank{rank}.safetensors")
         (folder / f"{kind}-rank{rank}.json").write_text(json.dumps(straight.dense))
         (folder / f"{kind}-bytes{rank}.json").write_text(json.dumps(bytes_held(straight, engine)))
+
+
+def differing_chunks() -> None:
+    """Let the processes call the output head a different number of times, as for responses of different lengths and a
+    vocabulary of the usual size."""
+    exact_kl.CHUNK_ELEMENTS = tiny.VOCAB * (3 if os.environ["RANK"] == "0" else 7)
 
 
 def resumed(folder: Path, engine: str, *kinds: str) -> None:

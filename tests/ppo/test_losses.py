@@ -74,7 +74,7 @@ def test_epoch_statistics_are_means_of_the_sums():
     )  # fmt: skip
     found = epoch_stats(torch.tensor(sums, dtype=torch.float64))
     assert found == EpochStats(
-        policy_loss=0.6, value_loss=1.5, gated=0.5, gated_low=0.125, gated_high=0.375, clip_fraction=0.5, penalty=0.2,
+        policy_loss=0.6, value_loss=1.5, gated=0.5, gated_low=0.125, gated_high=0.375, clip_fraction=0.5, penalty=0.25,
         value_gated=0.5, approx_kl=1.0, ratio=1.0, ratio_var=pytest.approx(0.4), masked=0.25, masked_responses=0.2,
     )  # fmt: skip
 

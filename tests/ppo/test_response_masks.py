@@ -101,7 +101,7 @@ def test_nothing_of_a_response_that_is_left_out_is_in_the_gradient(rule):
         assert torch.equal(mine[[0, 2, 3]], other[[0, 2, 3]])
 
 
-def test_a_response_without_a_number_is_left_out_of_the_loss():
+def test_a_response_with_an_infinite_kl_is_left_out_of_the_loss():
     responses = Responses()
     with torch.no_grad():
         responses.logp[1, 2], responses.kl[1, 2] = float("inf"), float("inf")

@@ -14,6 +14,9 @@ from trl_trustkl.report.findings import FINDINGS
 OWN = {name for name, of_run in FINDINGS.items() if of_run.__module__ == mask_findings.__name__}
 
 
+ELSEWHERE = {"engine": "VLLMServerEngine"}
+
+
 def masked(responses: Any, **changes: Any) -> Changes:
     return {"trust__mask_limit": 0.05, "trust__masked": 0.1, "trust__masked_responses": responses, **changes}
 
@@ -28,7 +31,13 @@ CASES: list[Case] = [
     ("masks_act_too_late", masked(0.0, trust__kl_max=0.06), masked(0.0, trust__kl_max=0.04),
      "In 12 of 12 updates, a token ended above response_mask_kl, 0.05 nats, up to 0.06, but no response was left out in 12 "
      "updates", "Set trust_max_kl_token=0.05, which is enforced"),
-    ("masks_act_too_late", masked(0.0, trust__kl_max=0.06), masked(0.01, trust__kl_max=0.06), "0.06", "num_ppo_epochs=2"),
+    ("masks_act_too_late", masked(0.0, trust__kl_max=0.06, trust__epochs=1.0), masked(0.01, trust__kl_max=0.06), "0.06",
+     "; or set num_ppo_epochs=2"),
+    ("masks_act_too_late", masked(0.0, trust__kl_max=0.06), masked(0.0, trust__kl_max=0.06, rollout=ELSEWHERE), "0.06",
+     "which is enforced after the last step."),
+    ("masks_leave_out_most", masked(0.51, rollout=ELSEWHERE), masked(0.49, rollout=ELSEWHERE),
+     "a token of each had an estimated KL from the sampler's distribution above response_mask_kl, 0.05 nats. The sampler and "
+     "the training pass differ by 0.0005", "Set response_mask_kl=0.1, twice the present one"),
 ]  # fmt: skip
 
 

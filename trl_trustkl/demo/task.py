@@ -131,9 +131,8 @@ def quieten() -> None:
     import torch
     import transformers
 
-    if (
-        not torch.cuda.is_available()
-    ):  # accelerate imports DeepSpeed if it is installed, which then warns of a search in vain
+    # DeepSpeed, which accelerate imports, prints a warning if it has to find out that there is no GPU.
+    if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.simplefilter("ignore", FutureWarning)
     datasets.disable_progress_bars()

@@ -1,6 +1,6 @@
 """The projection of tokens' distributions onto the ball of KL(·‖π_old) ≤ limit, for rows of `token_statistics`.
 
-Only the rows outside of the ball are computed. A GPU's host waits for their number, once in each chunk and pass.
+Only the rows outside of the ball are computed. A GPU's host waits for their number in each chunk, and for the search.
 """
 
 from __future__ import annotations
@@ -23,23 +23,19 @@ COLUMNS = ("projected_logp", "projected_kl", "projected_kept", "projected_pull",
 def statistics(logps: Tensor, old_logps: Tensor, targets: Tensor, limit: float) -> dict[str, Tensor]:
     """`COLUMNS` of some rows: logps, old_logps [n, V] and targets [n, 1]."""
     logp = logps.gather(-1, targets).squeeze(-1)
-    columns = dict(zip(COLUMNS, (logp, *torch.tensor([0.0, 1.0, 0.0, 1.0]).to(logp)), strict=True))
-    columns = {name: each.expand_as(logp).clone() for name, each in columns.items()}
+    zeros, ones = torch.zeros_like(logp), torch.ones_like(logp)
+    columns = dict(zip(COLUMNS, (logp, zeros, ones, zeros.clone(), ones.clone()), strict=True))
     for rows in _pieces(outside_ball(logps, old_logps, limit), logps):
         of_rows, target = logps[rows], targets[rows]
         found = project(of_rows, old_logps[rows], limit)
         p = of_rows.exp()
         kl = divergences.kl_between(of_rows, found.logps, p, found.logps.exp())
-        norm = 1 - 2 * p.gather(-1, target) + p.square().sum(-1, keepdim=True)  # the square of that of ∇log π(target)
-
-        def along(gradient: Tensor, p: Tensor = p, target: Tensor = target, norm: Tensor = norm) -> Tensor:
-            return (gradient.gather(-1, target) - (gradient * p).sum(-1, keepdim=True)) / norm
-
-        kept, pull = along(_of_target(found, target)), along(_of_kl(of_rows, p, found.logps, kl))
+        kept = _along(_of_target(found, target), of_rows, p, target)
+        pull = _along(_of_kl(of_rows, p, found.logps, kl), of_rows, p, target)
         columns["projected_logp"][rows] = found.logps.gather(-1, target).squeeze(-1)
         columns["projected_kl"][rows] = kl
-        columns["projected_kept"][rows] = torch.where(norm > 0, kept, 1.0).squeeze(-1)
-        columns["projected_pull"][rows] = torch.where(norm > 0, pull, 0.0).squeeze(-1)
+        columns["projected_kept"][rows] = torch.where(kept.isfinite(), kept, 1.0).squeeze(-1)
+        columns["projected_pull"][rows] = torch.where(pull.isfinite(), pull, 0.0).squeeze(-1)
         columns["projected_scale"][rows] = found.scale.squeeze(-1)
     return columns
 
@@ -65,6 +61,18 @@ def add_gradient(
             p = of_rows.exp()
             kl = divergences.kl_between(of_rows, found.logps, p, found.logps.exp())
             gradient[rows] += _of_kl(of_rows, p, found.logps, kl) * of_kl[rows]
+
+
+def _along(gradient: Tensor, logps: Tensor, p: Tensor, target: Tensor) -> Tensor:
+    """The component of a gradient with respect to logits along ∇log π(target) = 1_y − p, relative to that, [n, 1].
+
+    The entries of a gradient with respect to logits add up to 0, so that the one at the target follows from the others. These
+    are small where π is nearly certain of the target, where 1 − p and 1 − 2p + Σp² would be rounding errors.
+    """
+    others = p.scatter(-1, target, 0.0)
+    rest = -torch.expm1(logps.gather(-1, target))  # 1 − p of the target
+    norm = rest.square() + others.square().sum(-1, keepdim=True)
+    return -(gradient.scatter(-1, target, 0.0) * (others + rest)).sum(-1, keepdim=True) / norm
 
 
 def _pieces(rows: Tensor, logps: Tensor) -> Iterator[Tensor]:

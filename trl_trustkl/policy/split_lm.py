@@ -6,7 +6,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -56,9 +56,13 @@ class OutputHead:
         clone.projection = clone._project = _AtWeights(self.projection)
         return clone
 
-    def without_hooks(self, holding: Callable[[nn.Module], AbstractContextManager[None]]) -> OutputHead:
+    def without_hooks(
+        self, holding: Callable[[nn.Module], AbstractContextManager[None]] = lambda module: nullcontext()
+    ) -> OutputHead:
         """The head without the hooks of its module, which an engine that shards has put around its use in a pass of the model.
-        `holding` makes a context in which the module has its weights."""
+
+        `holding` makes a context in which the module has its weights, which it has in passes of the model anyway.
+        """
 
         def project(hidden: Tensor) -> Tensor:
             with holding(self.projection):
@@ -178,9 +182,15 @@ class SplitLM:
             out = self.causal(**accepted(self.causal, inputs), use_cache=False, output_hidden_states=True)
         return out.logits[:, first:], out.hidden_states[-1][:, first:]
 
-    def without_early_reads(self) -> None:
-        """Keep to the kernels that read the weights of a layer within the layer, as shards require it."""
+    def adapt_to_shards(self) -> None:
+        """Keep to what an engine that shards allows.
+
+        A kernel may read the weights of a layer only within the layer. And the head is called without its hooks: a process
+        calls it once for each chunk of its tokens, but the engine's hooks expect the same calls in every process.
+        """
         self._lora_layers = []
+        if isinstance(self.head, OutputHead):
+            self.head = self.head.without_hooks()
 
     def hidden_states(self, micro: MicroBatch) -> Tensor:
         """The states [N, H] (or logits [N, V] without a separate head) that predict the N response tokens."""

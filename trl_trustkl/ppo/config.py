@@ -130,7 +130,8 @@ class TrustKLPPOConfig(VLLMFields):
         None, "Stop the update when the exact KL of the mini-batch just stepped exceeds this, in nats per token.",
         **PER_TOKEN)
     response_mask_kl: float | None = _trust(
-        None, "Leave a response out of the loss of a step while the largest KL(π_old‖π) of its tokens exceeds this, in nats.",
+        None, "Leave a response out of the loss of a step while the largest KL(π_old‖π) of its tokens exceeds this, in nats; "
+        "where another engine sampled, an estimate of the KL from its distribution.",
         **OF_TOKEN)
     trust_max_kl: float | None = _trust(
         None, "Hard limit of the batch's mean KL(π_old‖π), in nats per token, enforced by backtracking.", **PER_TOKEN)

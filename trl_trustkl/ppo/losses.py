@@ -171,12 +171,13 @@ def value_terms(
     out: TokenOutputs, micro: MicroBatch, batch: Batch, keep: Tensor, clip: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Half the sum of the squared errors of the value, over the positions of responses that are kept; how many of these the
-    clip gated, and how many there are."""
+    clip gated; and how many there are of all responses."""
     width = min(out.logp.shape[1] + 1, batch.returns.shape[1])
     returns = batch.returns[micro.rows, :width]
-    mask = batch.scored.value_mask[micro.rows, :width] & keep
+    positions = batch.scored.value_mask[micro.rows, :width]
+    mask = positions & keep
     squared, clipped = value_loss(out.values[:, :width], batch.scored.values[micro.rows, :width], returns, clip)
-    return 0.5 * masked_sum(squared, mask), masked_sum(clipped.float(), mask), mask.sum()
+    return 0.5 * masked_sum(squared, mask), masked_sum(clipped.float(), mask), positions.sum()
 
 
 def kl_terms(
@@ -230,7 +231,7 @@ def epoch_stats(total: Tensor) -> EpochStats:
         gated_low=share(s["gated_low"], s["weight"]),
         gated_high=share(s["gated_high"], s["weight"]),
         clip_fraction=share(s["clipped"], s["tokens"]),
-        penalty=share(s["pull"], s["pull"] + s["weight"]),
+        penalty=share(s["pull"], s["pull"] + s["weight"] - s["masked"]),
         value_gated=share(s["value_gated"], s["positions"]),
         approx_kl=0.5 * share(s["squared_log_ratio"], s["tokens"]),
         ratio=ratio,

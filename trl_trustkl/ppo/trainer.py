@@ -339,8 +339,8 @@ class TrustKLPPOTrainer(PPOTrainer):
             self.accelerator, self.model, self.optimizer, reference.model
         )
         if sharding.sharded:
-            self.model.split_lm.without_early_reads()
-            reference.split_lm.without_early_reads()
+            self.model.split_lm.adapt_to_shards()
+            reference.split_lm.adapt_to_shards()
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """TRL's optimizer, with the value's parameters in separate groups for `value_learning_rate`."""
