@@ -12,6 +12,10 @@ ENVLOW := .venv-lowest
 ENVVLLM := .venv-vllm
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 PARALLEL := -n $(WORKERS) --dist worksteal
+# Tests of the mathematics, of reports and of the source itself, which do not depend on TRL.
+WITHOUT_TRL := tests/report tests/compare tests/trust $(addprefix tests/test_,structure.py typings.py advantages.py \
+  certificate.py importance.py kl_ball.py masking.py surrogates.py) \
+  $(wildcard tests/test_bounds*.py tests/test_controllers*.py tests/test_divergences*.py)
 FAST := -q -rs -m "not slow and not processes" $(PARALLEL)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -36,8 +40,9 @@ test: $(ENV)/dev.stamp ## run the tests on the newest tested TRL
 test-processes: $(ENV)/dev.stamp ## run the tests that start, stop and kill processes
 	@OMP_NUM_THREADS=1 $(OFFLINE) $(ENV)/bin/python -m pytest -q -m "processes and not slow" $(PARALLEL) $(ARGS)
 
-test-trl112: $(ENV112)/dev.stamp ## run both on TRL 1.12, the last one with a PPO trainer
-	@OMP_NUM_THREADS=1 $(OFFLINE) $(ENV112)/bin/python -m pytest -q -m "not slow" $(PARALLEL) $(ARGS)
+test-trl112: $(ENV112)/dev.stamp ## run those that depend on TRL on TRL 1.12, the last one with a PPO trainer
+	@OMP_NUM_THREADS=1 $(OFFLINE) $(ENV112)/bin/python -m pytest -q -m "not slow" $(PARALLEL) \
+	  $(addprefix --ignore=,$(WITHOUT_TRL)) $(ARGS)
 
 test-lowest: $(ENVLOW)/dev.stamp ## run the same tests on the lowest versions that pyproject.toml allows
 	@OMP_NUM_THREADS=1 $(OFFLINE) $(ENVLOW)/bin/python -m pytest $(FAST) $(ARGS)

@@ -83,7 +83,7 @@ COLUMNS: dict[str, Callable[[Run], float]] = {
     "largest proposed": lambda run: largest(curve(run, "trust.kl_proposed")),
 }
 EXPLANATION = """
-Mean ± sample standard deviation over the seeds, on 64 completions of 16 held-out prompts after the run. KL to the reference
+Mean ± sample standard deviation over the seeds, on 32 completions of 16 held-out prompts after the run. KL to the reference
 in nats per response; log π_ref and updates (KL(π_old‖π); proposed: before the limit) in nats per token. Collapsed: the score
 fell below that before the run, or half of the distinct pairs of words were lost, or log π_ref fell by more than 3.
 """

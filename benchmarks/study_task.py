@@ -21,11 +21,14 @@ from trl_trustkl.demo.rewards import sentiment
 from trl_trustkl.files import write_atomically
 
 HELD_OUT_FILE = "held_out.json"
-SAMPLES = 4
+SAMPLES = 2
 """Completions of each held-out prompt."""
 WITHOUT_MEANING = (
     "about", "after", "describe", "from", "into", "over", "sentence", "that", "this", "what", "when", "which", "with", "write",
 )  # fmt: skip
+
+TOKENS = 16
+"""Tokens of a completion at most: about a sentence."""
 
 Reward = Callable[..., list[float | None]]
 
@@ -129,9 +132,10 @@ def log_probabilities(model: Any, ids: Tensor, prompt_mask: Tensor, start: int) 
 
 
 def grpo(output_dir: str, *, callbacks: Sequence[Any] = (), **changes: Any) -> Measured:
-    """TRL's GRPO with its defaults and a trust region, where the settings have one."""
+    """TRL's GRPO with its defaults, and with the trust region that the settings describe."""
     from trl_trustkl.demo.task import sentiment_grpo_trainer
 
+    changes = {"max_completion_length": TOKENS} | changes
     trainer = sentiment_grpo_trainer(
         output_dir, callbacks=callbacks, reward_funcs=cheerful_and_on_the_subject, **changes
     )
@@ -142,5 +146,6 @@ def ppo(output_dir: str, *, callbacks: Sequence[Any] = (), **changes: Any) -> Me
     """This package's PPO on the same task."""
     from trl_trustkl.demo.task import sentiment_trainer
 
+    changes = {"response_length": TOKENS} | changes
     trainer = sentiment_trainer(output_dir, callbacks=callbacks, reward_funcs=cheerful_and_on_the_subject, **changes)
     return Measured(trainer, EVAL_PROMPTS, cheerful_and_on_the_subject, trainer.args.response_length)

@@ -32,7 +32,7 @@ from .text import count, listed, number, percent, shortened
 MECHANISMS = {
     "anchor": "the anchor",
     "clip": "the clip",
-    "response_mask": "the masks of responses",
+    "response_mask": "response masks",
     "penalty": "the penalty on KL(π_old‖π)",
     "stop": "the early stop",
     "backtrack": "backtracking",
@@ -273,7 +273,7 @@ def not_guaranteed(run: Run) -> str:
     if held:
         unbounded.append("prompts that were not in the batch")
     if last.trust.rule != "none":
-        unbounded.append("the ratio (the clip removes gradients, but does not keep ratios in its range)")
+        unbounded.append("the ratio (the clip removes gradients, but does not keep ratios in a range)")
     return f"Nothing bounds {listed(unbounded, 'or')}."
 
 
