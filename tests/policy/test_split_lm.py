@@ -139,7 +139,20 @@ def test_shards_are_read_in_their_layers_alone():
     with mock.patch.object(type(layers[0]), "forward", noted):
         before = lm.hidden(inputs, 0)[0]
         assert not read
-        lm.without_early_reads()
+        lm.adapt_to_shards()
         after = lm.hidden(inputs, 0)[0]
     assert len(read) == len(layers) > 5
     torch.testing.assert_close(after, before)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_sharded_head_is_called_without_its_hooks(frozen):
+    """An engine's hooks expect the same calls in every process, and a head is called once for each chunk of tokens."""
+    lm, states, called = SplitLM(tiny.llama()), torch.randn(5, 32), []
+    lm.causal.lm_head.register_forward_hook(lambda *_: called.append("hook"))
+    before = lm.head(states)
+    assert called == ["hook"]
+    lm.adapt_to_shards()
+    head = lm.frozen_head() if frozen else lm.head
+    assert torch.equal(head(states), before) and called == ["hook"]
+    assert [p.shape for p in head.parameters()] == [lm.causal.lm_head.weight.shape]
