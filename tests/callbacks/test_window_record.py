@@ -71,6 +71,7 @@ def test_a_record_holds_what_was_logged_measured_and_enforced():
         "tv": 0.04, "max_ratio": 3.0, "ratio_quantiles": {"0.5": 1.01}, "scale": 0.25, "tries": 2, "limit": 0.01,
         "guaranteed": 0.01, "limit_token": None, "limit_response": None, "guaranteed_token": None,
         "guaranteed_response": None, "decided": "trust_max_kl", "certificate": None,
+        "mask_limit": None, "masked": None, "masked_responses": None,
     }  # fmt: skip
     assert row["gradient"] == {"norm": 2.0, "max_norm": 1.0, "scale": pytest.approx(0.5)}
     assert row["shares"] == {
