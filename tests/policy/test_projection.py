@@ -136,7 +136,7 @@ def test_a_certain_token_has_no_gradient_to_keep():
     assert all(each.isfinite().all() for each in found.values())
 
 
-@pytest.mark.parametrize("rest", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("rest", [1e-2, 1e-4, 2.5e-7])
 def test_the_components_are_right_in_single_precision_where_the_policy_is_nearly_certain(rest):
     """1 − p and 1 − 2p + Σp² would be rounding errors there."""
     draw = torch.Generator().manual_seed(0)
@@ -149,5 +149,5 @@ def test_the_components_are_right_in_single_precision_where_the_policy_is_nearly
     exact = projection.statistics(new, old, target, 0.01)
     found = projection.statistics(new.float(), old.float(), target, 0.01)
     assert exact["projected_scale"] < 1 and exact["projected_pull"].abs() > 0.1
-    torch.testing.assert_close(found["projected_pull"].double(), exact["projected_pull"], rtol=0.01, atol=0)
+    torch.testing.assert_close(found["projected_pull"].double(), exact["projected_pull"], rtol=0.02, atol=0)
     torch.testing.assert_close(found["projected_kept"].double(), exact["projected_kept"], rtol=0.05, atol=1e-3)

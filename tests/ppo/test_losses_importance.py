@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trl_trustkl.divergences import k1, k2, k3
+from trl_trustkl.kl_ball import TokenProjection
 from trl_trustkl.policy.exact_kl import TokenOutputs
 from trl_trustkl.ppo.losses import Aggregation, LossScale, LossSums, Penalties, epoch_stats, micro_loss, token_weights
 from trl_trustkl.surrogates import build_surrogate
@@ -146,3 +147,31 @@ def test_an_estimator_without_a_gradient_on_average_is_weighted_too():
     example.advantages.zero_()
     found = example.gradients(example.weights, anchor_coef=1.0, anchor_estimator=k1)[0]
     torch.testing.assert_close(found, torch.where(example.mask, example.weights / 9, 0.0), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("aggregation", get_args(Aggregation))
+def test_the_penalty_of_a_projection_is_added_without_importance_weights(aggregation):
+    """It is exact, over the vocabulary, while the ratio of the projection is at the sampled token."""
+    example, draw = Example(), torch.Generator().manual_seed(1)
+    projected = (example.old + 0.1 * torch.randn(3, 4, generator=draw, dtype=torch.float64)).requires_grad_()
+    kl = torch.rand(3, 4, generator=draw, dtype=torch.float64).requires_grad_()
+    scored = SimpleNamespace(
+        logp=example.old, ref_logp=example.ref, values=example.old_values, loss_mask=example.mask,
+        value_mask=example.value_mask, sampler_weights=example.weights,
+    )  # fmt: skip
+    batch = SimpleNamespace(scored=scored, advantages=example.advantages, returns=example.returns)
+    projection = TokenProjection(projected, kl, torch.ones_like(kl), torch.zeros_like(kl))
+    out = TokenOutputs(example.logp, example.values, hidden=torch.zeros(0), projection=projection)
+    tokens, terms = token_weights(example.mask, aggregation, LENGTH, torch.float64)
+    loss, sums = micro_loss(
+        out, SimpleNamespace(rows=torch.arange(3)), batch, LossScale(float(terms), 1.0),
+        rule=build_surrogate("troll", low=0.2, high=0.2, kwargs={"alpha": 0.7}), aggregation=aggregation, length=LENGTH,
+        vf_coef=0.0, value_range=None, penalties=Penalties(),
+    )  # fmt: skip
+    weighted = example.weights * (projected - example.old).exp() * example.advantages
+    expected = ((0.7 * kl - weighted) * tokens).sum()
+    torch.testing.assert_close(loss, expected / terms)
+    torch.testing.assert_close(sums.policy_loss, expected.detach())
+    (of_projected, of_kl) = torch.autograd.grad(loss, [projected, kl])
+    torch.testing.assert_close(of_projected, -(weighted * tokens).detach() / terms)
+    torch.testing.assert_close(of_kl, 0.7 * tokens / terms)
