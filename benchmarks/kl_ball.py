@@ -65,7 +65,7 @@ class Passes:
 
 
 def memory(options: argparse.Namespace, what: str, share: float) -> float:
-    """MiB above the memory of the stored hidden states and the head, in a process of its own."""
+    """MiB above the memory of the stored hidden states and the head, in a separate process."""
     names = ("--vocab", "--hidden", "--tokens")
     sizes = [str(getattr(options, name[2:])) for name in names]
     command = [sys.executable, __file__, *(part for pair in zip(names, sizes, strict=True) for part in pair)]

@@ -153,10 +153,11 @@ def run(name: str, experiment: Experiment, options: argparse.Namespace) -> list[
     left = missing(planned(name, experiment, options), options.data, name)
     progress = Progress(options.data, name, len(left))
     # A run may be finished without having been saved, if the study was stopped at that moment.
-    unsaved = [job for job in left if job not in (again := unfinished(left, overwrite=True))] if left else []
-    for job in unsaved:
-        progress.ended(Outcome(job, 0.0, None))
-    if left and again:
+    again = unfinished(left, overwrite=True)
+    for job in left:
+        if job not in again:
+            progress.ended(Outcome(job, 0.0, None))
+    if again:
         with Runner(options.processes, progress) as runner:
             runner.run(again)
     return progress.failed

@@ -17,7 +17,7 @@ from trl_trustkl.compare.settings import CORNERS
 from trl_trustkl.files import write_atomically
 from trl_trustkl.report import figures as shared
 from trl_trustkl.report.series import largest, mean
-from trl_trustkl.report.text import number, percent
+from trl_trustkl.report.text import count, number, percent
 
 Run = dict[str, Any]
 
@@ -95,6 +95,8 @@ def cell(values: Iterable[float]) -> str:
     known = found[np.isfinite(found)]
     if not known.size:
         return "–"
+    if known.size == found.size == 1:
+        return number(mean(known))
     some = "" if known.size == found.size else f" ({known.size} of {found.size})"
     return f"{number(mean(known))} ± {number(spread(known), 2)}{some}"
 
@@ -209,7 +211,7 @@ FIGURES = {"learning_rate": learning_rate_figure, "four_corners": corners_figure
 def write(data: Path, figures: Path, *, limit: float) -> str:
     """Write study.md beside the data and the figures in light and dark; returns the text."""
     runs = read(data)
-    parts = [f"{len(runs)} runs. {' · '.join(sorted({run['machine'] for run in runs}))}."]
+    parts = [f"{count(len(runs), 'run')}. {' · '.join(sorted({run['machine'] for run in runs}))}."]
     if settings := of(runs, "learning_rate"):
         settings = dict(sorted(settings.items(), key=lambda each: learning_rate(each[1])))
         equal = {f"score at a KL of {kl:g}": (lambda run, kl=kl: score_at(run, kl)) for kl in EQUAL_KLS}

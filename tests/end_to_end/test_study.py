@@ -42,7 +42,7 @@ def test_a_run_of_the_study_is_kept_with_its_curves_and_held_out_scores(tmp_path
     assert len(run["curves"]["trust.kl"]) == 2 and run["curves"]["counterfactual"][1]["clip"] is not None
     assert 0 <= run["held_out"]["before"]["score"] <= 1 and abs(run["held_out"]["before"]["kl"]) < 1e-4
     assert run["held_out"]["after"]["kl"] != 0 and run["made_with"]["task"] == "study_tasks.py:ppo"
-    assert "1 runs." in done.stdout and "without it, times as large" in done.stdout
+    assert "1 run." in done.stdout and "without it, times as large" in done.stdout
 
 
 @pytest.mark.slow

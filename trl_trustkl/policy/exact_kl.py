@@ -300,7 +300,7 @@ def _block_gradient(
         gradient.addcmul_(p - torch.softmax(snapshots["old"][rows], -1), weights["old_kl"])
     if "projected_logp" in weights or "projected_kl" in weights:
         old = snapshots["old"][rows] if "old" in snapshots else logits  # which is not read where no row was projected
-        projection.add_gradient(gradient, logps, old, targets[rows].unsqueeze(-1), scale, weights)
+        projection.add_gradient(gradient, logps, p, old, targets[rows].unsqueeze(-1), scale, weights)
     return gradient
 
 

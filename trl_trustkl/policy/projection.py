@@ -41,26 +41,32 @@ def statistics(logps: Tensor, old_logps: Tensor, targets: Tensor, limit: float) 
 
 
 def add_gradient(
-    gradient: Tensor, logps: Tensor, old_logits: Tensor, targets: Tensor, scale: Tensor, weights: dict[str, Tensor]
+    gradient: Tensor,
+    logps: Tensor,
+    p: Tensor,
+    old_logits: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    weights: dict[str, Tensor],
 ) -> None:
     """Add the gradient of Σ weight·projected_logp + Σ weight·projected_kl with respect to the logits to `gradient` [n, V].
 
-    targets: [n, 1]. scale: [n], as `statistics` found it, on the CPU. weights: [n, 1], by the columns' names.
+    logps, p: of π, [n, V]. targets: [n, 1]. scale: [n], as `statistics` found it, on the CPU. weights: [n, 1], by the columns'
+    names.
     """
     of_logp, of_kl = (weights.get(name) for name in ("projected_logp", "projected_kl"))
     outside, scale = (scale < 1).nonzero().squeeze(1).to(logps.device), scale.to(logps).unsqueeze(-1)
     if of_logp is not None:  # of the rows inside, as log π(target)
         inside = torch.where(scale < 1, 0.0, of_logp)
-        gradient.addcmul_(logps.exp(), inside, value=-1).scatter_add_(-1, targets, inside)
+        gradient.addcmul_(p, inside, value=-1).scatter_add_(-1, targets, inside)
     for rows in _pieces(outside, logps):
         of_rows = logps[rows]
         found = tilted(of_rows, torch.log_softmax(old_logits[rows], -1), scale[rows])
         if of_logp is not None:
             gradient[rows] += _of_target(found, targets[rows]) * of_logp[rows]
         if of_kl is not None:
-            p = of_rows.exp()
-            kl = divergences.kl_between(of_rows, found.logps, p, found.logps.exp())
-            gradient[rows] += _of_kl(of_rows, p, found.logps, kl) * of_kl[rows]
+            kl = divergences.kl_between(of_rows, found.logps, p[rows], found.logps.exp())
+            gradient[rows] += _of_kl(of_rows, p[rows], found.logps, kl) * of_kl[rows]
 
 
 def _along(gradient: Tensor, logps: Tensor, p: Tensor, target: Tensor) -> Tensor:
