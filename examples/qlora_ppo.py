@@ -6,8 +6,8 @@ adapter it is the reference, and a small head on its hidden states predicts the 
 the memory from the shapes in the model's configuration: the weights (embeddings, head and norms stay in bf16), the adapter
 and the value head in 32 bits with their gradients and Adam's two moments, what the backward pass of one micro-batch keeps,
 and the keys and values of sampling. Training and sampling use their memory at different times: `--micro-batch` and
-`--response-length` determine the peak of training, `--sample-batch` that of sampling. It is an estimate, which was not
-measured on a GPU; there, the script prints the measured peak after the run.
+`--response-length` determine the peak of training, `--sample-batch` that of sampling. On a GPU the script prints the measured
+peak after the run. For the shape of Qwen2.5-7B the estimate was compared with an H100 (docs/performance.md).
 
     python examples/qlora_ppo.py                                        # SmolLM2-135M on a CPU, a few minutes
     python examples/qlora_ppo.py --model Qwen/Qwen2.5-7B-Instruct --updates 200        # one GPU of 24 GB
@@ -52,6 +52,8 @@ def estimate(config, options: argparse.Namespace) -> dict[str, float]:
     layers, hidden, inner = text.num_hidden_layers, text.hidden_size, text.intermediate_size
     length = options.prompt_length + options.response_length
     tokens = options.micro_batch * length
+    chunk = gpu_chunk_elements(int(options.gpu_memory * GB))
+    logits = options.micro_batch * options.response_length * text.vocab_size
     keys = text.num_key_value_heads * (getattr(text, "head_dim", None) or hidden // text.num_attention_heads)
     return {
         "4-bit weights": NF4 * quantised,
@@ -65,7 +67,7 @@ def estimate(config, options: argparse.Namespace) -> dict[str, float]:
         # Checkpointing keeps each layer's input; then one layer is recomputed with all that its backward pass needs.
         "training: inputs of the layers": 2.0 * layers * tokens * hidden,
         "training: one recomputed layer": tokens * (28.0 * hidden + 10.0 * inner) + 2.0 * hidden * inner,
-        "training: logits of a chunk": 4.0 * BUFFERS * gpu_chunk_elements(int(options.gpu_memory * GB)),
+        "training: logits of a chunk": 4.0 * BUFFERS * min(chunk, logits),
         "sampling: keys and values": 4.0 * options.sample_batch * length * layers * keys,
         "sampling: next-token scores": 12.0 * options.sample_batch * text.vocab_size,
     }

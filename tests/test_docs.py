@@ -322,12 +322,13 @@ def test_figures_and_tables_exist_and_are_made_by_a_command_on_the_page() -> Non
         shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text) + re.findall(r'<img src="([^"]+)"', text)
         for figure in shown:
             name = re.sub(r"_(kl|ratio|light|dark)$", "", Path(figure).stem)
+            name = re.sub(r"^study_.*", "study", name)
             assert ((ROOT / page).parent / figure).exists(), f"{page}: {figure}"
             scripts = (f"examples/{name}.py", f"benchmarks/{name}.py", "docs/screenshots.py")
             made = [script for script in scripts if (ROOT / script).exists() and f"python {script}" in text]
             assert made, f"{page}: {figure}"
         for table in re.findall(r'--8<-- "([^"]+)"', text):
-            name = Path(table).stem.removesuffix("_avx2")
+            name = re.sub(r"_(avx2|h100)$", "", Path(table).stem)
             assert f"python benchmarks/{name}.py" in text, f"{page}: {table}"
             assert (ROOT / table).exists(), f"{page}: {table}"
 

@@ -130,9 +130,9 @@ def test_prompts_of_similar_length_share_a_batch():
     lengths: list[list[int]] = []
 
     class Watched(TransformersEngine):
-        def _generate(self, prompt_ids: Any, uniform: Tensor) -> Any:
+        def _generate(self, prompt_ids: Any, *args: Any) -> Any:
             lengths.append([len(each) for each in prompt_ids])
-            return super()._generate(prompt_ids, uniform)
+            return super()._generate(prompt_ids, *args)
 
     settings = {"response_length": 2, "temperature": 1.0, "stop_ids": [], "pad_token_id": 0, "batch_size": 3}
     Watched(tiny.llama(), autocast=contextlib.nullcontext, **settings).generate(PROMPTS, tiny.seeds(PROMPTS, 1))

@@ -54,7 +54,7 @@ def build_engine(
             policy, response_length=args.response_length, temperature=args.temperature, stop_ids=stop_ids,
             pad_token_id=tokenizer.pad_token_id, batch_size=args.local_rollout_forward_batch_size, autocast=autocast,
             generation_kwargs=options, tokenizer=tokenizer, run=sharding.gathered if complete else sharding.run,
-            complete=complete,
+            complete=complete, capture=not sharding.shards_weights,
         )  # fmt: skip
     model = vllm_model(policy, args)
     sampling = VLLMSampling(args.response_length, args.temperature, stop_ids, options)

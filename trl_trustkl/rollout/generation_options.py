@@ -208,6 +208,13 @@ def compile_config(extra: dict[str, Any]) -> CompileConfig | None:
     return found
 
 
+def may_capture(extra: dict[str, Any]) -> bool:
+    """Whether the options leave it to the engine how the pass over one token is launched."""
+    cache = extra.get("cache_implementation", STATIC[0])
+    others = ("compile_config", "disable_compile", "prefill_chunk_size")
+    return cache == STATIC[0] and not any(extra.get(key) for key in others)
+
+
 def stop_strings(extra: dict[str, Any]) -> list[str]:
     """The strings that end a response; none where the option is not set. Raises ConfigError for anything else."""
     given = extra.get("stop_strings")

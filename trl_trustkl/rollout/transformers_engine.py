@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from transformers import (
 from ..errors import ConfigError
 from ..policy import cpu, lora, split_lm
 from ..trl_compat.decoding import without_waiting
+from .captured_pass import can_capture, captured
 from .engine import FinishReason, Samples
-from .generation_options import STATIC, check_stop_ids, compile_config, stop_strings
+from .generation_options import STATIC, check_stop_ids, compile_config, may_capture, stop_strings
 from .sampler import Sampler, uniform_numbers
 from .sampling import is_stop, response_mask
 from .static_decoding import StaticDecoding
@@ -60,7 +61,9 @@ class TransformersEngine:
     forward passes. generation_kwargs: further arguments of `generate`; without any, tokens are sampled from the entire
     vocabulary. tokenizer: what `stop_strings` needs among them. run: calls a function that makes passes of the policy; see
     `Replicated.gathered` and `Replicated.run`. complete: whether this process has all weights for its duration. Without, each
-    pass gathers them layer by layer, and all processes sample until the last response of any of them has ended.
+    pass gathers them layer by layer, and all processes sample until the last response of any of them has ended. capture:
+    whether to record the pass over one token in a CUDA graph, on a GPU and for a model where that is possible. The weights must
+    then stay where they are in memory during a rollout.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class TransformersEngine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         run: Callable[[Callable[[], Samples]], Samples] = lambda call: call(),
         complete: bool = True,
+        capture: bool = True,
     ) -> None:
         # An option that is None would get the default of `generate`, such as top_k=50.
         extra = {key: value for key, value in (generation_kwargs or {}).items() if value is not None}
@@ -111,8 +115,11 @@ class TransformersEngine:
         if (compiled := compile_config(extra)) is not None:
             extra["compile_config"] = compiled
             check_compilable(self._causal)
+        self._may_capture = capture and complete and may_capture(extra)
         self._config = GenerationConfig(**settings | extra)
         self._adapter_weights: list[Tensor] = []
+        captured_options = {"cache_implementation": STATIC[0], "disable_compile": True}
+        self._captured_config = GenerationConfig(**settings | extra | captured_options)
         self._static = StaticDecoding(self._causal) if extra.get("cache_implementation") in STATIC else None
 
     def check(self) -> None:
@@ -135,36 +142,44 @@ class TransformersEngine:
         order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]), reverse=True)
         uniform = uniform_numbers(seeds, self._length)[order].to(prompt_ids[0].device)
         rows: dict[int, tuple[Tensor, Tensor, FinishReason]] = {}
-        with self._autocast():
+        captures = self._may_capture and can_capture(self._causal)
+        config = self._captured_config if captures else self._config
+        with self._autocast(), captured(self._causal) if captures else nullcontext(self._static) as static:
             for start in range(0, len(order), self._batch_size):
                 chunk = slice(start, start + self._batch_size)
-                found = self._generate([prompt_ids[i] for i in order[chunk]], uniform[chunk])
+                found = self._generate([prompt_ids[i] for i in order[chunk]], uniform[chunk], config, static)
                 rows.update(zip(order[chunk], found, strict=True))
         ids, logps, reasons = zip(*(rows[i] for i in range(len(order))), strict=True)
         return Samples(list(ids), list(logps), list(reasons))
 
-    def _generate(self, prompt_ids: Sequence[Tensor], uniform: Tensor) -> list[tuple[Tensor, Tensor, FinishReason]]:
+    def _generate(
+        self,
+        prompt_ids: Sequence[Tensor],
+        uniform: Tensor,
+        config: GenerationConfig,
+        static: StaticDecoding | None,
+    ) -> list[tuple[Tensor, Tensor, FinishReason]]:
         """Token ids, log-probabilities and finish reason of each response."""
-        count, config, padded = len(prompt_ids), self._config, len({len(each) for each in prompt_ids}) > 1
+        count, padded = len(prompt_ids), len({len(each) for each in prompt_ids}) > 1
         sampler = Sampler(uniform)
-        if self._static is not None:
-            rows = self._static.rows(count)
+        if static is not None:
+            rows = static.rows(count)
             prompt_ids, sampler = [prompt_ids[i] for i in rows], Sampler(uniform[rows])
-            config, padded = self._static.config(config, max(map(len, prompt_ids))), True
+            config, padded = static.config(config, max(map(len, prompt_ids))), True
         ids = pad_sequence(list(prompt_ids), batch_first=True, padding_value=self._pad_token_id, padding_side="left")
         ones = [torch.ones_like(each) for each in prompt_ids]
         strings: list[StopStrings] = []
         if self._tokenizer is not None and self._strings:
             strings.append(StopStrings(self._strings, self._tokenizer, ids.shape[1]))
         with (
-            ready_to_generate(self._causal, self._adapter_weights, self._static, complete=self._complete),
+            ready_to_generate(self._causal, self._adapter_weights, static, complete=self._complete),
             without_waiting(ids.device, padded=padded),
         ):
             sequences = self._causal.generate(
                 input_ids=ids,
                 attention_mask=pad_sequence(ones, batch_first=True, padding_side="left"),
                 generation_config=config,
-                custom_generate=sampler.decode if self._static is None else self._static.decoding(sampler.decode),
+                custom_generate=sampler.decode if static is None else static.decoding(sampler.decode),
                 stopping_criteria=StoppingCriteriaList(strings),
                 synced_gpus=not self._complete,
             )
