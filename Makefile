@@ -12,10 +12,12 @@ ENVLOW := .venv-lowest
 ENVVLLM := .venv-vllm
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 PARALLEL := -n $(WORKERS) --dist worksteal
-# Tests of the mathematics, of reports and of the source itself, which do not depend on TRL.
-WITHOUT_TRL := tests/report tests/compare tests/trust $(addprefix tests/test_,structure.py typings.py advantages.py \
-  certificate.py importance.py kl_ball.py masking.py surrogates.py) \
-  $(wildcard tests/test_bounds*.py tests/test_controllers*.py tests/test_divergences*.py)
+# Tests that do not depend on TRL: of the mathematics, models, sampling, servers of vLLM that fail, reports and the source itself.
+WITHOUT_TRL := tests/report tests/compare tests/trust tests/policy tests/parallel $(addprefix tests/test_,structure.py \
+  typings.py advantages.py certificate.py importance.py kl_ball.py masking.py surrogates.py) \
+  $(wildcard tests/test_bounds*.py tests/test_controllers*.py tests/test_divergences*.py tests/ppo/test_losses*.py) \
+  $(wildcard $(addprefix tests/rollout/test_,captured_pass.py generation_options*.py sampler.py sampling.py scorer*.py \
+  static_decoding.py transformers_engine.py transformers_engine_stop_strings.py)) tests/end_to_end/test_vllm_server_faults.py tests/end_to_end/test_full_disks.py
 FAST := -q -rs -m "not slow and not processes" $(PARALLEL)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
