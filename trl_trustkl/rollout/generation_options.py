@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any
 
 import torch
+import transformers
 from transformers import CompileConfig, GenerationConfig
 from transformers.generation import logits_process
 
@@ -167,7 +167,7 @@ def _ignored(given: dict[str, Any], known: dict[str, Any]) -> Iterator[tuple[str
             "it does not hold back stop_strings",
         ),
     }
-    unexamined = f"it is new in transformers {version('transformers')}, and not known to have an effect"
+    unexamined = f"it is new in transformers {transformers.__version__}, and not known to have an effect"
     for key in given:
         if key in REFUSED:
             yield key, REFUSED[key]

@@ -25,3 +25,5 @@ from .trainer_callback import TrainerState as TrainerState
 from .trainer_utils import set_seed as set_seed
 from .training_args import TrainingArguments as TrainingArguments
 from .utils.quantization_config import BitsAndBytesConfig as BitsAndBytesConfig
+
+__version__: str
