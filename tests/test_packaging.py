@@ -105,8 +105,8 @@ def test_readme_names_only_what_exists() -> None:
 
 
 def test_the_versions_tested_are_the_pinned_ones() -> None:
-    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    tested = readme[readme.index("## Tested versions") :]
+    page = " ".join((ROOT / "docs/reliability.md").read_text("utf-8").split())
+    tested = page[page.index("## Tested versions") :]
     assert f"TRL 1.12.0 (`make test-trl112`) and {pinned('trl')} (`make test`)" in tested
     for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes"):
         assert f"{name} {pinned(name).rpartition('.')[0]}" in tested, name

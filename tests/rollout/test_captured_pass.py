@@ -61,6 +61,13 @@ def engine(model: Any, options: dict[str, Any] | None = None, **changes: Any) ->
     return TransformersEngine(model, generation_kwargs=options, **settings)
 
 
+def filled_cache() -> Any:
+    cache = captured_pass.StaticCache(config=tiny.llama().config, max_cache_len=4)
+    for layer in cache.layers:
+        layer.update(torch.zeros(2, 2, 1, 8), torch.zeros(2, 2, 1, 8))
+    return cache
+
+
 def assert_same(found: Samples, wanted: Samples, atol: float = 2e-5) -> None:
     """The same tokens; the log-probabilities differ by rounding."""
     assert [ids.tolist() for ids in found.ids] == [ids.tolist() for ids in wanted.ids]
@@ -138,6 +145,36 @@ def test_other_options_have_their_effect(changes, recordings):
     assert len(recordings) == 1
 
 
+def test_a_cache_is_not_longer_for_an_earlier_rollout(recordings, monkeypatch):
+    lengths: list[int] = []
+    config = captured_pass.StaticDecoding.config
+
+    def seen(self: Any, *args: Any) -> Any:
+        lengths.append(config(self, *args).max_cache_len)
+        return config(self, *args)
+
+    monkeypatch.setattr(captured_pass.StaticDecoding, "config", seen)
+    model = tiny.llama(max_position_embeddings=512)
+    capturing, shapes = engine(model, batch_size=8), []
+    update = captured_pass.StaticLayer.update
+    monkeypatch.setattr(
+        captured_pass.StaticLayer,
+        "update",
+        lambda self, *args: shapes.append(self.max_cache_len) or update(self, *args),
+    )
+    for prompts in ([torch.arange(3, 43).repeat(5)], PROMPTS):
+        capturing.generate(prompts, tiny.seeds(prompts, 1))
+    assert sorted(set(lengths)) == sorted(set(shapes)) == [128, 256]
+
+
+def test_prompts_of_one_token_are_not_taken_for_a_recorded_pass(recordings):
+    model, prompts = tiny.llama().eval(), [torch.tensor([3]), torch.tensor([5])]
+    for seed in (1, 2):
+        found = engine(model).generate(prompts, tiny.seeds(prompts, seed))
+        assert_same(found, engine(model, DYNAMIC).generate(prompts, tiny.seeds(prompts, seed)))
+    assert len(recordings) == 2
+
+
 def test_which_models_are_recorded(recordings):
     assert can_capture(tiny.llama())
     windows = tiny.llama()
@@ -185,7 +222,11 @@ def test_the_forward_method_is_restored_and_the_cache_is_released(recordings, mo
 def test_a_pass_that_reads_from_the_device_is_not_recorded(recordings, monkeypatch):
     monkeypatch.setattr(captured_pass, "synchronisations", lambda: contextlib.nullcontext(["synchronizing"]))
     model = tiny.llama()
-    assert_same(sampled(model, 1), sampled(model, 1, DYNAMIC))
+    capturing = engine(model)
+    for seed in (1, 2):
+        found = capturing.generate(PROMPTS, tiny.seeds(PROMPTS, seed))
+        assert_same(found, sampled(model, seed, DYNAMIC))
+        assert not capturing._may_capture
     assert not recordings
 
 
@@ -195,7 +236,7 @@ def test_passes_with_other_inputs_are_recorded_by_themselves(recordings):
     def forward(**kwargs: Any) -> Any:
         return SimpleNamespace(logits=kwargs["input_ids"].clone() + (kwargs["offset"] or 0))
 
-    cache = captured_pass.StaticCache(config=tiny.llama().config, max_cache_len=4)
+    cache = filled_cache()
     recorded = CapturedPass(forward)
     found = [
         recorded(input_ids=torch.full((rows, 1), step), past_key_values=cache, offset=offset).logits.tolist()
@@ -211,11 +252,12 @@ def test_prompts_dynamic_caches_and_unknown_inputs_are_passed_on(recordings):
         return kwargs.get("input_ids", args)
 
     recorded = CapturedPass(forward)
-    cache = captured_pass.StaticCache(config=tiny.llama().config, max_cache_len=4)
+    cache = filled_cache()
     one = torch.ones(2, 1)
     for kwargs in (
         {"input_ids": torch.ones(2, 3), "past_key_values": cache},
         {"input_ids": one, "past_key_values": None},
+        {"input_ids": one, "past_key_values": captured_pass.StaticCache(config=tiny.llama().config, max_cache_len=4)},
         {"input_ids": one, "past_key_values": cache, "more": object()},
     ):
         for _ in range(3):

@@ -38,28 +38,35 @@ def can_capture(model: PreTrainedModel) -> bool:
     one device, positions are an input, and each layer keeps all of its tokens, in a cache of fixed length."""
     config = model.config.get_text_config(decoder=True)
     devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1 or next(iter(devices)).type not in DEVICES:
+    if len(devices) != 1 or not is_recorded(devices.pop()):
         return False
-    if not getattr(model, "_can_compile_fullgraph", False) or model.config._attn_implementation not in ATTENTION:
+    if not getattr(model, "_can_compile_fullgraph", False) or config._attn_implementation not in ATTENTION:
         return False
     if "position_ids" not in inspect.signature(model.forward).parameters or getattr(config, "alibi", False):
         return False
     return all(type(layer) is StaticLayer for layer in StaticCache(config=config, max_cache_len=1).layers)
 
 
+def is_recorded(device: torch.device) -> bool:
+    """Whether a graph records what runs on the device: on the current one."""
+    return device.type in DEVICES and (device.type != "cuda" or device.index == torch.cuda.current_device())
+
+
 @contextmanager
-def captured(model: PreTrainedModel) -> Iterator[StaticDecoding]:
+def captured(model: PreTrainedModel) -> Iterator[tuple[StaticDecoding, CapturedPass]]:
     """Inside the context, the model's passes over one token are recorded and replayed. Use the given static decoding there.
 
     The weights must not move to other memory. Graph and cache are released at the end of the context.
     """
     own = vars(model).get("forward")
-    static = StaticDecoding(model)
-    vars(model)["forward"] = CapturedPass(model.forward)
+    static, recorded = StaticDecoding(model), CapturedPass(model.forward)
+    vars(model)["forward"] = recorded
     try:
-        yield static
+        yield static, recorded
     finally:
         static.release()
+        for kept in ("_previous_max_cache_length", "_cache"):  # transformers' own: the next cache may be shorter
+            vars(model).pop(kept, None)
         del vars(model)["forward"]
         if own is not None:
             vars(model)["forward"] = own
@@ -68,13 +75,14 @@ def captured(model: PreTrainedModel) -> Iterator[StaticDecoding]:
 class CapturedPass:
     """`forward`, whose passes over one token with a static cache are recorded at the second call and replayed from then on.
 
-    The first one runs as usual. It initialises the libraries, and shows whether the host reads a number from the device: such a
-    pass cannot be recorded.
+    The first one runs as usual. It initialises the libraries, and shows whether the host waits for the device: such a pass
+    cannot be recorded. waits: whether one was found.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         functools.update_wrapper(self, forward)  # `generate` reads the signature
         self._forward = forward
+        self.waits = False
         self._passes: dict[Hashable, Callable[[dict[str, Any]], Any] | None] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -94,6 +102,7 @@ class CapturedPass:
         self._passes[key] = None
         if found:
             self._passes[key] = lambda given: self._forward(**given)
+            self.waits = True
             logger.warning_once(
                 "Sampling launches every kernel of a token by itself: the model's pass waits for the GPU, so that it cannot be "
                 f"recorded in a CUDA graph ({found[0]})."
@@ -103,10 +112,9 @@ class CapturedPass:
     def _recorded(self, kwargs: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
         own = tree_map(lambda each: each.clone() if isinstance(each, Tensor) else each, kwargs, is_leaf=_is_cache)
         replay = cuda_graph(lambda: self._forward(**own))
-        inputs = _tensors(own)
 
         def run(given: dict[str, Any]) -> Any:
-            for tensor, value in zip(inputs, _tensors(given), strict=True):
+            for tensor, value in zip(_tensors(own), _tensors(given), strict=True):
                 tensor.copy_(value)
             return replay()
 
@@ -117,6 +125,8 @@ def _key(kwargs: dict[str, Any]) -> Hashable | None:
     """What a recorded pass depends on besides the values of its tensors; None for a pass that is not recorded."""
     ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
     if not isinstance(ids, Tensor) or ids.shape[1] != 1 or not isinstance(cache, StaticCache):
+        return None
+    if not cache.layers[0].is_initialized:  # a prompt of one token
         return None
     values, structure = tree_flatten(kwargs, _is_cache)  # the mask may be a dict with one for each kind of layer
     parts: list[Hashable] = [repr(structure)]
@@ -150,6 +160,8 @@ def cuda_graph(call: Callable[[], Any]) -> Replay:
         # Other threads, such as NCCL's watchdog, may go on with what a recording stream must not do.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = call()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise RuntimeError(
             "The model's pass over one token could not be recorded in a CUDA graph; set "

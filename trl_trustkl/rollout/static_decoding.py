@@ -40,7 +40,7 @@ class StaticDecoding:
     def config(self, config: GenerationConfig, prompt_length: int) -> GenerationConfig:
         """The config with the length of the cache: the one that is set, if it is enough, or else the largest that was needed
         so far, in steps."""
-        given, needed = config.max_cache_len or 0, prompt_length + config.max_new_tokens
+        given, needed = getattr(config, "max_cache_len", None) or 0, prompt_length + config.max_new_tokens
         self._length = max(self._length, given if needed <= given else -(-needed // STEP) * STEP)
         found = copy.copy(config)
         found.max_cache_len = self._length

@@ -144,11 +144,14 @@ class TransformersEngine:
         rows: dict[int, tuple[Tensor, Tensor, FinishReason]] = {}
         captures = self._may_capture and can_capture(self._causal)
         config = self._captured_config if captures else self._config
-        with self._autocast(), captured(self._causal) if captures else nullcontext(self._static) as static:
+        context = captured(self._causal) if captures else nullcontext((self._static, None))
+        with self._autocast(), context as (static, recorded):
             for start in range(0, len(order), self._batch_size):
                 chunk = slice(start, start + self._batch_size)
                 found = self._generate([prompt_ids[i] for i in order[chunk]], uniform[chunk], config, static)
                 rows.update(zip(order[chunk], found, strict=True))
+        if recorded is not None and recorded.waits:
+            self._may_capture = False  # without a graph, a cache of fixed length would only take longer
         ids, logps, reasons = zip(*(rows[i] for i in range(len(order))), strict=True)
         return Samples(list(ids), list(logps), list(reasons))
 
