@@ -346,6 +346,18 @@ def test_the_site_builds_without_a_warning_and_needs_no_network(tmp_path: Path) 
     assert len(pages) > 15 and [page.name for page in pages if outside.search(page.read_text("utf-8"))] == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [code for page, code in blocks("python") if page == "README.md"])
+def test_the_snippets_of_the_readme_train(code: str, tmp_path: Path) -> None:
+    """As written, but with the model's files in place of its name on the Hub."""
+    from trl_trustkl.demo.smollm2 import smollm2_path
+
+    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", smollm2_path())
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(load_records(tmp_path / "run")) == 5
+
+
 def measured(name: str) -> str:
     return (ROOT / "benchmarks" / "data" / name).read_text("utf-8")
 
