@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
-from tests import tiny
+from tests import tiny, windows
 from trl_trustkl.policy.quantization import dequantised, dequantised_dtype, is_quantized, unpack_4bit_weights
 
 
@@ -101,3 +102,32 @@ def test_modules_without_quantised_weights_have_none_to_dequantise():
     for each in model.modules():
         for name, _ in each.named_parameters(recurse=False):
             assert dequantised_dtype(each, name) == torch.bfloat16
+
+
+class Evaluates(TrainerCallback):
+    """Leaves the model as a forward pass in eval mode leaves it on a CPU that computes with packed weights."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+        model.eval()
+        for layer in four_bit_layers(model):
+            weight = layer.weight
+            weight.data, weight.quant_state = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+
+
+@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+def test_an_evaluation_by_a_callback_does_not_stop_the_adapter_from_learning(kind, tmp_path):
+    """In one step from B = 0, the gradient of most adapters comes through the 4-bit weights alone."""
+    model = tiny.four_bit(tmp_path / "model")
+    if kind == "ppo":
+        trainer = tiny.trainer(
+            tmp_path / "run", model, changes={"max_steps": 1, "num_ppo_epochs": 1, "num_mini_batches": 1}
+        )
+    else:
+        trainer = windows.limited(kind, tmp_path / "run", model=model, max_steps=1, max_kl=1.0)
+    trainer.callback_handler.callbacks.insert(0, Evaluates())
+    adapter = {name: p for name, p in trainer.model.named_parameters() if "lora_B" in name}
+    before = {name: p.detach().clone() for name, p in adapter.items()}
+    trainer.train()
+    assert before and [name for name, p in adapter.items() if torch.equal(p, before[name])] == []

@@ -17,6 +17,7 @@ from ..parallel.engines import build_sharding
 from ..parallel.processes import Processes
 from ..policy.dropout import has_noise
 from ..policy.observed_lm import ObservedLM, observed_reference
+from ..policy.quantization import unpack_4bit_weights
 from ..records import BoundRecord
 from ..run.recorder import Recorder
 from ..trl_compat import generation, trl_logs
@@ -207,6 +208,7 @@ class TrustRegionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._write(args, state, control)
+        unpack_4bit_weights(kwargs["model"])  # an evaluation may have packed them
         if self._sharding.steps_in_backward:
             self._rates.close()  # of a step that another callback ended early
             self._prepare_step()

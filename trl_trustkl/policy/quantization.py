@@ -26,6 +26,13 @@ def unpack_4bit_weights(model: nn.Module) -> None:
             weight.data, weight.quant_state = _unpacked(weight.data, state)
 
 
+def ready_to_train(model: nn.Module) -> None:
+    """Put the model in train mode, and unpack its weights: a callback, or a pass before the training, may have left it in eval
+    mode."""
+    model.train()
+    unpack_4bit_weights(model)
+
+
 def is_8bit(model: nn.Module) -> bool:
     return bool(getattr(model, "is_loaded_in_8bit", False))
 

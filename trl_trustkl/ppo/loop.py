@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from ..errors import CheckpointError, Interrupted
 from ..policy.loading import gathered_weights
+from ..policy.quantization import ready_to_train
 from ..policy.value_head import PolicyAndValue
 from ..records import BoundRecord
 from ..report import model_card
@@ -98,8 +99,7 @@ class TrainingLoop:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer, self._parts = trainer, trainer.parts
-        self._warned_of_sampler = False
-        self._saved_step = 0
+        self._warned_of_sampler, self._saved_step = False, 0
         self.interrupted: int | None = None
         """The signal that ended the run, or None."""
 
@@ -125,6 +125,7 @@ class TrainingLoop:
         trainer, state = self._trainer, self._trainer.state
         context = trainer.new_context()
         trainer.event("step_begin")
+        ready_to_train(trainer.model)
         state.episode += self._parts.sizes.batch
         with self._parts.failures.update(
             finished=lambda: state.global_step > context.update,
@@ -133,9 +134,8 @@ class TrainingLoop:
         ):
             with self._timed(context, "generate"):
                 rollout = trainer.rollout(trainer.next_prompts()._replace(context=context))
-            context.seconds |= {
-                "sync": context.sync_seconds, "generate": context.seconds["generate"] - context.sync_seconds
-            }  # fmt: skip
+            context.seconds["sync"] = context.sync_seconds
+            context.seconds["generate"] -= context.sync_seconds
             with self._timed(context, "score"):
                 scored = trainer.score(rollout if rollout.context is not None else rollout._replace(context=context))
                 batch = trainer.advantages(scored)

@@ -24,6 +24,7 @@ from ..callbacks.bound_report import BoundReportCallback, is_report, report_of, 
 from ..callbacks.completions import shown_completions
 from ..errors import DataError
 from ..policy.loading import gathered_weights, save_policy, trainable
+from ..policy.quantization import ready_to_train
 from ..policy.value_head import PolicyAndValue
 from ..records import BoundRecord
 from ..report import model_card
@@ -327,7 +328,7 @@ class TrustKLPPOTrainer(PPOTrainer):
             self.lr_scheduler, self._created_lr_scheduler = None, False
         with rejected_by_transformers(SCHEDULE):
             self.create_scheduler(num_training_steps=self.parts.sizes.updates)
-        self.model.train()
+        ready_to_train(self.model)
         self.parts.optimisation.prepare(self.model_wrapped, self.optimizer)
 
     def _wrap(self) -> None:
