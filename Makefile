@@ -12,12 +12,15 @@ ENVLOW := .venv-lowest
 ENVVLLM := .venv-vllm
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 PARALLEL := -n $(WORKERS) --dist worksteal
-# Tests that do not depend on TRL: of the mathematics, models, sampling, servers of vLLM that fail, reports and the source itself.
+# Tests that do not depend on the line of TRL: of the mathematics, models, sampling, signals, processes and servers that fail,
+# reports and the source itself.
 WITHOUT_TRL := tests/report tests/compare tests/trust tests/policy tests/parallel $(addprefix tests/test_,structure.py \
   typings.py advantages.py certificate.py importance.py kl_ball.py masking.py surrogates.py) \
   $(wildcard tests/test_bounds*.py tests/test_controllers*.py tests/test_divergences*.py tests/ppo/test_losses*.py) \
   $(wildcard $(addprefix tests/rollout/test_,captured_pass.py generation_options*.py sampler.py sampling.py scorer*.py \
-  static_decoding.py transformers_engine.py transformers_engine_stop_strings.py)) tests/end_to_end/test_vllm_server_faults.py tests/end_to_end/test_full_disks.py
+  static_decoding.py transformers_engine.py transformers_engine_stop_strings.py)) \
+  tests/run/test_signals.py $(addprefix tests/end_to_end/test_,vllm_server_faults.py full_disks.py failures_in_two_processes.py \
+  signals_to_processes.py sharded_rollouts.py hard_bound.py kills.py)
 FAST := -q -rs -m "not slow and not processes" $(PARALLEL)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
