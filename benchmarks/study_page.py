@@ -22,7 +22,7 @@ from trl_trustkl.report.text import count, number, percent
 Run = dict[str, Any]
 
 COLOURS = {"plain": shared.RED, "max_kl": shared.BLUE, "max_kl, lr_target": shared.GREEN}
-CORNER_COLOURS = dict(zip(CORNERS, (shared.BLUE, shared.GREEN, shared.ORANGE, shared.RED), strict=True))
+CORNER_COLOURS = dict(zip(CORNERS, (shared.BLUE, shared.ORANGE, shared.GREEN, shared.RED), strict=True))
 EQUAL_KLS = (2.0, 5.0, 10.0)
 """Nats per response at which scores are compared."""
 LESS_LIKELY = 3.0
@@ -177,7 +177,7 @@ def corners_figure(settings: dict[str, list[Run]], ink: str) -> Figure:
         axes.fill_between(updates, curves.min(0), curves.max(0), color=colour, alpha=0.18, linewidth=0)
     axes.set_yscale("symlog", linthresh=1)
     axes.set_xlabel("update")
-    axes.set_ylabel("KL to the reference (nats per response)")
+    axes.set_ylabel("KL to the reference\n(nats per response)")
     axes.legend(frameon=False, labelcolor=ink)
     return inked(figure, ink)
 
