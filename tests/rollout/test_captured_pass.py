@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from tests import families, tiny
+from tests.sampled import PROMPTS, assert_same, engine
 from trl_trustkl.rollout import captured_pass
 from trl_trustkl.rollout.captured_pass import CapturedPass, can_capture
 from trl_trustkl.rollout.engine import Samples
-from trl_trustkl.rollout.transformers_engine import TransformersEngine
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-PROMPTS = [torch.arange(3, 3 + length) + 2 * i for i, length in enumerate([1, 5, 3, 2, 4, 1, 6, 2])]
 MODELS = tiny.FAMILIES | {"qwen3": lambda: families.build("Qwen3"), "lora": tiny.tuned}
 CAPTURED = ["llama", "gpt2", "qwen3", "lora"]
 DYNAMIC = {"cache_implementation": "dynamic"}
@@ -55,25 +54,11 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
-def engine(model: Any, options: dict[str, Any] | None = None, **changes: Any) -> TransformersEngine:
-    settings = {"response_length": 8, "temperature": 0.7, "stop_ids": [2, 5, 11, 17, 23], "pad_token_id": 0}
-    settings |= {"batch_size": 3, "autocast": contextlib.nullcontext} | changes
-    return TransformersEngine(model, generation_kwargs=options, **settings)
-
-
 def filled_cache() -> Any:
     cache = captured_pass.StaticCache(config=tiny.llama().config, max_cache_len=4)
     for layer in cache.layers:
         layer.update(torch.zeros(2, 2, 1, 8), torch.zeros(2, 2, 1, 8))
     return cache
-
-
-def assert_same(found: Samples, wanted: Samples, atol: float = 2e-5) -> None:
-    """The same tokens; the log-probabilities differ by rounding."""
-    assert [ids.tolist() for ids in found.ids] == [ids.tolist() for ids in wanted.ids]
-    assert found.finish_reasons == wanted.finish_reasons
-    for logps, old in zip(found.logps, wanted.logps, strict=True):
-        torch.testing.assert_close(logps, old, rtol=0, atol=atol)
 
 
 def sampled(model: Any, seed: int, options: dict[str, Any] | None = None, **changes: Any) -> Samples:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -14,15 +13,13 @@ from torch._dynamo.utils import counters
 from transformers import GenerationConfig
 
 from tests import tiny
+from tests.sampled import PROMPTS, assert_same, engine
 from trl_trustkl.errors import ConfigError
-from trl_trustkl.rollout.engine import Samples
 from trl_trustkl.rollout.static_decoding import STEP, StaticDecoding
-from trl_trustkl.rollout.transformers_engine import TransformersEngine
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STATIC = {"cache_implementation": "static"}
 COMPILED = STATIC | {"compile_config": {"backend": "eager"}}
-PROMPTS = [torch.arange(3, 3 + length) + 2 * i for i, length in enumerate([1, 5, 3, 2, 4, 1, 6, 2])]
 MODELS = tiny.FAMILIES | {"lora": tiny.tuned}
 
 
@@ -32,20 +29,6 @@ def fresh() -> Iterator[None]:
     counters.clear()
     yield
     torch._dynamo.reset()
-
-
-def engine(model: Any, options: dict[str, Any] | None = None, **changes: Any) -> TransformersEngine:
-    settings = {"response_length": 8, "temperature": 0.7, "stop_ids": [2, 5, 11, 17, 23], "pad_token_id": 0}
-    settings |= {"batch_size": 3, "autocast": contextlib.nullcontext} | changes
-    return TransformersEngine(model, generation_kwargs=options, **settings)
-
-
-def assert_same(found: Samples, wanted: Samples, atol: float = 2e-5) -> None:
-    """The same tokens; the log-probabilities differ by rounding."""
-    assert [ids.tolist() for ids in found.ids] == [ids.tolist() for ids in wanted.ids]
-    assert found.finish_reasons == wanted.finish_reasons
-    for logps, old in zip(found.logps, wanted.logps, strict=True):
-        torch.testing.assert_close(logps, old, rtol=0, atol=atol)
 
 
 def graphs() -> int:

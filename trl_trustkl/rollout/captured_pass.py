@@ -153,9 +153,8 @@ def _is_cache(value: Any) -> bool:
 def cuda_graph(call: Callable[[], Any]) -> Replay:
     """Record the kernels of `call` on the current stream. Raises RuntimeError where one of them cannot be recorded."""
     graph, stream, caches = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(
-        False
-    )  # what it holds is released at the end of autocast, and the graph would read it
+    # What the cache holds is released at the end of autocast, and the graph would read it.
+    torch.set_autocast_cache_enabled(False)
     try:
         # Other threads, such as NCCL's watchdog, may go on with what a recording stream must not do.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
