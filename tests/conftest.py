@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from tests import tiny
 
@@ -34,6 +35,7 @@ def _without_garbage_collection(monkeypatch):
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)
+    logging.set_verbosity_warning()  # a trainer sets `log_level` for the entire process
     with isolation.terminal():
         yield
 

@@ -21,7 +21,6 @@ import transformers.trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import HfArgumentParser
-from transformers.utils import logging as hf_logging
 from trl import TrlParser
 
 from tests import tiny
@@ -312,15 +311,12 @@ TINIEST = {
 
 
 @pytest.fixture
-def contained(tmp_path, monkeypatch) -> Iterator[None]:
-    """In an empty folder, without the Hub, and with what a field changes for the entire process put back."""
+def contained(tmp_path, monkeypatch) -> None:
+    """In an empty folder, without the Hub, and without a field that changes the entire process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(transformers.Trainer, "init_hf_repo", lambda self, *_, **__: None)
     monkeypatch.setattr(transformers.Trainer, "_push_from_checkpoint", lambda self, folder: None)
     monkeypatch.setattr(transformers.trainer, "enable_full_determinism", transformers.set_seed)
-    verbosity = hf_logging.get_verbosity()
-    yield
-    hf_logging.set_verbosity(verbosity)
 
 
 @contextlib.contextmanager
