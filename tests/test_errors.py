@@ -14,6 +14,7 @@ from trl_trustkl.errors import (
     ConfigError,
     DataError,
     Interrupted,
+    MissingPackageError,
     ModelError,
     NonFiniteRewardError,
     NotAvailableYetError,
@@ -26,6 +27,7 @@ from trl_trustkl.errors import (
     is_finite,
     option_names,
     out_of_range,
+    require_packages,
     shown,
     unknown_name,
 )
@@ -48,6 +50,16 @@ def test_only_a_near_name_is_suggested() -> None:
 @pytest.mark.parametrize("kind", [ConfigError, DataError, ModelError, RewardError, CheckpointError])
 def test_errors_of_input_can_be_caught_as_python_does(kind):
     assert issubclass(kind, TrustKLError) and issubclass(kind, ValueError)
+
+
+def test_all_packages_that_are_missing_are_named_and_installed_at_once():
+    require_packages("A report", "math", "signal")
+    with pytest.raises(MissingPackageError) as error:
+        require_packages("A report", "no_such", "math", "nor_this")
+    assert str(error.value) == (
+        "A report needs no_such and nor_this, which are not installed. Fix: pip install no_such nor_this"
+    )
+    assert isinstance(error.value, ImportError)
 
 
 def test_other_errors_have_the_types_that_python_has_for_them():

@@ -186,7 +186,7 @@ PLANTS = (
     Plant("ppo/trainer.py", "self.parts.order.rows", "self.partz.order.rows", "partz"),
     Plant("ppo/trainer.py", "self.args.trust_stop", "self.args.trust_stopp", "trust_stopp"),
     Plant("ppo/trainer.py", "self.parts.coefficients.kl\n", "self.parts.coefficients.kll\n", "kll"),
-    Plant("ppo/trainer.py", "self.model.train()", "self.model.trein()", "trein"),
+    Plant("ppo/trainer.py", "ready_to_train(self.model)", "ready_to_train(self.modell)", "modell"),
     Plant("ppo/loop.py", "state.episode += ", "state.episodes += ", "episodes"),
     Plant("ppo/scoring.py", "self.models.reference, micro", "self.models.referense, micro", "referense"),
     Plant("ppo/evaluation.py", "self.processes.count", "self.processes.cound", "cound"),

@@ -6,6 +6,7 @@ Each message names the field, the value received, the valid range and the likely
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Iterable
@@ -58,6 +59,10 @@ class RefusedError(TrustKLError, RuntimeError):
     """Too many updates in a row were rejected and rolled back."""
 
 
+class MissingPackageError(TrustKLError, ImportError):
+    """A package that only some features need, and that is not installed."""
+
+
 class Interrupted(SystemExit):
     """SIGTERM or Ctrl-C ended the run after its state was saved. Uncaught, it exits with 128 + the signal: 143 or 130."""
 
@@ -65,6 +70,15 @@ class Interrupted(SystemExit):
         super().__init__(128 + signal)
         self.code: int = 128 + signal
         self.signal = signal
+
+
+def require_packages(user: str, *names: str) -> None:
+    """MissingPackageError unless all packages of these names can be imported. user: what needs them, as in "A report"."""
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise MissingPackageError(
+            f"{user} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
+            f"Fix: pip install {' '.join(missing)}"
+        )
 
 
 def shown(value: object) -> str:

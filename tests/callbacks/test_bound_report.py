@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import sys
 import time
 from pathlib import Path
@@ -92,19 +91,9 @@ def test_a_failure_to_render_is_one_warning_and_does_not_end_the_run(tmp_path, m
     ("options", "level"), [({}, "info"), ({"report": True}, "warning"), ({"report_every": 1}, "warning")]
 )
 def test_a_missing_package_is_a_warning_only_if_a_report_was_requested(tmp_path, monkeypatch, said, options, level):
-    importing = builtins.__import__
-
-    def without_jinja(name, *rest, **more):
-        if name.split(".")[0] == "jinja2":
-            raise ModuleNotFoundError("No module named 'jinja2'", name="jinja2")
-        return importing(name, *rest, **more)
-
-    for name in [name for name in sys.modules if name.startswith("jinja2") or name == "trl_trustkl.report.html"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("trl_trustkl.report.html", raising=False)
-    monkeypatch.setattr(builtins, "__import__", without_jinja)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
     tiny.trainer(tmp_path, changes={"max_steps": 1}, callbacks=[BoundReportCallback(**options)]).train()
-    assert said[0][0] == level and "pip install 'trl-trustkl[report]'" in said[0][1]
+    assert said[0][0] == level and "pip install jinja2" in said[0][1]
     assert [each for each, _ in said].count("warning") == (level == "warning")
     assert len(load_records(tmp_path)) == 1
 

@@ -97,7 +97,7 @@ def test_what_the_command_rejects_before_any_run_starts(tmp_path: Path, argument
 
 
 def test_an_error_of_the_comparison_sets_the_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", str(yaml_file(tmp_path, "seed: 1"))]) == 1
+    assert main(["compare", str(yaml_file(tmp_path, "seed: 1"))]) == 2
     assert "Did you mean 'seeds'?" in capsys.readouterr().err
 
 

@@ -33,7 +33,8 @@ def test_usage_errors_and_errors_of_a_run_have_their_own_exit_status(tmp_path, c
         main(["dmeo"])
     assert usage.value.code == 2
     assert main(["report", str(tmp_path)]) == 1
-    assert "no records at" in capsys.readouterr().err
+    assert main(["demo", "--trainer=grpo", "--kl-target=1"]) == 2
+    assert "trustkl report: no records at" in capsys.readouterr().err
     with pytest.raises(SystemExit) as asked:
         main(["demo", "--help"])
     assert asked.value.code == 0

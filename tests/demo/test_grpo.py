@@ -39,12 +39,13 @@ def test_the_conclusion_shows_scores_completions_and_files(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)  # a short name, on one line
     rows = [{"completion": text} for text in ("grey", "middle", "[red]bright\x1b[2J")]
     (tmp_path / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "bounds.jsonl").touch()
     console = Console(file=io.StringIO(), width=80, highlight=False)
     conclude(console, Options(output_dir="."), 0.25, 0.75, [limited(0.01, 0.1, 0.5)], Path("report.html"))
     text = console.file.getvalue()
     assert "before: score +0.25" in text and "after: score +0.75" in text and "middle" not in text
     assert "Sampled first: grey" in text and "Sampled last:  [red]bright\\x1b[2J" in text and "\x1b" not in text
-    assert "bounds.jsonl" in text and "adapter" in text
+    assert "Records:      bounds.jsonl" in text and "Adapter:" not in text, "the files that exist, and no others"
 
 
 @pytest.mark.parametrize(("ending", "status"), [(None, 0), (KeyboardInterrupt(), 130)])

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from tests.example_runs import record
+from trl_trustkl.demo import grpo
 from trl_trustkl.demo import run as demo
 from trl_trustkl.demo.run import Options, closing, conclude, evaluate
-from trl_trustkl.errors import Interrupted
+from trl_trustkl.errors import Interrupted, MissingPackageError
 
 
 def test_the_closing_paragraph_says_what_the_records_say():
@@ -94,26 +97,53 @@ def test_an_evaluation_is_the_mean_over_the_held_out_prompts():
     assert evaluated("said") == {"score": 0.5, "kl": 1.0, "prompt": "asked", "completion": "said"}
 
 
-def test_the_closing_text_says_what_changed_and_where_the_files_are(tmp_path):
+def write_files(folder: Path) -> None:
+    """What a run leaves."""
+    (folder / "adapter").mkdir(parents=True)
+    for name in ("bounds.jsonl", "completions.jsonl", "report.html"):
+        (folder / name).touch()
+
+
+def test_the_closing_text_says_what_changed_and_where_the_files_are(tmp_path, monkeypatch):
     out = console()
-    conclude(
-        out,
-        Options(output_dir="folder"),
-        evaluated("grey"),
-        evaluated("[red]bright\x1b[2J"),
-        [record()],
-        tmp_path / "p",
-    )
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path / "folder")
+    after = evaluated("[red]bright\x1b[2J")
+    conclude(out, Options(output_dir="folder"), evaluated("grey"), after, [record()], Path("folder/report.html"))
     text = out.file.getvalue()
     assert "Held-out prompts before: score +0.50, KL to the reference 1.00 nats/response" in text
     assert "Before:  grey" in text and "After:   [red]bright\\x1b[2J" in text and "\x1b" not in text
     assert "(a line for each of 1 updates)" in text and "The anchor penalised the KL" in text
-    assert "Report:" in text and "folder/adapter" in text
+    for line in (
+        "Report:       folder/report.html",
+        "Completions:  folder/completions.jsonl",
+        "Adapter:      folder/adapter ",
+    ):
+        assert f"\n{line}" in text
 
 
-def test_a_run_that_was_ended_prints_no_evaluation_and_no_report():
+def test_a_run_that_was_ended_prints_no_evaluation_and_only_files_that_exist(tmp_path):
     out = console()
-    conclude(out, Options(output_dir="folder"), evaluated("grey"), None, [], None)
-    text = out.file.getvalue()
-    assert "Held-out" not in text and "Report:" not in text and "The anchor" not in text
-    assert "Records:      folder/bounds.jsonl (a line for each of 0 updates)" in text
+    (tmp_path / "adapter").mkdir()
+    conclude(out, Options(output_dir=str(tmp_path)), evaluated("grey"), None, [], None)
+    assert out.file.getvalue().split()[:1] == ["Adapter:"]
+    assert not any(word in out.file.getvalue() for word in ("Held-out", "Records:", "Report:", "The anchor"))
+
+
+@pytest.mark.parametrize(
+    ("module", "packages"), [(demo, ("bitsandbytes", "rich")), (grpo, ("jinja2", "vaderSentiment"))]
+)
+def test_what_the_demo_needs_is_named_before_it_loads_anything(module, packages, monkeypatch):
+    for name in packages:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        MissingPackageError, match=f"The demo needs {' and '.join(packages)}, which are not installed. Fix: "
+    ):
+        module.run(module.Options())
+
+
+def test_the_demo_says_how_long_it_takes_on_one_line():
+    out = console()
+    for seconds in (demo.SECONDS, grpo.SECONDS):
+        demo.announce(out, 100, seconds)
+    assert len(out.file.getvalue().splitlines()) == 2

@@ -49,6 +49,25 @@ def test_bf16_is_off_by_default_and_one_warning_says_so(slow, caplog, config, us
 
 
 @EACH
+@pytest.mark.parametrize("engine", [None, "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_without_a_gpu_a_cpu_with_bf16_instructions_trains_in_bf16(monkeypatch, config, engine):
+    monkeypatch.setattr(cpu, "has_bf16_instructions", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    args = SimpleNamespace(fp16=False, bf16=None, use_cpu=False, fsdp=None, deepspeed=None)
+    if engine is not None:  # which accelerate does not start with `use_cpu`
+        monkeypatch.setenv(engine, "true")
+        precision.choose_bf16(args)
+        assert args.use_cpu is False
+        return
+    made = config("run")
+    assert made.bf16 is True and made.use_cpu is True and made.device.type == "cpu"
+    for given in ({"bf16": False}, {"fp16": True}, {"bf16": True}):
+        args = SimpleNamespace(**vars(args) | given)
+        precision.choose_bf16(args)
+        assert args.use_cpu is False, given
+
+
+@EACH
 def test_a_bf16_that_was_asked_for_is_kept_and_warned_about(slow, caplog, config):
     assert config("run", use_cpu=True, bf16=True).bf16 is True
     (line,) = said(caplog)

@@ -11,7 +11,7 @@ from tests.pages import Page
 from trl_trustkl.report import read_run, render_report
 from trl_trustkl.report.findings import find
 from trl_trustkl.report.schema import Run
-from trl_trustkl.report.tables import ROWS, UPDATE_COLUMNS, comparison, moments, settings, updates
+from trl_trustkl.report.tables import ROWS, SHOWN, UPDATE_COLUMNS, comparison, moments, recurring, settings, updates
 
 
 def test_completions_at_start_middle_and_end(tmp_path: Path) -> None:
@@ -20,6 +20,36 @@ def test_completions_at_start_middle_and_end(tmp_path: Path) -> None:
     two = moments(read_run(run_folder(tmp_path, 2)))
     assert [(moment.when, moment.update) for moment in two] == [("start", 1), ("end", 2)]
     assert [moment.when for moment in moments(read_run(run_folder(tmp_path, 1)))] == ["start"]
+
+
+def shown_of(folder: Path, prompts: dict[int, str]) -> dict[str, list[tuple[str, int, str]]]:
+    """What is shown of each prompt that recurs, where `prompts` has those of each update, one letter each."""
+    rows = [
+        {**SAMPLE_KEYS, "update": update, "prompt": prompt, "completion": f"{prompt}{update}{which}"}
+        for update, letters in prompts.items()
+        for prompt in letters
+        for which in ("first", "second")
+    ]
+    found = recurring(read_run(write_run(folder, rows_of(9), rows)))
+    return {
+        of[0].samples[0].prompt: [(each.when, each.update, each.samples[0].completion) for each in of] for of in found
+    }
+
+
+def test_a_prompt_that_recurs_is_shown_at_the_start_in_the_middle_and_at_the_end(tmp_path: Path) -> None:
+    prompts = {1: "ab", 2: "ce", 3: "d", 4: "ea", 5: "e", 6: "ad", 7: "", 8: "bda", 9: "e"}
+    shown = shown_of(tmp_path, prompts)
+    assert shown == {
+        "a": [("start", 1, "a1first"), ("middle", 4, "a4first"), ("end", 8, "a8first")],
+        "e": [("start", 2, "e2first"), ("middle", 5, "e5first"), ("end", 9, "e9first")],
+        "b": [("start", 1, "b1first"), ("end", 8, "b8first")],
+    }
+
+
+def test_prompts_of_one_update_or_of_one_part_of_a_run_do_not_recur(tmp_path: Path) -> None:
+    assert shown_of(tmp_path, {1: "aa"}) == {}
+    assert shown_of(tmp_path, {1: "ab", 2: "ab", 3: "c", 4: "c", 5: "d", 6: "d"}) == {}
+    assert len(shown_of(tmp_path, {1: "abcdefg", 9: "abcdefg"})) == SHOWN
 
 
 def test_a_long_completion_is_cut_and_its_length_stated(tmp_path: Path) -> None:

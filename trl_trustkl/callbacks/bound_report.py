@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,11 +14,13 @@ from transformers.utils import logging
 
 from .. import records
 from ..errors import ConfigError, out_of_range
+from ..files import write_atomically
 from ..records import BoundRecord
 from ..report import MissingPackageError, render_report
 from ..report.text import visible
 from ..trl_compat import trl_logs
 from ..trust.gradient_scale import rescales_gradients
+from .settings import settings_of
 from .table import HEADER, line, printer
 
 logger = logging.get_logger(__name__)
@@ -26,7 +29,8 @@ logger = logging.get_logger(__name__)
 class BoundReportCallback(TrainerCallback):
     """Writes the records of a run into its folder, renders its report, and prints a line for each update.
 
-    `bounds.jsonl` gets a line for every update, `completions.jsonl` the completions. Each line is passed to the operating
+    `bounds.jsonl` gets a line for every update, `completions.jsonl` the completions, and `settings.json` what the run was
+    made with. Each line is passed to the operating
     system before the next update begins: a killed run keeps every finished update. Files of an earlier run in the same
     folder are moved aside, never appended to; a resumed run drops the lines after its checkpoint and continues from there.
     The trainer adds this callback by default; another instance replaces it. Only the first process writes, renders and
@@ -81,6 +85,7 @@ class BoundReportCallback(TrainerCallback):
         self.rendered = None
         self._begin_table(args)
         folder = Path(args.output_dir)
+        settings = json.dumps(settings_of(args, kwargs.get("model")), default=str)
         with records.written(f"the records in {folder} could not be made ready"):
             folder.mkdir(parents=True, exist_ok=True)
             for name in (records.BOUNDS_FILE, records.COMPLETIONS_FILE):
@@ -88,6 +93,7 @@ class BoundReportCallback(TrainerCallback):
                     records.cut(folder / name, after=state.global_step)
                 else:
                     records.move_aside(folder / name)
+            write_atomically(folder / records.SETTINGS_FILE, settings)
 
     def on_record(
         self,

@@ -5,12 +5,12 @@ It has the arguments, their checks and the exit statuses; the other folders, all
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..errors import TrustKLError
+from ..errors import ConfigError, TrustKLError
+from .parser import Parser
 
 EPILOG = (
     "Exit status: 0 for success; 1 for an error of the run; 2 for a usage error (command line or configuration); 130 after "
@@ -20,8 +20,10 @@ EPILOG = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status, as EPILOG lists it."""
-    parser = argparse.ArgumentParser(
-        prog="trustkl", description="PPO on TRL, with a record of what bounds every update.", epilog=EPILOG
+    parser = Parser(
+        prog="trustkl",
+        description="GRPO, RLOO and PPO with TRL, and a record of what bounds every update.",
+        epilog=EPILOG,
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -38,5 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except TrustKLError as error:
-        print(f"trustkl: {error}", file=sys.stderr)
-        return 1
+        print(f"trustkl {options.command}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print(f"trustkl {options.command}: stopped.", file=sys.stderr)
+        return 130

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..compare import settings, task
+from ..errors import require_packages
 
 if TYPE_CHECKING:
     from ..compare.runner import Start
@@ -48,16 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, start: Start | None = None) -> int:
     """Run the comparison. `start` starts the process of a run; by default a new interpreter."""
-    from ..report import MissingPackageError
+    require_packages("A comparison", "jinja2", "matplotlib", "rich")
+    from rich.console import Console
 
-    try:
-        from rich.console import Console
-
-        from ..compare import page, terminal
-    except ModuleNotFoundError as error:
-        raise MissingPackageError(
-            f"A comparison needs the package {error.name}, which is not installed. Fix: pip install 'trl-trustkl[demo]'."
-        ) from error
+    from ..compare import page, terminal
     from ..compare.runner import jobs, start_process, unfinished
 
     comparison, name = prepare(options)

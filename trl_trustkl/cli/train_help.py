@@ -13,6 +13,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from ..options import about
 from ..ppo.config import TrustKLPPOConfig
+from .parser import LISTED
 
 _USAGE = """\
 usage: trustkl train --config FILE.yaml [--option VALUE ...]
@@ -38,7 +39,6 @@ _SCRIPT, _MODEL, _ANCHOR, _TRUST = "data, rewards, models", "policy: precision a
 _OWN, _COMMON, _REST = "TRAINER", "training", "further options of transformers' TrainingArguments"
 _SECTIONS = (_SCRIPT, _MODEL, _ANCHOR, _TRUST, _OWN, _COMMON, _REST)
 
-_LISTED = 16  # choices at most that are listed
 # Those of transformers' many fields that most runs set.
 _COMMON_FIELDS = {
     "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -120,6 +120,6 @@ class _Formatter(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
         choices = [str(choice) for choice in action.choices or ()]
-        if len(choices) <= _LISTED and not all(choice in text for choice in choices):
+        if len(choices) <= LISTED and not all(choice in text for choice in choices):
             text += f" One of: {', '.join(choices)}."
         return text if action.default is None or action.default == [] else f"{text} (default: %(default)s)"

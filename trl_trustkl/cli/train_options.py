@@ -15,6 +15,7 @@ from ..errors import ConfigError, did_you_mean, unknown_name
 from ..grpo.config import TrustKLGRPOConfig, TrustKLRLOOConfig
 from ..ppo.config import TrustKLPPOConfig
 from . import train_help
+from .parser import Parser
 
 
 def _option(help: str) -> Any:
@@ -73,13 +74,11 @@ def parse(arguments: Sequence[str]) -> Options:
     given = _split_config(arguments)
     parser = build_parser(_trainer(given))
     try:
-        *parsed, unknown = parser.parse_args_and_config(given, return_remaining_strings=True)
+        parsed = parser.parse_args_and_config(given)
     except ConfigError:
         raise
     except (OSError, ValueError, TypeError, ImportError, yaml.YAMLError) as error:
         raise ConfigError(str(error)) from None
-    if unknown:
-        raise _unknown_option(unknown, parser)
     options = Options(*parsed[: len(Options._fields)])
     _check(options)
     return options
@@ -91,9 +90,25 @@ def dataclasses_of(trainer: Trainer) -> tuple[type, ...]:
     return script, CONFIGS[trainer], ModelConfig, DatasetMixtureConfig
 
 
+class _Parser(Parser, TrlParser):
+    """TRL's parser, which rejects unknown and missing options before it builds the dataclasses."""
+
+    def set_defaults_with_config(self, **options: Any) -> list[str]:
+        if unknown := super().set_defaults_with_config(**options):
+            raise _unknown_option(unknown, self)
+        return []
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            raise _unknown_option(unknown, self)
+        _check_given(parsed)
+        return parsed, []
+
+
 def build_parser(trainer: Trainer) -> TrlParser:
     """The parser of a trainer's options."""
-    parser = TrlParser(dataclasses_of(trainer), prog="trustkl train", allow_abbrev=False, add_help=False)
+    parser = _Parser(dataclasses_of(trainer), prog="trustkl train", allow_abbrev=False, add_help=False)
     train_help.add_help(parser, trainer.upper(), CONFIGS[trainer])
     return parser
 
@@ -134,21 +149,35 @@ def _unknown_option(unknown: list[str], parser: argparse.ArgumentParser) -> Conf
     return ConfigError(f"unknown option {' '.join(unknown)}.{hint}")
 
 
+_REQUIRED = {
+    ("model_name_or_path",): "the name or folder of a causal language model",
+    ("dataset_name", "datasets"): "a name, a folder or a file of prompts; or `datasets`, a mixture, in the YAML file",
+    (
+        "reward_funcs",
+        "reward_model_name_or_path",
+    ): "package.module.function, file.py:function, or a reward model's name",
+}
+"""Options of which one is required, and what it takes."""
+
+
+def _check_given(parsed: argparse.Namespace) -> None:
+    """ConfigError that names all required options that are missing."""
+    missing = [
+        f"--{names[0]}: {what}" for names, what in _REQUIRED.items() if not any(getattr(parsed, name) for name in names)
+    ]
+    if missing:
+        raise ConfigError("\n    ".join(["required options are missing:", *missing]))
+
+
 def _check(options: Options) -> None:
     """The checks that the dataclasses do not make."""
-    script, training, model, mixture = options
+    script, training, _, mixture = options
     defaults = {each.name: each.default for each in fields(training)}
     for name, instead in _ELSEWHERE.items():
         if name in defaults and getattr(training, name) != defaults[name]:
             raise ConfigError(f"`{name}` got {getattr(training, name)!r}; trustkl train takes `{instead}`.")
-    if not model.model_name_or_path:
-        raise ConfigError("`model_name_or_path` got None; it must be the name or folder of a causal language model.")
-    if bool(script.dataset_name) == bool(mixture.datasets):
+    if script.dataset_name and mixture.datasets:
         raise ConfigError(
             f"`dataset_name` got {script.dataset_name!r} and `datasets` {mixture.datasets!r}; give exactly one: a name, a "
             "folder or a file of prompts, or a mixture of datasets in the YAML file."
-        )
-    if not script.reward_funcs and not script.reward_model_name_or_path:
-        raise ConfigError(
-            "`reward_funcs` got nothing; give package.module.function, file.py:function, or a reward model's name."
         )

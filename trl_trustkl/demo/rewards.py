@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from ..errors import RewardError
+from ..errors import require_packages
 
 Messages = Sequence[dict[str, Any]]
 
@@ -30,11 +30,7 @@ def _text(completion: str | Messages) -> str:
 @cache
 def _analyzer() -> Any:
     # Imported at the first call, since only the demo needs the package.
-    try:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    except ImportError as error:
-        raise RewardError(
-            "The reward `sentiment` needs the package vaderSentiment. Fix: pip install 'trl-trustkl[demo]', "
-            "or pip install vaderSentiment."
-        ) from error
+    require_packages("The reward `sentiment`", "vaderSentiment")
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
     return SentimentIntensityAnalyzer()

@@ -6,6 +6,13 @@ import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..errors import require_packages
+from ..records import BOUNDS_FILE, COMPLETIONS_FILE
+
+PACKAGES = ("jinja2", "matplotlib", "rich", "vaderSentiment")
+SECONDS = "15 to 25"
+"""What an update takes on two CPU cores, with bf16 instructions and without."""
+
 
 class Options(NamedTuple):
     """The settings of the demo; `kl_target` in nats per response."""
@@ -21,6 +28,7 @@ class Options(NamedTuple):
 
 def run(options: Options) -> int:
     """Train, evaluate before and after, and print the results; returns 0, or 128 + the signal that ended the run."""
+    require_packages("The demo", "bitsandbytes", *PACKAGES)
     from rich.console import Console
 
     from .task import quieten
@@ -29,12 +37,21 @@ def run(options: Options) -> int:
     console = Console(highlight=False)
     console.print("Loading SmolLM2-135M-Instruct with a 4-bit backbone …", style="dim")
     trainer, table = build(options, console)
+    announce(console, options.updates, SECONDS)
     before = evaluate(trainer)
     console.print(_evaluation_line("before", before))
     status = train(trainer, table, console, Path(options.output_dir))
     after = evaluate(trainer) if status == 0 else None
     conclude(console, options, before, after, table.records, table.rendered)
     return status
+
+
+def announce(console: Any, updates: int, seconds: str) -> None:
+    """Print how long the run takes."""
+    console.print(
+        f"{updates} updates of {seconds} seconds each on two CPU cores; Ctrl-C ends the run.",
+        style="dim",
+    )
 
 
 def train(trainer: Any, table: Any, console: Any, folder: Path) -> int:
@@ -123,18 +140,18 @@ def conclude(
 
 
 def print_files(console: Any, folder: Path, updates: int, report: Path | None) -> None:
-    """Print where the files of a run are."""
+    """Print where the files of a run are, of those that exist."""
     from rich.text import Text
 
     files = {
-        "Records:": f"{folder / 'bounds.jsonl'} (a line for each of {updates} updates)",
-        "Report:": report,
-        "Completions:": folder / "completions.jsonl",
-        "Adapter:": f"{folder / 'adapter'} (AutoPeftModelForCausalLM.from_pretrained)",
+        "Records:": (folder / BOUNDS_FILE, f" (a line for each of {updates} updates)"),
+        "Report:": (report, ""),
+        "Completions:": (folder / COMPLETIONS_FILE, ""),
+        "Adapter:": (folder / "adapter", " (AutoPeftModelForCausalLM.from_pretrained)"),
     }
-    for title, place in files.items():
-        if place is not None:
-            console.print(Text(f"{title:13} {place}"))
+    for title, (place, note) in files.items():
+        if place is not None and place.exists():
+            console.print(Text(f"{title:13} {place}{note}"))
 
 
 def closing(options: Options, done: list[Any]) -> str:

@@ -8,7 +8,6 @@ cache, like any other model directory.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import logging
 import os
@@ -20,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ModelError
+from ..errors import ModelError, require_packages
 
 if TYPE_CHECKING:
     import torch
@@ -44,11 +43,7 @@ def smollm2_path(cache_dir: str | os.PathLike[str] | None = None) -> str:
     if _is_complete(folder):
         return str(folder)
     if (gguf := _wheel_file()) is not None:
-        if importlib.util.find_spec("gguf") is None:
-            raise ModelError(
-                f"The wheel {WHEEL} is installed, but reading its GGUF file needs the package `gguf`. "
-                "Fix: pip install 'trl-trustkl[demo]', or pip install gguf."
-            )
+        require_packages(f"The wheel {WHEEL}", "gguf")
         _convert(gguf, folder)
         return str(folder)
     _require_hub()

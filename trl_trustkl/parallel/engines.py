@@ -22,7 +22,7 @@ DEEPSPEED = ("0.19.8", "0.20")
 def check_deepspeed() -> None:
     """Raise ConfigError if DeepSpeed is not installed, and NotAvailableYetError for a version that was not tested."""
     lowest, limit = DEEPSPEED
-    fix = f"pip install 'trl-trustkl[deepspeed]', or 'deepspeed>={lowest},<{limit}'"
+    fix = f"pip install 'deepspeed>={lowest},<{limit}'"
     try:
         version = importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:

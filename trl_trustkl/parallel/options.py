@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from ..errors import NotAvailableYetError
@@ -23,6 +24,13 @@ class Option(NamedTuple):
     got: Any
     works: bool
     fix: str
+
+
+def engine_of(args: Any) -> str | None:
+    """The engine that the configuration or the launcher asks for; None for complete parameters on each process."""
+    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return "FSDP2"
+    return "DeepSpeed" if args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") else None
 
 
 def fsdp_options(plugin: Any, version: int) -> Iterator[Option]:

@@ -1,4 +1,4 @@
-"""The precision on a CPU without bf16 instructions, where bf16 takes minutes for what float32 does in seconds."""
+"""The precision on a CPU; without bf16 instructions, bf16 takes minutes for what float32 does in seconds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from ..parallel.options import engine_of
 from . import cpu
 from .quantization import is_quantized
 
@@ -23,13 +24,17 @@ def is_slow_in_bf16(args: TrainingArguments) -> bool:
 
 
 def choose_bf16(args: TrainingArguments) -> None:
-    """Set a `bf16` of None to False where bf16 is slow, and warn about True there. Elsewhere TRL makes None True.
+    """Set a `bf16` of None to False where bf16 is slow, and warn about True there. Elsewhere TRL makes None True, which
+    transformers rejects without a GPU unless `use_cpu` is set: set it then.
 
     For a configuration's `__post_init__`, before TRL's.
     """
-    if args.fp16 or args.bf16 is False or not is_slow_in_bf16(args):
+    if args.fp16 or args.bf16 is False:
         return
-    if args.bf16 is None:
+    if not is_slow_in_bf16(args):
+        if args.bf16 is None and not torch.accelerator.is_available() and engine_of(args) is None:
+            args.use_cpu = True
+    elif args.bf16 is None:
         args.bf16 = False
         logger.warning_once(f"`bf16` is False: {_WITHOUT}. Set bf16=True to train in bf16 all the same.")
     else:

@@ -29,13 +29,14 @@ from ..options import (
     option,
     unmasked,
 )
+from ..parallel.options import engine_of
 from ..policy.precision import choose_bf16
 from ..surrogates import SURROGATES, ClipRuleName, build_surrogate
 from ..trl_compat import activation_checkpointing
 from ..trust.limits import Limits
 from . import config_checks
 from .losses import Aggregation, Penalties
-from .sharding_checks import engine_of, reject_sharding_options
+from .sharding_checks import reject_sharding_options
 from .training_fields import only_transformers_checks, rejected_by_transformers
 from .training_fields import trl as _trl
 from .unsupported import reject_accelerator_config, reject_unsupported

@@ -7,22 +7,15 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
+from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import PeftModel
 from transformers.training_args import ParallelMode
 
 from ..errors import ConfigError, NotAvailableYetError, shown
 from ..parallel.engines import check_deepspeed
-from ..parallel.options import Option, check_optimizer, deepspeed_options, fsdp_options, optimizer_option
+from ..parallel.options import Option, check_optimizer, deepspeed_options, engine_of, fsdp_options, optimizer_option
 from ..policy.quantization import is_8bit
 from ..policy.reference import trained_outside_adapters
-
-
-def engine_of(args: Any) -> str | None:
-    """The engine that the configuration or the launcher asks for; None for complete parameters on each process."""
-    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        return "FSDP2"
-    return "DeepSpeed" if args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") else None
 
 
 def reject_launch(args: Any) -> None:

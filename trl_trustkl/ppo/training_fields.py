@@ -53,7 +53,7 @@ SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 def only_transformers_checks(args: Any) -> list[str]:
     """The fields that were set and have no check here beyond their type. Left out are switches, which transformers' errors
     name."""
-    unchecked = TrainingArguments.__dataclass_fields__.keys() - {"output_dir"}
+    unchecked = TrainingArguments.__dataclass_fields__.keys() - {"output_dir", "debug"}
     defaults = {
         each.name: each.default if each.default_factory is MISSING else each.default_factory()
         for each in fields(args)

@@ -9,16 +9,12 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..errors import TrustKLError
+from ..errors import MissingPackageError, require_packages
 from ..files import write_atomically
 from .schema import Run, read_run
 
 REPORT_FILE = "report.html"
 FIGURES_FOLDER = "figures"
-
-
-class MissingPackageError(TrustKLError, ImportError):
-    """A package of the extra `report` that is not installed."""
 
 
 def render_report(
@@ -36,13 +32,10 @@ def render_report(
 
 def write_report(runs: list[Run], output: str | os.PathLike[str] | None = None) -> Path:
     """As `render_report`, for runs that have been read."""
-    try:
-        from . import figures, html
-    except ModuleNotFoundError as error:
-        raise MissingPackageError(
-            f"A report needs the package {error.name}, which is not installed. Fix: pip install 'trl-trustkl[report]'."
-        ) from error
+    require_packages("A report", "jinja2", "matplotlib")
     import numpy as np
+
+    from . import figures, html
 
     if not runs:
         raise ValueError("write_report got no runs; give at least one.")

@@ -1,7 +1,8 @@
 """The figures of a report: small for any number of updates, readable on light and dark pages.
 
 They use Figure objects and never pyplot, so that drawing does not affect the caller's figures and settings. The colours are
-those of Okabe and Ito, which are distinguishable with any colour vision. On a dark page, one neutral colour is replaced.
+those of Okabe and Ito, which are distinguishable with any colour vision, with a darker yellow that can be seen on white. On a
+dark page, one neutral colour is replaced.
 """
 
 from __future__ import annotations
@@ -20,16 +21,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from ..files import write_atomically
-from ..records import BoundRecord
+from . import captions
+from .captions import BARS, POINTS, Records
 from .series import Column, attributed, column, distance, kl_without, quantile, shares, to_reference, token_range
-
-Records = Sequence[BoundRecord]
+from .text import number
 
 BLUE, ORANGE, GREEN, RED, SKY, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7"
-YELLOW, BROWN = "#f0e442", "#8c564b"
+YELLOW, BROWN = "#8f8000", "#9c6450"
 INK, INK_ON_DARK = "#42474d", "#c3c8ce"
 EARLY_TO_LATE = LinearSegmentedColormap.from_list("early_to_late", [SKY, PURPLE, RED])
-POINTS = 300  # bins of a long line
 LARGEST = 1e30  # a larger number is drawn here: axes overflow before floats do
 MECHANISMS = {
     "anchor": ("anchor", BLUE), "clip": ("clip", ORANGE), "response_mask": ("response masks", BROWN),
@@ -41,11 +41,12 @@ MECHANISMS = {
 
 
 class Drawn(NamedTuple):
-    """A figure in the forms that a page needs; `dark` is `svg` in the colour for dark pages."""
+    """A figure in the forms that a page needs. `alt` describes it; `dark` is `svg` in the colour for dark pages."""
 
     name: str
     title: str
     caption: str
+    alt: str
     svg: str
     png: bytes
 
@@ -55,11 +56,11 @@ class Drawn(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """A figure's title, the sentence that says how to read it, the function that draws it, and whether there is anything to
+    """A figure's title, the caption that says how to read it, the function that draws it, and whether there is anything to
     draw."""
 
     title: str
-    caption: str
+    caption: str | Callable[[Records], str]
     draw: Callable[[Figure, Records], None]
     applies: Callable[[Records], bool] = lambda records: True
 
@@ -144,14 +145,16 @@ def add_legend(axes: Axes, columns: int = 2) -> None:
 
 
 def log_scale(axes: Axes, *drawn: Column) -> None:
-    """A logarithmic axis if any value drawn is positive; within two decades it has ticks at 1, 2 and 5."""
+    """A logarithmic axis if any value drawn is positive; within two decades it has ticks at 1, 2 and 5, and evenly spaced
+    ones within a factor of 5, where those may be missing."""
     values = np.concatenate(drawn)
     values = values[values > 0]
     if not values.size:
         return
     axes.set_yscale("log")
     decades = np.log10(values.max() / values.min())
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2 else (1.0,), numticks=8))
+    logarithmic = LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2 else (1.0,), numticks=8)
+    axes.yaxis.set_major_locator(MaxNLocator(5) if decades < 0.7 else logarithmic)
     if values.min() >= 1e-4 and values.max() < 1e5:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -160,16 +163,22 @@ def log_scale(axes: Axes, *drawn: Column) -> None:
 # -- the figures -------------------------------------------------------------------------------------------------------
 
 
+def score(figure: Figure, records: Records) -> None:
+    x, axes = column(records, "update"), add_axes(figure, "mean score")
+    plot_line(axes, x, drawable(column(records, "score")), BLUE, "mean score")
+    update_axis(axes, x)
+
+
 def frontier(figure: Figure, records: Records) -> None:
     kl = np.sqrt(np.clip(drawable(distance(records)), 0.0, None))
-    score, update = drawable(column(records, "score")), column(records, "update")
+    scores, update = drawable(column(records, "score")), column(records, "update")
     axes = add_axes(figure, "mean score", "√KL to the reference  (√nats per response)")
-    stride, size = max(1, len(kl) // 1500), 14 if len(kl) > 60 else 26
+    stride, size = captions.stride_of(len(kl)), 14 if len(kl) > 60 else 26
     points = axes.scatter(
-        kl[::stride], score[::stride], c=update[::stride], cmap=EARLY_TO_LATE, s=size, alpha=0.8, linewidths=0,
+        kl[::stride], scores[::stride], c=update[::stride], cmap=EARLY_TO_LATE, s=size, alpha=0.8, linewidths=0,
     )  # fmt: skip
     # A thin line through the means of successive bins shows the path of the run.
-    axes.plot(binned(kl, 12), binned(score, 12), color=INK, linewidth=1.0, alpha=0.7)
+    axes.plot(binned(kl, 12), binned(scores, 12), color=INK, linewidth=1.0, alpha=0.7, label="mean score")
     bar = figure.colorbar(points, ax=axes, pad=0.02, aspect=30)
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.tick_params(colors=INK, labelsize=8)
@@ -190,7 +199,7 @@ def anchor(figure: Figure, records: Records) -> None:
     if np.isfinite(error).any():
         low, high = binned(kl - error, POINTS, np.nanmin), binned(kl + error, POINTS, np.nanmax)
         above.fill_between(middle, low, high, color=BLUE, alpha=0.25, linewidth=0, label="± stderr")
-    plot_line(above, x, kl, BLUE, r"KL($\pi\,\|\,\pi_{\mathrm{ref}}$)")
+    plot_line(above, x, kl, BLUE, "KL to the reference")
     plot_line(above, x, target, RED, "target", linestyle="--")
     if unit == "nats per response" and np.isfinite(hard := column(records, "anchor.limit")).any():
         after = drawable(column(records, "anchor.kl_after"))
@@ -202,7 +211,7 @@ def anchor(figure: Figure, records: Records) -> None:
         return
     above.tick_params(labelbottom=False)
     below = add_axes(figure, "β", "update", grid[1], sharex=above)
-    plot_line(below, x, coef, GREEN)
+    plot_line(below, x, coef, GREEN, "β")
     below.set_ylim(bottom=0)
     update_axis(below, x)
     figure.align_ylabels()
@@ -226,12 +235,12 @@ def trust_region(figure: Figure, records: Records) -> None:
 def gated(figure: Figure, records: Records) -> None:
     axes = add_axes(figure, "share of the update\nwith an intervention (stacked)")
     x = column(records, "update")
-    middle, width = binned(x, 120), max(1.0, len(x) / 120) if len(x) > 60 else 0.9
+    middle, width = binned(x, BARS), max(1.0, len(x) / BARS) if len(x) > 60 else 0.9
     bottom = np.zeros(len(middle))
     for name, values in shares(records).items():
         if (values > 0).any():
             label, color = MECHANISMS[name]
-            height = binned(values, 120)
+            height = binned(values, BARS)
             axes.bar(middle, height, 0.9 * width, bottom, color=color, label=label, linewidth=0, alpha=0.85)
             bottom = bottom + height
     update_axis(axes, x)
@@ -240,9 +249,9 @@ def gated(figure: Figure, records: Records) -> None:
 
 
 def counterfactual(figure: Figure, records: Records) -> None:
-    rerun, bins = attributed(records), 120
-    x, kl = binned(column(rerun, "update"), bins), binned(positive(column(rerun, "trust.kl")), bins)
-    without = {name: binned(positive(values), bins) for name, values in kl_without(rerun).items()}
+    rerun = attributed(records)
+    x, kl = binned(column(rerun, "update"), BARS), binned(positive(column(rerun, "trust.kl")), BARS)
+    without = {name: binned(positive(values), BARS) for name, values in kl_without(rerun).items()}
     axes = add_axes(figure, r"KL($\pi_{\mathrm{old}}\,\|\,\pi$) without a mechanism" "\n(nats per token)")
     # Wide and below the others, so that it is seen where they are equal to it.
     plot_line(axes, x, kl, INK, "as it was", linewidth=5, markersize=9.5, alpha=0.35, markeredgewidth=0)
@@ -256,18 +265,23 @@ def counterfactual(figure: Figure, records: Records) -> None:
 
 
 def has(*keys: str) -> Callable[[Records], bool]:
-    """Whether one of these numbers is on record."""
-    return lambda records: any(np.isfinite(column(records, key)).any() for key in keys)
+    """Whether one of these numbers is above 0 in any update."""
+    return lambda records: any((column(records, key) > 0).any() for key in keys)
+
+
+def has_score(records: Records) -> bool:
+    """Whether any update has a score other than 0."""
+    return bool(np.nan_to_num(column(records, "score")).any())
 
 
 def has_distance(records: Records) -> bool:
-    """Whether a KL to the reference is on record."""
-    return bool(np.isfinite(distance(records)).any())
+    """Whether any update has a KL to the reference other than 0."""
+    return bool(np.nan_to_num(to_reference(records).kl).any())
 
 
 def has_frontier(records: Records) -> bool:
-    """Whether a score with a KL to the reference is on record."""
-    return bool((np.isfinite(distance(records)) & np.isfinite(column(records, "score"))).any())
+    """Whether any update has a score and a KL to the reference above 0."""
+    return bool(((distance(records) > 0) & np.isfinite(column(records, "score"))).any())
 
 
 def has_interventions(records: Records) -> bool:
@@ -312,62 +326,32 @@ def gradient(figure: Figure, records: Records) -> None:
 
 
 FIGURES: dict[str, Kind] = {
-    "frontier": Kind(
-        "Score against distance from the reference",
-        "Each dot is an update: higher is a better score, further right is farther from the reference, and a path that "
-        "turns down towards the right is over-optimisation.",
-        frontier,
-        has_frontier,
-    ),
-    "anchor": Kind(
-        "The anchor: KL to the reference and its coefficient",
-        "While the blue line is above the target, a controller raises the KL coefficient β (lower panel); while it is below, "
-        "the controller lowers β.",
-        anchor,
-        has_distance,
-    ),
+    "score": Kind("The score", captions.score, score, has_score),
+    "frontier": Kind("Score against distance from the reference", captions.frontier, frontier, has_frontier),
+    "anchor": Kind("The anchor: KL to the reference and its coefficient", captions.anchor, anchor, has_distance),
     "trust_region": Kind(
         "The trust region: how far each update moved the policy",
-        "The KL from the policy that sampled the batch to the updated policy: only an enforced limit holds the blue line "
-        "down, and the orange line shows the updates without enforcement.",
+        captions.trust_region,
         trust_region,
-        has("trust.kl", "trust.kl_proposed"),
+        has("trust.kl", "trust.kl_proposed", "trust.kl_max"),
     ),
-    "gated": Kind(
-        "How much each mechanism intervened in the updates",
-        "The taller a bar, the larger the share of the update in which the mechanism intervened, which need not be what it "
-        "changed; shares overlap, so a stack can exceed 1, and a gap is an update in which no mechanism intervened or whose "
-        "shares are not on record.",
-        gated,
-        has_interventions,
-    ),
+    "gated": Kind("How much each mechanism intervened in the updates", captions.gated, gated, has_interventions),
     "counterfactual": Kind(
         "How far each update would have gone without a mechanism",
-        "A point above the wide grey line is a mechanism that limited the update, a point below the line is one that let it go "
-        "further, and a point on the line is one that did not change how far it went.",
+        captions.counterfactual,
         counterfactual,
         has_counterfactual,
     ),
-    "ratios": Kind(
-        "The ratios after each update",
-        "Clipping removes gradients outside the grey range but does not keep ratios inside it: the parts of the blue bands "
-        "outside the range are ratios that left it nevertheless.",
-        ratios,
-        has("trust.max_ratio"),
-    ),
-    "gradient": Kind(
-        "The gradient's norm and its limit",
-        "A gradient above the dashed line is scaled down to it; under an optimizer that rescales gradients itself, such as "
-        "Adam, this hardly changes the update unless the gradient's norm varies from step to step.",
-        gradient,
-        has("gradient.norm"),
-    ),
+    "ratios": Kind("The ratios after each update", captions.ratios, ratios, has("trust.max_ratio")),
+    "gradient": Kind("The gradient's norm", captions.gradient, gradient, has("gradient.norm")),
 }
 """Every figure by the name of its files."""
 
 
 def draw(records: Records) -> list[Drawn]:
-    """The figures for which the records have anything to draw."""
+    """The figures for which the records have anything to draw; none for a single update, which has no course."""
+    if records[0].update == records[-1].update:
+        return []
     return [render(name, kind, records) for name, kind in FIGURES.items() if kind.applies(records)]
 
 
@@ -381,7 +365,25 @@ def render(name: str, kind: Kind, records: Records) -> Drawn:
         figure.savefig(vector, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     figure.set_layout_engine("none")  # reuse the layout: computing it takes half of the time
     figure.savefig(pixels, format="png", dpi=160, facecolor="white")
-    return Drawn(name, kind.title, kind.caption, vector.getvalue(), pixels.getvalue())
+    caption = kind.caption if isinstance(kind.caption, str) else kind.caption(records)
+    return Drawn(name, kind.title, caption, in_words(kind.title, figure), vector.getvalue(), pixels.getvalue())
+
+
+def in_words(title: str, figure: Figure) -> str:
+    """The title, and the course of each labelled line and of each kind of bars."""
+    courses: list[tuple[object, Any]] = []
+    for axes in figure.axes:
+        courses += [(line.get_label(), line.get_ydata()) for line in axes.lines]
+        courses += [(bars.get_label(), [bar.get_height() for bar in bars]) for bars in axes.containers]
+    parts = []
+    for label, course in courses:
+        values = np.asarray(course, dtype=np.float64)
+        values = values[np.isfinite(values)]
+        if values.size and not str(label).startswith("_"):
+            first, last, highest = (number(float(value)) for value in (values[0], values[-1], values.max()))
+            same = np.ptp(values) == 0
+            parts.append(f"{label} {first}" if same else f"{label} from {first} to {last}, at most {highest}")
+    return f"{title}. By update: {'; '.join(parts)}." if parts else f"{title}."
 
 
 def write(figures: Sequence[Drawn], folder: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from ..errors import DataError, is_finite
-from ..records import BOUNDS_FILE, COMPLETIONS_FILE, BoundRecord, Meaning, numbered_rows
+from ..records import BOUNDS_FILE, COMPLETIONS_FILE, SETTINGS_FILE, BoundRecord, Meaning, numbered_rows
 
 GROUPS = ("GRPOTrainer", "RLOOTrainer")
 """TRL's trainers that sample several completions of a prompt, without a value."""
@@ -37,14 +37,20 @@ class Completion(NamedTuple):
     ] = None
 
 
+Settings = dict[str, dict[str, str]]
+"""Values as text, by their groups and names."""
+
+
 class Run(NamedTuple):
-    """What a report is made of. `notes` say what was corrected or left out while reading."""
+    """What a report is made of. `notes` say what was corrected or left out while reading. `settings` are the groups of
+    `settings.json` (model, versions, hardware, options); empty without that file."""
 
     name: str
     folder: Path
     records: list[BoundRecord]
     completions: list[Completion]
     notes: list[str]
+    settings: Settings = {}
 
 
 def read_run(path: str | os.PathLike[str], *, completions: bool = True) -> Run:
@@ -65,7 +71,7 @@ def read_run(path: str | os.PathLike[str], *, completions: bool = True) -> Run:
         records = [record for _, record in sorted(last.items())]
     rows = folder / COMPLETIONS_FILE
     texts: list[Completion] = _rows(rows, Completion, notes) if completions and rows.exists() else []
-    return Run(folder.resolve().name, folder, records, texts, notes)
+    return Run(folder.resolve().name, folder, records, texts, notes, _settings(folder / SETTINGS_FILE, notes))
 
 
 def _rows(file: Path, schema: Any, notes: list[str]) -> list[Any]:
@@ -88,6 +94,18 @@ def _rows(file: Path, schema: Any, notes: list[str]) -> list[Any]:
             "read as missing."
         )
     return rows
+
+
+def _settings(file: Path, notes: list[str]) -> Settings:
+    """The settings that a run wrote; empty if it wrote none, or none that can be read."""
+    if not file.exists():
+        return {}
+    try:
+        groups = json.loads(file.read_bytes())
+        return {name: {key: str(value) for key, value in group.items()} for name, group in groups.items()}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        notes.append(f"{file.name}: left out, because it is not an object of objects ({_short(str(error))}).")
+        return {}
 
 
 # -- one row -----------------------------------------------------------------------------------------------------------

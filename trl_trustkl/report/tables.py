@@ -14,6 +14,7 @@ from .schema import Completion, Run
 from .series import (
     column,
     distance,
+    first_third,
     largest,
     last_third,
     mean,
@@ -25,7 +26,9 @@ from .series import (
 from .text import number, percent, shortened
 
 ROWS = 200  # of the table of updates
-SHOWN = 4  # completions of an update
+SHOWN = 4  # completions of an update, and prompts that recur
+OPTIONS = "options"
+"""The group of a run's settings with every field of the trainer's configuration."""
 NOTHING = number(None)  # the cell of a number that is not on record
 
 
@@ -43,10 +46,34 @@ class Moment(NamedTuple):
 
 
 def settings(run: Run) -> Table:
-    """The run's settings that are on record; of one that changed during the run, the first and last value."""
-    r = run.records
-    if of_groups(r):
-        return _settings_of_groups(r)
+    """What ran where, as the run wrote it, and the settings that are on record; of one that changed during the run, the first
+    and last value."""
+    recorded = _settings_of_groups(run.records) if of_groups(run.records) else _settings_of_ppo(run.records)
+    return Table(["mechanism", "setting", "value"], [*_identity(run), *recorded])
+
+
+def _identity(run: Run) -> list[list[str]]:
+    """The model, the versions and the hardware, the trainer, the seed and the controllers."""
+    groups, options = dict(run.settings), run.settings.get(OPTIONS, {})
+    groups.pop(OPTIONS, None)
+    rows = [[shortened(group, 40), *_shortened(pair)] for group, values in groups.items() for pair in values.items()]
+    chosen = {name: value for name, value in options.items() if name == "seed" or "controller" in name}
+    trainer = run.records[-1].trainer
+    rows += [["run", "trainer", shortened(trainer, 40)]] if trainer is not None else []
+    return rows + [["run", *_shortened(pair)] for pair in chosen.items()]
+
+
+def options(run: Run) -> Table:
+    """Every option of the trainer's configuration, as the run wrote them; no rows if it wrote none."""
+    return Table(["option", "value"], [_shortened(pair) for pair in sorted(run.settings.get(OPTIONS, {}).items())])
+
+
+def _shortened(pair: tuple[str, str]) -> list[str]:
+    return [shortened(pair[0], 80), shortened(pair[1], 300)]
+
+
+def _settings_of_ppo(r: Sequence[BoundRecord]) -> list[list[str]]:
+    """By the names of the fields of TrustKLPPOConfig."""
     rows = [
         ["anchor", "kl_estimator, kl_placement", f"{_over(r, _estimator)}; its gradient is {_over(r, _gradient)}"],
         ["anchor", "β (kl_coef)", _numbers(r, "anchor.coef")],
@@ -64,10 +91,10 @@ def settings(run: Run) -> Table:
     ]
     if r[-1].advantage is not None:
         rows[-2] = ["advantages", "advantage_estimator, num_generations", _over(r, _advantages)]
-    return Table(["mechanism", "setting", "value"], rows)
+    return rows
 
 
-def _settings_of_groups(r: Sequence[BoundRecord]) -> Table:
+def _settings_of_groups(r: Sequence[BoundRecord]) -> list[list[str]]:
     """Those of TRL's GRPO and RLOO trainers, by the names of their fields; without those that are not on record."""
     placement = f"{_over(r, _estimator)}; its gradient is {_over(r, _gradient)}"
     rows = [
@@ -84,7 +111,7 @@ def _settings_of_groups(r: Sequence[BoundRecord]) -> Table:
     ]
     if not (column(r, "anchor.coef") > 0).any():
         del rows[1]
-    return Table(["mechanism", "setting", "value"], rows)
+    return rows
 
 
 def _further_limits(r: Sequence[BoundRecord]) -> list[list[str]]:
@@ -181,6 +208,27 @@ def updates(run: Run) -> Table:
     columns = {title: [cell(run.records[i]) for i in chosen] for title, cell in UPDATE_COLUMNS.items()}
     columns = {title: cells for title, cells in columns.items() if set(cells) != {NOTHING}}
     return Table(list(columns), [list(row) for row in zip(*columns.values(), strict=True)])
+
+
+def recurring(run: Run) -> list[list[Moment]]:
+    """For each of up to SHOWN prompts that were recorded both in the first and in the last third of the updates: its
+    completions at the start and the end, and in the middle where it was recorded there too. Those with a middle come first.
+    """
+    kept = sorted({row.update for row in run.completions})
+    early, late = first_third(kept), last_third(kept)
+    of_prompt: dict[str, dict[int, Completion]] = {}
+    for row in run.completions:
+        of_prompt.setdefault(row.prompt, {}).setdefault(row.update, row)
+    found = []
+    for rows in of_prompt.values():
+        start, end = min(rows), max(rows)
+        if start == end or start > early[-1] or end < late[0]:
+            continue
+        between = [update for update in rows if early[-1] < update < late[0]]
+        middle = [min(between, key=lambda update: abs(2 * update - start - end))] if between else []
+        chosen = zip(["start", *("middle" for _ in middle), "end"], [start, *middle, end], strict=True)
+        found.append([Moment(when, update, [rows[update]]) for when, update in chosen])
+    return sorted(found, key=len, reverse=True)[:SHOWN]
 
 
 def moments(run: Run) -> list[Moment]:

@@ -191,7 +191,7 @@ def require_vllm() -> None:
     except Exception as error:  # a package that it needs may not fit to another
         raise ConfigError(
             f"`use_vllm` got True, and vLLM cannot be imported ({type(error).__name__}: {error}). Install it: pip install "
-            "'trl-trustkl[vllm]'; for a CPU see docs/vllm.md."
+            "'trl[vllm]'; for a CPU see docs/vllm.md."
         ) from error
 
 

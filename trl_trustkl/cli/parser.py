@@ -1,0 +1,30 @@
+"""argparse's parser, with usage errors of two lines."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from typing import Any, NoReturn
+
+from ..errors import shown, unknown_name
+
+LISTED = 16
+"""Choices at most that help texts and messages list."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors name the command and its --help, and do not print the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\nAll options: {self.prog} --help\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        names = [str(choice) for choice in action.choices]
+        message = str(unknown_name(action.dest, value, names))
+        if len(names) > LISTED and (near := difflib.get_close_matches(str(value), names, n=5)):
+            message = (
+                f"`{action.dest}` got {shown(value)}; the nearest of its {len(names)} values are {', '.join(near)}."
+            )
+        raise argparse.ArgumentError(None, message)
