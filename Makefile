@@ -10,6 +10,7 @@ ENV := .venv
 ENV112 := .venv-trl112
 ENVLOW := .venv-lowest
 ENVVLLM := .venv-vllm
+ENVSMOKE := .venv-smoke
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 PARALLEL := -n $(WORKERS) --dist worksteal
 # Tests that do not depend on the line of TRL: of the mathematics, models, sampling, signals, processes and servers that fail,
@@ -25,7 +26,7 @@ FAST := -q -rs -m "not slow and not processes" $(PARALLEL)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo compare test test-processes test-slow test-trl112 test-lowest test-vllm lint format type docs clean
+.PHONY: help demo compare test test-processes test-slow test-trl112 test-lowest test-vllm lint format type docs dist smoke publish clean
 .DEFAULT_GOAL := help
 .SECONDARY:
 .DELETE_ON_ERROR:
@@ -73,8 +74,24 @@ docs: $(ENV)/docs.stamp ## regenerate the generated pages of docs/, and build th
 	@$(OFFLINE) $(ENV)/bin/python docs/generate.py
 	@NO_MKDOCS_2_WARNING=1 $(ENV)/bin/mkdocs build --strict
 
+dist: $(ENV)/dev.stamp ## build the wheel and the sdist into dist/, and check them
+	@rm -rf dist
+	@$(ENV)/bin/python -m build --no-isolation --outdir dist .
+	@$(ENV)/bin/twine check --strict dist/*
+
+smoke: dist ## test the wheel by itself, beside TRL=1.12.0 and the newest
+	@for trl in 1.12.0 $$(sed -n 's/^trl==//p' constraints.txt); do \
+	  $(PYTHON) -m venv --clear $(ENVSMOKE) && $(ENVSMOKE)/bin/python -m pip install -q "$$(grep '^torch==' constraints.txt)" && \
+	  sed "s/^trl==.*/trl==$$trl/" constraints.txt > $(ENVSMOKE)/constraints.txt && \
+	  $(ENVSMOKE)/bin/python -m pip install -q -c $(ENVSMOKE)/constraints.txt dist/*.whl && \
+	  $(OFFLINE) $(ENVSMOKE)/bin/python -P tests/smoke.py || exit 1; \
+	done
+
+publish: smoke ## upload to PyPI what was tested; twine asks for a token, or reads TWINE_PASSWORD
+	@$(ENV)/bin/twine upload dist/*
+
 clean: ## remove the environments, caches and build outputs, but keep runs/
-	rm -rf $(ENV) $(ENV112) $(ENVLOW) $(ENVVLLM) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(ENV) $(ENV112) $(ENVLOW) $(ENVVLLM) $(ENVSMOKE) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find trl_trustkl tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environments. Both lines of TRL use the same file of pinned versions; for 1.12 its line for TRL is replaced. The

@@ -1,6 +1,6 @@
-"""MkDocs hooks: files outside docs/ that a page links to are added to the site, under source/.
+"""MkDocs hooks: formulas become MathML, and files outside docs/ that a page links to are added to the site, under source/.
 
-The pages use relative links to these files, so that the links also work in a clone and on GitHub.
+The pages use relative links to these files, and blocks of `math`, so that both also work in a clone and on GitHub.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
 _OUTSIDE = re.compile(r"\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)")
+
+_FORMULA = re.compile(r"^```math\n(.*?)^```$", re.M | re.S)
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:
@@ -25,6 +28,9 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
+    markdown = _FORMULA.sub(
+        lambda formula: f'<div class="formula">{convert(formula[1], display="block")}</div>', markdown
+    )
     return _OUTSIDE.sub(lambda link: f"]({_served(link[1])})", markdown)
 
 

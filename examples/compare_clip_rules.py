@@ -2,7 +2,7 @@
 
 It is often said that clipping keeps the ratio within [0.8, 1.2]. In fact, a clip removes the gradient of tokens whose ratio
 has already left the range. Gradients of other tokens, the optimizer's momentum, and the step that crosses the limit still
-move ratios outside of it. Therefore read three columns together: the share of the gradient that was gated, the largest
+move ratios out of the range. Therefore read three columns together: the share of the gradient that was gated, the largest
 ratio after an update, and the KL of an update. A rule that gates more does not necessarily move the policy less. Compare
 `ppo`, whose gradient is zero outside the range, with `rollback` and `spo`, which pull ratios back, with `gspo`, which uses
 the ratio of an entire response, and with `none`.
@@ -75,9 +75,10 @@ def main(arguments: list[str] | None = None) -> None:
     print("\nrule        gated        ratio     update     to ref    score")
     print("\n".join(rows))
     print(
-        "\ngated: share of the gradient that the rule removed; ratio: the largest after\n"
-        "an update; update: mean KL(π_old‖π), nats per token; to ref: KL(π‖π_ref) at the\n"
-        "end, nats per response. cliprange is 0.2 for all rules; gspo's paper uses 3e-4."
+        "\ngated: share of the gradient that the rule removed; ratio: the largest ratio\n"
+        "after an update; update: mean KL(π_old‖π) in nats per token; to ref: KL(π‖π_ref)\n"
+        "at the end in nats per response. cliprange is 0.2 for all rules, but the paper\n"
+        "of gspo uses 3e-4."
     )
 
 

@@ -4,8 +4,8 @@ The controllers of this package keep the KL to the reference *at* a target. When
 even if the reward does not need a larger KL. This controller treats the target as a budget. When the KL is above it, β
 rises immediately, by `up` for every multiple of the target; when the KL is below it, β decreases slowly, by `fade` per
 update, but never below its initial value. A controller is a frozen dataclass with `init()`, which returns the first state,
-and `update(state, kl=, episodes=)`, which returns the next one. When it is registered in CONTROLLERS, it is an option like
-the built-in controllers: its arguments are checked, its state is saved in checkpoints, and its coefficient is recorded.
+and `update(state, kl=, episodes=)`, which returns the next one. Once it is registered in CONTROLLERS, the controller is an
+option like the built-in ones: its arguments are checked, its state is saved in checkpoints, and its coefficient is recorded.
 
     python examples/custom_controller.py                            # SmolLM2 on a CPU, a few minutes
     python examples/custom_controller.py --model Qwen/Qwen2.5-0.5B-Instruct --updates 100       # a GPU

@@ -1,12 +1,12 @@
-"""A custom rollout engine: responses that are sampled somewhere else than in the trainer.
+"""A custom rollout engine: responses that are sampled outside of the trainer.
 
-An engine has four methods. `check` raises an error before the first rollout if it cannot work. `sync` gets the policy's
-weights as those of a plain checkpoint, adapter included, whenever they may have changed. `generate` returns the token
-ids of one response for each prompt, without padding, their log-probabilities, and why each ended. `close` releases what
-the engine holds. This one samples from a copy of the model, token by token; the copy could be on another device, or
-`generate` could ask another machine. The trainer pads, computes everything else in the training pass, and weights the
-loss by the ratio of the two policies, so that what an engine computes differently is corrected and recorded
-(sampler/kl).
+An engine has four methods. `check` raises an error before the first rollout if the engine cannot work. `sync` gets the
+policy's weights whenever they may have changed, as those of a plain checkpoint with the adapter merged. `generate`
+returns for each prompt the token ids of one response, without padding, their log-probabilities, and why the response
+ended. `close` releases what the engine holds. The engine of this example samples from a copy of the model, token by
+token. The copy could be on another device, or `generate` could ask another machine. The trainer pads the responses and
+computes everything else in the training pass. It weights the loss by the ratio of the policy to the engine's
+distribution, which corrects differences between the two. It also records them (sampler/kl).
 
     python examples/custom_engine.py                            # SmolLM2 on a CPU, a few minutes
     python examples/custom_engine.py --model Qwen/Qwen2.5-0.5B-Instruct --updates 100       # a GPU

@@ -1,7 +1,7 @@
-"""Custom rewards: dataset columns as arguments, rows without a reward, several weighted functions.
+"""Custom rewards with dataset columns as arguments, rows without a reward, and several weighted functions.
 
-A reward function has GRPO's signature, f(prompts, completions, **columns). Every other column of the dataset is passed as
-a list with one value per completion. The function returns one number per completion, or None for a completion that it does
+A reward function has GRPO's signature, f(prompts, completions, **columns). Every column of the dataset but `prompt` is passed
+as a list with one value per completion. The function returns one number per completion, or None for a completion that it does
 not judge. Here some prompts ask for a word and some set a limit on the number of words, and each function judges only one
 of the two. The score of a row is the weighted sum of its numbers. A row for which every function returns None has no reward
 and contributes no gradient. The prompts are lists of messages, so completions are lists of messages too; `text_of` extracts

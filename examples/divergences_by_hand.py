@@ -1,11 +1,11 @@
 """Compare every estimator of the KL anchor with its closed form, on six words, where a mean is a sum of six terms.
 
 A trainer observes sampled words, and estimates how far the policy p is from the reference q by a function of u = q/p at
-each word. To choose this function, three questions matter, and the table answers them. *What does it estimate?* Some
+each word. The table answers three questions about such an estimator. *What does it estimate?* Some
 estimators measure another divergence than KL(p‖q), and k2 measures no divergence exactly. *How noisy is it?* k1 and k3 have
 the same mean, but for policies that are close the noise of k1 is many times its value. *What is its gradient*, as a penalty
 in the reward, in the loss, or in both? An estimator with the correct value may have the gradient of another quantity, or
-none. Look at k1 in the loss, and at k3 in the reward, which was TRL's kl_estimator="k3".
+none. Two examples are k1 in the loss, and k3 in the reward, which was TRL's kl_estimator="k3".
 
     python examples/divergences_by_hand.py                  # seconds, without a model
     python examples/divergences_by_hand.py --distance 0.05  # a policy closer to the reference: k1 is still noisy
@@ -73,8 +73,8 @@ def table(distance: float) -> str:
         lines.append(f"{name:11} {meaning:14} {value:8.4f} {bias:+8.4f} {deviation / value:6.1f}  {kinds}")
     lines += [
         "",
-        "value: in nats; bias: mean of the estimator − value; std: of one sample, in",
-        "units of the value. exact: the gradient of that divergence; partial: one of its",
+        "value: in nats; bias: mean of the estimator − value; std: standard deviation of",
+        "one sample / value. exact: the gradient of that divergence; partial: one of its",
         "two terms; biased: the gradient of another quantity; zero: only noise.",
     ]
     return "\n".join(lines)

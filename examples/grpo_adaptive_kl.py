@@ -1,10 +1,10 @@
-"""A KL target for GRPO or RLOO: beta is adapted during training until the KL reaches the target.
+"""A KL target for GRPO or RLOO: a callback adapts beta during training until the KL is near the target.
 
 TRL's GRPOTrainer and RLOOTrainer keep the policy near its reference with a fixed coefficient, `beta`. The KL that results
 from a given beta depends on model, reward and learning rate, and is known only after the run. It is easier to choose the
 KL. A callback reads the KL that the trainer measures, in nats per token, and adapts beta until the KL is near the target.
-Here beta starts at an arbitrary value, and every line shows how the controller changes it. The reward is VADER's
-sentiment, which a policy without a KL penalty soon exploits with a list of positive words.
+Here beta starts at an arbitrary value, and every printed line shows how the controller changes it. The reward is VADER's
+sentiment. A policy without a KL penalty soon exploits this reward with a list of positive words.
 
     python examples/grpo_adaptive_kl.py                         # GRPO on SmolLM2-135M, a CPU, a few minutes
     python examples/grpo_adaptive_kl.py --trainer rloo --steps 60
@@ -74,10 +74,10 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trainer", choices=TRAINERS, default="grpo", help="(%(default)s)")
-    parser.add_argument("--model", help="a name on the Hub, or a folder (SmolLM2-135M-Instruct)")
+    parser.add_argument("--trainer", choices=TRAINERS, default="grpo", help="(default: %(default)s)")
+    parser.add_argument("--model", help="a name on the Hub, or a folder (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--target", type=float, default=0.1, help="KL to the reference, nats per token (%(default)s)")
-    parser.add_argument("--beta", type=float, default=1.0, help="the first coefficient (%(default)s)")
+    parser.add_argument("--beta", type=float, default=1.0, help="the coefficient at the start (%(default)s)")
     parser.add_argument("--steps", type=int, default=40, help="updates (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="responses per update (%(default)s)")
     parser.add_argument("--tokens", type=int, default=20, help="maximum length of a response (%(default)s)")

@@ -1,11 +1,12 @@
 """The separate effects of the KL penalty to a frozen reference (the anchor) and of a penalty on the size of an update.
 
 Both penalties keep a policy near another policy, so they look alike. This example separates them on a vocabulary of six
-words, where every update can be computed exactly: from the policy μ of the last update, take the p that maximises
+words, where every update can be computed exactly. Let q be the reference, r the reward, and μ the policy of the last update.
+An update takes the p that maximises
 
     E_p[r] − β·KL(p‖q) − λ·KL(p‖μ),        which is        p ∝ exp((r + β·log q + λ·log μ) / (β + λ)),
 
-and use it as the next μ. With an anchor (β > 0) the policy converges to q·exp(r/β)/Z, which does not depend on λ; λ only
+and this p is the next μ. With an anchor (β > 0) the policy converges to q·exp(r/β)/Z, which does not depend on λ; λ only
 sets the share of the remaining error that an update keeps, λ/(β + λ). Without an anchor (β = 0) there is no such fixed
 point: the policy converges to the word with the highest reward, and a larger λ only delays this.
 
@@ -35,7 +36,7 @@ from trl_trustkl.divergences import exact_from_logps
 WORDS = ("fine", "good", "great", "thanks", "the", "wow")
 REFERENCE = (0.30, 0.25, 0.15, 0.14, 0.15, 0.01)
 REWARD = (0.3, 0.5, 0.7, 0.4, 0.0, 1.0)
-"""A reward with a loophole: it is highest for a word that the reference hardly ever says."""
+"""A reward that can be exploited: it is highest for a word that is very improbable under the reference."""
 
 BETAS = (0.5, 0.15, 0.0)
 LAMBDAS = (0.0, 1.0, 3.0, 10.0)

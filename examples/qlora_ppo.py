@@ -1,13 +1,13 @@
-"""PPO on a model of 7 to 8 billion parameters, on one GPU of 24 GB: where the memory goes, and which settings change it.
+"""PPO on a model of 7 to 8 billion parameters, on one GPU of 24 GB: what uses the memory, and which settings change it.
 
 PPO needs a policy, a reference, a value, and memory for sampling. The weights of three full models of 8 billion parameters
 would take about 50 GB. Here one backbone in 4 bits has three uses: with the LoRA adapter it is the policy, without the
 adapter it is the reference, and a small head on its hidden states predicts the value. Before training, the script estimates
-the memory from the shapes in the model's configuration: the weights (embeddings, head and norms stay in bf16), the adapter
-and the value head in 32 bits with their gradients and Adam's two moments, what the backward pass of one micro-batch keeps,
-and the keys and values of sampling. Training and sampling use their memory at different times: `--micro-batch` and
-`--response-length` determine the peak of training, `--sample-batch` that of sampling. On a GPU the script prints the measured
-peak after the run. For the shape of Qwen2.5-7B the estimate was compared with an H100 (docs/performance.md).
+the memory from the shapes in the model's configuration. It counts the weights (embeddings, head and norms stay in bf16), the
+adapter and the value head in 32 bits with their gradients and Adam's two moments, what the backward pass of one micro-batch
+keeps, and the keys and values of sampling. Training and sampling use their memory at different times: `--micro-batch` and
+`--response-length` determine the peak of training, and `--sample-batch` that of sampling. On a GPU the script prints the
+measured peak after the run. For the shape of Qwen2.5-7B the estimate was compared with an H100 (docs/performance.md).
 
     python examples/qlora_ppo.py                                        # SmolLM2-135M on a CPU, a few minutes
     python examples/qlora_ppo.py --model Qwen/Qwen2.5-7B-Instruct --updates 200        # one GPU of 24 GB

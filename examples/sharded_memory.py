@@ -1,9 +1,9 @@
-"""Memory of a process for PPO with DDP, FSDP2, ZeRO-2 and ZeRO-3, by counting the tensors of a model on the meta device.
+"""Estimate the memory of a process for PPO with DDP, FSDP2, ZeRO-2 and ZeRO-3, from a model on the meta device.
 
-It counts the weights, their gradients and moments, what is kept of them during an update, the reference, and what is gathered
-for a pass and for sampling. It does not count activations, the cache of sampling and buffers, which do not depend on the engine
-(examples/qlora_ppo.py estimates them). With LoRA, the reference is the policy without its adapter; in full fine-tuning it is a
-second model. The value is a head on the policy. `bf16` is on.
+The script counts the weights, their gradients and moments, what is kept of them during an update, the reference, and what is
+gathered for a pass and for sampling. It does not count activations, the cache of sampling and buffers, which do not depend on
+the engine (examples/qlora_ppo.py estimates these). With LoRA, the reference is the policy without its adapter; in full
+fine-tuning it is a second model. The value is a head on the policy. `bf16` is on.
 
     python examples/sharded_memory.py                                    # a model with the shapes of Llama 3.1 8B
     python examples/sharded_memory.py --model Qwen/Qwen2.5-7B-Instruct   # reads its config.json, no weights
@@ -26,7 +26,7 @@ LLAMA_8B = LlamaConfig(
 
 
 class Shapes(NamedTuple):
-    """Numbers of parameters: of the base model, trained ones, of the embeddings and the head, of the head, of a layer."""
+    """Numbers of parameters: of the base model, that are trained, of embeddings and head (root), of the head, of a layer."""
 
     base: int
     trained: int
@@ -49,7 +49,7 @@ def shapes(config, lora_r: int | None) -> Shapes:
 
 
 def held(engine: str, shape: Shapes, processes: int, *, full: bool, low: int = 2) -> dict[str, float]:
-    """Bytes that a process holds, by purpose; `low` are those of a weight in bf16.
+    """Bytes that a process holds, by purpose. `low` is the size of a weight in bf16, in bytes.
 
     Trained weights are in float32 with DDP and FSDP2. With ZeRO all weights are in bf16, and trained ones have a copy in
     float32.
@@ -90,7 +90,7 @@ def peak(parts: dict[str, float], *, gathers: bool = True) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a name or a folder; without it, the shapes of Llama 3.1 8B")
+    parser.add_argument("--model", help="a name or a folder (default: the shapes of Llama 3.1 8B)")
     parser.add_argument("--lora-r", type=int, default=16)
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4, 8])
     options = parser.parse_args(arguments)

@@ -69,6 +69,42 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return [(page, block) for page, text in TEXTS.items() if page != "docs/cli.md" for block in pattern.findall(text)]
 
 
+# -- the API reference -------------------------------------------------------------------------------------------------
+
+
+def test_the_api_pages_have_all_public_names_and_only_names_that_exist() -> None:
+    named = {
+        name
+        for page in ("api", "api_mathematics")
+        for name in re.findall(r"^::: (\S+)$", TEXTS[f"docs/{page}.md"], re.M)
+    }
+    assert {f"trl_trustkl.{name}" for name in trl_trustkl.__all__} <= named
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute) or importlib.import_module(name), name
+
+
+def test_the_examples_of_docstrings_are_code_on_the_api_pages() -> None:
+    pytest.importorskip("griffe")
+    fenced = load("docs/doctests.py").fenced
+    assert fenced("Says.\n\n>>> f(\n...     1)\n2\n>>> g()\n\nMore.") == (
+        "Says.\n\n```pycon\n>>> f(\n...     1)\n2\n>>> g()\n```\n\nMore."
+    )
+    assert fenced("A text without any.") == "A text without any."
+
+
+def test_formulas_become_mathml() -> None:
+    pytest.importorskip("mkdocs")
+    hooks = load("docs/hooks.py")
+    for page, text in TEXTS.items():
+        for block in re.findall(r"^```math\n.*?^```$", text, re.M | re.S):
+            made = hooks.on_page_markdown(block)
+            assert made.startswith('<div class="formula"><math') and "\\" not in made and "&</mi>" not in made, (
+                page,
+                block,
+            )
+
+
 # -- generated parts ---------------------------------------------------------------------------------------------------
 
 

@@ -333,26 +333,37 @@ def test_a_run_allocates_what_was_estimated(model, tmp_path, monkeypatch) -> Non
     assert 0 < max(states) * 2 <= parts["hidden states under π_old and π_ref"]
 
 
-def notebook_cells() -> list[str]:
-    notebook = json.loads((ROOT / "examples" / "four_corners.ipynb").read_text("utf-8"))
+def run_notebook(name: str, **settings: object) -> dict[str, object]:
+    """Run all cells in order, with these settings in place of those of the first cell; returns the names that they leave."""
+    notebook = json.loads((ROOT / "examples" / f"{name}.ipynb").read_text("utf-8"))
     assert notebook["nbformat"] == 4 and not any(cell.get("outputs") for cell in notebook["cells"])
-    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-
-
-def test_the_notebook_runs_from_top_to_bottom(model, tmp_path, capsys) -> None:
-    settings, *cells = notebook_cells()
+    first, *cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     names: dict[str, object] = {}
-    exec(compile(settings, "settings", "exec"), names)
-    assert set(names) - {"__builtins__"} == {"MODEL", "UPDATES", "OUTPUT"}
-    names |= {"MODEL": model, "UPDATES": 1, "OUTPUT": str(tmp_path)}
+    exec(compile(first, "settings", "exec"), names)
+    assert settings.keys() <= names.keys()
+    names |= settings
     for number, cell in enumerate(cells, start=2):
         exec(compile(cell, f"cell {number}", "exec"), names)
+    return names
+
+
+def test_the_notebook_of_ppo_runs_from_top_to_bottom(model, tmp_path, capsys) -> None:
+    names = run_notebook("four_corners", MODEL=model, UPDATES=1, OUTPUT=str(tmp_path))
     said = capsys.readouterr().out
     assert all(f"\n{corner}" in said for corner in names["CORNERS"])
     assert {path.name for path in tmp_path.iterdir()} == {"anchor_and_clip", "clip_only", "anchor_only", "neither"}
     records = {path.name: load_records(path)[0] for path in tmp_path.iterdir()}
     assert [records[name]["anchor"]["coef"] for name in ("anchor_only", "clip_only")] == [0.05, 0.0]
     assert [records[name]["trust"]["rule"] for name in ("anchor_only", "clip_only")] == ["none", "ppo"]
+
+
+def test_the_notebook_of_grpo_runs_from_top_to_bottom(model, tmp_path, capsys) -> None:
+    names = run_notebook("grpo_trust_region", MODEL=model, UPDATES=3, LEARNING_RATE=0.3, OUTPUT=str(tmp_path))
+    said = capsys.readouterr().out
+    assert all(f"\n{name}" in said for name in names["LIMITS"])
+    plain, limited, _ = ([record["trust"] for record in records] for records in names["runs"].values())
+    assert max(each["kl"] for each in plain) > 0.02 >= max(each["kl"] for each in limited)
+    assert [each["guaranteed"] for each in (plain[-1], limited[-1])] == [None, 0.02]
 
 
 TRAINING = ("custom_controller", "custom_reward", "custom_engine", "compare_clip_rules", "qlora_ppo")

@@ -22,6 +22,7 @@ ABOUT_THE_PROJECT = {
     "test_docs",
     "test_examples",
     "test_packaging",
+    "test_recipes",
     "test_structure",
     "test_typings",
     "test_upstream_defects",
@@ -55,6 +56,7 @@ LAYERS = (
 package's own `__init__`, which loads what is above the mathematics on first use, is in none."""
 
 UNNAMED_ON_PURPOSE = {
+    "cli.parser._check_value": "argparse calls it",
     "cli.train_help._format_action_invocation": "argparse calls it",
     "cli.train_help._get_help_string": "argparse calls it",
     "trl_compat.vllm.check_server": "TRL calls it",

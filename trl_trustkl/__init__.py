@@ -1,4 +1,4 @@
-"""PPO on TRL with the anchor and the trust region as switches, and a record of what bounded every update.
+"""A trust region for TRL's GRPO, RLOO and PPO, measured and enforced at every update, beside the KL penalty.
 
 The mathematics (`divergences`, `controllers`, `surrogates`, `trust_region`, …) only needs torch; modules that need TRL are
 imported on first use.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .ppo.config import TrustKLPPOConfig
     from .ppo.trainer import TrustKLPPOTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LAZY = {
     "AdaptiveKLCallback": ".callbacks", "BoundReportCallback": ".callbacks",
