@@ -33,10 +33,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
         ("temperature", "set temperature"),
         ("eos_token_id", "set stop_token_id"),
         ("pad_token_id", "tokenizer's pad token"),
-        ("do_sample", "leave it out"),
-        ("num_beams", "leave it out"),
-        ("num_return_sequences", "leave it out"),
-        ("use_cache", "leave it out"),
+        ("do_sample", "the trainer depends on its value"),
+        ("num_beams", "the trainer depends on its value"),
+        ("num_return_sequences", "the trainer depends on its value"),
+        ("use_cache", "the trainer depends on its value"),
     ],
 )
 def test_generation_kwargs_that_the_trainer_sets_are_rejected(tmp_path, key, fix, as_json):
@@ -62,11 +62,11 @@ def test_options_within_their_ranges_are_accepted(options):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"temperature": 1.0}, "`generation_kwargs` got 'temperature': set temperature instead"),
+        ({"temperature": 1.0}, r"cannot be set: 'temperature': 1.0 \(set temperature instead\)"),
         ({"max_new_tokens": 5}, "set response_length instead"),
         ({"eos_token_id": 2}, "set stop_token_id instead"),
-        ({"num_beams": 2}, "the trainer depends on its value; leave it out"),
-        ({"topk": 5}, "got 'topk'; it must be one of .*Did you mean 'top_k'"),
+        ({"num_beams": 2}, r"'num_beams': 2 \(the trainer depends on its value\). Leave them out"),
+        ({"topk": 5}, r"'topk': 5 \(generate\(\) has no such option. Did you mean 'top_k'\?\)"),
         ({"top_p": math.nan}, r"`generation_kwargs\['top_p'\]` got nan; it must be a finite number"),
         ({"min_p": math.inf}, r"`generation_kwargs\['min_p'\]` got inf"),
         ({"top_p": 1.5}, "`generation_kwargs` got {'top_p': 1.5}: "),
@@ -105,10 +105,27 @@ def test_every_option_of_the_installed_transformers_is_in_one_category():
 def test_an_option_without_an_effect_is_refused_with_the_reason(tmp_path, option):
     with pytest.raises(ConfigError) as error:
         tiny.config(tmp_path, generation_kwargs={option: 7, "top_p": 0.9})
-    assert_says(
-        error, f"`generation_kwargs` got options that have no effect here, or one that cannot be allowed: {option!r}"
-    )
+    assert_says(error, f"`generation_kwargs` got options that cannot be set: {option!r}")
     assert_says(error, f": 7 ({REFUSED[option]}). Leave them out; the options that may be set are ", "'top_p'")
+
+
+def test_what_a_script_for_trl_0_11_passes_is_answered_in_one_message():
+    given = {
+        "min_length": -1, "top_k": 0.0, "top_p": 1.0, "do_sample": True, "pad_token_id": 3, "max_new_tokens": 32,
+        "batch_size": 4, "return_prompt": False, "temperature": None,
+    }  # fmt: skip
+    with pytest.raises(ConfigError) as error:
+        check_generation_kwargs(given)
+    assert_says(
+        error,
+        "'min_length': -1 (it counts the prompt",
+        "'do_sample': True (the trainer depends on its value)",
+        "'pad_token_id': 3 (set the tokenizer's pad token instead)",
+        "'max_new_tokens': 32 (set response_length instead)",
+        "'batch_size': 4, 'return_prompt': False (generate() has no such option.)",
+    )
+    assert "'top_k': 0.0" not in str(error.value) and "'top_p': 1.0" not in str(error.value)
+    check_generation_kwargs({"top_k": 0.0, "top_p": 1.0})
 
 
 def test_all_options_without_an_effect_are_in_one_message():

@@ -83,6 +83,16 @@ def test_an_unknown_option_is_answered_with_those_that_exist(name):
         check_vllm_options({name: 3}, corrected=False)
 
 
+def test_all_options_that_cannot_be_set_are_in_one_message():
+    with pytest.raises(ConfigError) as error:
+        check_vllm_options({"max_tokens": 3, "top_n": 1, "top_p": 7, "top_k": 5, "min_p": 0}, corrected=True)
+    said = str(error.value)
+    assert all(
+        each in said for each in ("set `response_length` instead.", "'top_n'; it", "['top_p']` got 7", "'top_k': 5")
+    )
+    assert "min_p'" not in said.split("it must be one of")[0]
+
+
 def test_the_options_of_vllm_are_checked_instead_of_those_of_generate(tmp_path):
     tiny.config(tmp_path, use_vllm=True, generation_kwargs={"presence_penalty": 0.5})
     with pytest.raises(

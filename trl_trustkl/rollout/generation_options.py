@@ -12,7 +12,7 @@ import transformers
 from transformers import CompileConfig, GenerationConfig
 from transformers.generation import logits_process
 
-from ..errors import ConfigError, is_finite, out_of_range, shown, unknown_name
+from ..errors import ConfigError, did_you_mean, is_finite, out_of_range, shown, unknown_name
 
 SET_ELSEWHERE = {
     "max_new_tokens": "response_length",
@@ -103,16 +103,7 @@ _COMPILING: list[tuple[str, Any, str]] = [
 
 def check_generation_kwargs(extra: dict[str, Any]) -> None:
     """Raise ConfigError for an option that is unknown, out of range, without effect, or set by a field of the configuration."""
-    for key, instead in SET_ELSEWHERE.items():
-        if key in extra:
-            fix = f"set {instead} instead." if instead else "the trainer depends on its value; leave it out."
-            raise ConfigError(f"`generation_kwargs` got {key!r}: {fix}")
-    known = GenerationConfig().to_dict()
-    usable = [key for key in WORKING if key in known]
-    _check_effects(extra, known, usable)
-    for key in extra:
-        if key not in known and key not in REFUSED:
-            raise unknown_name("generation_kwargs", key, usable)
+    _check_names(extra)
     for key, value in extra.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not is_finite(value):
             raise out_of_range(f"generation_kwargs['{key}']", value, "a finite number")
@@ -130,23 +121,41 @@ def check_generation_kwargs(extra: dict[str, Any]) -> None:
         raise ConfigError(f"`generation_kwargs` got {shown(extra)}: {error}") from None
 
 
-def _check_effects(extra: dict[str, Any], known: dict[str, Any], usable: list[str]) -> None:
-    """Raise one ConfigError that names all options that would be ignored, unless they have their default value."""
+def _check_names(extra: dict[str, Any]) -> None:
+    """Raise one ConfigError that names all options that a run cannot set. Those that would be ignored are accepted with their
+    default value."""
+    known = GenerationConfig().to_dict()
+    usable = sorted(key for key in WORKING if key in known)
     defaults = known | getattr(GenerationConfig, "_get_default_generation_params", dict)()
     given = {
         key: value
         for key, value in extra.items()
-        if value is not None and value is not False and value != defaults.get(key)
+        if key not in SET_ELSEWHERE and value is not None and value is not False and value != defaults.get(key)
     }
     keys: dict[str, list[str]] = {}
-    for key, reason in _ignored(given, known):
-        keys.setdefault(reason, []).append(f"{key!r}: {shown(given[key])}")
+    for key, reason in (*_set_elsewhere(extra), *_ignored(given, known), *_unknown(extra, known, usable)):
+        keys.setdefault(reason, []).append(f"{key!r}: {shown(extra[key])}")
     if keys:
         groups = "; ".join(f"{', '.join(some)} ({reason})" for reason, some in keys.items())
         raise ConfigError(
-            f"`generation_kwargs` got options that have no effect here, or one that cannot be allowed: {groups}. Leave them "
-            f"out; the options that may be set are {', '.join(map(repr, sorted(usable)))}."
+            f"`generation_kwargs` got options that cannot be set: {groups}. Leave them out; the options that may be set are "
+            f"{', '.join(map(repr, usable))}."
         )
+
+
+def _set_elsewhere(extra: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The options that the trainer sets, each with what determines its value."""
+    for key in extra:
+        if key in SET_ELSEWHERE:
+            instead = SET_ELSEWHERE[key]
+            yield key, f"set {instead} instead" if instead else "the trainer depends on its value"
+
+
+def _unknown(extra: dict[str, Any], known: dict[str, Any], usable: list[str]) -> Iterator[tuple[str, str]]:
+    """The options that do not exist, each with the nearest that does."""
+    for key in extra:
+        if key not in known and key not in REFUSED and key not in SET_ELSEWHERE:
+            yield key, f"generate() has no such option.{did_you_mean(key, usable)}"
 
 
 def _ignored(given: dict[str, Any], known: dict[str, Any]) -> Iterator[tuple[str, str]]:

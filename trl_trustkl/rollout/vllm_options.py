@@ -69,26 +69,32 @@ def _holds(name: str, value: Any) -> bool:
 
 
 def check_vllm_options(given: dict[str, Any], *, corrected: bool) -> None:
-    """Raise ConfigError for an option that vLLM does not know, that is set elsewhere, or, where the loss is `corrected` for the
-    sampler, that removes tokens: a token that is never sampled has no weight."""
-    for name, value in given.items():
-        if name in SET_ELSEWHERE:
-            field = SET_ELSEWHERE[name]
-            fix = f"set `{field}` instead" if field else "the trainer sets it"
-            raise ConfigError(f"`generation_kwargs` got {name!r}: {shown(value)}; {fix}.")
-        if name not in OPTIONS:
-            raise unknown_name("generation_kwargs", name, OPTIONS)
-        option = OPTIONS[name]
-        if value is None:
-            continue
-        if not _holds(name, value):
-            raise out_of_range(f"generation_kwargs[{name!r}]", value, option.valid)
-        if option.cuts and corrected and value not in option.off:
-            raise ConfigError(
-                f"`generation_kwargs` got {name!r}: {shown(value)} with vllm_importance_sampling_correction=True: it removes "
-                "tokens that the policy may sample, which no weight makes up for. Leave it out, or set "
-                "vllm_importance_sampling_correction=False."
-            )
+    """Raise one ConfigError for all options that vLLM does not know, that are set elsewhere, or, where the loss is `corrected`
+    for the sampler, that remove tokens: a token that is never sampled has no weight."""
+    if wrong := [error for name, value in given.items() if (error := _error(name, value, corrected)) is not None]:
+        raise ConfigError(" ".join(map(str, wrong)))
+
+
+def _error(name: str, value: Any, corrected: bool) -> ConfigError | None:
+    """What is wrong with an option; None for one that can be set."""
+    if name in SET_ELSEWHERE:
+        field = SET_ELSEWHERE[name]
+        fix = f"set `{field}` instead" if field else "the trainer sets it"
+        return ConfigError(f"`generation_kwargs` got {name!r}: {shown(value)}; {fix}.")
+    if name not in OPTIONS:
+        return unknown_name("generation_kwargs", name, OPTIONS)
+    option = OPTIONS[name]
+    if value is None:
+        return None
+    if not _holds(name, value):
+        return out_of_range(f"generation_kwargs[{name!r}]", value, option.valid)
+    if option.cuts and corrected and value not in option.off:
+        return ConfigError(
+            f"`generation_kwargs` got {name!r}: {shown(value)} with vllm_importance_sampling_correction=True: it removes "
+            "tokens that the policy may sample, which no weight makes up for. Leave it out, or set "
+            "vllm_importance_sampling_correction=False."
+        )
+    return None
 
 
 class VLLMSampling(NamedTuple):
