@@ -50,10 +50,12 @@ def run(options: argparse.Namespace) -> int:
 def train(asked: Any, **arguments: Any) -> None:
     """Run the trainer, save the model or adapter, and push it if `push_to_hub` is set."""
     from ..callbacks.bound_report import report_of
+    from .progress import show_updates
 
     args = asked.training
     checkpoint, args.resume_from_checkpoint = args.resume_from_checkpoint, None  # the trainer would warn of it
     trainer = build(asked.script.trainer, args=args, **arguments)
+    show_updates(trainer)
     args.resume_from_checkpoint = checkpoint  # a tracker may read it
     trainer.train(resume_from_checkpoint=_checkpoint(checkpoint))
     trainer.save_model(args.output_dir)
