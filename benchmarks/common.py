@@ -6,6 +6,8 @@ import argparse
 import csv
 import os
 import platform
+import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,30 @@ def phase_clock(seconds: list[dict[str, float]]) -> Any:
             seconds.append(dict(record.seconds))
 
     return Phases()
+
+
+class Clock:
+    """Seconds of each call of wrapped methods, by name, since the last `take`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    def wrap(self, owner: Any, method: str, name: str) -> None:
+        """Time a method of an object or of a class."""
+        inner = getattr(owner, method)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self.seconds[name].append(time.perf_counter() - started)
+
+        setattr(owner, method, timed)
+
+    def take(self) -> dict[str, list[float]]:
+        found, self.seconds = self.seconds, defaultdict(list)
+        return found
 
 
 def distinct_share(prompts: Any, completions: Any, completion_ids: Any, **_: Any) -> list[float]:

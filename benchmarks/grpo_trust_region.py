@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DATA, lora, machine, write_csv
+from common import DATA, Clock, lora, machine, write_csv
 
 SHAPES = ((8, 24), (16, 64), (8, 96), (32, 24))
 """(responses, tokens) of an update. The second pair shows how the cost scales with the length and the batch."""
@@ -103,29 +103,6 @@ def bound(options: argparse.Namespace) -> None:
 # -- cost --------------------------------------------------------------------------------------------------------------
 
 
-class Clock:
-    """Seconds in methods of classes, by name, of the current update."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, list[float]] = defaultdict(list)
-
-    def time(self, owner: type, method: str, name: str) -> None:
-        inner = getattr(owner, method)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                self.seconds[name].append(time.perf_counter() - started)
-
-        setattr(owner, method, timed)
-
-    def take(self) -> dict[str, list[float]]:
-        found, self.seconds = self.seconds, defaultdict(list)
-        return found
-
-
 HOOKS = ("on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_log", "before_save")
 
 
@@ -135,11 +112,11 @@ def cost(options: argparse.Namespace) -> None:
     from trl_trustkl.callbacks.window import Window
 
     clock = Clock()
-    clock.time(Window, "measure", "measure")
-    clock.time(Window, "measure_anchor", "anchor")
-    clock.time(Enforcer, "enforce", "enforce")
+    clock.wrap(Window, "measure", "measure")
+    clock.wrap(Window, "measure_anchor", "anchor")
+    clock.wrap(Enforcer, "enforce", "enforce")
     for hook in HOOKS:
-        clock.time(TrustRegionCallback, hook, "callback")
+        clock.wrap(TrustRegionCallback, hook, "callback")
     rows = []
     for bf16 in options.precisions:
         for batch, tokens in SHAPES[: options.shapes]:

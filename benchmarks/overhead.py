@@ -32,32 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import DATA, Clock
 
-DATA = Path(__file__).parent / "data"
 PARTS = ("measure", "exact", "record", "callback")
 COLUMNS = ("epochs", "measure_fraction", "run", "update", "seconds", *PARTS, "total", "render")
-
-
-class Clock:
-    """Seconds spent in wrapped methods since the last call of `take`."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    def wrap(self, owner: Any, method: str, name: str) -> None:
-        inner = getattr(owner, method)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                self.seconds[name] += time.perf_counter() - started
-
-        setattr(owner, method, timed)
-
-    def take(self, name: str) -> float:
-        return self.seconds.pop(name, 0.0)
 
 
 def run(epochs: int, fraction: float, number: int, updates: int) -> list[dict[str, float]]:
@@ -80,7 +58,8 @@ def run(epochs: int, fraction: float, number: int, updates: int) -> list[dict[st
 
         def collect(batch: Any, *rest: Any) -> None:
             end_update(batch, *rest)
-            parts.append({name: clock.take(name) for name in ("record", "callback", "end")})
+            taken = clock.take()
+            parts.append({name: sum(taken[name]) for name in ("record", "callback", "end")})
             parts[-1]["exact"] = exact_seconds(trainer, batch)
 
         trainer._loop._end_update = collect
@@ -100,7 +79,7 @@ def run(epochs: int, fraction: float, number: int, updates: int) -> list[dict[st
                 "seconds": total,
             }
             | shares
-            | {"total": sum(shares.values()), "render": clock.seconds["render"]}
+            | {"total": sum(shares.values()), "render": sum(clock.seconds["render"])}
         )
     return rows
 

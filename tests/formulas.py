@@ -1,12 +1,15 @@
-"""The textbook definition of each divergence, independent of the formulas of the package."""
+"""The textbook definition of each divergence, independent of the formulas of the package, and random distributions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from trl_trustkl.divergences import ESTIMATORS
 
 
 class Definition(NamedTuple):
@@ -53,6 +56,16 @@ EXPECTATIONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "kl": lambda p, q, _: kl(p, q),
     "renyi": lambda p, q, order: (p * (p / q) ** (order - 1)).sum().log() / (order - 1),
 }
+
+ALPHA_ORDERS = (0.5, 2.0, -1.0, 0.1, 3.0, 0.999)
+ESTIMATOR_CASES = [(name, {}) for name in ESTIMATORS] + [("alpha", {"order": a}) for a in ALPHA_ORDERS]
+"""Each estimator with options."""
+
+
+def dirichlet(seed: int, size: int, vocab: int, concentration: float = 0.7) -> np.ndarray:
+    """Distributions [size, vocab] without a zero."""
+    draw = np.random.default_rng(seed).dirichlet(np.full(vocab, concentration), size=size)
+    return (draw + 1e-6) / (draw + 1e-6).sum(-1, keepdims=True)
 
 
 def sample(name: str, log_u: Tensor, order: float = 0.5) -> Tensor:

@@ -339,8 +339,8 @@ def test_build_controller():
     ("name", "arguments", "message"),
     [
         ("adaptiv", {}, r"^`kl_controller` got 'adaptiv'.*Did you mean 'adaptive'"),
-        ("adaptive", {"target": None}, r"^`kl_target` is needed by kl_controller='adaptive'"),
-        ("dual", {"target": None, "field": "trust"}, r"^`trust_target` is needed by trust_controller='dual'"),
+        ("adaptive", {"target": None}, r"^`kl_target` got None with kl_controller='adaptive'"),
+        ("dual", {"target": None, "field": "trust"}, r"^`trust_target` got None with trust_controller='dual'"),
         ("adaptive", {"target": -1.0}, r"^`kl_target` got -1.0"),
         ("adaptive", {"coef": 0.0}, r"^`kl_coef` got 0.0.*'fixed'"),
         ("adaptive", {"horizn": 5}, r"^`kl_controller_kwargs` got 'horizn'.*Did you mean 'horizon'"),

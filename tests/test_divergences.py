@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests import formulas
+from tests.formulas import ESTIMATOR_CASES
 from trl_trustkl import divergences
 from trl_trustkl.divergences import (
     ESTIMATORS,
@@ -24,13 +25,6 @@ from trl_trustkl.divergences import (
 from trl_trustkl.errors import ConfigError
 
 torch.set_num_threads(1)
-ALPHA_ORDERS = (0.5, 2.0, -1.0, 0.1, 3.0, 0.999)
-ESTIMATOR_CASES = [(name, {}) for name in ESTIMATORS] + [("alpha", {"order": a}) for a in ALPHA_ORDERS]
-
-
-def dirichlet(seed: int, size: int, vocab: int, concentration: float = 0.7) -> np.ndarray:
-    draw = np.random.default_rng(seed).dirichlet(np.full(vocab, concentration), size=size)
-    return (draw + 1e-6) / (draw + 1e-6).sum(-1, keepdims=True)
 
 
 def test_dicts_and_literals_agree():

@@ -9,17 +9,13 @@ import pytest
 import torch
 
 from tests import formulas
+from tests.formulas import dirichlet
 from trl_trustkl.divergences import EXACT, exact, exact_from_logps
 from trl_trustkl.errors import ConfigError
 
 torch.set_num_threads(1)
 RENYI_ORDERS = (0.5, 2.0, 0.1, 0.99, 5.0)
 EXACT_CASES = [(name, {}) for name in EXACT] + [("renyi", {"order": a}) for a in RENYI_ORDERS]
-
-
-def dirichlet(seed: int, size: int, vocab: int, concentration: float = 0.7) -> np.ndarray:
-    draw = np.random.default_rng(seed).dirichlet(np.full(vocab, concentration), size=size)
-    return (draw + 1e-6) / (draw + 1e-6).sum(-1, keepdims=True)
 
 
 @pytest.mark.parametrize(("name", "options"), EXACT_CASES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +74,12 @@ def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**settings | changes))
 
 
+def saved_llama(folder: Path) -> LlamaForCausalLM:
+    """A Llama loaded from a folder, from which TRL can load it again as the reference."""
+    llama().save_pretrained(folder / "policy")
+    return LlamaForCausalLM.from_pretrained(folder / "policy")
+
+
 def gpt2(seed: int = 0) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
     config = GPT2Config(
@@ -112,6 +119,14 @@ QUIET = {
     "disable_tqdm": True,
 }
 """A run in float32 on a CPU that saves nothing, for the configuration of any trainer."""
+GROUPS = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "num_generations": 4,
+    "max_completion_length": 6,
+    **QUIET,
+}
+"""Such a run of TRL's GRPO or RLOO trainer."""
 
 LIMIT = 0.02
 FAST = {

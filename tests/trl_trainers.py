@@ -69,16 +69,12 @@ def trainer_of(kind: str, folder: Any, **changes: Any) -> Any:
     arguments |= {name: changes.pop(name) for name in (*arguments, *OTHER_ARGUMENTS) if name in changes}
     settings = {
         "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
+        **tiny.GROUPS,
         "per_device_eval_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "num_generations": 4,
-        "max_completion_length": 6,
         "max_steps": 5,
         "beta": 0.1,
         "learning_rate": 2e-2,
         "lr_scheduler_type": "constant",
-        **tiny.QUIET,
     }
     trainer, config = TRAINERS[kind]
     return trainer(args=config(**settings | changes), **arguments)

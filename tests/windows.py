@@ -148,11 +148,6 @@ def limited(kind: str, folder: Any, *, report: bool = True, witness: bool = Fals
     return trainer
 
 
-def callback_of(trainer: Any) -> TrustRegionCallback:
-    """Its TrustRegionCallback."""
-    return next(each for each in trainer.callback_handler.callbacks if isinstance(each, TrustRegionCallback))
-
-
 def records_of(trainer: Any) -> list[dict[str, Any]]:
     """The records of a run, which is made first."""
     trainer.train()

@@ -81,8 +81,9 @@ def _largest(shares: dict[str, float]) -> str:
 
 
 class Guarantees(NamedTuple):
-    """What backtracking enforced on the contexts of a batch, each None where it enforced nothing: the mean KL(π_old‖π), in nats
-    per token; the largest of one token, and the largest sum over one response, in nats; KL(π‖π_ref) in nats per response."""
+    """What backtracking enforced on the contexts of a batch, None for a limit that was not enforced: the mean KL(π_old‖π), in
+    nats per token; the largest of one token, and the largest sum over one response, in nats; KL(π‖π_ref) in nats per response.
+    """
 
     mean: float | None
     token: float | None

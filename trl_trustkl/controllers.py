@@ -340,8 +340,8 @@ def build_controller(
     if "target" in fields:
         if target is None:
             raise ConfigError(
-                f"`{field}_target` is needed by {field}_controller={name!r}, and is None; set it to the KL in nats "
-                f"that the controller shall hold, or choose {field}_controller='fixed'."
+                f"`{field}_target` got None with {field}_controller={name!r}; set it to the target KL in nats, or choose "
+                f"{field}_controller='fixed'."
             )
         arguments["target"] = target
     missing = [each for each, f in fields.items() if f.default is dataclasses.MISSING and each not in arguments]

@@ -247,7 +247,7 @@ def of_batches(
             (2, 2, 2, None, True),
             "with DeepSpeed, which makes a step within the backward pass, so that none can be dropped",
         ),
-        ((2, 2, 2, object()), "with fp16=True, whose gradient scaler rejects a step without gradients; use bf16=True"),
+        ((2, 2, 2, object()), "with fp16=True, where a step without gradients fails in the gradient scaler; use"),
     ],
 )
 def test_an_early_stop_that_has_no_effect_or_cannot_be_made(batches, said):

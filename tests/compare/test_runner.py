@@ -61,7 +61,7 @@ def test_a_folder_with_other_files_is_left_unchanged(tmp_path: Path) -> None:
     planned = jobs(TWO, tmp_path, TASK)
     planned[3].folder.mkdir(parents=True)
     (planned[3].folder / "thesis.txt").write_text("mine")
-    with pytest.raises(DataError, match="is in the way: it holds no run of a comparison"):
+    with pytest.raises(DataError, match="exists but contains no run of a comparison"):
         make(planned, Instant())
     assert (planned[3].folder / "thesis.txt").read_text() == "mine"
 

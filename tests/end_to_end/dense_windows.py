@@ -161,14 +161,10 @@ class SetUp:
     def trainer(self, folder: Path) -> Any:
         settings = {
             "output_dir": str(folder),
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 2,
-            "num_generations": 4,
-            "max_completion_length": 6,
+            **tiny.GROUPS,
             "max_steps": 4,
             "learning_rate": 0.02,
             "lr_scheduler_type": "constant",
-            **tiny.QUIET,
         }
         config: Any = self.config or (RLOOConfig if issubclass(self.kind, RLOOTrainer) else GRPOConfig)
         arguments = {

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.end_to_end.dense_windows import LabelledRLOO, Run, SetUp, Window, run
@@ -52,16 +52,12 @@ ANCHOR = Limit(
 LIMITS = (TOKEN, RESPONSE, ANCHOR)
 
 
-def saved_llama(folder: Path) -> nn.Module:
-    """A policy that TRL can load again as the reference."""
-    tiny.llama().save_pretrained(folder / "policy")
-    return LlamaForCausalLM.from_pretrained(folder / "policy")
-
-
 LONG = {"max_steps": 8}
 SET_UPS = {
     "LoRA": SetUp(LONG),
-    "full": SetUp(LONG | {"learning_rate": 5e-3, "beta": 1e-12}, adapter=None, model=saved_llama, reference="start"),
+    "full": SetUp(
+        LONG | {"learning_rate": 5e-3, "beta": 1e-12}, adapter=None, model=tiny.saved_llama, reference="start"
+    ),
     "RLOO": SetUp(LONG, kind=LabelledRLOO),
     "three iterations": SetUp({"num_iterations": 3, "max_steps": 11, "learning_rate": 0.01}),
     "batches of 3 passes, steps of 2": SetUp({"steps_per_generation": 3, "max_steps": 9}),

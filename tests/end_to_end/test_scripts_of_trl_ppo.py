@@ -1,8 +1,8 @@
 """The steps of TRL's examples/scripts/ppo/ppo.py and ppo_tldr.py, with this package's configuration and trainer.
 
-Both scripts read their command line with HfArgumentParser, load the policy, reference, reward and value models, add a pad token,
-tokenize the prompts themselves, train, save the model and show completions. ppo.py splits its data by itself; ppo_tldr.py has two
-splits, leaves out long prompts, and leaves a column of lengths in the rows.
+Both scripts read their command line with HfArgumentParser, load the policy, reference, reward and value models, add a pad
+token, tokenize the prompts themselves, train, save the model and show completions. ppo.py splits its data by itself;
+ppo_tldr.py has two splits, leaves out long prompts, and leaves a column of lengths in the rows.
 """
 
 from __future__ import annotations

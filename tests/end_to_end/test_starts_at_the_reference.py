@@ -184,7 +184,7 @@ def test_logits_of_minus_infinity_are_part_of_the_distribution(tmp_path, caplog)
     }  # fmt: skip
     passed = copy.deepcopy(model)
     trainer = watched(tmp_path, model, changes=changes)
-    assert "its output head applied to its hidden states" in caplog.text
+    assert "differ from output_head(hidden_states)" in caplog.text
     trainer.train()
     records = load_records(tmp_path)
     assert [record["refused"] for record in records] == [None] * 3 and all(r["trust"]["kl"] <= 0.05 for r in records)

@@ -11,13 +11,10 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import LlamaForCausalLM
 from trl import GRPOConfig
 
 from tests import tiny
@@ -34,12 +31,6 @@ HALF = 0.05
 """The same relative difference where a part of the pass that TRL trains is computed in bf16."""
 
 
-def saved_llama(folder: Path) -> nn.Module:
-    """A policy that TRL can load again as the reference."""
-    tiny.llama().save_pretrained(folder / "policy")
-    return LlamaForCausalLM.from_pretrained(folder / "policy")
-
-
 FULL = SetUp({"learning_rate": 5e-3}, adapter=None, reference=None)
 ADAPTER = SetUp(adapter=None, model=lambda folder: tiny.tuned())
 THREE = {"num_iterations": 3, "max_steps": 11, "learning_rate": 0.01}  # the end cuts the last window off
@@ -50,7 +41,7 @@ IN_FLOAT32 = {
     "one step for a batch": SetUp(),
     "full": FULL,
     "full, tied embeddings": replace(FULL, model=lambda folder: tiny.llama(tie_word_embeddings=True)),
-    "full, beta": replace(FULL, changes=FULL.changes | {"beta": 0.1}, model=saved_llama, reference="start"),
+    "full, beta": replace(FULL, changes=FULL.changes | {"beta": 0.1}, model=tiny.saved_llama, reference="start"),
     "an adapter trained further": ADAPTER,
     "an adapter trained further, beta": replace(ADAPTER, changes={"beta": 0.1}, reference="start"),
     "three iterations": SetUp(THREE),

@@ -34,14 +34,10 @@ EACH = pytest.mark.parametrize("kind", KINDS)
 def built(trainer: Any, config: Any, folder: Any, callbacks: Any = None, **changes: Any) -> Any:
     settings = {
         "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "num_generations": 4,
-        "max_completion_length": 6,
+        **tiny.GROUPS,
         "max_steps": 3,
         "learning_rate": 5e-2,
         "beta": 0.1,
-        **tiny.QUIET,
     }
     return trainer(
         tiny.llama(), tiny.good_words, config(**settings | changes), tiny.prompts(), None, tiny.tokenizer(),

@@ -95,7 +95,7 @@ def test_the_weights_of_a_renewed_reference_are_loaded_bit_for_bit(kind):
     ReferenceRenewal(other).load_state_dict(saved)
     assert torch.equal(logits(other, of_reference=True), logits(reference, of_reference=True))
     for broken in ({}, saved | {"more": torch.zeros(1)}, {name: weight[:1] for name, weight in saved.items()}):
-        with pytest.raises(CheckpointError, match="not those of this reference"):
+        with pytest.raises(CheckpointError, match="other names or shapes than those of this reference"):
             ReferenceRenewal(other).load_state_dict(broken)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from functools import partial
 from typing import Any, get_args
 
 import pytest
@@ -26,7 +25,6 @@ from tests.enumeration import (
     V,
     anchor_gradient,
     assert_same,
-    configuration,
     contexts_of,
     every_estimator,
     every_placement,
@@ -48,11 +46,6 @@ from trl_trustkl.types import Rollout, Scored
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 torch.set_num_threads(1)
-
-
-@pytest.fixture
-def config(tmp_path):
-    return partial(configuration, tmp_path)
 
 
 @fixed_and_own_length

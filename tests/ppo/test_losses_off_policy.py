@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +15,6 @@ from tests.enumeration import (
     Tree,
     anchor_gradient,
     assert_same,
-    configuration,
     definition,
     every_estimator,
     fixed_and_own_length,
@@ -28,11 +25,6 @@ from tests.enumeration import (
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 torch.set_num_threads(1)
-
-
-@pytest.fixture
-def config(tmp_path):
-    return partial(configuration, tmp_path)
 
 
 class Moved:

@@ -38,8 +38,8 @@ def test_a_size_that_is_replaced_is_named(tmp_path, caplog):
     setup.set_batch_sizes(args, rows=21, processes=1)
     (said,) = [record.getMessage() for record in caplog.records]
     assert said == (
-        "`batch_size` got 128 and is replaced by 8, per_device_train_batch_size × gradient_accumulation_steps × processes; set "
-        "these instead."
+        "`batch_size` got 128 and is replaced by 8, which is computed from per_device_train_batch_size × "
+        "gradient_accumulation_steps × processes; set those instead."
     )
     caplog.clear()
     setup.set_batch_sizes(args, rows=21, processes=1)
@@ -63,7 +63,7 @@ def test_sizes_of_a_batch_that_no_dataset_fills_are_found_at_once(tmp_path):
         ({"report_to": "tensorbord"}, None, ("`report_to`", "'tensorbord'", "'tensorboard'", "'none'", "Did you mean")),
         ({"report_to": ["tensorboard", None]}, None, ("`report_to`", "None")),
         ({"report_to": ["comet_ml"]}, None, ("`report_to`", "'comet_ml'", "Install comet_ml")),
-        ({"eval_strategy": "epoch"}, None, ("`eval_strategy`", "'epoch'", "`eval_dataset` None", "'no'")),
+        ({"eval_strategy": "epoch"}, None, ("`eval_strategy`", "'epoch'", "without an `eval_dataset`", "'no'")),
         ({"eval_strategy": "epoch", "report_to": ["none"]}, tiny.prompts(2), None),
         ({}, None, None),
     ],
@@ -148,7 +148,10 @@ def test_an_anchor_whose_gradient_is_not_the_kls_is_named_once(tmp_path, caplog,
     setup.warn_of_gradient(args)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == (kind is not None)
-    assert kind is None or f"kl_placement={placement!r} is a {kind} anchor" in said[0]
+    assert (
+        kind is None
+        or f"kl_placement={placement!r} gives the KL penalty to the reference (the anchor) a {kind}" in said[0]
+    )
     caplog.clear()
     setup.warn_of_gradient(tiny.config(tmp_path, kl_estimator=estimator, kl_placement=placement, kl_coef=0.0))
     assert not caplog.records, "a warning without an anchor"
@@ -157,7 +160,7 @@ def test_an_anchor_whose_gradient_is_not_the_kls_is_named_once(tmp_path, caplog,
 @pytest.mark.parametrize(
     ("kl", "generation_kwargs", "truncated", "warned"),
     [
-        (0.051, None, None, "give prompts of one length"),
+        (0.051, None, None, "Use prompts of equal length"),
         (0.049, None, None, None),
         (float("nan"), None, None, None),
         (None, None, None, None),

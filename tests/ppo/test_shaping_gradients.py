@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -12,7 +10,6 @@ from tests.enumeration import (
     COEF,
     Tree,
     assert_same,
-    configuration,
     contexts_of,
     every_estimator,
     every_placement,
@@ -26,11 +23,6 @@ from tests.enumeration import (
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 torch.set_num_threads(1)
-
-
-@pytest.fixture
-def config(tmp_path):
-    return partial(configuration, tmp_path)
 
 
 whitenings = pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""The check of a finding on records that show it, and on similar ones that do not."""
+"""The tests of findings on records that show them, and on similar ones that do not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,6 +22,26 @@ def each_of(cases: list[Case]) -> Any:
     return pytest.mark.parametrize(
         ("name", "shows", "near", "evidence", "advice"), cases, ids=lambda case: str(case)[:24]
     )
+
+
+def own(module: ModuleType) -> set[str]:
+    """The names of the findings of a module."""
+    return {name for name, of_run in FINDINGS.items() if of_run.__module__ == module.__name__}
+
+
+def checks_of(names: set[str], cases: list[Case]) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Two tests of the findings of a module: each of them has a case, and each case is found."""
+
+    def every_finding_has_a_case() -> None:
+        assert {case[0] for case in cases} == names
+
+    @each_of(cases)
+    def findings(
+        run_of: Callable[..., Run], name: str, shows: Changes, near: Changes, evidence: str, advice: str
+    ) -> None:
+        assert_found(run_of, name, shows, near, evidence, advice)
+
+    return every_finding_has_a_case, findings
 
 
 def assert_found(

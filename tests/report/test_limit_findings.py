@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from tests.example_runs import trl_run
-from tests.report.cases import Case, Changes, assert_found, each_of
+from tests.report.cases import Case, Changes, checks_of, own
 from trl_trustkl.report import limit_findings
 from trl_trustkl.report.findings import FINDINGS
 from trl_trustkl.report.summary import anchor, guaranteed, largest_update, not_guaranteed
 from trl_trustkl.report.tables import settings, updates
-
-OWN = {name for name, of_run in FINDINGS.items() if of_run.__module__ == limit_findings.__name__}
 
 
 def shortened(where: float, decided: str | None, scale: float = 0.25, **changes: Any) -> Changes:
@@ -49,13 +47,7 @@ CASES: list[Case] = [
 ]  # fmt: skip
 
 
-def test_every_finding_has_a_case() -> None:
-    assert {case[0] for case in CASES} == OWN
-
-
-@each_of(CASES)
-def test_findings(run_of, name: str, shows: Changes, near: Changes, evidence: str, advice: str) -> None:
-    assert_found(run_of, name, shows, near, evidence, advice)
+test_every_finding_has_a_case, test_findings = checks_of(own(limit_findings), CASES)
 
 
 def test_with_grpo_the_target_is_per_token(tmp_path) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from tests.example_runs import trl_run
-from tests.report.cases import Case, Changes, assert_found, each_of
+from tests.report.cases import Case, Changes, checks_of, own
 from trl_trustkl.report import mask_findings
 from trl_trustkl.report.findings import FINDINGS
 
-OWN = {name for name, of_run in FINDINGS.items() if of_run.__module__ == mask_findings.__name__}
+OWN = own(mask_findings)
 
 
 ELSEWHERE = {"engine": "VLLMServerEngine"}
@@ -41,13 +41,7 @@ CASES: list[Case] = [
 ]  # fmt: skip
 
 
-def test_every_finding_has_a_case() -> None:
-    assert {case[0] for case in CASES} == OWN
-
-
-@each_of(CASES)
-def test_findings(run_of, name: str, shows: Changes, near: Changes, evidence: str, advice: str) -> None:
-    assert_found(run_of, name, shows, near, evidence, advice)
+test_every_finding_has_a_case, test_findings = checks_of(OWN, CASES)
 
 
 @pytest.mark.parametrize("name", sorted(OWN))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tests.example_runs import trl_run
-from tests.report.cases import Case, Changes, assert_found, each_of
+from tests.report.cases import Case, Changes, checks_of, own
 from trl_trustkl.report import outcome_findings
 from trl_trustkl.report.findings import FINDINGS, find
 
-OWN = {name for name, of_run in FINDINGS.items() if of_run.__module__ == outcome_findings.__name__}
+OWN = own(outcome_findings)
 
 
 def without(**kl: float | None) -> Changes:
@@ -55,13 +55,7 @@ CASES: list[Case] = [
 ]  # fmt: skip
 
 
-def test_every_finding_has_a_case() -> None:
-    assert {case[0] for case in CASES} == OWN
-
-
-@each_of(CASES)
-def test_findings(run_of, name: str, shows: Changes, near: Changes, evidence: str, advice: str) -> None:
-    assert_found(run_of, name, shows, near, evidence, advice)
+test_every_finding_has_a_case, test_findings = checks_of(OWN, CASES)
 
 
 @pytest.mark.parametrize("name", sorted(OWN - {"grad_norm_without_effect"}))

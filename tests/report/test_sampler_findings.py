@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.report.cases import Case, Changes, assert_found, each_of
+from tests.report.cases import Case, Changes, checks_of, own
 from trl_trustkl.report import sampler_findings
 from trl_trustkl.report.findings import FINDINGS, find
 
-OWN = {name for name, of_run in FINDINGS.items() if of_run.__module__ == sampler_findings.__name__}
 CORRECTED: Changes = {"sampler__truncated": 0.0}
 
 CASES: list[Case] = [
@@ -30,13 +29,7 @@ CASES: list[Case] = [
 ]  # fmt: skip
 
 
-def test_every_finding_has_a_case() -> None:
-    assert {case[0] for case in CASES} == OWN
-
-
-@each_of(CASES)
-def test_findings(run_of, name: str, shows: Changes, near: Changes, evidence: str, advice: str) -> None:
-    assert_found(run_of, name, shows, near, evidence, advice)
+test_every_finding_has_a_case, test_findings = checks_of(own(sampler_findings), CASES)
 
 
 def test_only_the_updates_that_were_corrected_count(run_of) -> None:

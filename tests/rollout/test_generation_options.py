@@ -240,7 +240,7 @@ def test_an_option_that_nobody_has_examined_is_refused(monkeypatch):
         ),
         ({"dynamic": 1}, "`generation_kwargs['compile_config']['dynamic']` got 1; it must be True or False, or None"),
         ({"options": []}, "`generation_kwargs['compile_config']['options']` got []; it must be a dict"),
-        ({"mode": "default", "options": {}}, "got a mode and options, of which torch.compile takes one"),
+        ({"mode": "default", "options": {}}, "got both `mode` and `options`; torch.compile accepts only one"),
     ],
 )
 def test_what_torch_compile_does_not_know_is_an_error(tmp_path, given, said):

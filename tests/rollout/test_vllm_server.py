@@ -230,7 +230,7 @@ def test_two_runs_with_one_server_do_not_take_each_others_weights_for_theirs(fol
         one, other = engine(fake, folder), engine(fake, folder)
         one.sync(0, weights(3))
         other.sync(0, weights(4))
-        with pytest.raises(RolloutError, match="got weights of another run, .* Use one server for each run"):
+        with pytest.raises(RolloutError, match="got weights of another run, .* Use a separate server for each run"):
             one.generate(PROMPTS, SEEDS)
         one.sync(0, weights(3))
         assert [ids for ids, _, _ in as_lists(one.generate(PROMPTS, SEEDS))] == [ids for ids, _, _ in expected(3)]

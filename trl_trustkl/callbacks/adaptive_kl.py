@@ -176,8 +176,8 @@ class AdaptiveKLCallback(TrainerCallback):
         own = type(self.controller).__name__
         if saved["controller"] != own:
             logger.warning(
-                f"The checkpoint was written with the controller {saved['controller']}, and this run has {own}: it starts "
-                f"at the coefficient of {own}, {self.state.coef:g}."
+                f"The checkpoint was written with the controller {saved['controller']}, and this run has {own}; "
+                f"training continues with the initial coefficient of {own}, {self.state.coef:g}."
             )
             return
         self.state = type(self.state)(**saved["state"])
@@ -202,7 +202,7 @@ def _checked_kind(trainer: Any) -> Kind:
     name, args = type(trainer).__name__, getattr(trainer, "args", None)
     if writes_records(args):
         raise ConfigError(
-            f"`trainer` got a {name}, which has its own controllers. Set kl_controller='adaptive' (or another), "
+            f"`trainer` got a {name}, which needs no AdaptiveKLCallback. Set kl_controller='adaptive' (or another), "
             "kl_target and kl_coef in its TrustKLPPOConfig instead."
         )
     kind = kind_of(args)

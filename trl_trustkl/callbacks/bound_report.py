@@ -189,5 +189,5 @@ def with_report(callbacks: Sequence[Any] | None) -> list[Any]:
     given = list(callbacks or [])
     count = sum(map(is_report, given))
     if count > 1:
-        raise ConfigError(f"`callbacks` got {count} BoundReportCallback; it must hold one at most. Fix: leave one.")
+        raise ConfigError(f"`callbacks` got {count} BoundReportCallbacks; it may have at most one. Remove the others.")
     return given if count else [BoundReportCallback(), *given]

@@ -72,8 +72,8 @@ def checked_kind(trainer: Any) -> Kind:
         )
     if any(each.__name__ in REPLAYING for each in type(trainer).__mro__):
         raise ConfigError(
-            f"`trainer` got a {name}, whose batches have responses of earlier policies: they tell nothing about the policy "
-            "that was sampled from last. Use GRPOTrainer."
+            f"`trainer` got a {name}, whose batches have responses of earlier policies: the last update cannot be measured "
+            "on them. Use GRPOTrainer."
         )
     for option in engine_options(trainer):
         if not option.works:
@@ -144,8 +144,8 @@ def check_stop(stop: float, trainer: GenerationTrainer) -> None:
         )
     if trainer.accelerator.scaler is not None:
         raise ConfigError(
-            f"`stop` got {stop:g} with fp16=True, whose gradient scaler rejects a step without gradients; use bf16=True, or "
-            "max_kl."
+            f"`stop` got {stop:g} with fp16=True, where a step without gradients fails in the gradient scaler; use bf16=True, "
+            "or max_kl."
         )
 
 

@@ -112,9 +112,7 @@ def _prepare(job: Job) -> None:
     """Make an empty folder with the job's settings, in place of an incomplete run; DataError for a folder with other files."""
     if job.folder.exists() and any(job.folder.iterdir()):
         if not (job.folder / SETTINGS_FILE).exists():
-            raise DataError(
-                f"{job.folder} is in the way: it holds no run of a comparison. Fix: use another --output-dir."
-            )
+            raise DataError(f"{job.folder} exists but contains no run of a comparison. Fix: use another --output-dir.")
         shutil.rmtree(job.folder)
     job.folder.mkdir(parents=True, exist_ok=True)
     write(job.folder / SETTINGS_FILE, job.made_with)

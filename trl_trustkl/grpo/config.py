@@ -57,6 +57,16 @@ class TrustRegionFields:
         **PER_TOKEN)
     # fmt: on
 
+    def __post_init__(self: Any) -> None:
+        activation_checkpointing.adopt_fields(self)
+        choose_bf16(self)
+        super().__post_init__()  # type: ignore[misc]  # of a configuration of TRL
+        check(self, self.beta)
+
+    def to_dict(self: Any) -> dict[str, Any]:
+        """All fields, as transformers saves and logs them: the Hub's tokens are masked."""
+        return unmasked(self, super().to_dict())  # type: ignore[misc]
+
 
 def build_kl_controller(args: TrustRegionFields, beta: float) -> Controller:
     """The controller of TRL's coefficient `beta`. Raises ConfigError for a target or an argument that does not suit it."""
@@ -97,27 +107,7 @@ class TrustKLGRPOConfig(TrustRegionFields, GRPOConfig):
     trl_trustkl.errors.ConfigError: `beta` got 0.0 with kl_controller='adaptive'; it must be above 0: ...
     """
 
-    def __post_init__(self) -> None:
-        activation_checkpointing.adopt_fields(self)
-        choose_bf16(self)
-        super().__post_init__()
-        check(self, self.beta)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, as transformers saves and logs them: the Hub's tokens are masked."""
-        return unmasked(self, super().to_dict())
-
 
 @dataclass
 class TrustKLRLOOConfig(TrustRegionFields, RLOOConfig):
     """TRL's `RLOOConfig`, with the fields of [`TrustKLRLOOTrainer`]."""
-
-    def __post_init__(self) -> None:
-        activation_checkpointing.adopt_fields(self)
-        choose_bf16(self)
-        super().__post_init__()
-        check(self, self.beta)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, as transformers saves and logs them: the Hub's tokens are masked."""
-        return unmasked(self, super().to_dict())

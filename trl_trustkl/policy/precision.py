@@ -36,7 +36,7 @@ def choose_bf16(args: TrainingArguments) -> None:
             args.use_cpu = True
     elif args.bf16 is None:
         args.bf16 = False
-        logger.warning_once(f"`bf16` is False: {_WITHOUT}. Set bf16=True to train in bf16 all the same.")
+        logger.warning_once(f"`bf16` is False: {_WITHOUT}. Set bf16=True to train in bf16 anyway.")
     else:
         logger.warning_once(f"`bf16` got {args.bf16!r}, but {_WITHOUT}. Leave it out to train in float32.")
 
@@ -60,7 +60,7 @@ def avoid_bf16(model: Any, args: TrainingArguments, *, name: str = "model") -> N
         logger.warning_once(f"`{name}` has weights in bf16, but {_WITHOUT}. Load it with dtype=torch.float32.")
     elif weights or layers:
         logger.warning_once(
-            f"`{name}` is quantised and computes in float32 instead of bf16: {_WITHOUT}. Set bf16=True to leave it in bf16."
+            f"`{name}` is quantised and computes in float32 instead of bf16: {_WITHOUT}. Set bf16=True to keep it in bf16."
         )
         for weight in weights:
             weight.data = weight.data.float()

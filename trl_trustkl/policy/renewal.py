@@ -27,7 +27,7 @@ class ReferenceRenewal:
         if model is not None and isinstance(policy, PeftModel):
             raise ConfigError(
                 "`sync_ref_model` got True with a `ref_model` and a policy with an adapter, whose weights do not match; leave "
-                "`ref_model` None, and an adapter that starts as the policy's becomes the reference."
+                "`ref_model` None; the reference is then a copy of the policy's adapter."
             )
         mine, others = _shapes(self._weights()), _shapes(self._of_policy())
         if mine != others:
@@ -59,7 +59,7 @@ class ReferenceRenewal:
         """Copy the weights bit for bit. CheckpointError if they are not those of this reference."""
         loaded = dict(weights)
         if _shapes(loaded) != _shapes(self.state_dict()):
-            raise CheckpointError("its weights are not those of this reference.")
+            raise CheckpointError("its weights have other names or shapes than those of this reference.")
         self._set({name: weight for name, weight in loaded.items() if not name.startswith(_OUTSIDE)})
         for name, (_, value) in self._reference.outside.items():
             value.copy_(loaded[f"{_OUTSIDE}{name}"])

@@ -141,13 +141,13 @@ class SplitLM:
         if not self.chunked:
             self.head = nn.Identity()
             logger.warning(
-                f"{name}: the logits of {kind} are not its output head applied to its hidden states; exact divergences are "
+                f"{name}: the logits of {kind} differ from output_head(hidden_states); exact divergences are "
                 "computed from the complete forward pass, with the logits [b, t, V] of one micro-batch at a time."
             )
         if not close(flipped, states, 1e-3):
             logger.warning(
                 f"{name}: {kind} does not ignore padding: its results for a prompt depend on the lengths of the other prompts "
-                "of the batch, in generation, training and measurement. Use prompts of one length, or avoid padding with "
+                "of the batch, in generation, training and measurement. Use prompts of equal length, or avoid padding with "
                 "per_device_train_batch_size=1 and local_rollout_forward_batch_size=1."
             )
 

@@ -92,8 +92,8 @@ class TrustKLPPOConfig(VLLMFields):
         None, "Hard limit of the batch's exact KL(π‖π_ref) after an update, in nats per response, enforced by backtracking; an "
         "update from above it must not increase the KL.", **PER_RESPONSE)
     sync_ref_model: bool = _anchor(
-        False, "Whether the reference is renewed every `ref_model_sync_steps` updates, as in TRL's GRPO; with PEFT, an adapter "
-        "that starts as the policy's is the reference, and is renewed.", off="False")
+        False, "Whether the reference is renewed every `ref_model_sync_steps` updates, as in TRL's GRPO; with PEFT, the "
+        "reference is then a copy of the policy's adapter.", off="False")
     ref_model_mixup_alpha: float = _anchor(
         0.6, "α of a renewal, θ_ref ← α·θ + (1 − α)·θ_ref.", unit="share", range=Range("in (0, 1]", lambda x: 0 < x <= 1))
     ref_model_sync_steps: int = _anchor(512, "Updates from one renewal to the next.", unit="updates", range=COUNT)
@@ -146,8 +146,8 @@ class TrustKLPPOConfig(VLLMFields):
 
     # -- advantages and values ----------------------------------------------------------------------------------------
     advantage_estimator: AdvantageEstimator = _value(
-        "gae", "Estimator of the advantages: 'gae', by a value; without one 'grpo', the score less the mean of those of its "
-        "prompt, or 'rloo', less the mean of the others.")
+        "gae", "Estimator of the advantages: 'gae' uses a value. 'grpo' subtracts the mean score of all responses to the "
+        "same prompt, 'rloo' that of the other responses to it.")
     num_generations: int = _value(
         1, "Responses to each prompt, as in TRL's GRPO; the batch counts responses. At least 2 without 'gae'.",
         unit="responses", range=COUNT)

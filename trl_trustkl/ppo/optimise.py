@@ -259,15 +259,13 @@ def adopt(optimizer: Any, model: PolicyAndValue, *, rate: float | None, schedule
     number of groups.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigError(
-            f"`optimizers` got {shown(optimizer)} in the first place; it must be a torch.optim.Optimizer or None."
-        )
+        raise ConfigError(f"`optimizers[0]` got {shown(optimizer)}; it must be a torch.optim.Optimizer or None.")
     had = {id(p) for group in optimizer.param_groups for p in group["params"]}
     policy = trainable(model.policy)
     if left_out := sum(id(p) not in had for p in policy):
         raise ConfigError(
             f"`optimizers` got an optimizer without {left_out} of the {len(policy)} tensors of the policy that are trained. "
-            "With `peft_config` the trainer makes them: give it a model that has its adapter, from "
+            "With `peft_config` the trainer creates the adapter: pass a model that already has it, from "
             "peft.get_peft_model(model, peft_config), or leave `optimizers` out and set `optim` and `learning_rate`."
         )
     value = [p for p in trainable(model.value) if id(p) not in had]

@@ -144,7 +144,8 @@ class Scoring:
             raise ModelError(
                 f"before the first step the KL to the reference is {kl:.3g} nats per token; it must be 0, because the "
                 "reference is the policy as the trainer got it. Either the policy was changed after the trainer was built, or "
-                "`model` or `peft_config` computes something else in each pass. Another reference is passed as `ref_model`."
+                "`model` or `peft_config` gives different results in each pass. To use another reference, pass it as "
+                "`ref_model`."
             )
 
     def _micro_batches(self, rollout: Rollout, update: int) -> list[MicroBatch]:

@@ -23,8 +23,8 @@ MISMATCH = 0.05
 """Nats per token between sampler and training pass, ten times what rounding causes."""
 
 _GRADIENT_WARNINGS = {
-    "biased": "its gradient is not that of the KL divergence, so the run converges to another policy",
-    "partial": "its gradient is only a part of the KL divergence's: it leaves out the cost of this token or of later ones",
+    "biased": "it is not that of the KL divergence, so the run converges to another policy",
+    "partial": "it is only a part of the KL divergence's: it leaves out the cost of this token or of later ones",
 }
 
 
@@ -59,7 +59,8 @@ def set_batch_sizes(args: TrustKLPPOConfig, *, rows: int | None, processes: int)
     for name, value in given.items():
         if value not in (None, getattr(args, name)):
             logger.warning(
-                f"`{name}` got {value} and is replaced by {getattr(args, name)}, {COMPUTED[name]}; set these instead."
+                f"`{name}` got {value} and is replaced by {getattr(args, name)}, which is computed from {COMPUTED[name]}; set "
+                "those instead."
             )
     largest = min(args.per_device_train_batch_size, args.local_mini_batch_size)
     if responses is not None:  # no run has a batch of more
@@ -74,7 +75,7 @@ def _check_groups(args: TrustKLPPOConfig, batch: int, processes: int) -> None:
         raise ConfigError(
             f"`num_generations` got {args.num_generations}; it must divide the batch of all processes, "
             f"per_device_train_batch_size × gradient_accumulation_steps × processes = {args.per_device_train_batch_size} × "
-            f"{args.gradient_accumulation_steps} × {processes} = {batch} responses; change either."
+            f"{args.gradient_accumulation_steps} × {processes} = {batch} responses; change one of them."
         )
 
 
@@ -96,8 +97,8 @@ def check_inputs(args: TrustKLPPOConfig, evaluation: Any, value_model: Any = Non
             raise out_of_range("report_to", name, "a tracker that is installed", f"Install {name}, or leave it out.")
     if args.eval_strategy != "no" and evaluation is None:
         raise ConfigError(
-            f"`eval_strategy` got {str(getattr(args.eval_strategy, 'value', args.eval_strategy))!r} and `eval_dataset` None; "
-            "give the trainer one, or leave `eval_strategy` at 'no'."
+            f"`eval_strategy` got {str(getattr(args.eval_strategy, 'value', args.eval_strategy))!r} without an "
+            "`eval_dataset`; pass `eval_dataset` to the trainer, or leave `eval_strategy` at 'no'."
         )
 
 
@@ -113,9 +114,10 @@ def warn_of_gradient(args: TrustKLPPOConfig) -> None:
     kind = gradient_kind(args.kl_estimator, args.kl_placement)
     if args.anchored and kind in _GRADIENT_WARNINGS:
         logger.warning(
-            f"kl_estimator={args.kl_estimator!r} with kl_placement={args.kl_placement!r} is a {kind} anchor: "
-            f"{_GRADIENT_WARNINGS[kind]}. kl_estimator='k1' with kl_placement='reward', and 'exact' with 'both', have the "
-            "gradient of the KL divergence. The record's anchor/gradient says which kind a run used."
+            f"kl_estimator={args.kl_estimator!r} with kl_placement={args.kl_placement!r} gives the KL penalty to the reference "
+            f"(the anchor) a {kind} gradient: {_GRADIENT_WARNINGS[kind]}. kl_estimator='k1' with kl_placement='reward', and "
+            "'exact' with 'both', have the gradient of the KL divergence. The record's anchor/gradient says which kind a run "
+            "used."
         )
 
 
@@ -146,16 +148,16 @@ def warn_of_sampler(record: BoundRecord, args: TrustKLPPOConfig) -> bool:
         logger.warning(
             f"update {record.update}: the distribution that the rollout engine samples from differs from the policy's in the "
             f"training pass by {kl:.3g} nats per token (sampler/kl), far more than by rounding. The importance correction "
-            "cannot make up for that: its weights are noisy, and biased where a bound changes them. The engine has other "
-            "weights (of an earlier update, or of another model), computes in another dtype, or filters tokens by "
-            "`generation_kwargs`. Give it the model and the dtype that are trained, and check that it gets the weights of "
-            "every update."
+            "cannot compensate for a difference of this size: its weights are noisy, and biased where a bound changes them. "
+            "The engine has other weights (of an earlier update, or of another model), computes in another dtype, or filters "
+            "tokens by `generation_kwargs`. Give it the model and the dtype that are trained, and check that it gets the "
+            "weights of every update."
         )
         return True
     logger.warning(
         f"update {record.update}: the distribution that `model` samples from differs from the one it is trained with, by "
         f"{kl:.3g} nats per token (sampler/kl): the responses are not the policy's, and their gradients are wrong. Some "
-        "architectures mistake padding for text, in sampling, in training or in both: give prompts of one length, or set "
+        "architectures treat padding as text. Use prompts of equal length, or set "
         "per_device_train_batch_size=1 and local_rollout_forward_batch_size=1. With bf16=True, try bf16=False."
     )
     return True

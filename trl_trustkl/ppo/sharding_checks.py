@@ -37,8 +37,8 @@ def reject_sharding_options(args: Any) -> None:
         return
     if args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise ConfigError(
-            f"{engine} is configured in a run of one process, which has nothing to shard over; start several with accelerate "
-            "launch or torchrun, or leave `fsdp` and `deepspeed` out."
+            f"{engine} is configured in a run of one process, so parameters cannot be sharded; start several processes with "
+            "accelerate launch or torchrun, or leave `fsdp` and `deepspeed` out."
         )
     of_engine = _fsdp_options(args) if engine == "FSDP2" else _deepspeed_options(args)
     for name, got, works, fix in itertools.chain(of_engine, _options(args)):
@@ -54,7 +54,7 @@ def _options(args: Any) -> Iterator[Option]:
     yield Option("sync_ref_model", True, not args.sync_ref_model, "leave it False")
     yield Option(
         "generation_kwargs", generation, not {"cache_implementation", "compile_config"} & generation.keys(),
-        "leave out cache_implementation and compile_config: gathered weights change their place in memory",
+        "leave out cache_implementation and compile_config: the addresses of gathered weights change",
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ REJECTED = {
     "torch_compile_backend": _KERNELS,
     "torch_compile_mode": _KERNELS,
     "use_liger_kernel": "log-probabilities and exact KLs are computed in chunks here, without [B, T, V] logits in memory",
-    "liger_kernel_config": "it configures `use_liger_kernel`, which is not available either",
+    "liger_kernel_config": "it configures `use_liger_kernel`, which this trainer rejects",
     "parallelism_config": "one process, or several with DDP, FSDP2 or DeepSpeed, work",
     "neftune_noise_alpha": "with noise in the embeddings, the ratio would not be 1 before the first step",
     "auto_find_batch_size": "the batch is a part of the algorithm; set a smaller per_device_train_batch_size",
@@ -121,5 +121,6 @@ def _reject_optimizers(args: Any) -> None:
     if schedule in ("reduce_lr_on_plateau", "greedy"):
         raise NotAvailableYetError(
             f"`lr_scheduler_type` got {schedule!r}, which is not available in this version: schedules step once in every "
-            "update. Use another, such as 'linear', or `trust_lr_target`: it moves the learning rate by the KL of the updates."
+            "update. Use another schedule, such as 'linear', or set `trust_lr_target`, which adapts the learning rate to the "
+            "KL of the updates."
         )

@@ -35,7 +35,8 @@ class VLLMFields(TrainingFields):
         _trl("vllm_enable_sleep_mode")[0], "Whether a colocated vLLM releases its GPU memory while the policy is trained.",
         off="False")
     vllm_server_base_url: str | None = _vllm(
-        _trl("vllm_server_base_url")[0], "The server's address, such as 'http://localhost:8000'; None: by host and port.")
+        _trl("vllm_server_base_url")[0], "The server's address, such as 'http://localhost:8000'; None: `vllm_server_host` and "
+        "`vllm_server_port` are used.")
     vllm_server_host: str = _vllm(_trl("vllm_server_host")[0], "The server's host, by name or IP address.")
     vllm_server_port: int = _vllm(_trl("vllm_server_port")[0], "The port that the server listens on.", unit="port", range=_PORT)
     vllm_server_timeout: float = _vllm(
@@ -56,8 +57,8 @@ class VLLMFields(TrainingFields):
         _trl("vllm_importance_sampling_correction")[0], "Whether the policy's loss is weighted by the ratio of π_old, in the "
         "training pass, to the sampler's probability of each token.", off="False")
     vllm_importance_sampling_mode: CorrectionMode = _vllm(
-        "token_truncate", "Whether ratios are those of tokens or of responses, and whether those outside of the bounds are "
-        "truncated to them, or set to 0.")
+        "token_truncate", "Whether ratios are per token or per response, and whether a ratio outside the bounds is set to the "
+        "bound or to 0.")
     vllm_importance_sampling_clip_max: float | None = _vllm(
         _trl("vllm_importance_sampling_clip_max")[0], "Upper bound of these ratios; None: no bound.", unit="1", off="None",
         range=POSITIVE)

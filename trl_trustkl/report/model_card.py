@@ -101,10 +101,7 @@ def mechanisms(args: Any) -> list[tuple[str, str]]:
         ("clip", _clip(args)),
         ("penalty on KL(π_old‖π)", _penalty(args, penalised, "trust", ("estimator", "coef"), "token")),
         ("response masks", _limit(args, "response_mask_kl", "nats")),
-        ("early stop", _limit(args, "trust_stop")),
-        ("hard limits, by backtracking", _hard_limits(args)),
-        ("KL-adaptive learning rate", _limit(args, "trust_lr_target")),
-        ("gradient norm", _setting(args, "max_grad_norm") if args.max_grad_norm else "off"),
+        *_limits(args),
     ]
 
 
@@ -122,6 +119,13 @@ def _mechanisms_of_groups(args: Any) -> list[tuple[str, str]]:
     return [
         ("anchor: KL(π‖π_ref)", anchor),
         ("clip", clip),
+        *_limits(args),
+    ]
+
+
+def _limits(args: Any) -> list[tuple[str, str]]:
+    """The mechanisms that every trainer has."""
+    return [
         ("early stop", _limit(args, "trust_stop")),
         ("hard limits, by backtracking", _hard_limits(args)),
         ("KL-adaptive learning rate", _limit(args, "trust_lr_target")),

@@ -104,8 +104,7 @@ class CapturedPass:
             self._passes[key] = lambda given: self._forward(**given)
             self.waits = True
             logger.warning_once(
-                "Sampling launches every kernel of a token by itself: the model's pass waits for the GPU, so that it cannot be "
-                f"recorded in a CUDA graph ({found[0]})."
+                f"Sampling does not use a CUDA graph, because the model's pass waits for the GPU ({found[0]})."
             )
         return outputs
 

@@ -207,7 +207,9 @@ def compile_config(extra: dict[str, Any]) -> CompileConfig | None:
     if mode is not None and mode not in (modes := import_module("torch._inductor").list_mode_options()):
         raise unknown_name(f"{name}['mode']", mode, modes)
     if mode is not None and options is not None:
-        raise ConfigError(f"`{name}` got a mode and options, of which torch.compile takes one; leave one of them out.")
+        raise ConfigError(
+            f"`{name}` got both `mode` and `options`; torch.compile accepts only one. Leave one of them out."
+        )
     # CompileConfig's mode would be in the way of options, and other backends than inductor have none.
     mode_of_inductor = {} if options is None and backend == "inductor" else {"mode": None}
     # By default, torch.compile makes one slower pass for caches of all lengths, instead of a pass for each length.

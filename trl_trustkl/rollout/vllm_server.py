@@ -131,7 +131,7 @@ class VLLMServerEngine:
         if self._server.weights_label() not in (label, None):
             raise RolloutError(
                 f"the vLLM server at {self._server.url} was restarted while it sampled, or got weights of another run, so that "
-                "the responses are not the policy's. Use one server for each run, and go on with "
+                "the responses are not the policy's. Use a separate server for each run, and resume with "
                 "train(resume_from_checkpoint=True)."
             )
         rows = [_sample(each) for each in found]

@@ -56,8 +56,8 @@ def written_atomically(folder: Path) -> Iterator[Path]:
         free = _free_space(folder.parent)
         shutil.rmtree(unfinished, ignore_errors=True)
         raise SaveError(
-            f"`output_dir`: {folder} could not be written ({type(error).__name__}: {error}){free}. Nothing of it is left; "
-            f"{_what_is_left(folder.parent)} Make room or fix the folder, then train(resume_from_checkpoint=True)."
+            f"`output_dir`: {folder} could not be written ({type(error).__name__}: {error}){free}. The incomplete files were "
+            f"removed; {_what_is_left(folder.parent)} Make room or fix the folder, then train(resume_from_checkpoint=True)."
         ) from error
 
 
@@ -163,7 +163,9 @@ def move_aside(output_dir: Path, *, after: int = 0) -> None:
     target.mkdir()
     for folder in old:
         os.rename(folder, target / folder.name)
-    logger.warning(f"{len(old)} checkpoints in {output_dir} from which this run does not resume are now in {target}.")
+    logger.warning(
+        f"This run does not resume from {len(old)} checkpoints in {output_dir}; they were moved to {target}."
+    )
 
 
 def number(folder: Path) -> int:

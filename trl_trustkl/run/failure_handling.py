@@ -115,7 +115,7 @@ def reject(context: UpdateContext, reason: str) -> None:
 def too_many_rejections(count: int, limit: int, reason: str, folder: Path) -> RefusedError:
     """The error that ends a run after `count` rejected updates in a row, with its state saved in `folder`."""
     return RefusedError(
-        f"{count} updates in a row were rejected (`max_refused` got {limit}), the last one because {reason}. The weights "
-        f"are those before them, saved in {folder}. Start a new run from them with a lower learning_rate, with trust_max_kl "
-        "or with max_grad_norm; completions.jsonl has the completions and their scores."
+        f"{count} updates in a row were rejected (max_refused={limit}). The last reason: {reason.rstrip('.')}. The "
+        f"weights from before these updates are saved in {folder}. Start a new run from them with a lower learning_rate, with "
+        "trust_max_kl or with max_grad_norm; completions.jsonl has the completions and their scores."
     )
