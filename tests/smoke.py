@@ -16,7 +16,6 @@ import trl_trustkl
 if Path(trl_trustkl.__file__).is_relative_to(Path(__file__).resolve().parents[1] / "trl_trustkl"):
     sys.exit("This is the package of the clone. Run: python -P tests/smoke.py")
 
-import torch
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -61,7 +60,12 @@ def check_training(folder: Path) -> None:
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
     words.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="w0")
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    place, shape = (
+        str(folder / "model"),
+        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+    )
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), pad_token_id=0, eos_token_id=1, **shape)).save_pretrained(place)
+    tokenizer.save_pretrained(place)
     prompts = Dataset.from_dict({"prompt": ["w1 w2 w3", "w4 w5"] * 32})
     common = {
         "max_steps": 2,
@@ -77,11 +81,9 @@ def check_training(folder: Path) -> None:
         ("grpo", TrustKLGRPOTrainer, TrustKLGRPOConfig, grpo),
         ("rloo", TrustKLRLOOTrainer, TrustKLRLOOConfig, grpo),
     ):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), pad_token_id=0, eos_token_id=1, **shape))
         trainer(
-            model=model, args=config(str(folder / name), **common, **given), processing_class=tokenizer,
-            reward_funcs=short, train_dataset=prompts, callbacks=[BoundReportCallback()],
+            model=place, args=config(str(folder / name), **common, **given), reward_funcs=short, train_dataset=prompts,
+            callbacks=[BoundReportCallback()],
         ).train()  # fmt: skip
         kls = [record["trust"]["kl"] for record in load_records(folder / name)]
         assert len(kls) == 2 and 0 < max(kls) <= LIMIT, (name, kls)
