@@ -96,13 +96,16 @@ def test_the_examples_of_docstrings_are_code_on_the_api_pages() -> None:
 def test_formulas_become_mathml() -> None:
     pytest.importorskip("mkdocs")
     hooks = load("docs/hooks.py")
-    for page, text in TEXTS.items():
-        for block in re.findall(r"^```math\n.*?^```$", text, re.M | re.S):
-            made = hooks.on_page_markdown(block)
-            assert made.startswith('<div class="formula"><math') and "\\" not in made and "&</mi>" not in made, (
-                page,
-                block,
-            )
+    formulas = [
+        (page, each) for page, text in TEXTS.items() for each in re.findall(r"^```math\n.*?^```$", text, re.M | re.S)
+    ]
+    assert formulas
+    for page, block in formulas:
+        made = hooks.on_page_markdown(block)
+        assert made.startswith('<div class="formula"><math') and "\\" not in made and "&</mi>" not in made, (
+            page,
+            block,
+        )
 
 
 # -- generated parts ---------------------------------------------------------------------------------------------------

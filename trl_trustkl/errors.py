@@ -74,11 +74,19 @@ class Interrupted(SystemExit):
 
 def require_packages(user: str, *names: str) -> None:
     """MissingPackageError unless all packages of these names can be imported. user: what needs them, as in "A report"."""
-    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in names if not _is_installed(name)]:
         raise MissingPackageError(
             f"{user} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
             f"Fix: pip install {' '.join(missing)}"
         )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        spec = importlib.util.find_spec(name)
+    except ValueError:  # a module without a spec, such as a stand-in
+        return True
+    return spec is not None and spec.origin is not None  # a folder of that name has none
 
 
 def shown(value: object) -> str:
@@ -100,7 +108,7 @@ def is_finite(value: object) -> bool:
 
 def unknown_name(field: str, value: object, options: Iterable[str]) -> ConfigError:
     """The error for a name outside a fixed set, with the names that exist and the nearest as a suggestion."""
-    names = sorted(options)
+    names = sorted(set(options))
     hint = did_you_mean(value, names) if isinstance(value, str) else ""
     return ConfigError(f"`{field}` got {shown(value)}; it must be one of {', '.join(map(repr, names))}.{hint}")
 

@@ -16,7 +16,7 @@ from .files import replacing
 
 BOUNDS_FILE = "bounds.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
-SETTINGS_FILE = "settings.json"
+SETTINGS_FILE = "run_settings.json"
 
 
 class Meaning(NamedTuple):

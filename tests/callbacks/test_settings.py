@@ -18,7 +18,7 @@ from trl_trustkl.report import read_run
 
 
 def recorded(folder) -> dict:
-    return json.loads((folder / "settings.json").read_text("utf-8"))
+    return json.loads((folder / "run_settings.json").read_text("utf-8"))
 
 
 @pytest.mark.parametrize("trainer", ["ppo", "grpo"])
@@ -58,3 +58,23 @@ def test_the_card_is_named_on_a_gpu(monkeypatch):
     )
     hardware = settings.settings_of(SimpleNamespace(to_dict=dict), torch.nn.Linear(1, 1))["hardware"]
     assert hardware["GPU"] == "a card" and hardware["processes"] == 2
+
+
+def test_secrets_within_an_option_are_hidden_and_what_json_cannot_key_is_text():
+    given = {
+        "trust_max_kl_token": 0.1, "model_init_kwargs": {"hf_token": "hf_a", "device_map": {torch.nn.Linear: 0}, "token": None},
+        "fsdp": [{"token": "hf_b"}], "more": {"headers": {"Authorization": "Bearer x"}}, "url": "http://u:p@h:8000/v1",
+    }  # fmt: skip
+    options = settings.settings_of(SimpleNamespace(to_dict=lambda: given), torch.nn.Linear(1, 1))["options"]
+    text = json.dumps(options)
+    assert not any(secret in text for secret in ("hf_a", "hf_b", "Bearer", "u:p"))
+    assert options["trust_max_kl_token"] == 0.1 and options["url"] == "http://h:8000/v1"
+    assert options["model_init_kwargs"]["token"] is None
+
+
+def test_the_settings_of_an_earlier_run_are_kept_beside_its_records(tmp_path):
+    for seed in (1, 2):
+        tiny.trainer(tmp_path, changes={"max_steps": 1, "seed": seed}).train()
+    assert recorded(tmp_path)["options"]["seed"] == 2
+    assert json.loads((tmp_path / "run_settings.json.1").read_text("utf-8"))["options"]["seed"] == 1
+    assert read_run(tmp_path / "bounds.jsonl.1").settings == {}

@@ -59,6 +59,10 @@ def test_without_a_gpu_a_cpu_with_bf16_instructions_trains_in_bf16(monkeypatch, 
         precision.choose_bf16(args)
         assert args.use_cpu is False
         return
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    precision.choose_bf16(args)
+    assert args.use_cpu is False
+    monkeypatch.delenv("WORLD_SIZE")
     made = config("run")
     assert made.bf16 is True and made.use_cpu is True and made.device.type == "cpu"
     for given in ({"bf16": False}, {"fp16": True}, {"bf16": True}):

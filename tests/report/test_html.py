@@ -50,7 +50,7 @@ def hostile(folder: Path) -> Path:
 
 
 def with_settings(folder: Path, settings: Any) -> Path:
-    (folder / "settings.json").write_text(json.dumps(settings))
+    (folder / "run_settings.json").write_text(json.dumps(settings))
     return folder
 
 

@@ -178,7 +178,9 @@ def test_conversations_are_read_as_text(tmp_path: Path) -> None:
 
 def test_the_settings_of_a_run_are_read_as_text(tmp_path: Path) -> None:
     assert read_run(run_folder(tmp_path)).settings == {}
-    (tmp_path / "settings.json").write_text('{"options": {"seed": 7, "beta": null, "names": ["a"]}, "versions": {}}')
+    (tmp_path / "run_settings.json").write_text(
+        '{"options": {"seed": 7, "beta": null, "names": ["a"]}, "versions": {}}'
+    )
     run = read_run(tmp_path)
     assert run.settings == {"options": {"seed": "7", "beta": "None", "names": "['a']"}, "versions": {}}
     assert run.notes == []
@@ -189,8 +191,10 @@ def test_the_settings_of_a_run_are_read_as_text(tmp_path: Path) -> None:
     [b"", b"{", b"[]", b"7", b'{"options": 7}', b"\xff\xfe", b"[" * 100_000, b'{"a": {"b": ' + b"9" * 5000 + b"}}"],
 )
 def test_settings_that_cannot_be_read_are_left_out_with_a_note(tmp_path: Path, content: bytes) -> None:
-    (run_folder(tmp_path) / "settings.json").write_bytes(content)
+    (run_folder(tmp_path) / "run_settings.json").write_bytes(content)
     run = read_run(tmp_path)
     assert (
-        run.settings == {} and run.notes[0].startswith("settings.json: left out, because") and render_report(tmp_path)
+        run.settings == {}
+        and run.notes[0].startswith("run_settings.json: left out, because")
+        and render_report(tmp_path)
     )

@@ -29,7 +29,7 @@ logger = logging.get_logger(__name__)
 class BoundReportCallback(TrainerCallback):
     """Writes the records of a run into its folder, renders its report, and prints a line for each update.
 
-    `bounds.jsonl` gets a line for every update, `completions.jsonl` the completions, and `settings.json` what the run was
+    `bounds.jsonl` gets a line for every update, `completions.jsonl` the completions, and `run_settings.json` what the run was
     made with. Each line is passed to the operating
     system before the next update begins: a killed run keeps every finished update. Files of an earlier run in the same
     folder are moved aside, never appended to; a resumed run drops the lines after its checkpoint and continues from there.
@@ -85,7 +85,7 @@ class BoundReportCallback(TrainerCallback):
         self.rendered = None
         self._begin_table(args)
         folder = Path(args.output_dir)
-        settings = json.dumps(settings_of(args, kwargs.get("model")), default=str)
+        settings = json.dumps(settings_of(args, kwargs.get("model")), indent=1, ensure_ascii=False, default=str)
         with records.written(f"the records in {folder} could not be made ready"):
             folder.mkdir(parents=True, exist_ok=True)
             for name in (records.BOUNDS_FILE, records.COMPLETIONS_FILE):
@@ -93,6 +93,8 @@ class BoundReportCallback(TrainerCallback):
                     records.cut(folder / name, after=state.global_step)
                 else:
                     records.move_aside(folder / name)
+            if not state.global_step:
+                records.move_aside(folder / records.SETTINGS_FILE)
             write_atomically(folder / records.SETTINGS_FILE, settings)
 
     def on_record(

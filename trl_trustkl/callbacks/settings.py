@@ -1,9 +1,10 @@
-"""What a run was made with: `settings.json`, which the report shows."""
+"""What a run was made with: `run_settings.json`, which the report shows."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 from importlib import metadata
 from typing import Any
 
@@ -40,7 +41,7 @@ def settings_of(args: TrainingArguments, model: Any) -> dict[str, dict[str, Any]
         },
         "versions": {"Python": platform.python_version()} | _versions(),
         "hardware": hardware,
-        "options": _without_tokens(args.to_dict()),
+        "options": _without_secrets(args.to_dict()),
     }
 
 
@@ -54,10 +55,18 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _without_tokens(value: Any) -> Any:
-    """transformers masks the fields that are tokens of the Hub; here also those within a field, as of `model_init_kwargs`."""
-    if not isinstance(value, dict):
-        return value
-    return {
-        key: "<hidden>" if key in ("token", "use_auth_token") else _without_tokens(each) for key, each in value.items()
-    }
+_SECRET = re.compile(r"token$|secret|password|api_?key|authorization", re.I)
+_USER = re.compile(r"(?<=//)[^/@\s]+@")
+
+
+def _without_secrets(value: Any, *, top: bool = True) -> Any:
+    """The options for JSON. transformers masks the fields that are tokens of the Hub; here also what is within a field, as in
+    `model_init_kwargs`, and the user and password of an address."""
+    if isinstance(value, dict):
+        return {
+            str(key): "<hidden>" if not top and _SECRET.search(str(key)) and each else _without_secrets(each, top=False)
+            for key, each in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_without_secrets(each, top=False) for each in value]
+    return _USER.sub("", value) if isinstance(value, str) else value

@@ -48,10 +48,10 @@ def run(options: Options) -> int:
 
 def announce(console: Any, updates: int, seconds: str) -> None:
     """Print how long the run takes."""
-    console.print(
-        f"{updates} updates of {seconds} seconds each on two CPU cores; Ctrl-C ends the run.",
-        style="dim",
-    )
+    import torch
+
+    each = "" if torch.cuda.is_available() else f" of {seconds} seconds each on two CPU cores"
+    console.print(f"{updates} updates{each}; Ctrl-C ends the run.", style="dim")
 
 
 def train(trainer: Any, table: Any, console: Any, folder: Path) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainingArguments
-from transformers.utils import logging
+from transformers.utils import is_torch_xla_available, logging
 
 from ..parallel.options import engine_of
 from . import cpu
@@ -23,6 +24,10 @@ def is_slow_in_bf16(args: TrainingArguments) -> bool:
     return bool(args.use_cpu or not torch.accelerator.is_available()) and not cpu.has_bf16_instructions()
 
 
+def _has_accelerator() -> bool:
+    return torch.accelerator.is_available() or is_torch_xla_available()
+
+
 def choose_bf16(args: TrainingArguments) -> None:
     """Set a `bf16` of None to False where bf16 is slow, and warn about True there. Elsewhere TRL makes None True, which
     transformers rejects without a GPU unless `use_cpu` is set: set it then.
@@ -32,8 +37,12 @@ def choose_bf16(args: TrainingArguments) -> None:
     if args.fp16 or args.bf16 is False:
         return
     if not is_slow_in_bf16(args):
-        if args.bf16 is None and not torch.accelerator.is_available() and engine_of(args) is None:
+        alone = os.environ.get("WORLD_SIZE", "1") == "1" and engine_of(args) is None
+        if args.bf16 is None and not args.use_cpu and alone and not _has_accelerator():
             args.use_cpu = True
+            logger.warning_once(
+                "`use_cpu` is True: torch finds no GPU. Set use_cpu=True to train on the CPU without this line."
+            )
     elif args.bf16 is None:
         args.bf16 = False
         logger.warning_once(f"`bf16` is False: {_WITHOUT}. Set bf16=True to train in bf16 anyway.")

@@ -152,7 +152,8 @@ def log_scale(axes: Axes, *drawn: Column) -> None:
     if not values.size:
         return
     axes.set_yscale("log")
-    decades = np.log10(values.max() / values.min())
+    low, high = axes.get_ylim()  # with what else is drawn, such as a clip range
+    decades = np.log10(max(values.max(), high) / min(values.min(), low)) if low > 0 else 9.0
     logarithmic = LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2 else (1.0,), numticks=8)
     axes.yaxis.set_major_locator(MaxNLocator(5) if decades < 0.7 else logarithmic)
     if values.min() >= 1e-4 and values.max() < 1e5:

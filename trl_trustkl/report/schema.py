@@ -43,7 +43,7 @@ Settings = dict[str, dict[str, str]]
 
 class Run(NamedTuple):
     """What a report is made of. `notes` say what was corrected or left out while reading. `settings` are the groups of
-    `settings.json` (model, versions, hardware, options); empty without that file."""
+    `run_settings.json` (model, versions, hardware, options); empty without that file."""
 
     name: str
     folder: Path
@@ -71,7 +71,8 @@ def read_run(path: str | os.PathLike[str], *, completions: bool = True) -> Run:
         records = [record for _, record in sorted(last.items())]
     rows = folder / COMPLETIONS_FILE
     texts: list[Completion] = _rows(rows, Completion, notes) if completions and rows.exists() else []
-    return Run(folder.resolve().name, folder, records, texts, notes, _settings(folder / SETTINGS_FILE, notes))
+    settings = _settings(folder / SETTINGS_FILE, notes) if file.name == BOUNDS_FILE else {}  # else of an earlier run
+    return Run(folder.resolve().name, folder, records, texts, notes, settings)
 
 
 def _rows(file: Path, schema: Any, notes: list[str]) -> list[Any]:

@@ -1,1 +1,3 @@
 from . import logging as logging
+
+def is_torch_xla_available() -> bool: ...
