@@ -181,7 +181,7 @@ def test_settings_that_cannot_work_are_errors_before_the_start(folder, monkeypat
 def test_without_vllm_the_error_says_how_to_install_it(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match=r"`use_vllm` got True, and vLLM cannot be imported \(.*\). Install it: pip install "
-                       r"'trl-trustkl\[vllm\]'"):  # fmt: skip
+                       r"'trl\[vllm\]'"):  # fmt: skip
         engine(folder)
 
 
