@@ -28,6 +28,7 @@ from trl_trustkl.report.figures import (
     envelope,
     gated,
     log_scale,
+    ratios,
     score,
 )
 from trl_trustkl.report.series import COUNTERFACTUALS
@@ -181,6 +182,16 @@ def test_a_logarithmic_axis_has_at_least_two_numbers(values: tuple[float, float]
     log_scale(axes, np.array(values))
     low, high = axes.get_ylim()
     assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 2
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 0.3), (1.0, 1e9), (0.2, 1e9)], ids=["no low", "neither", "no high"])
+def test_an_absent_end_of_the_clip_range_is_just_beyond_the_values(run_of, low: float, high: float) -> None:
+    figure = Figure()
+    ratios(figure, run_of(3, trust__low=low, trust__high=high, trust__max_ratio=2.0).records)
+    bottom, top = figure.axes[0].get_ylim()
+    assert 0.01 < bottom < 1 < top < 10
+    band = figure.axes[0].patches[0].get_window_extent()
+    assert band.height > 1
 
 
 def test_colours_can_be_seen_on_light_and_on_dark_pages() -> None:

@@ -188,7 +188,18 @@ def test_the_settings_of_a_run_are_read_as_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"7", b'{"options": 7}', b"\xff\xfe", b"[" * 100_000, b'{"a": {"b": ' + b"9" * 5000 + b"}}"],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"7",
+        b'{"options": 7}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"a": {"b": ' + b"9" * 5000 + b"}}",
+        b'{"a": 1.5}',
+        json.dumps({"options": dict.fromkeys(range(2001), 1)}).encode(),
+    ],
 )
 def test_settings_that_cannot_be_read_are_left_out_with_a_note(tmp_path: Path, content: bytes) -> None:
     (run_folder(tmp_path) / "run_settings.json").write_bytes(content)

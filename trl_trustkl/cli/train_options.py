@@ -119,18 +119,29 @@ def _trainer(given: list[str]) -> Trainer:
     first.add_argument("--trainer")
     first.add_argument("--config")
     words, _ = first.parse_known_args([*given, ""] if given[-1:] == ["--trainer"] else given)
-    name = words.trainer
-    if name is None and words.config is not None:
-        try:
-            options = yaml.safe_load(Path(words.config).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"`config` got {words.config!r}, which cannot be read: {error}") from None
-        name = options.get("trainer") if isinstance(options, dict) else None
+    options = {} if words.config is None else _read_config(words.config)
+    name = options.get("trainer") if words.trainer is None else words.trainer
     if name is None:
         return "ppo"
     if name not in CONFIGS:
         raise unknown_name("trainer", name, CONFIGS)
     return name
+
+
+def _read_config(file: str) -> dict[str, Any]:
+    """The options of a YAML file, in the encoding in which TRL's parser will read it; ConfigError if it is not a mapping."""
+    try:
+        options = yaml.safe_load(Path(file).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"`config` got {file!r}, which cannot be read: {error}") from None
+    if not isinstance(options, dict):
+        raise ConfigError(f"`config` got {file!r}, which must contain a YAML mapping of options to values.")
+    # TRL passes them on as keyword arguments.
+    if strange := [key for key in options if not isinstance(key, str) or key == "self"]:
+        raise ConfigError(
+            f"`config` got {file!r} with {strange[0]!r}, which is no option; see trustkl train --help-all."
+        )
+    return options
 
 
 def _split_config(arguments: Sequence[str]) -> list[str]:

@@ -30,6 +30,7 @@ BLUE, ORANGE, GREEN, RED, SKY, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e0
 YELLOW, BROWN = "#8f8000", "#9c6450"
 INK, INK_ON_DARK = "#42474d", "#c3c8ce"
 EARLY_TO_LATE = LinearSegmentedColormap.from_list("early_to_late", [SKY, PURPLE, RED])
+RATIO = 1e4  # an end of a clip range beyond it, or below its inverse, is drawn as no end
 LARGEST = 1e30  # a larger number is drawn here: axes overflow before floats do
 MECHANISMS = {
     "anchor": ("anchor", BLUE), "clip": ("clip", ORANGE), "response_mask": ("response masks", BROWN),
@@ -303,7 +304,12 @@ def ratios(figure: Figure, records: Records) -> None:
     axes = add_axes(figure, r"ratio $\pi/\pi_{\mathrm{old}}$ at the sampled tokens")
     middle = binned(x, POINTS)
     if (clip := token_range(last)) is not None:
-        low, high = np.clip(clip, 1 / LARGEST, LARGEST)
+        # An end that is 0 or infinite is drawn just beyond the values, which would be a line otherwise.
+        drawn = np.concatenate([top, *at.values(), [1.0]])
+        low, high = (
+            bound if 1 / RATIO < bound < RATIO else end
+            for bound, end in zip(clip, (np.nanmin(drawn) / 2, 2 * np.nanmax(drawn)), strict=True)
+        )
         axes.axhspan(low, high, color=INK, alpha=0.18, linewidth=0, label="clip range")
     for i, (alpha, label) in enumerate([(0.2, "1 % to 99 %"), (0.3, "5 % to 95 %"), (0.45, "25 % to 75 %")]):
         low, high = binned(at[levels[i]], POINTS), binned(at[levels[-1 - i]], POINTS)

@@ -21,6 +21,7 @@ from ..records import BOUNDS_FILE, COMPLETIONS_FILE, SETTINGS_FILE, BoundRecord,
 
 GROUPS = ("GRPOTrainer", "RLOOTrainer")
 """TRL's trainers that sample several completions of a prompt, without a value."""
+MAX_SETTINGS = 2000  # of a run; TRL's configurations have some 200
 
 
 class Completion(NamedTuple):
@@ -103,8 +104,11 @@ def _settings(file: Path, notes: list[str]) -> Settings:
         return {}
     try:
         groups = json.loads(file.read_bytes())
+        if (found := sum(map(len, groups.values()))) > MAX_SETTINGS:
+            notes.append(f"{file.name}: left out, because it holds {found:,} settings, more than {MAX_SETTINGS:,}.")
+            return {}
         return {name: {key: str(value) for key, value in group.items()} for name, group in groups.items()}
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         notes.append(f"{file.name}: left out, because it is not an object of objects ({_short(str(error))}).")
         return {}
 
