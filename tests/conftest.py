@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets.fingerprint import generate_random_fingerprint
 from transformers.utils import logging
 
 from tests import tiny
@@ -30,6 +31,12 @@ def tokenizer():
 def _without_garbage_collection(monkeypatch):
     """Accelerate's collection at the start of a run takes a third of the time of a short one."""
     monkeypatch.setattr("accelerate.utils.memory.clear_device_cache", lambda **_: None)
+
+
+@pytest.fixture(autouse=True)
+def _without_hashes_of_datasets(monkeypatch):
+    """Datasets hashes the function and arguments of each `map`; a tenth of the time of a short run."""
+    monkeypatch.setattr("datasets.fingerprint.update_fingerprint", lambda *_: generate_random_fingerprint())
 
 
 @pytest.fixture(autouse=True)

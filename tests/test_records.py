@@ -97,3 +97,11 @@ def test_the_records_of_another_folder_are_taken_over(tmp_path):
     take_over(old, new)
     assert load_records(new) == load_records(old) == rows_of(2)
     assert {path.name for path in new.iterdir()} == {"bounds.jsonl", "bounds.jsonl.1", "completions.jsonl.1"}
+
+
+def test_half_of_an_emoji_is_written_as_an_escape(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    for text in ("\ud83d", "\U0001f600"):
+        append_line(file, {"update": 1, "text": text})
+    assert [row["text"] for _, row in numbered_rows(file)] == ["\ud83d", "\U0001f600"]
+    assert file.read_bytes().splitlines()[1].decode() == '{"update": 1, "text": "\U0001f600"}'

@@ -40,7 +40,7 @@ class AnchorRecord(NamedTuple):
     kl: Annotated[float, Meaning(
         "KL(π_old‖π_ref) at rollout by the estimator; from samples it may be negative.", "nats/response")]
     kl_exact: Annotated[float, Meaning(
-        "The same over the full vocabulary, summed over a response: the input of the controllers.", "nats/response")]
+        "The same over the full vocabulary, summed over a response: the input of PPO's controllers.", "nats/response")]
     kl_stderr: Annotated[float, Meaning(
         "Standard error of `anchor/kl_exact` over the responses of the batch.", "nats/response")]
     share: Annotated[float | None, Meaning(
@@ -92,7 +92,7 @@ class TrustRecord(NamedTuple):
     stopped: Annotated[bool, Meaning("Whether `trust_stop` ended the update.")]
     kl: Annotated[float, Meaning(
         "**Measured** after the update and its enforcement: mean exact KL(π_old‖π) over the batch's contexts.", "nats/token")]
-    kl_max: Annotated[float, Meaning("The largest KL(π_old‖π) of any context of the batch.", "nats/token")]
+    kl_max: Annotated[float, Meaning("The largest KL(π_old‖π) of any context of the batch.", "nats")]
     kl_proposed: Annotated[float, Meaning("`trust/kl` after the last optimizer step, before enforcement.", "nats/token")]
     tv: Annotated[float, Meaning("Mean total variation between π_old and π, from 0 to 1.")]
     max_ratio: Annotated[float, Meaning("Largest π/π_old of a sampled token, after the update.")]
@@ -245,9 +245,19 @@ def as_rows(columns: dict[str, list[Any]], count: int | None = None) -> list[dic
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
+def as_json(value: Any, **options: Any) -> str:
+    """JSON that can be written as UTF-8; text that cannot, such as half of an emoji, makes it ASCII with escapes."""
+    text = json.dumps(value, ensure_ascii=False, **options)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, **options)
+    return text
+
+
 def append_line(path: Path, row: dict[str, Any]) -> None:
     """Append a line and flush it, so that a killed run keeps every finished update; SaveError where that fails."""
-    text = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    text = as_json(row, allow_nan=False) + "\n"
     failure = f"the record of update {row.get('update')} could not be appended to {path}"
     with written(failure), open(path, "a", encoding="utf-8") as file:
         file.write(text)

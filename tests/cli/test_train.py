@@ -66,6 +66,7 @@ def test_several_rewards_with_weights_a_reference_and_a_value_model(place: Path,
         reward_funcs=["my_rewards.wanted", "my_rewards:even", str(place / "judge")], max_steps=1, use_peft=False,
         ref_model=str(place / "model"), value_model=str(place / "judge"), model_init_kwargs={"local_files_only": True},
     )  # fmt: skip
+    del run["lora_r"], run["lora_target_modules"]
     assert run_main(*flags(run)) == 0
     assert load_records(tmp_path / "run")[0]["score"] is not None
     assert (tmp_path / "run" / "model.safetensors").exists()
@@ -77,6 +78,7 @@ def test_a_checkpoint_is_passed_on_as_trls_scripts_do(place: Path, tmp_path: Pat
     def train(self, **arguments):
         asked.append(arguments["resume_from_checkpoint"])
         known.append(self.args.resume_from_checkpoint)
+        self.state.global_step = 1
 
     monkeypatch.setattr("trl_trustkl.ppo.trainer.TrustKLPPOTrainer.train", train)
     monkeypatch.setattr("trl_trustkl.cli.train._conclude", lambda *_: None)

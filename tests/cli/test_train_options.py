@@ -18,6 +18,7 @@ from trl_trustkl.errors import ConfigError
         ("- a list", "must contain a YAML mapping"),
         ("self: 1", "with 'self', which is no option"),
         ("1: 2", "with 1, which is no option"),
+        ("trainer: [grpo]", "`trainer` got ['grpo']"),
         ("a: [", "while parsing"),
         ("kl_cof: 1", "unknown option --kl_cof 1. Did you mean --kl_coef?"),
         ("kl_estimator: k4", "`kl_estimator` got 'k4'"),
@@ -59,3 +60,28 @@ def test_options_that_cannot_be_understood_are_an_error(place: Path, tmp_path: P
     with pytest.raises(ConfigError) as error:
         parse(["--config", file, *words] if words != ["--config"] else words)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_r": 8}, "`lora_r` got 8 without `use_peft`"),
+        ({"lora_target_modules": ["q_proj"]}, "`lora_target_modules` got"),
+        ({"use_dora": True}, "`use_dora` got True without `use_peft`"),
+        ({"use_peft": True, "bnb_4bit_quant_type": "fp4"}, "`bnb_4bit_quant_type` got 'fp4' without `load_in_4bit`"),
+    ],
+)
+def test_options_of_an_adapter_or_of_quantization_that_would_be_ignored_are_an_error(
+    place: Path, tmp_path: Path, changes, message
+) -> None:
+    given = {
+        name: value for name, value in settings(place, tmp_path).items() if not name.startswith(("lora_", "use_peft"))
+    }
+    with pytest.raises(ConfigError, match=message):
+        parse(["--config", write_yaml(tmp_path / "run.yaml", given | changes)])
+
+
+@pytest.mark.parametrize(("value", "expected"), [(True, "True"), (False, "False"), ("checkpoint-3", "checkpoint-3")])
+def test_a_yaml_file_may_say_true_for_the_newest_checkpoint(place: Path, tmp_path: Path, value, expected) -> None:
+    file = write_yaml(tmp_path / "run.yaml", settings(place, tmp_path, resume_from_checkpoint=value))
+    assert parse(["--config", file]).training.resume_from_checkpoint == expected

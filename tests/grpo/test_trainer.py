@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from trl_trustkl import (
     TrustRegionCallback,
     load_records,
 )
-from trl_trustkl.errors import ConfigError
+from trl_trustkl.errors import ConfigError, DataError
 from trl_trustkl.trust.limits import Limits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -134,3 +135,17 @@ def test_the_model_card_says_how_far_the_run_moved(kind, tmp_path):
     unanchored.create_model_card("name")
     card = (tmp_path / "b" / "README.md").read_text().replace("\\", "")
     assert "| anchor: KL(π‖π_ref) | off |" in card and "without effect" not in card and "Nothing: no mechanism" in card
+
+
+@EACH
+def test_fewer_rows_than_a_generation_batch_takes_are_an_error(kind, tmp_path):
+    trainer, config, _, _ = KINDS[kind]
+    args = config(str(tmp_path), **tiny.GROUPS, max_steps=1)
+    needed = args.generation_batch_size // args.num_generations
+    for rows, fails in ((needed - 1, True), (needed, False)):
+        with pytest.raises(DataError, match=f"has {rows} rows, .* takes {needed} prompts") if fails else nullcontext():
+            made = trainer(
+                tiny.llama(), tiny.good_words, args, tiny.prompts(rows), None, tiny.tokenizer(), peft_config=tiny.lora()
+            )
+    made.train()
+    assert made.state.global_step == 1

@@ -12,6 +12,7 @@ from tests import families, tiny
 from tests.tiny import EOS
 from tests.watched import before_the_first_step, run, watched, without_seconds
 from tests.weights import same, trained_weights
+from trl_trustkl import load_records
 from trl_trustkl.errors import ModelError
 from trl_trustkl.policy import loading, split_lm
 from trl_trustkl.policy.loading import trainable
@@ -166,3 +167,18 @@ def test_a_pad_token_that_is_another_token_too_does_not_only_pad():
     for token in (shared.eos_token, shared.bos_token, shared.unk_token):
         shared.pad_token = token
         assert loading.padding_only(shared) is None
+
+
+def test_adapters_that_were_disabled_are_enabled_and_merged_ones_rejected(tmp_path):
+    model = tiny.tuned()
+    model.base_model.disable_adapter_layers()
+    tiny.trainer(tmp_path, model, changes={"max_steps": 1}, peft_config=None).train()
+    assert load_records(tmp_path)[0]["trust"]["kl"] > 0
+    model.merge_adapter()
+    with pytest.raises(ModelError, match=r"unmerge_adapter\(\)"):
+        tiny.trainer(tmp_path, model, peft_config=None)
+
+
+def test_an_adapter_that_fits_no_module_is_a_model_error(tmp_path):
+    with pytest.raises(ModelError, match="`peft_config` does not fit the model: .*nope"):
+        tiny.trainer(tmp_path, peft_config=tiny.lora(target_modules=["nope"]))

@@ -12,6 +12,8 @@ from peft import IA3Config, PeftConfig, get_peft_model
 from tests import tiny
 from tests.watched import run, watched
 from tests.weights import same, trained_weights
+from trl_trustkl import load_records
+from trl_trustkl.errors import ModelError
 from trl_trustkl.policy import loading
 from trl_trustkl.policy.loading import trainable
 from trl_trustkl.policy.reference import REFERENCE_ADAPTER
@@ -113,3 +115,27 @@ def test_a_separate_reference_model_is_used_and_does_not_change(tmp_path):
     _, records = run(tmp_path, ref_model=reference, changes={"learning_rate": 1e-2})
     assert records[0]["anchor"]["kl_exact"] > 0.1
     assert same(before, dict(reference.named_parameters())) and not loading.trainable(reference)
+
+
+def test_a_second_trainer_of_a_model_starts_at_the_model_as_it_is(tmp_path):
+    model = tiny.tuned()
+    for name in ("first", "second"):
+        trainer = tiny.trainer(tmp_path / name, model, changes={"learning_rate": 0.1}, peft_config=None)
+        trainer.train()
+        kls = [record["anchor"]["kl_exact"] for record in load_records(tmp_path / name)]
+        assert kls[0] == pytest.approx(0, abs=1e-6) and kls[-1] > 1e-3
+        assert len(model.peft_config) == 2
+    with pytest.raises(ModelError, match="already contains the layers of an adapter"):
+        tiny.trainer(tmp_path, model.get_base_model())
+
+
+@pytest.mark.parametrize(
+    ("bias", "trained", "warns"), [("none", "norm.weight", True), ("none", None, False), ("all", None, False)]
+)
+def test_weights_beside_the_adapter_that_would_not_be_saved_are_warned_about(tmp_path, caplog, bias, trained, warns):
+    model = get_peft_model(tiny.gpt2(), tiny.lora(bias=bias)) if bias != "none" else tiny.adapted()
+    for name, weight in model.named_parameters():
+        if trained and name.endswith(trained):
+            weight.requires_grad_(True)
+    tiny.trainer(tmp_path, model, peft_config=None)
+    assert ("outside of its adapter" in caplog.text) == warns

@@ -156,3 +156,11 @@ def test_a_sharded_head_is_called_without_its_hooks(frozen):
     head = lm.frozen_head() if frozen else lm.head
     assert torch.equal(head(states), before) and called == ["hook"]
     assert [p.shape for p in head.parameters()] == [lm.causal.lm_head.weight.shape]
+
+
+def test_weights_that_are_not_finite_are_named_as_the_cause(tmp_path):
+    model = tiny.llama()
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    with pytest.raises(ModelError, match="not finite: its weights are damaged"):
+        tiny.trainer(tmp_path, model)

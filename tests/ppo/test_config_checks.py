@@ -293,3 +293,9 @@ def test_a_metric_whose_better_direction_is_unknown_needs_it(tmp_path, metric, h
     for greater in (True, False):
         config = tiny.config(tmp_path, **changes, metric_for_best_model=metric, greater_is_better=greater)
         assert config.greater_is_better is greater
+
+
+def test_saving_the_best_needs_evaluations(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        tiny.config(tmp_path, save_strategy="best", metric_for_best_model="score")
+    assert_says(error, "`save_strategy`", "'best'", "eval_strategy='steps'")

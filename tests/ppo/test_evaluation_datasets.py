@@ -28,3 +28,41 @@ def test_one_of_several_evaluation_sets_is_chosen_by_its_name(tmp_path):
     with pytest.raises(ConfigError) as error:
         trainer.evaluate_completions()
     assert_says(error, "`eval_dataset`", "'few', 'more'")
+
+
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 5, "max_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("sets", "metric", "message"),
+    [
+        (("few", "more"), "score", "`metric_for_best_model` got 'score'"),
+        (("few", "more"), "eval_kl", "such as 'few_score'. The evaluation sets are 'few', 'more'"),
+        ((), None, "`eval_dataset` got an empty dict"),
+    ],
+)
+def test_several_evaluation_sets_need_the_metric_of_one(tmp_path, sets, metric, message):
+    sets = {name: tiny.prompts(2) for name in sets}
+    with pytest.raises(ConfigError) as error:
+        tiny.trainer(tmp_path, eval_dataset=sets, changes=EVALUATED | {"metric_for_best_model": metric})
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("metric", ["more_score", "eval_few_kl"])
+def test_the_metric_of_one_of_several_sets_chooses_the_best(tmp_path, metric):
+    trainer = tiny.trainer(
+        tmp_path,
+        eval_dataset={"few": tiny.prompts(2), "more": tiny.prompts(3)},
+        changes=EVALUATED | {"metric_for_best_model": metric, "save_strategy": "best"},
+    )
+    trainer.train()
+    assert trainer.state.best_metric is not None and list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_metric_that_no_evaluation_gives_is_an_error_after_the_last_update_is_saved(tmp_path):
+    changes = EVALUATED | {"metric_for_best_model": "scoer", "greater_is_better": True, "load_best_model_at_end": True}
+    trainer = tiny.trainer(tmp_path, eval_dataset=tiny.prompts(2), changes=changes | {"save_steps": 1})
+    with pytest.raises(ConfigError) as error:
+        trainer.train()
+    assert_says(error, "`metric_for_best_model`", "'scoer'", "'score', 'kl'", "The last update is saved")
+    assert (tmp_path / "checkpoint-1").is_dir()

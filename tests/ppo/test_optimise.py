@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import GradientState
 from torch import nn
 
 from tests import tiny
@@ -183,3 +184,10 @@ def test_a_batch_that_is_not_finite_is_rejected_before_its_first_step(coef, kl, 
     anchor, scored = AnchorMeasurement(coef, kl, kl_exact, 0.0, None, 0.0), SimpleNamespace(sampler_finite=True)
     batch = SimpleNamespace(anchor=anchor, scored=scored, finite=finite)
     assert not_finite(batch) == reason
+
+
+def test_a_run_of_another_trainer_that_ended_within_an_accumulation_leaves_the_steps_of_this_one(tmp_path):
+    trainer = tiny.trainer(tmp_path, changes={"max_steps": 1})
+    GradientState()._set_sync_gradients(False)
+    trainer.train()
+    assert load_records(tmp_path)[0]["trust"]["kl"] > 0

@@ -11,6 +11,7 @@ import pytest
 
 from tests.example_runs import completions_of, rows_of, run_folder, write_run
 from tests.pages import Page
+from trl_trustkl.errors import DataError
 from trl_trustkl.report import MissingPackageError, read_run, render_report
 from trl_trustkl.report.series import COUNTERFACTUALS
 from trl_trustkl.report.tables import ROWS, updates
@@ -81,3 +82,12 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingPackageError, match=rf"A report needs {package}, .* pip install {package}$"):
         render_report(run_folder(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["bounds.jsonl", "completions.jsonl", "run_settings.json", ""])
+def test_a_file_of_a_run_is_not_replaced_by_the_page(tmp_path: Path, name: str) -> None:
+    folder = run_folder(tmp_path)
+    before = (folder / "bounds.jsonl").read_bytes()
+    with pytest.raises(DataError, match="must be the path of a page"):
+        render_report(folder, folder / name if name else "")
+    assert (folder / "bounds.jsonl").read_bytes() == before

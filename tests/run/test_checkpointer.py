@@ -364,6 +364,7 @@ def populated(tmp_path: Path) -> Run:
     run = Run(1)
     for number in (1, 2, 3):
         run.checkpointer.save(tmp_path / f"checkpoint-{number}")
+        (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text(json.dumps({"global_step": number}))
     (tmp_path / ".unfinished-checkpoint-4").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     return run

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.survival import build
+from trl_trustkl import load_records
 from trl_trustkl.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -50,3 +51,11 @@ def test_saved_files_hold_no_hub_token(tmp_path):
     build(tmp_path, hub_token="hf_secret", max_steps=2).train()
     texts = [path.read_text() for path in (tmp_path / "checkpoint-2").glob("*.json")]
     assert texts and not any("hf_secret" in text for text in texts)
+
+
+def test_a_checkpoint_may_be_renamed(run_copy):
+    (run_copy / "checkpoint-4").rename(run_copy / "best")
+    trainer = build(run_copy)
+    trainer.train(resume_from_checkpoint=run_copy / "best")
+    assert trainer.state.global_step == 6 and (run_copy / "checkpoint-2").is_dir() and (run_copy / "best").is_dir()
+    assert len(load_records(run_copy)) == 6

@@ -142,3 +142,18 @@ def test_a_batch_that_would_not_be_the_same_is_named(tmp_path, changes, rows, st
     divided(tmp_path, 4, 2, **changes).train()
     with pytest.raises(ConfigError, match="`(per_device_train_batch_size|gradient_accumulation_steps)`: "):
         divided(tmp_path, rows, steps, **changes).train(resume_from_checkpoint=True)
+
+
+def test_what_a_model_is_loaded_with_from_the_hub_is_not_saved_and_may_change(tmp_path):
+    before, now, other = (
+        settings.compared(tiny.config(tmp_path, model_init_kwargs=given))
+        for given in ({"token": "hf_secret", "revision": "a"}, {"cache_dir": "x", "revision": "a"}, {"revision": "b"})
+    )
+    assert before["model_init_kwargs"] == {"revision": "a"}
+    older = before | {"model_init_kwargs": {"token": "hf_secret", "revision": "a"}}  # as earlier versions saved it
+    assert not list(settings.differences(older, now, tiny.config(tmp_path)))
+    (found,) = settings.differences(older, other, tiny.config(tmp_path))
+    assert found == "`model_init_kwargs`: {'revision': 'a'} in the checkpoint, {'revision': 'b'} now"
+    assert (
+        settings.compared(tiny.config(tmp_path, model_init_kwargs={"token": "hf_secret"}))["model_init_kwargs"] is None
+    )

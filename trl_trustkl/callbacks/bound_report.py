@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -85,7 +84,7 @@ class BoundReportCallback(TrainerCallback):
         self.rendered = None
         self._begin_table(args)
         folder = Path(args.output_dir)
-        settings = json.dumps(settings_of(args, kwargs.get("model")), indent=1, ensure_ascii=False, default=str)
+        settings = records.as_json(settings_of(args, kwargs.get("model")), indent=1, default=str)
         with records.written(f"the records in {folder} could not be made ready"):
             folder.mkdir(parents=True, exist_ok=True)
             for name in (records.BOUNDS_FILE, records.COMPLETIONS_FILE):

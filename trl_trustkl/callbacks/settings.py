@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -45,6 +46,7 @@ def settings_of(args: TrainingArguments, model: Any) -> dict[str, dict[str, Any]
     }
 
 
+@cache  # Reading a library's metadata takes milliseconds.
 def _versions() -> dict[str, str]:
     found = {}
     for name in LIBRARIES:

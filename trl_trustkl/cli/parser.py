@@ -12,8 +12,20 @@ LISTED = 16
 """Choices at most that help texts and messages list."""
 
 
+class Formatter(argparse.HelpFormatter):
+    """The value of an option once, after its names, as from Python 3.13 on."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{', '.join(action.option_strings)} {self._format_args(action, action.dest.upper())}"
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors name the command and its --help, and do not print the usage."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **({"formatter_class": Formatter} | kwargs))
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\nAll options: {self.prog} --help\n")

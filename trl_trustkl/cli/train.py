@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError, DataError
 
 HELP = "train with PPO, GRPO or RLOO from a YAML file and flags, as `trl grpo` does"
 
@@ -57,7 +57,9 @@ def train(asked: Any, **arguments: Any) -> None:
     trainer = build(asked.script.trainer, args=args, **arguments)
     show_updates(trainer)
     args.resume_from_checkpoint = checkpoint  # a tracker may read it
-    trainer.train(resume_from_checkpoint=_checkpoint(checkpoint))
+    trainer.train(resume_from_checkpoint=_checkpoint(checkpoint, args.output_dir, asked.script.trainer))
+    if trainer.state.global_step == 0:
+        raise DataError("the run made no update; give more prompts, or a larger num_train_epochs or max_steps.")
     trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():
         report = report_of(trainer.callback_handler.callbacks)
@@ -85,9 +87,26 @@ def build(name: str, **arguments: Any) -> Any:
         raise ConfigError(f"TRL's {name.upper()} trainer rejects these options: {error}") from error
 
 
-def _checkpoint(value: str | None) -> str | bool | None:
-    """`--resume_from_checkpoint True` means the newest checkpoint, as in TRL's scripts; transformers parses it as text."""
-    return {"true": True, "false": None, "none": None}.get(str(value).lower(), value)
+def _checkpoint(value: str | None, output_dir: str, trainer: str) -> str | bool | None:
+    """`--resume_from_checkpoint True` means the newest checkpoint, as in TRL's scripts; transformers parses it as text.
+
+    Raises CheckpointError for a folder that does not exist. PPO's trainer makes these checks itself.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    found = {"true": True, "false": None, "none": None}.get(str(value).lower(), value)
+    if not found or trainer == "ppo":
+        return found
+    if found is True:
+        if Path(output_dir).is_dir() and get_last_checkpoint(output_dir) is not None:
+            return True
+        print(
+            f"`resume_from_checkpoint` got True; {output_dir} has no checkpoint: starting a new run.", file=sys.stderr
+        )
+        return None
+    if not (Path(found) / "trainer_state.json").is_file():
+        raise CheckpointError(f"`resume_from_checkpoint` got {found!r}, which is no folder with a checkpoint.")
+    return found
 
 
 def _conclude(folder: str, kind: str, report: Path | None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import get_dataset, get_peft_config, get_quantization_config, rewards
 
@@ -149,5 +150,14 @@ def _as_error(kind: type[TrustKLError], field: str, value: str) -> Iterator[None
         yield
     except TrustKLError:
         raise
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        AttributeError,
+        DatasetsError,
+    ) as error:
         raise kind(f"`{field}` got {value!r}, which cannot be loaded: {' '.join(str(error).split())}") from error

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
-from ..errors import ConfigError, did_you_mean, unknown_name
+from ..errors import ConfigError, did_you_mean, shown, unknown_name
 from ..grpo.config import TrustKLGRPOConfig, TrustKLRLOOConfig
 from ..ppo.config import TrustKLPPOConfig
 from . import train_help
@@ -94,6 +94,9 @@ class _Parser(Parser, TrlParser):
     """TRL's parser, which rejects unknown and missing options before it builds the dataclasses."""
 
     def set_defaults_with_config(self, **options: Any) -> list[str]:
+        checkpoint = options.get("resume_from_checkpoint")
+        if isinstance(checkpoint, bool):  # its type is text
+            options["resume_from_checkpoint"] = str(checkpoint)
         if unknown := super().set_defaults_with_config(**options):
             raise _unknown_option(unknown, self)
         return []
@@ -123,7 +126,7 @@ def _trainer(given: list[str]) -> Trainer:
     name = options.get("trainer") if words.trainer is None else words.trainer
     if name is None:
         return "ppo"
-    if name not in CONFIGS:
+    if not isinstance(name, str) or name not in CONFIGS:
         raise unknown_name("trainer", name, CONFIGS)
     return name
 
@@ -180,9 +183,26 @@ def _check_given(parsed: argparse.Namespace) -> None:
         raise ConfigError("\n    ".join(["required options are missing:", *missing]))
 
 
+_ON = {"use_peft": ("lora_", "use_rslora", "use_dora"), "load_in_4bit": ("bnb_4bit_", "use_bnb_")}
+"""The field of ModelConfig without which fields that begin like these have no effect."""
+
+
+def _check_adapter(model: ModelConfig) -> None:
+    """ConfigError for options of an adapter, or of quantization, that would be ignored."""
+    for each in fields(model):
+        default = each.default_factory() if callable(each.default_factory) else each.default
+        for switch, names in _ON.items():
+            if each.name.startswith(names) and not getattr(model, switch) and getattr(model, each.name) != default:
+                got = shown(getattr(model, each.name))
+                raise ConfigError(
+                    f"`{each.name}` got {got} without `{switch}`, and would be ignored; set --{switch} too."
+                )
+
+
 def _check(options: Options) -> None:
     """The checks that the dataclasses do not make."""
-    script, training, _, mixture = options
+    script, training, model, mixture = options
+    _check_adapter(model)
     defaults = {each.name: each.default for each in fields(training)}
     for name, instead in _ELSEWHERE.items():
         if name in defaults and getattr(training, name) != defaults[name]:

@@ -84,7 +84,7 @@ def read(
             raise ConfigError(f"`seeds` got {seed} twice; leave one out.")
     common = _fields("common", document.get("common", {}))
     trainer = document.get("trainer", "ppo")
-    if trainer not in CONFIGS:
+    if not isinstance(trainer, str) or trainer not in CONFIGS:
         raise unknown_name("trainer", trainer, CONFIGS)
     settings = document.get("settings", CORNERS if trainer == "ppo" else LIMITED_CORNERS)
     _check_names(settings)

@@ -9,7 +9,7 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from ..callbacks import AdaptiveKLCallback, BoundReportCallback, TrustRegionCallback
 from ..callbacks.bound_report import report_of
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..policy.precision import avoid_bf16
 from ..report import model_card
 from .config import TrustKLGRPOConfig, TrustKLRLOOConfig, build_kl_controller
@@ -81,8 +81,20 @@ def _name_of(model: Any) -> str:
     return str(name).rstrip("/").split("/")[-1]
 
 
+def _check_rows(trainer: Any, args: Any) -> None:
+    rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None
+    needed = args.generation_batch_size // args.num_generations
+    if rows is not None and rows < needed:
+        raise DataError(
+            f"`train_dataset` has {rows} rows, and a generation batch takes {needed} prompts (generation_batch_size / "
+            f"num_generations = {args.generation_batch_size} / {args.num_generations}): TRL leaves out an incomplete batch, so "
+            "that no update would be made. Give more rows, or a smaller batch."
+        )
+
+
 def add_callbacks(trainer: Any, args: TrustKLGRPOConfig | TrustKLRLOOConfig) -> None:
-    """Add the callbacks that the configuration describes."""
+    """Add the callbacks that the configuration describes. DataError for a dataset with which TRL would make no update."""
+    _check_rows(trainer, args)
     if report_of(trainer.callback_handler.callbacks) is None:
         trainer.add_callback(BoundReportCallback())
     if args.kl_controller != "fixed":

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -27,9 +28,9 @@ from .dropout import disable_dropout
 from .precision import avoid_bf16, dtype_to_load
 from .quantization import is_quantized, unpack_4bit_weights
 
-_ACCESS = ("token", "cache_dir", "local_files_only")
-_OF_ADAPTER = ("revision", "subfolder", *_ACCESS)
-_OF_TOKENIZER = ("revision", "code_revision", "trust_remote_code", *_ACCESS)
+ACCESS = ("token", "cache_dir", "local_files_only")
+_OF_ADAPTER = ("revision", "subfolder", *ACCESS)
+_OF_TOKENIZER = ("revision", "code_revision", "trust_remote_code", *ACCESS)
 _OF_REPOSITORY = ("revision", "code_revision", "subfolder")
 
 
@@ -218,8 +219,16 @@ def prepare_policy(
                 "`peft_config` was given with a model that already has an adapter; leave `peft_config` out to continue "
                 "training that adapter, or merge it first with model.merge_and_unload()."
             )
-        with activation_checkpointing.without_warning():
-            model = get_peft_model(model, peft_config)
+        if adapter_layers(model):
+            raise ModelError(
+                "`model` already contains the layers of an adapter, as that of an earlier trainer: load the model again, or "
+                "pass the model of that trainer without `peft_config` to continue training its adapter."
+            )
+        try:
+            with activation_checkpointing.without_warning():
+                model = get_peft_model(model, peft_config)
+        except ValueError as error:  # such as one without a module of these names
+            raise ModelError(f"`peft_config` does not fit the model: {error}") from error
     elif is_quantized(model) and not isinstance(model, PeftModel):
         raise ModelError(
             "`model` is quantised and has no adapter: its weights cannot be trained; pass `peft_config=LoraConfig(...)`."
@@ -236,6 +245,11 @@ def prepare_policy(
             raise ModelError(
                 f"`model_adapter_name` got {shown(name)}; the model's adapters are {sorted(model.peft_config)}."
             )
+        if any(layer.merged for layer in adapter_layers(model)):
+            raise ModelError(
+                "`model` has a merged adapter, which cannot be trained; call model.unmerge_adapter() first."
+            )
+        model.base_model.enable_adapter_layers()  # if they were disabled, nothing would be trained
         model.set_adapter(name)
     _prepare_for_training(model, args)
     if not trainable(model):
@@ -243,6 +257,10 @@ def prepare_policy(
             "`model` has no trainable parameter; load its adapter with is_trainable=True, or pass `peft_config`."
         )
     return model
+
+
+def adapter_layers(model: nn.Module) -> list[BaseTunerLayer]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def _prepare_for_training(model: PreTrainedModel | PeftModel, args: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..errors import ConfigError, ModelError
 from ..trl_compat import activation_checkpointing
@@ -18,6 +19,8 @@ from ..types import MicroBatch, PolicySnapshot
 from . import probes
 from .dropout import disable_dropout
 from .split_lm import OutputHead, SplitLM
+
+logger = logging.get_logger(__name__)
 
 REFERENCE_ADAPTER = "trustkl_ref"
 
@@ -143,6 +146,8 @@ def build_reference(
         return Reference(policy, split_lm, adapter=ref_adapter_name)
     if start is not None and _base_is(policy, start) and not renewed:
         return Reference(policy, split_lm, is_start=True)
+    if REFERENCE_ADAPTER in policy.peft_config:  # of an earlier trainer of this model
+        policy.delete_adapter(REFERENCE_ADAPTER)
     clone_adapter(policy, policy.active_adapter, REFERENCE_ADAPTER)
     return Reference(policy, split_lm, adapter=REFERENCE_ADAPTER, is_start=True)
 
@@ -222,6 +227,19 @@ def trained_outside_adapters(policy: PreTrainedModel | PeftModel) -> dict[str, n
         for name, weight in policy.named_parameters()
         if weight.requires_grad and not any(_belongs_to(name, adapter) for adapter in adapters)
     }
+
+
+def warn_of_unsaved(policy: PreTrainedModel | PeftModel) -> None:
+    """Warn about trained parameters outside of the adapter, which PEFT does not save with it."""
+    if not isinstance(policy, PeftModel):
+        return
+    biases = getattr(policy.active_peft_config, "bias", "none") != "none"  # PEFT saves them
+    names = [name for name in trained_outside_adapters(policy) if not (biases and name.endswith(".bias"))]
+    if names:
+        logger.warning(
+            f"`model` trains {len(names)} parameters outside of its adapter, such as {names[0]}: save_model writes the adapter "
+            "only and loses them. Name their modules in LoraConfig(modules_to_save=[...]) instead."
+        )
 
 
 def _belongs_to(name: str, adapter: str) -> bool:

@@ -201,7 +201,9 @@ class TrustKLPPOConfig(VLLMFields):
     stop_token_id: int | None = _run(*_trl("stop_token_id"), unit="token id", off="None", range=COUNT_OR_0)
     missing_eos_penalty: float | None = _run(
         *_trl("missing_eos_penalty"), unit="the score's", off="None", range=NOT_NEGATIVE)
-    generation_kwargs: dict | str | None = _run(None, "Further arguments of generate(), as a dict or JSON.")
+    generation_kwargs: dict | str | None = _run(
+        None, "Further arguments of generate(), or of vLLM's SamplingParams, as a dict or JSON."
+    )
     chat_template_kwargs: dict | str | None = _run(
         None, "Further arguments of the chat template, as a dict or JSON: {'enable_thinking': False}.")
     reward_weights: list[float] | None = _run(

@@ -56,6 +56,9 @@ def choose_best(args: Any) -> None:
     if keeps_best and metric in (None, "loss", "eval_loss"):
         valid = "one that evaluate() gives: 'score', 'kl', 'length' or 'eos_rate'"
         raise out_of_range("metric_for_best_model", metric, valid, "It decides which checkpoint is the best.")
+    if args.save_strategy == "best" and args.eval_strategy == "no":
+        fix = "Set eval_strategy='steps' and eval_steps, or another save_strategy."
+        raise out_of_range("save_strategy", "best", "'no', 'steps' or 'epoch' without evaluations", fix)
     if metric is not None and args.greater_is_better is None:
         name = str(metric).rpartition("_")[2]  # "kl" of "eval_NAME_kl", where there are several evaluation sets
         args.greater_is_better = {"score": True, "kl": False}.get(name)

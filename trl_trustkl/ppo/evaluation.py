@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..errors import ConfigError, RewardError, RolloutError, unknown_name
+from ..errors import ConfigError, RewardError, RolloutError, out_of_range, unknown_name
 from ..masking import masked_sum
 from ..parallel.processes import Processes
 from ..parallel.sharding import REPLICATED, Replicated
@@ -145,6 +145,20 @@ def one_dataset(given: Any, own: Any) -> Any:
     if isinstance(dataset, dict):
         raise ConfigError(f"`eval_dataset` got several; name one of {', '.join(map(repr, dataset))}.")
     return dataset
+
+
+def compare_with_best(trainer: Any, metrics: dict[str, float], save: Callable[[], None]) -> None:
+    """Let transformers compare an evaluation with the best one, and request a checkpoint of a better one with
+    save_strategy='best'. ConfigError, after `save`, if the evaluation lacks `metric_for_best_model`."""
+    try:
+        better = trainer._determine_best_metric(metrics=metrics, trial=None)
+    except KeyError:
+        save()
+        valid = f"one that evaluate() gives: {', '.join(repr(name.removeprefix('eval_')) for name in metrics)}"
+        fix = "The last update is saved."
+        raise out_of_range("metric_for_best_model", trainer.args.metric_for_best_model, valid, fix) from None
+    if trainer.args.save_strategy == "best":
+        trainer.control.should_save = better
 
 
 def print_samples(rows: list[dict[str, Any]]) -> None:

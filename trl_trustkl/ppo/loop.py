@@ -44,6 +44,7 @@ from ..run.weights import ShardedOptimizer, TrainedWeights
 from ..types import Batch, Enforcement, Measurement, Prompts, Rollout, Scored, UpdateContext, UpdateStats
 from . import recording
 from .config import TrustKLPPOConfig
+from .evaluation import compare_with_best
 from .parts import Parts
 from .setup import warn_of_sampler
 from .unsupported import reject_callbacks
@@ -231,9 +232,7 @@ class TrainingLoop:
         if control.should_evaluate:
             metrics = trainer.evaluate()
             if trainer.args.metric_for_best_model is not None:
-                better = trainer._determine_best_metric(metrics=metrics, trial=None)
-                if trainer.args.save_strategy == "best":
-                    trainer.control.should_save = better
+                compare_with_best(trainer, metrics, save=self._save_finished)
             self._agree_on_control()
         if trainer.control.should_save:
             trainer._save_checkpoint(trainer.model, trial=None)

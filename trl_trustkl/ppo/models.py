@@ -16,7 +16,7 @@ from ..errors import ConfigError, ModelError
 from ..parallel.engines import load_everywhere
 from ..policy import loading, probes
 from ..policy.precision import avoid_bf16
-from ..policy.reference import Reference, build_reference
+from ..policy.reference import Reference, build_reference, warn_of_unsaved
 from ..policy.value_head import PolicyAndValue
 from ..rollout import sampling
 from ..rollout.prompt_stream import PromptStream
@@ -76,6 +76,7 @@ def prepare(
     policy, tokenizer = loading.load_policy(model, tokenizer, args)
     start = None if peft_config is None else probes.logits(policy)
     policy = loading.prepare_policy(policy, peft_config, args)
+    warn_of_unsaved(policy)
     if hasattr(policy, "add_model_tags"):
         policy.add_model_tags(tags)
     elsewhere = loading.of_other_repository(init_kwargs := loading.init_kwargs_of(args))

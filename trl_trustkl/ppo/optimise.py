@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import GradientState
 from torch import Tensor, nn
 
 from ..errors import ConfigError, shown
@@ -57,6 +58,9 @@ class Optimisation:
 
     def prepare(self, model: nn.Module, optimizer: Any) -> None:
         """Use the model and the optimizer that `Replicated.prepare` returned."""
+        # Accelerate's state is the process's: a run of another trainer that ended within an accumulation leaves it such that
+        # no optimizer makes a step.
+        GradientState()._set_sync_gradients(True)
         if optimizer is not self.optimizer:
             self.rescales_gradients = rescales_gradients(optimizer)
             self.policy_scale, self.value_scale = GradientScale(), GradientScale()

@@ -100,6 +100,19 @@ def check_inputs(args: TrustKLPPOConfig, evaluation: Any, value_model: Any = Non
             f"`eval_strategy` got {str(getattr(args.eval_strategy, 'value', args.eval_strategy))!r} without an "
             "`eval_dataset`; pass `eval_dataset` to the trainer, or leave `eval_strategy` at 'no'."
         )
+    if isinstance(evaluation, dict):
+        _check_several(args, evaluation)
+
+
+def _check_several(args: TrustKLPPOConfig, evaluation: dict[str, Any]) -> None:
+    """ConfigError for evaluation sets of which there is none, or whose metrics have other names."""
+    if not evaluation:
+        raise ConfigError("`eval_dataset` got an empty dict; give datasets by their names, or None.")
+    metric = args.metric_for_best_model
+    if metric is not None and not metric.removeprefix("eval_").startswith(tuple(f"{name}_" for name in evaluation)):
+        valid = f"the name of an evaluation set and a metric, such as '{next(iter(evaluation))}_score'"
+        sets = ", ".join(map(repr, evaluation))
+        raise out_of_range("metric_for_best_model", metric, valid, f"The evaluation sets are {sets}.")
 
 
 def warn_of_unused_fields(args: TrustKLPPOConfig) -> None:

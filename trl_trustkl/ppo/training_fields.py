@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..errors import ConfigError, shown
-from ..options import COUNT, NOT_NEGATIVE, Range, about, inherited, option
+from ..options import COUNT, NOT_NEGATIVE, POSITIVE, Range, about, inherited, option
 from ..trl_compat import ppo_base
 from ..trl_compat.version import PPOConfig
 
@@ -30,7 +30,7 @@ class TrainingFields(PPOConfig):
     weight_decay: float = option(*trl("weight_decay"), range=NOT_NEGATIVE)
     adam_beta1: float = option(*trl("adam_beta1"), range=_BELOW_1)
     adam_beta2: float = option(*trl("adam_beta2"), range=_BELOW_1)
-    adam_epsilon: float = option(*trl("adam_epsilon"), range=NOT_NEGATIVE)
+    adam_epsilon: float = option(*trl("adam_epsilon"), range=POSITIVE)
     per_device_train_batch_size: int = option(*trl("per_device_train_batch_size"), range=COUNT)
     per_device_eval_batch_size: int = option(*trl("per_device_eval_batch_size"), range=COUNT)
     gradient_accumulation_steps: int = option(*trl("gradient_accumulation_steps"), range=COUNT)

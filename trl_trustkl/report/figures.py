@@ -306,10 +306,8 @@ def ratios(figure: Figure, records: Records) -> None:
     if (clip := token_range(last)) is not None:
         # An end that is 0 or infinite is drawn just beyond the values, which would be a line otherwise.
         drawn = np.concatenate([top, *at.values(), [1.0]])
-        low, high = (
-            bound if 1 / RATIO < bound < RATIO else end
-            for bound, end in zip(clip, (np.nanmin(drawn) / 2, 2 * np.nanmax(drawn)), strict=True)
-        )
+        ends = np.nanmin(drawn) / 2, 2 * np.nanmax(drawn)
+        low, high = np.where((np.array(clip) > 1 / RATIO) & (np.array(clip) < RATIO), clip, ends)
         axes.axhspan(low, high, color=INK, alpha=0.18, linewidth=0, label="clip range")
     for i, (alpha, label) in enumerate([(0.2, "1 % to 99 %"), (0.3, "5 % to 95 %"), (0.45, "25 % to 75 %")]):
         low, high = binned(at[levels[i]], POINTS), binned(at[levels[-1 - i]], POINTS)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from .. import files, records
@@ -133,8 +133,10 @@ def _prepare_output(output: Path, folder: Path | None) -> None:
     output.mkdir(parents=True, exist_ok=True)
     TemporaryFile(dir=output).close()
     checkpoint_folder.remove_unfinished(output)
-    ours = folder is not None and folder.resolve().parent == output.resolve()
-    checkpoint_folder.move_aside(output, after=checkpoint_folder.number(folder) if folder is not None and ours else 0)
+    resumed = 0
+    if folder is not None and folder.resolve().parent == output.resolve():
+        resumed = read_json(folder / TRAINER_STATE_NAME)["global_step"]  # the folder may have been renamed
+    checkpoint_folder.move_aside(output, after=resumed)
     if folder is not None:
         records.take_over(folder.parent, output)
 

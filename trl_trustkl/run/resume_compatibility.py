@@ -12,6 +12,7 @@ from typing import Any
 from peft import PeftModel
 
 from ..errors import ConfigError
+from ..policy.loading import ACCESS
 from ..policy.value_head import PolicyAndValue
 from ..trl_compat.unused_fields import WITHOUT_EFFECT
 from .weights import count
@@ -50,6 +51,8 @@ that later versions add."""
 DIVISION = ("per_device_train_batch_size", "gradient_accumulation_steps")
 """Fields that may differ, as may the number of processes, where they divide the same batch: numbers change only by rounding."""
 _PROCESSES = "number of processes"
+_HOW_TO_LOAD = (*ACCESS, "use_auth_token", "force_download", "proxies", "device_map", "max_memory")
+"""Keys of `model_init_kwargs` that are secrets, or say from where and to where the same weights are loaded."""
 _ADAPTER_NOTES = ("inference_mode", "peft_version", "base_model_name_or_path", "auto_mapping", "revision")
 
 
@@ -59,7 +62,17 @@ def compared(args: Any) -> dict[str, Any]:
     own = {name: getattr(args, name) for name in fields}
     if "whiten_advantages" in own:  # older checkpoints have its value in effect
         own["whiten_advantages"] = args.whitens_advantages
-    return as_json(own)
+    return _without_access(as_json(own))
+
+
+def _without_access(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields without what may differ, or must not be written, in `model_init_kwargs`."""
+    given = config.get("model_init_kwargs")
+    if not isinstance(given, dict):
+        return config
+    return config | {
+        "model_init_kwargs": {key: value for key, value in given.items() if key not in _HOW_TO_LOAD} or None
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -79,6 +92,7 @@ def as_json(value: Any) -> Any:
 
 def differences(saved: dict[str, Any], now: dict[str, Any], args: Any, ignored: Sequence[str] = ()) -> Iterator[str]:
     """A message for each field that differs between the checkpoint and `now`, both as returned by `compared`."""
+    saved = _without_access(saved)
     defaults = {f.name: as_json(f.default) for f in dataclasses.fields(args) if f.default is not dataclasses.MISSING}
     for name, value in now.items():
         was = saved.get(name, defaults.get(name))
