@@ -57,8 +57,6 @@ package's own `__init__`, which loads what is above the mathematics on first use
 
 UNNAMED_ON_PURPOSE = {
     "cli.parser._check_value": "argparse calls it",
-    "cli.parser._format_action_invocation": "argparse calls it",
-    "cli.train_help._format_action_invocation": "argparse calls it",
     "cli.train_help._get_help_string": "argparse calls it",
     "trl_compat.vllm.check_server": "TRL calls it",
 }
