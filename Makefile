@@ -43,7 +43,7 @@ compare: $(ENV)/demo.stamp ## compare the four combinations of anchor and clip o
 test: $(ENV)/dev.stamp ## run the tests on the newest tested TRL
 	@OMP_NUM_THREADS=1 $(OFFLINE) $(ENV)/bin/python -m pytest $(FAST) $(ARGS)
 
-test-processes: $(ENV)/dev.stamp ## run the tests that start, stop and kill processes
+test-processes: $(ENV)/dev.stamp ## run the tests that start and interrupt processes and servers
 	@OMP_NUM_THREADS=1 $(OFFLINE) $(ENV)/bin/python -m pytest -q -m "processes and not slow" $(PARALLEL) $(ARGS)
 
 test-trl112: $(ENV112)/dev.stamp ## run those that depend on TRL on TRL 1.12, the last one with a PPO trainer

@@ -120,7 +120,7 @@ def test_the_files_for_contributors_agree_with_the_package() -> None:
     contributing = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
     commands = re.findall(r"^make ([a-z ]+?)  +#", contributing, re.M)
-    assert len(commands) == 3 and {word for line in commands for word in line.split()} <= targets
+    assert len(commands) == 4 and {word for line in commands for word in line.split()} <= targets
     assert [link for link in re.findall(r"\]\(([^)#]+)\)", contributing) if not (ROOT / link).exists()] == []
     for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"):  # all but config.yml
         content = yaml.safe_load(form.read_text("utf-8"))

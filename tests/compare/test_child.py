@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.compare.jobs import TASK
 from tests.processes import ROOT
 from trl_trustkl.compare import child
@@ -23,6 +25,7 @@ def test_a_child_trains_the_settings_in_its_folder(tmp_path: Path) -> None:
     assert json.loads((tmp_path / child.DONE_FILE).read_text()) == made_with
 
 
+@pytest.mark.processes
 def test_a_child_ends_with_its_parent() -> None:
     code = "import time; from trl_trustkl.compare.child import end_with_parent; end_with_parent(); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, cwd=ROOT)

@@ -100,6 +100,7 @@ def test_cores_are_divided_among_the_processes(tmp_path: Path, monkeypatch: pyte
         assert {entry[2] for entry in start.started} == {threads}
 
 
+@pytest.mark.processes
 def test_a_run_in_a_separate_process_and_its_error(tmp_path: Path) -> None:
     """A real process that fails before it builds a model; its outcome has the last line of the error."""
     wrong = settings.Comparison(1, (1,), {"a": {}})

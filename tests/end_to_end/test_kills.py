@@ -16,7 +16,7 @@ from trl_trustkl import load_records
 from trl_trustkl.run import checkpoint_folder as checkpoint
 from trl_trustkl.run.checkpointer import find_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.processes]
 
 
 @pytest.mark.parametrize(

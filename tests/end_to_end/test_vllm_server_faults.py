@@ -31,7 +31,7 @@ from trl_trustkl.errors import ConfigError, Interrupted, ModelError, RolloutErro
 from trl_trustkl.rollout.vllm_transfer import FileTransfer
 from trl_trustkl.run import checkpoint_folder as checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.processes]
 
 UPDATES, ROWS = 3, 8
 TIMEOUT, PATIENT = 3.0, 60.0
@@ -325,7 +325,6 @@ def test_an_evaluation_after_an_interrupted_run_is_not_overdue(tmp_path, folder)
 # -- separate processes ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_process_whose_server_stalls_ends_with_its_grace_period(tmp_path, folder, healthy, number):
     """Its threads do not keep it: Python waits for those of pools when it ends."""
@@ -342,7 +341,6 @@ def test_a_process_whose_server_stalls_ends_with_its_grace_period(tmp_path, fold
     assert_resumes(tmp_path, folder, healthy)
 
 
-@pytest.mark.processes
 def test_two_processes_end_together_where_the_weights_of_one_do_not_arrive_and_resume(tmp_path, folder):
     def run(out: Path, fake: FakeVLLM, *words: str) -> None:
         seconds = TIMEOUT if "fails" in words else PATIENT

@@ -21,6 +21,12 @@ def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of a page's text: drawing takes most of the time of a report."""
+    monkeypatch.setattr("trl_trustkl.report.figures.draw", lambda records: [])
+
+
+@pytest.fixture
 def run_of(tmp_path: Path) -> Callable[..., Run]:
     """Builds a run of `count` healthy updates with changes, as `rows_of` takes them."""
 

@@ -157,6 +157,7 @@ def sampled(prompts: list[str]) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize(
     ("prompts", "says", "columns"),
     [
@@ -171,6 +172,7 @@ def test_the_same_prompts_stand_side_by_side_if_they_recur(tmp_path, prompts, sa
     assert page.text.count("Again?") == (1 if columns == 3 and "Again?" in prompts else 0)
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_settings_that_the_run_wrote_are_in_full(tmp_path: Path) -> None:
     without = Page(render_report(run_folder(tmp_path)).read_text("utf-8")).text
     assert "the hardware are not on record" in without and "Every option" not in without

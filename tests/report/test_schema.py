@@ -186,6 +186,7 @@ def test_the_settings_of_a_run_are_read_as_text(tmp_path: Path) -> None:
     assert run.notes == []
 
 
+@pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize(
     "content",
     [

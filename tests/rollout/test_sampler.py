@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from fractions import Fraction
 
 import pytest
@@ -51,7 +52,7 @@ def test_a_token_is_the_first_whose_cumulative_probability_exceeds_the_level(siz
     for sign in (-1, 1):
         levels = [min(max(each / exact[-1] + sign * step, 0), 1 - step) for each in exact[1:-1]]
         token, total = invert(probs.repeat(len(levels), 1), torch.tensor(list(map(float, levels)), dtype=torch.float64))
-        wanted = [next(i for i in range(size) if exact[i + 1] > Fraction(float(level)) * exact[-1]) for level in levels]
+        wanted = [bisect_right(exact, Fraction(float(level)) * exact[-1]) - 1 for level in levels]
         assert token.squeeze(-1).tolist() == wanted
         assert total[0].item() == pytest.approx(float(exact[-1]), rel=1e-15)
 

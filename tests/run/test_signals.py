@@ -19,7 +19,7 @@ from trl_trustkl.errors import Interrupted
 from trl_trustkl.run import checkpoint_folder as checkpoint
 from trl_trustkl.run.signals import StopRequest
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.processes]
 
 
 def terminate(name: str) -> None:

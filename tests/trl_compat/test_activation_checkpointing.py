@@ -33,6 +33,7 @@ for checkpoints in (True, False):
 """
 
 
+@pytest.mark.processes
 def test_a_run_causes_no_future_warning(tmp_path):
     command = [sys.executable, "-c", CODE, str(tmp_path)]
     done = subprocess.run(

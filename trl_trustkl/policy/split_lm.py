@@ -132,9 +132,9 @@ class SplitLM:
         with torch.no_grad(), as_in_training(self.causal):
             self.chunked = self.backbone is not None and self._reproduces_logits()
             states, again, flipped = (self._states_after_padding(flip) for flip in (False, False, True))
-        if not torch.isfinite(states).all():
+        if states.isnan().any():
             raise ModelError(
-                f"`{name}` is a {kind} whose results for a few tokens are not finite: its weights are damaged, or too large "
+                f"`{name}` is a {kind} whose results for a few tokens are NaN: its weights are damaged, or too large "
                 f"for {states.dtype}. Load other weights, or load it with dtype=torch.float32."
             )
         if not close(again, states, 1e-3):
