@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ..errors import require_packages
 from .run import PACKAGES, announce, print_files, train
 
-SECONDS = "8 to 15"
+SECONDS = "15 to 20"
 """What an update takes on two CPU cores, with bf16 instructions and without."""
 
 
@@ -29,10 +29,12 @@ def run(options: Options) -> int:
     require_packages("The demo", *PACKAGES)
     from rich.console import Console
 
-    from .table import LiveReport
-    from .task import quieten, sentiment_grpo_trainer
+    from .task import quieten
 
     quieten()
+    from .table import LiveReport
+    from .task import sentiment_grpo_trainer
+
     console = Console(highlight=False)
     console.print("Loading SmolLM2-135M-Instruct …", style="dim")
     table = LiveReport(console, total=options.updates)
