@@ -144,7 +144,7 @@ def print_files(console: Any, folder: Path, updates: int, report: Path | None) -
     from rich.text import Text
 
     files = {
-        "Records:": (folder / BOUNDS_FILE, f" (a line for each of {updates} updates)"),
+        "Records:": (folder / BOUNDS_FILE, f" (a line for each of {updates} update{'s' if updates != 1 else ''})"),
         "Report:": (report, ""),
         "Completions:": (folder / COMPLETIONS_FILE, ""),
         "Adapter:": (folder / "adapter", " (AutoPeftModelForCausalLM.from_pretrained)"),
