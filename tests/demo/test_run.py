@@ -113,7 +113,7 @@ def test_the_closing_text_says_what_changed_and_where_the_files_are(tmp_path, mo
     text = out.file.getvalue()
     assert "Held-out prompts before: score +0.50, KL to the reference 1.00 nats/response" in text
     assert "Before:  grey" in text and "After:   [red]bright\\x1b[2J" in text and "\x1b" not in text
-    assert "(a line for each of 1 updates)" in text and "The anchor penalised the KL" in text
+    assert "(a line for each of 1 update)" in text and "The anchor penalised the KL" in text
     for line in (
         "Report:       folder/report.html",
         "Completions:  folder/completions.jsonl",
