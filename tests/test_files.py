@@ -8,7 +8,32 @@ from pathlib import Path
 
 import pytest
 
-from trl_trustkl.files import replacing, write_atomically
+from trl_trustkl.errors import ConfigError
+from trl_trustkl.files import create_folder, replacing, write_atomically
+
+
+def test_a_folder_is_created_once(tmp_path: Path) -> None:
+    for _ in range(2):
+        create_folder("output_dir", str(tmp_path / "a" / "b"))
+        assert (tmp_path / "a" / "b").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("", "No such file"), ("file", "File exists"), ("file/run", "Not a directory"), ("a\0b", "null byte")]
+)
+def test_a_folder_that_cannot_be_created_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, why: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(ConfigError, match=f"`output_dir` got .*; it must be a folder, or one .*{why}"):
+        create_folder("output_dir", name)
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write everywhere
+    with pytest.raises(ConfigError, match="It is not writable"):
+        create_folder("output_dir", str(tmp_path))
 
 
 @pytest.mark.parametrize("durable", [False, True])

@@ -1,4 +1,4 @@
-"""Atomic replacement of files: each is complete, or as it was before."""
+"""Folders of output, and atomic replacement of files: each is complete, or as it was before."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from .errors import out_of_range
+
+
+def create_folder(option: str, folder: str) -> None:
+    """Create a folder with its parents, unless it exists. ConfigError for `option` if it cannot be created or written to."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        why = None if os.access(folder, os.W_OK) else "It is not writable."
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        why = f"{getattr(error, 'strerror', None) or error}."
+    if why is not None:
+        raise out_of_range(option, folder, "a folder, or one that can be created", why)
 
 
 @contextmanager

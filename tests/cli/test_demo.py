@@ -27,7 +27,8 @@ def parsed(*arguments: str) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def test_every_option_of_a_run_has_an_argument_with_its_default(monkeypatch):
+def test_every_option_of_a_run_has_an_argument_with_its_default(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # the folder is created
     asked = []
     monkeypatch.setattr(run_module, "run", lambda options: asked.append(options) or 7)
     options = parsed()
@@ -39,7 +40,8 @@ def test_every_option_of_a_run_has_an_argument_with_its_default(monkeypatch):
     assert list(map(type, asked[1])) == list(map(type, Options()))
 
 
-def test_the_options_of_grpo(monkeypatch):
+def test_the_options_of_grpo(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     asked = []
     monkeypatch.setattr(grpo_module, "run", lambda options: asked.append(options) or 7)
     for flags, expected in [

@@ -38,3 +38,17 @@ def test_usage_errors_and_errors_of_a_run_have_their_own_exit_status(tmp_path, c
     with pytest.raises(SystemExit) as asked:
         main(["demo", "--help"])
     assert asked.value.code == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["demo", "--output-dir"],
+        ["compare", "--output-dir"],
+        ["train", "--model_name_or_path=m", "--dataset_name=d", "--reward_funcs=r.f", "--use_cpu", "--output_dir"],
+    ],
+)
+def test_an_output_folder_that_cannot_be_created_is_a_usage_error(arguments, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main([*arguments, str(tmp_path / "file")]) == 2
+    assert "`output_dir` got" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..compare import settings, task
 from ..errors import require_packages
+from ..files import create_folder
 
 if TYPE_CHECKING:
     from ..compare.runner import Start
@@ -52,10 +53,12 @@ def run(options: argparse.Namespace, start: Start | None = None) -> int:
     require_packages("A comparison", "jinja2", "matplotlib", "rich")
     from rich.console import Console
 
+    comparison, name = prepare(options)
+    create_folder("output_dir", options.output_dir)
+    # After `prepare`, which turns the warnings off that libraries print while they are imported.
     from ..compare import page, terminal
     from ..compare.runner import jobs, start_process, unfinished
 
-    comparison, name = prepare(options)
     folder = Path(options.output_dir)
     planned = jobs(comparison, folder, name)
     left = unfinished(planned, overwrite=options.overwrite)

@@ -8,6 +8,7 @@ from typing import Any
 from ..demo import grpo
 from ..demo import run as ppo
 from ..errors import ConfigError
+from ..files import create_folder
 
 HELP = "fine-tune SmolLM2-135M with PPO or GRPO and report what bounded every update"
 DESCRIPTION = (
@@ -50,4 +51,6 @@ def run(options: argparse.Namespace) -> int:
     for name in given:
         if name not in demo.Options._fields:
             raise ConfigError(f"`{name}` got {given[name]}, but the demo with {options.trainer} has no such option.")
-    return demo.run(demo.Options(**given))
+    chosen = demo.Options(**given)
+    create_folder("output_dir", chosen.output_dir)
+    return demo.run(chosen)

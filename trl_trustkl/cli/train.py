@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError, DataError
+from ..files import create_folder
 
 HELP = "train with PPO, GRPO or RLOO from a YAML file and flags, as `trl grpo` does"
 
@@ -28,6 +29,7 @@ def run(options: argparse.Namespace) -> int:
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         asked = train_options.parse(options.rest)
+        create_folder("output_dir", asked.training.output_dir)
         train_data, eval_data = train_inputs.load_datasets(asked)
         arguments = train_inputs.load_rewards(asked)
         if asked.script.trainer == "ppo":
