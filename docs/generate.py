@@ -176,7 +176,8 @@ def _meaning(field: dataclasses.Field[Any], hint: Any) -> str:
     help_text = str(field.metadata.get("help", ""))
     names = [name for part in (hint, *typing.get_args(hint)) for name in _literals(part)]
     listed = "" if all(name in help_text for name in names) else f" One of {', '.join(f'`{name}`' for name in names)}."
-    return _cell(help_text.replace("ESTIMATORS", "the [estimators](mathematics.md#divergences)") + listed)
+    help_text = help_text.replace("Estimator of the KL", "[Estimator](mathematics.md#divergences) of the KL")
+    return _cell(help_text + listed)
 
 
 def _literals(hint: Any) -> tuple[str, ...]:

@@ -19,7 +19,8 @@ def test_a_folder_is_created_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("", "No such file"), ("file", "File exists"), ("file/run", "Not a directory"), ("a\0b", "null byte")]
+    ("name", "why"),
+    [("", "No such file"), ("file", "File exists"), ("file/run", "Not a directory"), ("a\0b", "null byte")],
 )
 def test_a_folder_that_cannot_be_created_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, why: str

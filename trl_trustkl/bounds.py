@@ -39,7 +39,7 @@ def binding_shares(
 ) -> dict[str, float]:
     """The share of the update in which each mechanism intervened, in [0, 1].
 
-    It is no measure of the outcome: under Adam, the factor of `grad_norm` hardly changes the update.
+    It does not measure the outcome: under Adam, the factor of `grad_norm` hardly changes the update.
 
     anchor: its share of the absolute advantage. clip: the share of the gradient's weight that the rule gated. response_mask:
     the share of this weight in responses that were left out. penalty: Σ λ|w − 1| / Σ (λ|w − 1| + |w·A|), its pull on the
@@ -63,7 +63,7 @@ def binding_shares(
 def binding(shares: dict[str, float], *, rescaled: bool = False) -> str:
     """The mechanism with the largest share, "none" below 1 %; shares of NaN are ignored.
 
-    rescaled: whether the optimizer rescales gradients. The factor of `grad_norm` is no share of the update then.
+    rescaled: whether the optimizer rescales gradients. The factor of `grad_norm` is then not a share of the update.
     """
     return _largest({name: share for name, share in shares.items() if not (rescaled and name == "grad_norm")})
 

@@ -25,7 +25,7 @@ def certificate(rewards: Tensor | None, measured: Measurement, *, horizon: int) 
 
     J(π) ≥ J(μ) + L(π) − bound holds if each number is that of all prompts, contexts and responses. Here the largest KL and
     total variation of the batch, and the range of its rewards, stand for these, and the gain is an estimate from the batch that
-    the update was fitted to. So this is a statement about the batch, no proof.
+    the update was fitted to. So this is a statement about the batch, not a proof.
 
     Args:
         rewards: of the gathered responses, [B], NaN where there is none; None where their order is not known.

@@ -189,7 +189,8 @@ class AdaptiveKL(_CoefController):
         if total < 0.1:
             return (
                 f"{sizes} lets the {updates} updates of this run, of {episodes:g} responses each, change the coefficient by "
-                f"{total:.1%} at most: the target has hardly any effect. A few hundred suit a short run."
+                f"{total:.1%} at most: the target has hardly any effect. Set a horizon of about "
+                f"{self.clip * episodes * max(updates, 2):.2g}."
             )
         return None
 
@@ -339,8 +340,9 @@ def build_controller(
     arguments = {"coef": coef, **kwargs}
     if "target" in fields:
         if target is None:
+            unit = "nats per token" if field == "trust" else "nats per response with PPO, per token with GRPO and RLOO"
             raise ConfigError(
-                f"`{field}_target` got None with {field}_controller={name!r}; set it to the target KL in nats, or choose "
+                f"`{field}_target` got None with {field}_controller={name!r}; set the target KL ({unit}), or choose "
                 f"{field}_controller='fixed'."
             )
         arguments["target"] = target

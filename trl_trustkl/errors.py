@@ -24,7 +24,7 @@ class ConfigError(TrustKLError, ValueError):
 
 
 class NotAvailableYetError(ConfigError, NotImplementedError):
-    """A documented option that this version does not implement yet."""
+    """An option of TRL, transformers, accelerate or DeepSpeed that this package does not support."""
 
 
 class DataError(TrustKLError, ValueError):

@@ -75,8 +75,9 @@ class CertificateRecord(NamedTuple):
         "The bound that was smallest: `classical`, `pinsker_marginal`, `mixed`, `classical_tv`, `mixed_tv` or `adaptive` "
         "([bounds](mathematics.md#bounds)).")]
     kl_needed: Annotated[float | None, Meaning(
-        "The `trust/kl_max` up to which a shorter step in the same direction would be certified, to first order in the gain; "
-        "`trust/kl_max` itself for a certified update, `null` where the gain is not above two standard errors.", "nats")]
+        "The largest `trust/kl_max` at which a shorter step in the same direction would be certified, if the gain is "
+        "proportional to the length of the step; `trust/kl_max` itself for a certified update, `null` where the gain is not "
+        "above two standard errors.", "nats")]
 
 
 class TrustRecord(NamedTuple):
@@ -98,8 +99,8 @@ class TrustRecord(NamedTuple):
     max_ratio: Annotated[float, Meaning("Largest π/π_old of a sampled token, after the update.")]
     ratio_quantiles: Annotated[dict[str, float], Meaning("Quantiles of that ratio, by their level.")]
     scale: Annotated[float | None, Meaning(
-        "What was kept of the step: 1 where the limits already held, 0 for an update that was rejected, or blocked because no "
-        "scale was within them, `null` without a hard limit.", "share")]
+        "Share of the step that was kept: 1 if all limits were met, 0 if the update was rejected or no shorter step met the "
+        "limits, `null` without a hard limit.", "share")]
     tries: Annotated[int, Meaning("Scales that backtracking tried.")]
     limit: Annotated[float | None, Meaning("`trust_max_kl`, or `null`.", "nats/token")]
     guaranteed: Annotated[float | None, Meaning(
@@ -116,12 +117,12 @@ class TrustRecord(NamedTuple):
         "**Guaranteed**: `trust/kl_response_max` is within it, where `trust_max_kl_response` was enforced on the complete "
         "batch.", "nats/response")] = None
     decided: Annotated[str | None, Meaning(
-        "The hard limit that kept the step from being longer, by the name of its field: `trust_max_kl`, `trust_max_kl_token`, "
-        "`trust_max_kl_response` or `anchor_max_kl`; `null` for a step that was not shortened.")] = None
+        "The hard limit that determined how much of the step was kept, by the name of its field: `trust_max_kl`, "
+        "`trust_max_kl_token`, `trust_max_kl_response` or `anchor_max_kl`; `null` for a step that was not shortened.")] = None
     certificate: Annotated[CertificateRecord | None, Meaning(
         "**Certified** where `difference` is above twice `stderr`: whether the surrogate's gain exceeds the bound on its "
-        "error, as far as the batch shows ([certificate](mathematics.md#certificate)). A statement about this batch, no proof. "
-        "`null` for a rejected update, a batch measured in part, or fewer than two responses with a reward.")] = None
+        "error, as far as the batch shows ([certificate](mathematics.md#certificate)). A statement about this batch, not a "
+        "proof. `null` for a rejected update, a batch measured in part, or fewer than two responses with a reward.")] = None
     mask_limit: Annotated[float | None, Meaning("`response_mask_kl`, or `null`.", "nats")] = None
     masked: Annotated[float | None, Meaning(
         "**Gated**: what response masks left out of Σ|w·A| over all steps of the update; `null` with TRL's trainers.",

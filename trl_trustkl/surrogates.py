@@ -41,7 +41,7 @@ ClipRuleName = Literal[
 
 class Surrogate(NamedTuple):
     """objective: [B, T], to be maximised. gated: [B, T] in [0, 1], the removed share of the token's gradient. penalty: [B, T],
-    a term over the vocabulary to be subtracted from the objective, which is no estimate at the sampled token; or None."""
+    a term over the vocabulary to be subtracted from the objective, which is not estimated at the sampled token; or None."""
 
     objective: Tensor
     gated: Tensor

@@ -371,7 +371,7 @@ class Enforcement(NamedTuple):
     per token. measured: the batch after enforcement, None where nothing was enforced. rejected: why the update was rolled
     back, or None. limit_token, limit_response: of the largest KL of one token, and of its sum over one response, in nats.
     limit_anchor: of KL(π‖π_ref), in nats per response, the KL before the update where that was larger. decided: the limit that
-    kept the step from being longer, by the name of its field; None for a step that was not shortened.
+    determined how much of the step was kept, by the name of its field; None for a step that was not shortened.
     """
 
     kl_proposed: float

@@ -66,7 +66,7 @@ def test_every_positive_number_is_a_limit(limit):
         ({"every": ["step"]}, "`every` got ['step']"),
         (
             {"every": "step"},
-            "`every` got 'step' without a limit that could hold after each step; set max_kl or panic_kl",
+            "`every` got 'step' without a limit to enforce after each step; set max_kl or panic_kl",
         ),
         ({"every": "step", "stop": 0.1, "lr_target": 0.1}, "`every` got 'step' without a limit"),
         ({"anchor": None}, "`anchor` got None; it must be True or False."),

@@ -151,5 +151,5 @@ settings:
 def test_rloo_needs_a_task(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    with pytest.raises(ConfigError, match="`task` got None with `trainer` rloo"):
+    with pytest.raises(ConfigError, match="--task is required with `trainer: rloo`"):
         command.prepare(parser.parse_args([str(yaml_file(tmp_path, "trainer: rloo"))]))

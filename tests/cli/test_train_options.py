@@ -16,8 +16,8 @@ from trl_trustkl.errors import ConfigError
     [
         (None, "it must be a YAML file of options"),
         ("- a list", "must contain a YAML mapping"),
-        ("self: 1", "with 'self', which is no option"),
-        ("1: 2", "with 1, which is no option"),
+        ("self: 1", "with 'self', which is not an option"),
+        ("1: 2", "with 1, which is not an option"),
         ("trainer: [grpo]", "`trainer` got ['grpo']"),
         ("a: [", "while parsing"),
         ("kl_cof: 1", "unknown option --kl_cof 1. Did you mean --kl_coef?"),

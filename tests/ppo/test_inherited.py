@@ -230,7 +230,7 @@ def test_a_method_works_or_its_error_names_what_does(name, trainer):
         assert TRIALS[name](trainer)
         return
     assert said.startswith("error")
-    with pytest.raises(NotAvailableYetError, match=f"`{name}` is not available"):
+    with pytest.raises(NotAvailableYetError, match=f"`{name}` is not supported"):
         TRIALS[name](trainer)
 
 

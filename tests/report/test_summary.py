@@ -186,7 +186,7 @@ def test_how_many_updates_are_certified(run_of) -> None:
         "On their own batch, 3 of 11 updates with a certificate on record are certified: the surrogate's gain is above the "
         "bound on its error by two standard errors. For 6 others, the largest KL of one token would have had to be at most "
         "0.035 nats (median) instead of 0.542. In 2, the gain was not above 0 by that much, so that no limit would have "
-        "helped. This is a statement about each batch, no proof."
+        "helped. This is a statement about each batch, not a proof."
     )
 
 
@@ -194,7 +194,7 @@ def test_every_update_is_certified(run_of) -> None:
     text = words(run_of(trust__certificate=certificate(0.2, 0.1, 0.3)))["Certified"]
     assert text == (
         "On their own batch, 12 of 12 updates are certified: the surrogate's gain is above the bound on its error by two "
-        "standard errors. This is a statement about each batch, no proof."
+        "standard errors. This is a statement about each batch, not a proof."
     )
 
 

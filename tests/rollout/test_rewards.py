@@ -67,7 +67,7 @@ def test_a_column_of_rewards_counts_as_a_list(value):
 @pytest.mark.parametrize(
     ("value", "error", "said"),
     [
-        ("abc", RewardError, "`function` returned str; it must return a list of 3 numbers or None"),
+        ("abc", RewardError, "`function` returned str; it must return a list of 3 values, each a number or None"),
         ({1: 2}, RewardError, "returned dict"),
         (7, RewardError, "returned int"),
         (None, RewardError, "returned NoneType"),

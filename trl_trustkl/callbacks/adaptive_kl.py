@@ -40,10 +40,13 @@ class AdaptiveKLCallback(TrainerCallback):
         trainer = GRPOTrainer(..., args=GRPOConfig(..., beta=0.04))
         trainer.add_callback(AdaptiveKLCallback(DualKL(coef=0.04, target=0.05), trainer=trainer))
 
-    For `GRPOTrainer` and `RLOOTrainer` (adapts `beta`; target in nats per token) and the PPO trainer of TRL ≤ 1.12 (adapts
-    `kl_coef`; target in nats per response). `trl_logs.KL_METRIC` names the KL that each of them measures. The run starts
-    with the controller's coefficient. The configured one is not used, but GRPO's and RLOO's `beta` must not be 0: TRL then
-    loads no reference.
+    It adapts `beta` of `GRPOTrainer` and `RLOOTrainer` (target in nats per token), and `kl_coef` of the PPO trainer of TRL 1.12
+    and earlier (target in nats per response). The KL is the estimate of KL(π‖π_ref) that the trainer logs. The run starts with
+    the controller's coefficient and ignores the configured one, but `beta` must be above 0, or TRL loads no reference.
+
+    Args:
+        controller: an instance of a class of `trl_trustkl.controllers`, such as `DualKL(coef=0.04, target=0.05)`.
+        trainer: the trainer that the callback is added to.
 
     Once per optimizer step (RLOO: per generation; PPO: per update), the controller gets the KL that the trainer measured
     since, as max(0, KL), and returns the coefficient for the next steps. A KL that is not finite changes nothing. TRL

@@ -28,9 +28,9 @@ logger = logging.get_logger(__name__)
 class BoundReportCallback(TrainerCallback):
     """Writes the records of a run into its folder, renders its report, and prints a line for each update.
 
-    `bounds.jsonl` gets a line for every update, `completions.jsonl` the completions, and `run_settings.json` what the run was
-    made with. Each line is passed to the operating
-    system before the next update begins: a killed run keeps every finished update. Files of an earlier run in the same
+    `bounds.jsonl` gets a line for every update, `completions.jsonl` the completions, and `run_settings.json` the model, the
+    versions of the libraries, the hardware and all options of the run. Each line is passed to the operating system before the
+    next update begins: a killed run keeps every finished update. Files of an earlier run in the same
     folder are moved aside, never appended to; a resumed run drops the lines after its checkpoint and continues from there.
     The trainer adds this callback by default; another instance replaces it. Only the first process writes, renders and
     prints, and the time for it is not part of a record's `seconds`.
@@ -45,7 +45,7 @@ class BoundReportCallback(TrainerCallback):
 
     `rendered` is the page that was last written in this run, or None.
 
-    Raises ConfigError for a value of the wrong type or range.
+    Raises ConfigError for a value of the wrong type or range, and SaveError during a run if a record cannot be written.
     """
 
     def __init__(

@@ -61,21 +61,22 @@ class TrustRegionCallback(TrainerCallback):
 
     Args:
         trainer: the trainer that the callback is added to.
-        max_kl: hard limit of the mean KL(π_old‖π), in nats per token, held at the end of each window, and before the model is
-            saved, by backtracking on the segment from π_old to the proposed policy. So are the next three; the record says
-            which limit decided.
-        max_kl_token: hard limit of the largest KL(π_old‖π) of one token, in nats.
-        max_kl_response: hard limit of the largest sum of KL(π_old‖π) over one completion, in nats.
-        anchor_max_kl: hard limit of KL(π‖π_ref) on the window's contexts, in nats per completion, the mean of the sums; a
-            window that begins above it must not increase it. It holds on these contexts, not on those of the next window.
-        stop: the remaining steps of a window make no change once the mean KL(π_old‖π) exceeds this. Their passes still run, so
-            that no time is saved.
-        lr_target: the learning rate is multiplied by a factor that brings the mean KL(π_old‖π) proposed near this. The
-            scheduler does not notice.
-        panic_kl: a window is rolled back, with the optimizer's state, if its mean KL exceeds this before any backtracking.
-        every: "generation" holds the limits at the end of a window, "step" after each of its optimizer steps as well. Where
-            optimizer steps share generation batches, as with steps_per_generation=3 and gradient_accumulation_steps=2, and
-            with enable_jit_checkpoint, they always hold after each step.
+        max_kl: hard limit of the mean KL(π_old‖π), in nats per token. It is enforced by backtracking at the end of each window
+            and before the model is saved: the step is shortened on the segment from π_old to the proposed policy.
+        max_kl_token: hard limit of the largest KL(π_old‖π) of one token, in nats, enforced in the same way.
+        max_kl_response: hard limit of the largest sum of KL(π_old‖π) over one completion, in nats, enforced in the same way.
+        anchor_max_kl: hard limit of KL(π‖π_ref), in nats per completion (summed over a completion, averaged over completions),
+            on the contexts of the window, enforced in the same way. If the KL is above the limit when a window begins, the
+            window must not increase it.
+        stop: limit of the mean KL(π_old‖π), in nats per token, after which the remaining steps of a window change nothing.
+            Their passes still run, so that no time is saved.
+        lr_target: target of the mean proposed KL(π_old‖π), in nats per token. After a KL above twice the target the learning
+            rate is divided by 1.5, after one below half of it multiplied by 1.5. The scheduler does not see this factor.
+        panic_kl: limit of the mean KL(π_old‖π), in nats per token, before any backtracking. A window above it is rolled back,
+            with the state of the optimizer.
+        every: "generation" enforces the limits at the end of a window, "step" also after each of its optimizer steps. They
+            are always enforced after each step if optimizer steps share generation batches (for example
+            steps_per_generation=3 with gradient_accumulation_steps=2), and with enable_jit_checkpoint.
         anchor: whether the exact KL(π_old‖π_ref) is measured too, also with beta=0. π_ref is TRL's: the model with its adapter
             disabled (or with the adapter "ref"), else `ref_model`; without one it is not measured.
 
@@ -85,10 +86,11 @@ class TrustRegionCallback(TrainerCallback):
     record for each generation batch. Several processes (DDP, FSDP2, ZeRO-2, ZeRO-3) measure and decide together. State for
     resuming is saved in checkpoints.
 
-    Raises ConfigError for an option out of range and for a trainer that it does not support: one without generation batches or
-    that fills them with earlier responses, with an option of FSDP or DeepSpeed that is not available, with an optimizer that
-    steps within the backward pass, with images in its dataset, or one that is training; and for anchor_max_kl without a
-    reference that stays the same. Raises ModelError if the model's passes are random even without dropout.
+    Raises:
+        ConfigError: an option is out of range; anchor_max_kl has no reference that stays the same; the trainer is training; or
+            it is not supported: it has no generation batches, fills them with earlier responses, has an option of FSDP or
+            DeepSpeed that is not available, an optimizer that steps within the backward pass, or images in its dataset.
+        ModelError: the model's passes are random even without dropout.
     """
 
     def __init__(

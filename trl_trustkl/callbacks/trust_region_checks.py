@@ -39,7 +39,7 @@ def check_options(limits: dict[str, Any], every: Any, anchor: Any) -> None:
         raise out_of_range("anchor", anchor, "True or False")
     if every == "step" and all(limits.get(name) is None for name in Limits._fields):
         raise ConfigError(
-            "`every` got 'step' without a limit that could hold after each step; set max_kl or panic_kl, or leave "
+            "`every` got 'step' without a limit to enforce after each step; set max_kl or panic_kl, or leave "
             "every='generation'."
         )
 

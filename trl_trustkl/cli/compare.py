@@ -95,7 +95,7 @@ def prepare(options: argparse.Namespace) -> tuple[settings.Comparison, str]:
     own, build = known.get(comparison.trainer, ("", None))
     if not (options.task or own):
         raise ConfigError(
-            f"`task` got None with `trainer` {comparison.trainer}; give --task: the demo has ppo and grpo."
+            f"--task is required with `trainer: {comparison.trainer}`: the demo's own task exists only for ppo and grpo."
         )
     name = task.resolve(options.task or own)
     task.load(name)

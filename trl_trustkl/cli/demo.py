@@ -50,7 +50,9 @@ def run(options: argparse.Namespace) -> int:
     given = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
     for name in given:
         if name not in demo.Options._fields:
-            raise ConfigError(f"`{name}` got {given[name]}, but the demo with {options.trainer} has no such option.")
+            raise ConfigError(
+                f"`--{name.replace('_', '-')}` got {given[name]}; the demo with --trainer {options.trainer} has no such option."
+            )
     chosen = demo.Options(**given)
     create_folder("output_dir", chosen.output_dir)
     return demo.run(chosen)

@@ -107,7 +107,7 @@ def _checkpoint(value: str | None, output_dir: str, trainer: str) -> str | bool 
         )
         return None
     if not (Path(found) / "trainer_state.json").is_file():
-        raise CheckpointError(f"`resume_from_checkpoint` got {found!r}, which is no folder with a checkpoint.")
+        raise CheckpointError(f"`resume_from_checkpoint` got {found!r}, which is not a folder with a checkpoint.")
     return found
 
 

@@ -142,7 +142,7 @@ def _read_config(file: str) -> dict[str, Any]:
     # TRL passes them on as keyword arguments.
     if strange := [key for key in options if not isinstance(key, str) or key == "self"]:
         raise ConfigError(
-            f"`config` got {file!r} with {strange[0]!r}, which is no option; see trustkl train --help-all."
+            f"`config` got {file!r} with {strange[0]!r}, which is not an option; see trustkl train --help-all."
         )
     return options
 

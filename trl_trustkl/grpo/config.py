@@ -26,18 +26,18 @@ class TrustRegionFields:
 
     # fmt: off
     kl_controller: ControllerName = _anchor(
-        "fixed", "Controller of beta, which is then the coefficient at the start; it is fed the KL that TRL measures.",
+        "fixed", "Controller of beta, which is then the coefficient at the start; its input is the KL that TRL measures.",
         off='"fixed"', names=CONTROLLERS)
     kl_target: float | None = _anchor(
         None, "Target of the KL to the reference, in nats per token, TRL's unit for this trainer (that of TrustKLPPOConfig is "
         "in nats per response).", unit="nats/token", off="None", range=Range("a positive number of nats per token"))
     kl_horizon: int = _anchor(
-        10_000, "Horizon of the adaptive controller, in episodes.", unit="responses",
-        range=Range("a positive number of episodes"))
-    kl_controller_kwargs: dict | str | None = _anchor(None, "Further arguments of the controller, as a dict or JSON.")
+        10_000, "Horizon of the adaptive controller, in responses: beta changes by at most a fifth in this many.",
+        unit="responses", range=Range("a positive number of responses"))
+    kl_controller_kwargs: dict | str | None = _anchor(None, "Arguments of kl_controller, as a dict or JSON.")
     anchor_max_kl: float | None = _anchor(
         None, "Hard limit of the generation batch's exact KL(π‖π_ref) after an update, in nats per completion, enforced by "
-        "backtracking; an update from above it must not increase the KL.", **PER_RESPONSE)
+        "backtracking. If the KL is above it before an update, the update must not increase it.", **PER_RESPONSE)
     trust_max_kl: float | None = _trust(
         None, "Hard limit of the generation batch's mean KL(π_old‖π), in nats per token, enforced by backtracking.",
         **PER_TOKEN)
@@ -51,7 +51,8 @@ class TrustRegionFields:
         None, "Make no further change on a generation batch once its KL(π_old‖π) exceeds this, in nats per token.",
         **PER_TOKEN)
     trust_lr_target: float | None = _trust(
-        None, "Target KL that the learning rate is adapted to, in nats per token.", **PER_TOKEN)
+        None, "Target of KL(π_old‖π), in nats per token: after a proposed KL above twice this the learning rate is divided by "
+        "1.5, after one below half of it multiplied by 1.5.", **PER_TOKEN)
     panic_kl: float | None = _failure(
         None, "Roll back an update whose KL(π_old‖π), before any backtracking, exceeds this, in nats per token; None: never.",
         **PER_TOKEN)
@@ -100,7 +101,7 @@ def check(args: TrustRegionFields, beta: float) -> None:
 
 @dataclass
 class TrustKLGRPOConfig(TrustRegionFields, GRPOConfig):
-    """TRL's `GRPOConfig`, with the fields of [`TrustKLGRPOTrainer`].
+    """TRL's `GRPOConfig`, with the fields of `TrustKLGRPOTrainer`.
 
     >>> TrustKLGRPOConfig(output_dir="run", use_cpu=True, kl_controller="adaptive", kl_target=0.1)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
@@ -110,4 +111,4 @@ class TrustKLGRPOConfig(TrustRegionFields, GRPOConfig):
 
 @dataclass
 class TrustKLRLOOConfig(TrustRegionFields, RLOOConfig):
-    """TRL's `RLOOConfig`, with the fields of [`TrustKLRLOOTrainer`]."""
+    """TRL's `RLOOConfig`, with the fields of `TrustKLRLOOTrainer`."""

@@ -18,11 +18,12 @@ from .config import TrustKLGRPOConfig, TrustKLRLOOConfig, build_kl_controller
 class TrustKLGRPOTrainer(GRPOTrainer):
     """TRL's `GRPOTrainer` with a trust region, a controller of `beta`, and a record of what bounded each update.
 
-    It has the arguments of `GRPOTrainer`; `args` is a [`TrustKLGRPOConfig`]. It adds a `TrustRegionCallback`, a
+    It has the arguments of `GRPOTrainer`; `args` is a `TrustKLGRPOConfig`. It adds a `TrustRegionCallback`, a
     `BoundReportCallback` unless `callbacks` has one, and with a `kl_controller` an `AdaptiveKLCallback`. The model card gets a
     section on what bounded the run. Nothing else is changed.
 
-    Raises ConfigError for another kind of configuration, and where these callbacks do.
+    Raises ConfigError for another kind of configuration, DataError for fewer rows than a generation batch takes, and the errors
+    of these callbacks.
     """
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **options: Any) -> None:

@@ -55,7 +55,7 @@ _failure = partial(option, group="when something goes wrong")
 
 @dataclass
 class TrustKLPPOConfig(VLLMFields):
-    """Configuration of [`TrustKLPPOTrainer`]: the fields of TRL's PPO, and those of this project.
+    """Configuration of `TrustKLPPOTrainer`: the fields of TRL's PPO, and those of this project.
 
     KL divergences are in nats, of the policy at `temperature`. The anchor is KL(π‖π_ref), the trust region
     KL(π_old‖π). Raises `ConfigError`, which names the field, the value, the valid range and the likely fix.
@@ -72,25 +72,26 @@ class TrustKLPPOConfig(VLLMFields):
     kl_coef: float = _anchor(
         *_trl("kl_coef"), unit="score per nat", off="0", range=NOT_NEGATIVE, fix="0 turns the anchor off.")
     kl_estimator: KLEstimatorName = _anchor(  # type: ignore[assignment]  # TRL has fewer names
-        "k1", "Estimator of the KL to the reference: one of ESTIMATORS, or 'exact' (over the full vocabulary).",
+        "k1", "Estimator of the KL to the reference from samples, or 'exact' (over the full vocabulary).",
         names=ESTIMATORS)
-    kl_estimator_kwargs: dict | str | None = _anchor(None, "Its arguments, as a dict or JSON: {'order': 0.5}.")
+    kl_estimator_kwargs: dict | str | None = _anchor(
+        None, "Arguments of kl_estimator, as a dict or JSON: {'order': 0.5}.")
     kl_placement: Placement = _anchor("reward", "Where the anchor acts: 'reward', 'loss' or 'both'.")
     kl_offpolicy: bool = _anchor(
-        False, "Whether a KL term in the loss is weighted by the (stopped) token ratio; 'exact' does not need it.",
-        off="False")
+        False, "Whether a KL term in the loss is weighted by the ratio π/π_old of the token, without its gradient; "
+        "'exact' does not need it.", off="False")
     kl_controller: ControllerName = _anchor(
-        "fixed", "Controller of kl_coef; it is fed the exact KL.", off='"fixed"', names=CONTROLLERS)
-    kl_controller_kwargs: dict | str | None = _anchor(None, "Its arguments, as a dict or JSON.")
+        "fixed", "Controller of kl_coef; its input is the exact KL.", off='"fixed"', names=CONTROLLERS)
+    kl_controller_kwargs: dict | str | None = _anchor(None, "Arguments of kl_controller, as a dict or JSON.")
     kl_target: float | None = _anchor(
         None, "Target of the KL to the reference, in nats per response.", unit="nats/response", off="None",
         range=Range("a positive number of nats per response"))
     kl_horizon: int = _anchor(
-        10_000, "Horizon of the adaptive controller, in episodes.", unit="responses",
-        range=Range("a positive number of episodes"))
+        10_000, "Horizon of the adaptive controller, in responses: kl_coef changes by at most a fifth in this many.",
+        unit="responses", range=Range("a positive number of responses"))
     anchor_max_kl: float | None = _anchor(
-        None, "Hard limit of the batch's exact KL(π‖π_ref) after an update, in nats per response, enforced by backtracking; an "
-        "update from above it must not increase the KL.", **PER_RESPONSE)
+        None, "Hard limit of the batch's exact KL(π‖π_ref) after an update, in nats per response, enforced by backtracking. "
+        "If the KL is above it before an update, the update must not increase the KL.", **PER_RESPONSE)
     sync_ref_model: bool = _anchor(
         False, "Whether the reference is renewed every `ref_model_sync_steps` updates, as in TRL's GRPO; with PEFT, the "
         "reference is then a copy of the policy's adapter.", off="False")
@@ -101,7 +102,7 @@ class TrustKLPPOConfig(VLLMFields):
     # -- the trust region: KL(π_old‖π) --------------------------------------------------------------------------------
     clip_rule: ClipRuleName = _trust(
         "ppo", "Rule that clips the policy's update; 'none' for no clipping.", off='"none"', names=SURROGATES)
-    clip_kwargs: dict | str | None = _trust(None, "Its arguments, as a dict or JSON.")
+    clip_kwargs: dict | str | None = _trust(None, "Arguments of clip_rule, as a dict or JSON.")
     loss_aggregation: Aggregation | None = _trust(
         None, "How the loss is averaged: 'token_mean' over all tokens; 'sequence_mean' over the tokens of each response, then "
         "over responses; 'sequence_sum' as that, with the sum over a response divided by response_length. None: "
@@ -126,7 +127,7 @@ class TrustKLPPOConfig(VLLMFields):
         "too, but as the samples stay the same over the epochs, it only increases their probabilities.")
     trust_controller: ControllerName = _trust("fixed", "Controller of trust_coef.", off='"fixed"', names=CONTROLLERS)
     trust_target: float | None = _trust(None, "Target of KL(π_old‖π) after an update, in nats per token.", **PER_TOKEN)
-    trust_controller_kwargs: dict | str | None = _trust(None, "Its arguments, as a dict or JSON.")
+    trust_controller_kwargs: dict | str | None = _trust(None, "Arguments of trust_controller, as a dict or JSON.")
     trust_stop: float | None = _trust(
         None, "Stop the update when the exact KL of the mini-batch just stepped exceeds this, in nats per token.",
         **PER_TOKEN)
@@ -142,7 +143,8 @@ class TrustKLPPOConfig(VLLMFields):
         None, "Hard limit of the largest sum of KL(π_old‖π) over one response of the batch, in nats, enforced by "
         "backtracking.", **PER_RESPONSE)
     trust_lr_target: float | None = _trust(
-        None, "Target KL that the learning rate is adapted to, in nats per token.", **PER_TOKEN)
+        None, "Target of KL(π_old‖π), in nats per token: after a proposed KL above twice this the learning rate is divided by "
+        "1.5, after one below half of it multiplied by 1.5.", **PER_TOKEN)
 
     # -- advantages and values ----------------------------------------------------------------------------------------
     advantage_estimator: AdvantageEstimator = _value(
@@ -178,7 +180,7 @@ class TrustKLPPOConfig(VLLMFields):
         1.0, "Share of the micro-batches measured after an update.", unit="share",
         range=Range("in (0, 1]", lambda x: 0 < x <= 1), fix="There is no way to turn the measurement off.")
     attribution_every: int = _run(
-        0, "Every so many updates, rerun the update without each mechanism in turn, and record the KL(π_old‖π) that it would "
+        0, "Number of updates after which one is rerun without each mechanism in turn, to record the KL(π_old‖π) that it would "
         "have had; 0: never.", unit="updates", off="0", range=COUNT_OR_0, fix="0 turns it off.")
     dataset_num_proc: int | None = _run(*_trl("dataset_num_proc"), unit="processes", range=COUNT)
     local_rollout_forward_batch_size: int = _run(*_trl("local_rollout_forward_batch_size"), unit="prompts", range=COUNT)
@@ -191,7 +193,7 @@ class TrustKLPPOConfig(VLLMFields):
         "is installed, and in Weights & Biases or Trackio if `report_to` names them. completions.jsonl has them in any case.",
         off="False")
     num_completions_to_print: int | None = _run(
-        None, "How many of them are printed; None: all.", unit="completions", range=COUNT)
+        None, "Number of completions that log_completions prints; None: all.", unit="completions", range=COUNT)
     response_length: int = _run(*_trl("response_length"), unit="tokens", range=COUNT)
     temperature: float = _run(
         *_trl("temperature"), unit="1", range=POSITIVE, fix="Near-greedy sampling is temperature=0.01.")

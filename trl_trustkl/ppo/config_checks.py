@@ -150,7 +150,7 @@ def check_horizons(args: Any, episodes: int) -> None:
             "kl_horizon" if plain else f"{prefix}_controller_kwargs['horizon']",
             controller.horizon,
             f"above {controller.clip * episodes:g}, clip × responses of an update = {controller.clip:g} × {episodes}",
-            "A few hundred suit a short run.",
+            f"With {2 * controller.clip * episodes:g}, one update changes the coefficient by at most 50 %.",
         )
 
 

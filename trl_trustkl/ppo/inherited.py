@@ -35,7 +35,7 @@ def not_available(name: str) -> Callable[..., NoReturn]:
 
     def method(self: Any, *_: Any, **__: Any) -> NoReturn:
         """Raises NotAvailableYetError."""
-        raise NotAvailableYetError(f"`{name}` is not available in this version: {_INSTEAD[name]}.")
+        raise NotAvailableYetError(f"`{name}` is not supported by this trainer: {_INSTEAD[name]}.")
 
     return method
 
@@ -44,7 +44,7 @@ def reject_trial(trial: Any) -> None:
     """Raise NotAvailableYetError for a trial of a hyperparameter search, whose values nothing would set."""
     if trial is not None:
         raise NotAvailableYetError(
-            f"`trial` got {shown(trial)}, which is not available in this version: set its values in `args`, and build a "
+            f"`trial` got {shown(trial)}, which is not supported by this trainer: set its values in `args`, and build a "
             "trainer for each trial."
         )
 

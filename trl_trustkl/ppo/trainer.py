@@ -53,7 +53,8 @@ class TrustKLPPOTrainer(PPOTrainer):
     Args:
         args: the configuration; `TrustKLPPOConfig("trainer_output")` when None.
         processing_class: the policy's tokenizer; loaded with the model when `model` is a name.
-        model: the policy: a causal language model (4-bit, with an adapter) or the name of one. `peft_config` adds an adapter.
+        model: the policy: a causal language model (4-bit, with an adapter) or the name of one.
+        peft_config: a configuration of PEFT, such as LoraConfig(...), whose new adapter is added to `model`.
         ref_model: the reference; None: the policy with its new adapter off, a frozen clone of the adapter that the model
             came with, or, in full fine-tuning, a frozen copy of the model.
         reward_model: one reward model, as TRL's argument; it reads the policy's token ids.
@@ -139,6 +140,7 @@ class TrustKLPPOTrainer(PPOTrainer):
         Raises:
             CheckpointError, ConfigError: the checkpoint is not complete, or was saved under other settings.
             RewardError, DataError: a reward function failed, or a row of a stream; the last finished update is saved.
+            RolloutError: the rollout engine failed; the last finished update is saved.
             RefusedError: `max_refused` updates in a row were rolled back; the state before them is saved.
             SaveError: a checkpoint or a record could not be written; the last complete checkpoint is kept.
         """

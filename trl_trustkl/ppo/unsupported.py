@@ -24,7 +24,7 @@ REJECTED = {
     "torch_compile_mode": _KERNELS,
     "use_liger_kernel": "log-probabilities and exact KLs are computed in chunks here, without [B, T, V] logits in memory",
     "liger_kernel_config": "it configures `use_liger_kernel`, which this trainer rejects",
-    "parallelism_config": "one process, or several with DDP, FSDP2 or DeepSpeed, work",
+    "parallelism_config": "use one process, or several with DDP, FSDP2 or DeepSpeed",
     "neftune_noise_alpha": "with noise in the embeddings, the ratio would not be 1 before the first step",
     "auto_find_batch_size": "the batch is a part of the algorithm; set a smaller per_device_train_batch_size",
     "train_sampling_strategy": "every pass over the dataset has a new random order",
@@ -56,7 +56,7 @@ def reject_unsupported(args: Any) -> None:
         value = getattr(args, name, None)
         if value is not None and (value not in _ON_UNLESS[name] if name in _ON_UNLESS else value):
             raise NotAvailableYetError(
-                f"`{name}` got {shown(value)}, which is not available in this version; leave it out: {why}."
+                f"`{name}` got {shown(value)}, which is not supported by this trainer; leave it out: {why}."
             )
     accelerator = args.accelerator_config
     if accelerator is not None and not isinstance(accelerator, (AcceleratorConfig, dict, str, os.PathLike)):
@@ -78,7 +78,7 @@ def reject_callbacks(callbacks: Sequence[Any]) -> None:
         kinds = (kind.__name__ for kind in type(callback).__mro__ if kind.__module__.startswith("trl."))
         if (why := next((reasons[kind] for kind in kinds if kind in reasons), None)) is not None:
             raise NotAvailableYetError(
-                f"`callbacks` got a {type(callback).__name__}, which is not available in this version: {why}."
+                f"`callbacks` got a {type(callback).__name__}, which is not supported by this trainer: {why}."
             )
 
 
@@ -86,11 +86,11 @@ def _reject_launcher() -> None:
     """What a launcher asks for in the environment."""
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise NotAvailableYetError(
-            f"accelerate's `dynamo_backend` is not available yet in this version; leave it at no: {_KERNELS}."
+            f"accelerate's `dynamo_backend` is not supported by this trainer; leave it at no: {_KERNELS}."
         )
     if parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
         raise NotAvailableYetError(
-            "accelerate's `parallelism_config` is not available yet in this version; leave it out: "
+            "accelerate's `parallelism_config` is not supported by this trainer; leave it out: "
             f"{REJECTED['parallelism_config']}."
         )
 
@@ -100,7 +100,7 @@ def reject_accelerator_config(given: Any) -> None:
     for name in ("split_batches", "gradient_accumulation_kwargs"):
         if value := getattr(given, name):
             raise NotAvailableYetError(
-                f"`accelerator_config` got {name}={shown(value)}, which is not available in this version; leave it out, and "
+                f"`accelerator_config` got {name}={shown(value)}, which is not supported by this trainer; leave it out, and "
                 "set per_device_train_batch_size and gradient_accumulation_steps."
             )
 
@@ -115,12 +115,12 @@ def _reject_optimizers(args: Any) -> None:
         why = "trains other weights than those that it saves"
     if why is not None:
         raise NotAvailableYetError(
-            f"`optim` got {optimizer!r}, which is not available in this version: it {why}. Use 'adamw_torch', or "
+            f"`optim` got {optimizer!r}, which is not supported by this trainer: it {why}. Use 'adamw_torch', or "
             "'adamw_8bit' or 'adafactor' for less memory."
         )
     if schedule in ("reduce_lr_on_plateau", "greedy"):
         raise NotAvailableYetError(
-            f"`lr_scheduler_type` got {schedule!r}, which is not available in this version: schedules step once in every "
+            f"`lr_scheduler_type` got {schedule!r}, which is not supported by this trainer: schedules step once in every "
             "update. Use another schedule, such as 'linear', or set `trust_lr_target`, which adapts the learning rate to the "
             "KL of the updates."
         )

@@ -60,11 +60,11 @@ class VLLMFields(TrainingFields):
         "token_truncate", "Whether ratios are per token or per response, and whether a ratio outside the bounds is set to the "
         "bound or to 0.")
     vllm_importance_sampling_clip_max: float | None = _vllm(
-        _trl("vllm_importance_sampling_clip_max")[0], "Upper bound of these ratios; None: no bound.", unit="1", off="None",
-        range=POSITIVE)
+        _trl("vllm_importance_sampling_clip_max")[0], "Upper bound of the ratio π_old/sampler; None: no bound.", unit="1",
+        off="None", range=POSITIVE)
     vllm_importance_sampling_clip_min: float | None = _vllm(
-        _trl("vllm_importance_sampling_clip_min")[0], "Lower bound of these ratios; None: no bound.", unit="1", off="None",
-        range=NOT_NEGATIVE)
+        _trl("vllm_importance_sampling_clip_min")[0], "Lower bound of the ratio π_old/sampler; None: no bound.", unit="1",
+        off="None", range=NOT_NEGATIVE)
     # fmt: on
 
     @property

@@ -12,8 +12,9 @@ GLOSSARY = {
     "multiplied by one factor, which makes them comparable to those that the optimizer has averaged so far.",
     "measured": "What an update did. After the update, the batch passes through the new policy, and the divergence from the "
     "old policy is computed over the full vocabulary.",
-    "guaranteed": "A bound that was enforced. Only backtracking enforces one: on the mean KL(π_old‖π) over the contexts of the "
-    "batch. Clipping, penalties and early stopping guarantee nothing.",
+    "guaranteed": "A bound that was enforced. Only backtracking enforces bounds, on the contexts of the batch: on the mean "
+    "KL(π_old‖π), on its largest value at one token, on its largest sum over one response, and on KL(π‖π_ref). Clipping, "
+    "penalties and early stopping guarantee nothing.",
     "anchor": "The penalty β · KL(π‖π_ref) for moving away from π_ref, the model the run started from, in nats per response. "
     "It determines where the run ends.",
     "trust region": "What keeps one update small: KL(π_old‖π), in nats per token, where π_old is the policy that sampled the "
@@ -37,8 +38,8 @@ GLOSSARY = {
     "KL/token": "KL(π_old‖π) in nats per token, measured after the update and after enforcement.",
     "proposed": "The same before enforcement.",
     "limit": "The limit on it that was enforced (trust_max_kl).",
-    "scale": "The share of the step that backtracking kept: 1 where the limits already held, 0 where the update was "
-    "rejected or no shorter step was within them.",
+    "scale": "The share of the step that backtracking kept: 1 if all limits were met, 0 if the update was rejected or no "
+    "shorter step met the limits.",
     "grad norm": "Norm of the policy's gradient before it is limited, as a mean over the steps.",
     "sampler KL": "The KL between the probabilities that the sampler used and those of the training pass, in nats per token.",
     "truncated": "The share of tokens whose importance weight was bounded.",
@@ -50,10 +51,11 @@ GLOSSARY = {
     "rejected": "The update was taken back because of the reason given, and the parameters were left unchanged.",
     "clip, clip_rule, cliprange, epsilon, epsilon_high": "What removes the gradient of tokens whose ratio has left a range; "
     "the rule by which it does so; the range.",
-    "response_mask, response_mask_kl": "Leaves responses out whose KL, as estimated, is above response_mask_kl.",
+    "response_mask, response_mask_kl": "Leaves a response out of the loss of a step while KL(π_old‖π) of one of its tokens is "
+    "above response_mask_kl. If another engine sampled, this KL is an estimate.",
     "penalty, trust_coef": "A penalty on KL(π_old‖π) in the loss, and its coefficient.",
     "stop": "Ends an update early, once KL(π_old‖π) is above trust_stop.",
-    "backtrack": "Backtracking: shortens the step of an update until its hard limits hold.",
+    "backtrack": "Backtracking: shortens the step of an update until its hard limits are met.",
     "trust_max_kl, trust_max_kl_token, trust_max_kl_response, anchor_max_kl": "Hard limits: on the mean KL(π_old‖π), on that "
     "of each token, on its sum over each response, and on the KL to the reference.",
     "grad_norm, max_grad_norm": "The limit on the norm of the gradient; a larger gradient is scaled down to it.",

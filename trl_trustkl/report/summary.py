@@ -300,4 +300,4 @@ def certified(run: Run) -> str | None:
         )
     if lost.any():
         text += f". In {int(lost.sum()):,}, the gain was not above 0 by that much, so that no limit would have helped"
-    return f"{text}. This is a statement about each batch, no proof."
+    return f"{text}. This is a statement about each batch, not a proof."

@@ -272,7 +272,8 @@ def _validated(rewards: Any, expected: int, name: str) -> list[float | None]:
         rewards = rewards.reshape(expected)
     if isinstance(rewards, (str, bytes, dict, set, frozenset)) or not hasattr(rewards, "__iter__"):
         raise RewardError(
-            f"reward function `{name}` returned {type(rewards).__name__}; it must return a list of {expected} numbers or None."
+            f"reward function `{name}` returned {type(rewards).__name__}; it must return a list of {expected} values, each a "
+            "number or None."
         )
     try:
         given = list(islice(rewards, expected + 1))  # a generator may be infinite

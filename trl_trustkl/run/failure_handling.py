@@ -108,7 +108,7 @@ def reject(context: UpdateContext, reason: str) -> None:
     if context.without is not None:
         return
     logger.warning(
-        f"update {context.update + 1} is rejected: {reason.rstrip('.')}; the parameters are as they were before it."
+        f"update {context.update + 1} is rejected: {reason.rstrip('.')}; the parameters have their values from before it."
     )
 
 

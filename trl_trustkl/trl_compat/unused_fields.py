@@ -31,7 +31,7 @@ WITHOUT_EFFECT = {
     "dataloader_prefetch_factor": _LOADER,
     "dataloader_multiprocessing_context": _LOADER,
     "dataloader_in_order": _LOADER,
-    "accelerator_config": "all but `use_configured_state` is for a data loader, which the trainer has not",
+    "accelerator_config": "all but `use_configured_state` is for a data loader, which the trainer does not have",
     "remove_unused_columns": "all columns of the dataset are passed to the reward functions",
     "label_names": "prompts have no labels",
     "length_column_name": "for sampling by length, which is rejected",

@@ -21,7 +21,7 @@ STEPS = 20
 
 def rescales_gradients(optimizer: Any) -> bool:
     """Whether the optimizer rescales gradients, as Adam does by dividing them by a running mean of their size, so that a
-    factor on all gradients, such as that of `max_grad_norm`, is no measure of its effect on the steps.
+    factor on all gradients, such as that of `max_grad_norm`, does not measure its effect on the steps.
 
     For classes other than `KNOWN` this is tried: two new optimizers of the same class and settings, without weight decay, get
     the same gradients, one of them at half the scale. If its steps are half as long, as with SGD, gradients are not rescaled.
