@@ -207,12 +207,6 @@ def test_an_optimizer_that_steps_within_the_backward_pass(name, trainer, monkeyp
         TrustRegionCallback(trainer)
 
 
-def test_a_trainer_that_is_training(trainer, monkeypatch):
-    monkeypatch.setattr(trainer, "is_in_train", True)
-    with pytest.raises(ConfigError, match="that is training; add the callback before train"):
-        TrustRegionCallback(trainer)
-
-
 def test_a_model_without_trainable_parameters(tmp_path):
     frozen = trainer_of("grpo", tmp_path)
     frozen.model.requires_grad_(False)
@@ -228,7 +222,8 @@ def of_batches(
         num_iterations=num_iterations,
         gradient_accumulation_steps=accumulation,
     )
-    return SimpleNamespace(args=args, accelerator=SimpleNamespace(scaler=scaler), is_deepspeed_enabled=deepspeed)
+    accelerator = SimpleNamespace(scaler=scaler)
+    return SimpleNamespace(args=args, accelerator=accelerator, is_deepspeed_enabled=deepspeed, _step=0)
 
 
 @pytest.mark.parametrize(

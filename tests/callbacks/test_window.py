@@ -13,7 +13,7 @@ from torch import Tensor
 from tests import tiny
 from tests.dense import dense_kl, dense_logps
 from tests.processes import single_process
-from trl_trustkl.callbacks.window import Window
+from trl_trustkl.callbacks.window import Window, share_time
 from trl_trustkl.divergences import ESTIMATORS
 from trl_trustkl.policy.loading import trainable
 from trl_trustkl.policy.observed_lm import ObservedLM
@@ -212,3 +212,24 @@ def test_steps_passes_metrics_and_rates():
     window.add_pass({})
     assert (window.passes, window.epochs, window.steps, window.dropped_steps) == (5, 1.5, 3, 1)
     assert (window.lr, window.lr_factor) == (0.5, 0.8), "not those of the first step"
+
+
+def test_an_optimizer_without_a_learning_rate():
+    window = Case().window
+    window.begin_step(lr=None, lr_factor=1.0)
+    assert math.isnan(window.lr)
+
+
+def test_the_time_of_a_step_is_divided_among_its_windows():
+    """A step of three passes on one window and one on the next, and a step of two passes on that one."""
+    first, second = Case().window, Case().window
+    for _ in range(3):
+        first.add_pass({})
+    second.add_pass({"step_time": [8.0]})
+    share_time([first, second])
+    for window in (first, second):
+        window.begin_step(lr=0.1, lr_factor=1.0)
+    second.add_pass({})
+    second.add_pass({"step_time": [1.0]})
+    share_time([second])
+    assert (first.step_seconds, second.step_seconds) == (6.0, 3.0)

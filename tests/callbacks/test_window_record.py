@@ -31,9 +31,9 @@ class Window:
             "reward": [0.5], "rewards/first/mean": [0.25], "rewards/second/mean": [math.nan],
             "completions/mean_length": [8.0], "completions/clipped_ratio": [0.25], "entropy": [2.0, 3.0],
             "clip_ratio/region_mean": [0.0, math.nan], "clip_ratio/low_mean": [0.0, 0.5], "kl": [0.2, 0.4],
-            "step_time": [1.5], "kl/target": [99.0], "kl/coef": [99.0],
+            "kl/target": [99.0], "kl/coef": [99.0],
         }  # fmt: skip
-        self.coef, self.lr, self.lr_factor, self.seconds = 0.1, 1e-3, 0.8, 0.5
+        self.coef, self.lr, self.lr_factor, self.seconds, self.step_seconds = 0.1, 1e-3, 0.8, 0.5, 1.5
         self.steps, self.dropped_steps, self.epochs = 1, 0, 1.0
         self.anchor, self.enforcement, self.scores = ANCHOR, ENFORCEMENT, None
         self.completions = [Completion("p", "c", 0.5, {"one": 0.5}, {}), Completion("q", "d", None, {"one": None}, {})]

@@ -87,6 +87,8 @@ CASES: list[tuple[str, list[Result], list[str], list[str]]] = [
     ("not corners", [synthetic("x"), synthetic("y", score=0.9), synthetic("z", score=0.7)],
      ["In score, 3 of 3 pairs of settings differ clearly: it was highest with y (0.90) and lowest with x (0.50), "],
      ["Without the"]),
+    ("a metric that is 0", [synthetic("x"), synthetic("y", update_kl=0.001), synthetic("z", update_kl=0.0)],
+     ["it was highest with x (0.05) and lowest with y (0.001), ", " SD. It is 0 with z."], ["lowest with z"]),
     ("one setting", [synthetic("x")], ["over 3 seeds"], ["pairs", "the two", "Without"]),
 ]  # fmt: skip
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers.optimization import Adafactor
 
-from trl_trustkl.trust.learning_rate import scaled_learning_rate
+from trl_trustkl.errors import ConfigError
+from trl_trustkl.trust.learning_rate import check_adaptable, scaled_learning_rate
 
 
 def test_only_the_policys_rate_is_scaled_and_only_inside_the_context():
@@ -29,3 +31,14 @@ def test_a_scheduler_that_acts_after_the_context_is_not_affected():
             optimizer.step()
         scheduler.step()
         assert optimizer.param_groups[0]["lr"] == pytest.approx(scheduled)
+
+
+def test_an_optimizer_that_finds_its_own_rate_cannot_be_adapted():
+    weight = nn.Parameter(torch.zeros(2))
+    check_adaptable(torch.optim.SGD([weight], lr=0.1), "lr_target")
+    check_adaptable(Adafactor([weight], lr=0.1, relative_step=False), "lr_target")
+    for optimizer in (Adafactor([weight], lr=None), Adafactor([weight], lr=None, relative_step=False)):
+        with pytest.raises(
+            ConfigError, match="`lr_target` adapts .*this Adafactor computes its own; give it a learning"
+        ):
+            check_adaptable(optimizer, "lr_target")

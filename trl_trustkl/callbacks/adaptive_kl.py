@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -227,3 +228,9 @@ def _checked_kind(trainer: Any) -> Kind:
             "changed during the run."
         )
     return kind
+
+
+def target_of(callbacks: Iterable[Any]) -> float | None:
+    """The target of the controller among the callbacks, in its unit; None without one."""
+    controllers = [each.controller for each in callbacks if isinstance(each, AdaptiveKLCallback)]
+    return getattr(controllers[0], "target", None) if controllers else None

@@ -23,9 +23,9 @@ from ..run.recorder import Recorder
 from ..trl_compat import generation, trl_logs
 from ..trl_compat.trl_trainers import GenerationTrainer
 from ..trust.gradient_scale import rescales_gradients
-from ..trust.learning_rate import scaled_learning_rate
+from ..trust.learning_rate import check_adaptable, scaled_learning_rate
 from ..trust.limits import Limits, blocked_at_the_anchor
-from .adaptive_kl import AdaptiveKLCallback
+from .adaptive_kl import target_of
 from .bound_report import is_report, report_of
 from .enforcer import Enforcer
 from .trust_region_checks import (
@@ -36,8 +36,8 @@ from .trust_region_checks import (
     checked_kind,
     not_repeatable,
 )  # fmt: skip
-from .trust_region_saving import BeforeSave, TrustRegionState, may_save
-from .window import Window
+from .trust_region_saving import BeforeSave, TrustRegionState, may_save, state_of
+from .window import Window, share_time
 from .window_record import completion_rows, enforced, tracked, window_record
 
 logger = logging.get_logger(__name__)
@@ -115,7 +115,7 @@ class TrustRegionCallback(TrainerCallback):
         if stop is not None:
             check_stop(stop, trainer)
         self.stop = stop
-        self.shared_steps = generation.steps_are_shared(trainer)
+        self.every = every
         self.processes = Processes(trainer.accelerator)
         self._sharding = build_sharding(trainer.accelerator, saves=trainer.args.should_save)
         with self._sharding.loaded(trainer.model):
@@ -132,25 +132,28 @@ class TrustRegionCallback(TrainerCallback):
             trainer, self.model, limits, sharding=self._sharding,
             reference=None if self.reference is None else self.reference.model,
         )  # fmt: skip
-        saves_any_time = getattr(trainer.args, "enable_jit_checkpoint", False)  # a checkpoint on SIGTERM
-        needs_every_step = self._enforcer.limited and (self.shared_steps or saves_any_time)
-        self.every_step = every == "step" or needs_every_step
         self.lr_controller = None if lr_target is None else LearningRateByKL(lr_target)
         self._recorder = Recorder(lambda: trainer.callback_handler.callbacks, self.processes)
         self._before_save = BeforeSave(self)
         self._rates = ExitStack()
         self._run = ExitStack()
-        self._training = False
         self._rescaled = True
         self._rate, self._factor = 0.0, 1.0
-        self._reset()
+        self.leave()
         if self.lr_controller is not None:
             self._lr_state = self.lr_controller.init()
-            if self._stored() is None:
+            if state_of(trainer.callback_handler.callbacks) is None:
                 trainer.add_callback(TrustRegionState())
             self._store()
 
-    def _reset(self) -> None:
+    def leave(self) -> None:
+        """Leave the run, also one that an error ended or from which this callback was removed; and prepare for the next."""
+        self._rates.close()
+        self._run.close()
+        self._training = False
+        self.shared_steps = generation.steps_are_shared(self.trainer)
+        saves_any_time = getattr(self.trainer.args, "enable_jit_checkpoint", False)  # a checkpoint on SIGTERM
+        self.every_step = self.every == "step" or (self._enforcer.limited and (self.shared_steps or saves_any_time))
         self._windows: list[Window] = []
         self._closed: list[tuple[Window, int]] = []  # windows that ended, by the number of steps made, not yet recorded
         self._batch: object = None
@@ -181,18 +184,21 @@ class TrustRegionCallback(TrainerCallback):
                 f"The trainer got {count} BoundReportCallbacks; each would write every record. Give yours in `callbacks` when "
                 "the trainer is built, or call trainer.remove_callback(BoundReportCallback) before you add it."
             )
-        self._rates.close()  # of a run that an error ended
-        self._run.close()
-        self._reset()
+        self.leave()
+        if self.stop is not None:
+            check_stop(self.stop, self.trainer)
         self._metrics.take()
         self._restore(state)
         self._enforcer.begin()
+        if self.lr_controller is not None:
+            check_adaptable(self._enforcer.optimizer, "lr_target")
         self._run.callback(self.model.watch())
         self._rescaled = rescales_gradients(self._enforcer.optimizer)
-        if (anchor_limit := self.limits.anchor_max_kl) is not None and self._anchor_target() is None:
+        if (anchor_limit := self.limits.anchor_max_kl) is not None and target_of(
+            self.trainer.callback_handler.callbacks
+        ) is None:
             logger.warning(blocked_at_the_anchor(anchor_limit, CONTROLLER))
-        self.trainer.add_callback(self._before_save)
-        self._run.callback(callbacks.remove, self._before_save)
+        self._run.enter_context(self._before_save.added())
         if (report := report_of(callbacks)) is not None:
             self._run.callback(report.take_records())
         self._training = True
@@ -203,8 +209,7 @@ class TrustRegionCallback(TrainerCallback):
         self._rates.close()
         self._end_windows(state.global_step)
         self._write(args, state, control)
-        self._run.close()
-        self._training = False
+        self.leave()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -233,6 +238,7 @@ class TrustRegionCallback(TrainerCallback):
             self._prepare_step()
         if any(window.stopped for window in windows):
             self.trainer.optimizer.zero_grad()
+        share_time(windows)
         for window in windows:
             window.begin_step(lr=self._rate, lr_factor=self._factor)
 
@@ -268,6 +274,8 @@ class TrustRegionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, logs: dict[str, Any], **_: Any
     ) -> None:
         if self._training:
+            if "train_runtime" in logs:  # the last log, before `load_best_model_at_end` loads other weights
+                self._end_windows(state.global_step)
             self._write(args, state, control, grad_norm=logs.get("grad_norm"))
 
     def after_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
@@ -345,6 +353,8 @@ class TrustRegionCallback(TrainerCallback):
         metrics = self.trainer._metrics["train"]
         for window in windows:
             window.release()
+            if (reason := enforced(window)[0].rejected) is not None:
+                logger.warning(f"update {update} is rejected: {reason.rstrip('.')}; the parameters were restored.")
             for name, value in tracked(self._record(window, update)).items():
                 metrics[name].append(value)
             self._closed.append((window, update))
@@ -352,24 +362,18 @@ class TrustRegionCallback(TrainerCallback):
         if not self._windows:
             self._enforcer.drop_snapshot()
         found = [enforcement for enforcement, measured in map(enforced, windows) if measured.tokens]
-        kls = [each.kl_proposed for each in found if not each.rejected and math.isfinite(each.kl_proposed)]
+        kls = [each.kl_proposed for each in found if math.isfinite(each.kl_proposed)]
         if self.lr_controller is not None and kls:
             episodes = len(windows) * self.trainer.args.generation_batch_size
             self._lr_state = self.lr_controller.update(self._lr_state, kl=max(0.0, *kls), episodes=episodes)
             self._store()
 
     def _record(self, window: Window, update: int, grad_norm: float | None = None) -> BoundRecord:
-        known, target = grad_norm if window.steps == 1 else None, self._anchor_target()
+        known, target = grad_norm if window.steps == 1 else None, target_of(self.trainer.callback_handler.callbacks)
         return window_record(
             self.kind, self.trainer.args, window, update=update, target=target, rescaled=self._rescaled, grad_norm=known,
             anchor_limit=self.limits.anchor_max_kl,
         )  # fmt: skip
-
-    def _anchor_target(self) -> float | None:
-        """The target of the controller of β, in nats per token; None without one."""
-        callbacks = self.trainer.callback_handler.callbacks
-        controllers = [each.controller for each in callbacks if isinstance(each, AdaptiveKLCallback)]
-        return getattr(controllers[0], "target", None) if controllers else None
 
     def _write(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, grad_norm: float | None = None
@@ -391,9 +395,5 @@ class TrustRegionCallback(TrainerCallback):
 
     def _store(self) -> None:
         """Store the factor of the learning rate for checkpoints."""
-        if (stored := self._stored()) is not None:
+        if (stored := state_of(self.trainer.callback_handler.callbacks)) is not None:
             stored.lr_factor = self._lr_state.coef
-
-    def _stored(self) -> TrustRegionState | None:
-        callbacks = self.trainer.callback_handler.callbacks
-        return next((each for each in callbacks if isinstance(each, TrustRegionState)), None)

@@ -86,8 +86,6 @@ def checked_kind(trainer: Any) -> Kind:
             f"`trainer` got a {name} with an optimizer that steps within the backward pass (`optim`), where no update can be "
             "measured. Use 'adamw_torch', or 'adamw_8bit' or 'adafactor' for less memory."
         )
-    if trainer.is_in_train:
-        raise ConfigError(f"`trainer` got a {name} that is training; add the callback before train() is called.")
     if (where := generation.images(trainer)) is not None:
         raise ConfigError(f"`train_dataset` has {where}, {generation.NO_IMAGES}.")
     if not trainable(trainer.model):
@@ -128,9 +126,10 @@ def check_stop(stop: float, trainer: GenerationTrainer) -> None:
     steps += f"gradient_accumulation_steps={args.gradient_accumulation_steps}"
     if generation.steps_are_shared(trainer):
         raise ConfigError(
-            f"`stop` got {stop:g} with {steps}: an optimizer step then uses two generation batches, of which it cannot drop "
-            "one. Make one of steps_per_generation × num_iterations and gradient_accumulation_steps a multiple of the other, "
-            "or use max_kl."
+            f"`stop` got {stop:g} with {steps}, after {generation.passes(trainer)} passes: an optimizer step then uses two "
+            "generation batches, of which it cannot drop one. Make one of steps_per_generation × num_iterations and "
+            "gradient_accumulation_steps a multiple of the other, build a new trainer if train() was interrupted in the "
+            "middle of a step, or use max_kl."
         )
     if generation.passes_per_generation(trainer) <= args.gradient_accumulation_steps:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
@@ -52,12 +53,14 @@ class Window:
         self.ref: list[PolicySnapshot] | None = None
         self.metrics: defaultdict[str, list[float]] = defaultdict(list)
         self.passes = 0
+        self.step_passes = 0  # since the last step
         self.epochs = 0.0
         self.steps = 0
         self.dropped_steps = 0
         self.stopped = False
-        self.lr = 0.0
+        self.lr = math.nan
         self.lr_factor = 1.0
+        self.step_seconds = 0.0
         self.seconds = 0.0
         self.anchor: AnchorMeasurement | None = None
         self.enforcement: Enforcement | None = None
@@ -74,14 +77,17 @@ class Window:
     def add_pass(self, metrics: Mapping[str, Sequence[float]]) -> None:
         """Count a training pass over one of the micro-batches, with what the trainer measured in it."""
         self.passes += 1
+        self.step_passes += 1
         for name, values in metrics.items():
             self.metrics[name].extend(values)
 
-    def begin_step(self, *, lr: float, lr_factor: float) -> None:
-        """Count an optimizer step; the rates are those of the first. `epochs` are the passes of the steps that are made."""
+    def begin_step(self, *, lr: float | None, lr_factor: float) -> None:
+        """Count an optimizer step; the rates are those of the first, None where the optimizer finds its own. `epochs` are the
+        passes of the steps that are made."""
         if not self.steps:
-            self.lr, self.lr_factor = lr, lr_factor
+            self.lr, self.lr_factor = math.nan if lr is None else lr, lr_factor
         self.steps += 1
+        self.step_passes = 0
         self.dropped_steps += self.stopped
         if not self.stopped:
             self.epochs = self.passes / len(self.micro_batches)
@@ -131,3 +137,10 @@ class Window:
             ref=self.ref, anchor_start=0.0 if self.anchor is None else self.anchor.kl_exact,
             gather=self._processes.gather,
         )  # fmt: skip
+
+
+def share_time(windows: Sequence[Window]) -> None:
+    """Divide the time of a step's passes, which TRL logs at the last one, among the windows of the passes."""
+    seconds, passes = sum(windows[-1].metrics.pop("step_time", ())), sum(window.step_passes for window in windows)
+    for window in windows:
+        window.step_seconds += seconds * window.step_passes / passes

@@ -46,7 +46,7 @@ def window_record(
     return record._replace(
         lr=window.lr * window.lr_factor,
         refused=enforcement.rejected,
-        seconds={"measure": window.seconds, "total": sum(window.metrics["step_time"]) + window.seconds},
+        seconds={"measure": window.seconds, "total": window.step_seconds + window.seconds},
         anchor=anchor,
         trust=trust,
         shares=None

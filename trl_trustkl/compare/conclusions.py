@@ -110,8 +110,10 @@ def clear_differences(results: Sequence[Result], metric: str) -> str:
     low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
     clear = sum(found.sign != 0 for found in gaps.values())
     title = METRICS[metric].title
+    zero = [result.name for result in results if result.name not in means and np.any(result.values(metric) == 0)]
+    apart = f" It is 0 with {listed(zero)}." if zero else ""
     if not clear:
-        return f"In {title}, no two settings {differ} ({_values(metric, means[low], means[high], ' to ')})."
+        return f"In {title}, no two settings {differ} ({_values(metric, means[low], means[high], ' to ')}).{apart}"
     text = (
         f"In {title}, {f'{clear} of {len(gaps)} pairs of settings' if len(gaps) > 1 else 'the two settings'} {differ}"
     )
@@ -119,7 +121,7 @@ def clear_differences(results: Sequence[Result], metric: str) -> str:
     if widest.sign:
         text += f": it was highest with {high} ({shown(metric, means[high])}) and lowest with {low} "
         text += f"({shown(metric, means[low])}){widest}"
-    return f"{text}."
+    return f"{text}.{apart}"
 
 
 # -- what removing a mechanism changed ---------------------------------------------------------------------------------

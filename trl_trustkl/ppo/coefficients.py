@@ -42,15 +42,17 @@ class Coefficients:
     def update(self, record: BoundRecord, episodes: int) -> None:
         """Feed the exact KLs to the controllers, clamped at 0 because rounding may make them negative.
 
-        The controllers of the trust region get the proposed KL, measured before enforcement.
+        The controllers of the trust region get the proposed KL, measured before enforcement; of an update that was rejected,
+        that of the learning rate gets it if it lowers the rate.
         """
         anchor, trust = record.anchor.kl_exact, record.trust.kl_proposed
         if math.isfinite(anchor):
             self.kl_state = self.kl_controller.update(self.kl_state, kl=max(0.0, anchor), episodes=episodes)
         if math.isfinite(trust) and record.refused is None:
             self.trust_state = self.trust_controller.update(self.trust_state, kl=max(0.0, trust), episodes=episodes)
-            if self.lr_controller is not None:
-                self.lr_state = self.lr_controller.update(self.lr_state, kl=max(0.0, trust), episodes=episodes)
+        rate = self.lr_controller
+        if rate is not None and math.isfinite(trust) and (record.refused is None or trust > rate.target):
+            self.lr_state = rate.update(self.lr_state, kl=max(0.0, trust), episodes=episodes)
 
     def state_dict(self) -> dict[str, dict[str, float] | None]:
         states = {"kl_controller": self.kl_state, "trust_controller": self.trust_state, "lr_controller": self.lr_state}

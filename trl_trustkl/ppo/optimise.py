@@ -22,7 +22,7 @@ from ..run.failure_handling import reject
 from ..surrogates import ClipRule
 from ..trust.attribution import ReplayPoint
 from ..trust.gradient_scale import GradientScale, rescales_gradients
-from ..trust.learning_rate import scaled_learning_rate
+from ..trust.learning_rate import check_adaptable, scaled_learning_rate
 from ..trust.snapshot import UpdateSnapshot
 from ..types import Batch, PolicySnapshot, UpdateStats
 from .config import TrustKLPPOConfig
@@ -61,6 +61,8 @@ class Optimisation:
         # Accelerate's state is the process's: a run of another trainer that ended within an accumulation leaves it such that
         # no optimizer makes a step.
         GradientState()._set_sync_gradients(True)
+        if self.args.trust_lr_target is not None:
+            check_adaptable(optimizer, "trust_lr_target")
         if optimizer is not self.optimizer:
             self.rescales_gradients = rescales_gradients(optimizer)
             self.policy_scale, self.value_scale = GradientScale(), GradientScale()

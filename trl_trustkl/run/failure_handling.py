@@ -107,9 +107,7 @@ def reject(context: UpdateContext, reason: str) -> None:
     context.rejected = reason
     if context.without is not None:
         return
-    logger.warning(
-        f"update {context.update + 1} is rejected: {reason.rstrip('.')}; the parameters have their values from before it."
-    )
+    logger.warning(f"update {context.update + 1} is rejected: {reason.rstrip('.')}; the parameters were restored.")
 
 
 def too_many_rejections(count: int, limit: int, reason: str, folder: Path) -> RefusedError:

@@ -52,9 +52,10 @@ def passes_per_generation(trainer: GenerationTrainer) -> int:
 
 
 def steps_are_shared(trainer: GenerationTrainer) -> bool:
-    """Whether an optimizer step may use two generation batches of which one is used by another step too."""
+    """Whether an optimizer step may use two generation batches of which one is used by another step too: by the settings, or
+    because the last `train()` ended between the passes of a step."""
     generation, step = passes_per_generation(trainer), trainer.args.gradient_accumulation_steps
-    return generation % step != 0 and step % generation != 0
+    return (generation % step != 0 and step % generation != 0) or passes(trainer) % min(generation, step) != 0
 
 
 def passes(trainer: GenerationTrainer) -> int:

@@ -8,6 +8,18 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import ConfigError
+
+
+def check_adaptable(optimizer: Any, field: str) -> None:
+    """ConfigError for an optimizer that finds its own learning rate, on which a factor has no effect."""
+    if any(group["lr"] is None or group.get("relative_step") for group in optimizer.param_groups):
+        name = type(getattr(optimizer, "optimizer", optimizer)).__name__  # accelerate wraps it
+        raise ConfigError(
+            f"`{field}` adapts the learning rate of the optimizer, and this {name} computes its own; give "
+            f"it a learning rate (Adafactor: relative_step=False), or leave {field} None."
+        )
+
 
 @contextmanager
 def scaled_learning_rate(optimizer: Any, policy: Sequence[nn.Parameter] | None, factor: float) -> Iterator[None]:
