@@ -344,7 +344,7 @@ def others() -> str:
         divergences.exact, divergences.exact_from_logps, advantages.gae, advantages.group_advantages,
         advantages.less_group_mean, advantages.less_mean_of_others, advantages.anchor_rewards,
         advantages.place_scores, advantages.anchor_share, advantages.explained_variance, importance.importance_weights,
-        trust_region.measurement, trust_region.backtrack, bounds.guaranteed, bounds.binding, certificate.certificate,
+        trust_region.measurement, trust_region.backtrack, bounds.guarantees, bounds.binding, certificate.certificate,
     )  # fmt: skip
     public = {trust_region.measurement: "trust_region", trust_region.backtrack: "trust_region"}
     rows = (

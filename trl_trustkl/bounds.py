@@ -106,11 +106,6 @@ def guarantees(measurement: Measurement, enforcement: Enforcement) -> Guarantees
     return Guarantees(*held)
 
 
-def guaranteed(measurement: Measurement, enforcement: Enforcement) -> float | None:
-    """The guaranteed bound on the batch's mean KL(π_old‖π), in nats per token, or None; see `guarantees`."""
-    return guarantees(measurement, enforcement).mean
-
-
 def build_record(args: Any, *, update: int, episode: int, lr: float, lr_factor: float, trust_coef: float,
                  refused: str | None, seconds: dict[str, float], rollout: RolloutSummary, anchor: AnchorMeasurement,
                  stats: UpdateStats, measured: Measurement, enforcement: Enforcement, rescaled: bool = False,

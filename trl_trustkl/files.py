@@ -10,6 +10,9 @@ from typing import BinaryIO
 
 from .errors import out_of_range
 
+UNFINISHED = ".unfinished-"
+"""The names of files and folders begin with this until they are complete."""
+
 
 def create_folder(option: str, folder: str) -> None:
     """Create a folder with its parents, unless it exists. ConfigError for `option` if it cannot be created or written to."""
@@ -25,7 +28,7 @@ def create_folder(option: str, folder: str) -> None:
 @contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
     """A new file that replaces `path` when the block ends without an error. `durable`: it is synced to the disk first."""
-    unfinished = path.with_name(f".unfinished-{path.name}")
+    unfinished = path.with_name(UNFINISHED + path.name)
     try:
         with open(unfinished, "wb") as file:
             yield file

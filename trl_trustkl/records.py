@@ -292,6 +292,12 @@ def take_over(source: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in (BOUNDS_FILE, COMPLETIONS_FILE):
         move_aside(folder / name)
+    copy(source, folder)
+
+
+def copy(source: Path, folder: Path) -> None:
+    """Copy the records and completions of a run, where there are any, into another folder."""
+    for name in (BOUNDS_FILE, COMPLETIONS_FILE):
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
 

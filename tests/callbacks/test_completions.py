@@ -57,6 +57,18 @@ def test_an_evaluation_prints_no_table_and_without_the_field_nothing_is_printed(
     assert capsys.readouterr().out == ""
 
 
+def test_escape_sequences_are_written_out(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    callback = CompletionsCallback(None)
+    prompt = [{"role": "user", "content": "a\x1bc"}]
+    row = {"prompt": prompt, "completion": "b\x9bd", "score": 1.0, "rewards": {}, "extra": "c\u202e"}
+    callback.on_record(None, None, None, completions=[row])
+    callback.on_log(SimpleNamespace(report_to=[]), SimpleNamespace(global_step=1), None, logs={"update": 1})
+    said = capsys.readouterr().out
+    assert not {"\x1b", "\x9b", "\u202e"} & {*said}
+    assert all(text in said for text in ("a\\x1bc", "b\\x9bd", "c\\u202e"))
+
+
 def test_printing_some_changes_no_random_numbers(tmp_path, capsys):
     random.seed(3)
     trained(tmp_path / "some", num_completions_to_print=2)

@@ -54,12 +54,13 @@ def test_an_evaluation_can_be_repeated(tmp_path):
 class Toy:
     """An evaluator of prompts of token ids. The score of a prompt is its first token; an odd first token has no score."""
 
-    def __init__(self, *, index: int = 0, count: int = 1) -> None:
+    def __init__(self, *, index: int = 0, count: int = 1, own: Dataset | None = None) -> None:
         self.batches: list[tuple[int, list[int]]] = []
         processes = single_process()
         processes.index, processes.count, processes.is_main = index, count, index == 0
         self.model = nn.Linear(1, 1).eval()
-        models = SimpleNamespace(trained=self.model, tokenizer=tiny.tokenizer(), stop_ids=[EOS])
+        own = DATASET if own is None else own
+        models = SimpleNamespace(trained=self.model, tokenizer=tiny.tokenizer(), stop_ids=[EOS], evaluation=own)
         self.args = SimpleNamespace(per_device_eval_batch_size=2, vllm_tensor_parallel_size=1)
         self.calls: list[str] = []
         rollouts = SimpleNamespace(
@@ -89,25 +90,24 @@ class Toy:
         )  # fmt: skip
 
 
-def dataset() -> Dataset:
-    return Dataset.from_dict({"input_ids": [[token] for token in (6, 7, 8, 9, 10)]})
+DATASET = Dataset.from_dict({"input_ids": [[token] for token in (6, 7, 8, 9, 10)]})
 
 
 def test_metrics_are_means_over_the_prompts_and_the_score_over_those_that_have_one():
     toy = Toy()
-    metrics = toy.evaluator.metrics(dataset(), "held_out")
+    metrics = toy.evaluator.metrics(DATASET, "held_out")
     assert metrics.pop("held_out_runtime") > 0
     expected = {"score": 8.0, "kl": 4.0, "length": 2.0, "eos_rate": 0.4, "rewards/first": 8.0, "place": 2.0}
     assert metrics == {f"held_out_{name}": value for name, value in expected.items()}
     assert toy.batches == [(0, [6, 7]), (2, [8, 9]), (4, [10])] and not toy.model.training
     odd = Dataset.from_dict({"input_ids": [[7], [9]]})
-    assert math.isnan(toy.evaluator.metrics(odd, "eval")["eval_score"])
+    assert math.isnan(Toy(own=odd).evaluator.metrics(odd, "eval")["eval_score"])
 
 
 def test_processes_share_the_prompts():
     one, other = Toy(index=0, count=2), Toy(index=1, count=2)
     for toy in (one, other):
-        toy.evaluator.rows(dataset())
+        toy.evaluator.rows(DATASET)
     assert one.batches == [(0, [6, 8]), (2, [10])] and other.batches == [(0, [7, 9])]
 
 
@@ -116,7 +116,7 @@ def test_a_process_without_prompts_left_takes_part_in_the_batches_of_those_that_
     for index, batches in ((0, 2), (1, 1)):
         toy = Toy(index=index, count=2)
         toy.args.vllm_tensor_parallel_size = shared
-        toy.evaluator.rows(dataset())
+        toy.evaluator.rows(DATASET)
         assert len(toy.batches) == batches
         assert toy.calls[2:] == [([], [])] * (2 - batches) * (shared - 1)
 
@@ -124,9 +124,9 @@ def test_a_process_without_prompts_left_takes_part_in_the_batches_of_those_that_
 def test_processes_with_shards_have_equal_shares_of_the_prompts():
     for rows, left in ((5, 1), (4, 0)):
         for index in range(2):
-            toy = Toy(index=index, count=2)
+            prompts = DATASET.select(range(rows))
+            toy = Toy(index=index, count=2, own=prompts)
             toy.evaluator.sharding = Halves()
-            prompts = dataset().select(range(rows))
             if left:
                 with pytest.raises(ConfigError, match=r"has 5 rows.*Leave out 1: eval_dataset.select\(range\(4\)\)"):
                     toy.evaluator.rows(prompts)
@@ -143,7 +143,7 @@ class Halves(Replicated):
 @pytest.mark.parametrize("few", [True, False])
 def test_the_main_process_prints_samples(few, capsys):
     toy, silent = Toy(), Toy(index=1, count=2)
-    several = {"one": dataset(), "other": dataset().select([0])}
+    several = {"one": DATASET, "other": DATASET.select([0])}
     for each in (toy, silent):
         each.evaluator.show(several, few=few)
     lines = capsys.readouterr().out.splitlines()
@@ -171,3 +171,8 @@ def test_a_dataset_is_given_or_named_or_that_of_the_trainer():
         chosen_dataset("fewer", own)
     with pytest.raises(ConfigError, match="got several; name one of 'few', 'more'"):
         one_dataset(None, own)
+
+
+def test_escape_sequences_in_printed_samples_are_written_out(capsys):
+    print_samples([{"prompt": "\x9b2J\u202e", "completion": "", "score": 0.0}])
+    assert 'prompt "\\x9b2J\\u202e"' in capsys.readouterr().out

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from datasets import Dataset, IterableDataset
 
 from tests import tiny
 from tests.messages import assert_says
-from trl_trustkl.errors import ConfigError
+from trl_trustkl.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -66,3 +69,38 @@ def test_a_metric_that_no_evaluation_gives_is_an_error_after_the_last_update_is_
         trainer.train()
     assert_says(error, "`metric_for_best_model`", "'scoer'", "'score', 'kl'", "The last update is saved")
     assert (tmp_path / "checkpoint-1").is_dir()
+
+
+def test_a_dataset_is_read_in_the_same_way_by_the_trainer_and_by_evaluate(tmp_path):
+    """The token ids are made from its prompts, whatever ids it has."""
+    rows = tiny.prompts(4)
+    given = rows.add_column("input_ids", [[3]] * 4)
+    trainer = tiny.trainer(tmp_path, eval_dataset=given)
+    own = trainer.evaluate_completions()
+    assert trainer.evaluate_completions(given) == own == tiny.trainer(tmp_path).evaluate_completions(rows)
+
+
+def test_a_dataset_of_token_ids_is_checked_by_evaluate(tmp_path):
+    trainer = tiny.trainer(tmp_path)
+    for ids, said in (([999], "the token id 999"), ([], "no token"), ([3] * 200, "more than the context")):
+        with pytest.raises(DataError, match=f"`eval_dataset` row 0 has .*{said}"):
+            trainer.evaluate(Dataset.from_dict({"input_ids": [ids]}))
+
+
+def test_rows_of_a_stream_may_have_different_columns(tmp_path):
+    seen: list[Any] = []
+
+    def judge(completions: list[str], answer: list[Any], **columns: Any) -> list[float]:
+        seen.extend(answer)
+        return [0.0] * len(completions)
+
+    prompts = [row["prompt"] for row in tiny.prompts(4)]
+    rows = [{"prompt": prompt} | ({"answer": place} if place % 2 else {}) for place, prompt in enumerate(prompts)]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    trainer = tiny.trainer(
+        tmp_path, reward_funcs=judge, train_dataset=stream, eval_dataset=stream, changes={"max_steps": 1}
+    )
+    trainer.evaluate()
+    assert sorted(seen, key=str) == [1, 3, None, None]
+    trainer.train()
+    assert {1, 3, None} == set(seen[4:])

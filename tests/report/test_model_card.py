@@ -81,14 +81,20 @@ def test_the_section_is_replaced_and_never_repeated():
     assert with_section("# Model\n", "x").startswith("# Model\n\n" + START)
 
 
+SAVED = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+
 def test_a_run_that_saves_nothing_writes_a_card_and_overwrites_no_other_readme(tmp_path):
     tiny.trainer(tmp_path / "new", changes={"max_steps": 1}).train()
     assert "nats per response" in parts(tmp_path / "new" / "README.md")[1]
     assert "report.html" not in (tmp_path / "new" / "README.md").read_text("utf-8")  # this run rendered no report
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "README.md").write_text("# My project\n")
-    tiny.trainer(tmp_path / "mine", changes={"max_steps": 1}).train()
-    assert (tmp_path / "mine" / "README.md").read_text() == "# My project\n"
+    for changes, peft in (({"max_steps": 1}, {}), (SAVED, {}), (SAVED, {"peft_config": None})):
+        tiny.trainer(tmp_path / "mine", changes=changes, **peft).train()
+        assert (tmp_path / "mine" / "README.md").read_text() == "# My project\n"
+    card = tmp_path / "mine" / "checkpoint-1" / "README.md"
+    assert not card.exists() or "My project" not in card.read_text("utf-8")
 
 
 def test_a_full_model_has_a_card_in_its_checkpoint_too(tmp_path):

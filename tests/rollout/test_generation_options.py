@@ -17,6 +17,7 @@ from trl_trustkl.rollout.generation_options import (
     WORKING,
     check_generation_kwargs,
     check_stop_ids,
+    check_token_ids,
     compile_config,
     stop_strings,
 )
@@ -292,3 +293,21 @@ def test_a_bad_word_that_is_a_stop_token_is_refused():
     check_stop_ids({"bad_words_ids": [[2, 3], [4]]}, [2])
     with pytest.raises(ConfigError, match=r"'bad_words_ids' with \[\[2\]\], .* use suppress_tokens"):
         check_stop_ids({"bad_words_ids": [[2], [4]]}, [2])
+
+
+@pytest.mark.parametrize(
+    ("name", "fine", "wrong"),
+    [
+        ("suppress_tokens", [0, 41], [3, 42]),
+        ("begin_suppress_tokens", [5], [42]),
+        ("bad_words_ids", [[3], [4, 5]], [[3], [4, 42]]),
+        ("sequence_bias", [[[3], -99], [[4, 5], 2.0]], [[[42], 1.0]]),
+        ("sequence_bias", {(3,): -99}, {(42,): 1.0}),
+    ],
+)
+def test_a_token_outside_the_vocabulary_is_named(name, fine, wrong):
+    check_token_ids({name: fine, "top_k": 99}, 42)
+    check_token_ids({name: None}, 42)
+    with pytest.raises(ConfigError) as error:
+        check_token_ids({name: wrong}, 42)
+    assert_says(error, f"`generation_kwargs[{name!r}]` got 42", "from 0 to 41")

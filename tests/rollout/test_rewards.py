@@ -161,11 +161,34 @@ def test_a_reward_model_without_an_embedding_of_its_pad_token_reads_texts_one_by
     assert found == pytest.approx(expected, abs=1e-5)
 
 
+def test_an_error_of_a_reward_model_is_named_and_kept():
+    model = tiny.scalar_model(tiny.llama())
+    model.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(RewardError, match="reward model `LlamaForSequ.*` raised ZeroDivisionError: ") as error:
+        rewards_of(RewardModel(model, tiny.tokenizer()), rollout(), ["w1 "] * 3, ["w2"] * 3, {}, batch_size=3)
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
+
+
+def test_a_tokenizer_without_a_pad_token_does_not_hide_the_end_of_a_text():
+    """The template ends each conversation with the token that then pads."""
+    model, tokenizer = tiny.scalar_model(tiny.llama()), tiny.tokenizer(pad=False)
+    prompts = [CHAT, [{"role": "user", "content": "w1 w3 w4"}]]
+    found = RewardModel(model, tokenizer).score_text(prompts, [ANSWER] * 2)
+    for score, prompt in zip(found, prompts, strict=True):
+        ids = torch.tensor([tokenizer(as_text(prompt, ANSWER, tokenizer), add_special_tokens=False)["input_ids"]])
+        assert ids[0, -1] == tokenizer.eos_token_id
+        every = model.score(model.model(ids).last_hidden_state)[0, :, 0]
+        assert float(score) == pytest.approx(float(every[-1]), abs=1e-5) != pytest.approx(float(every[-2]), abs=1e-5)
+
+
 def test_conversations_are_read_through_the_template_or_line_by_line():
     assert as_text("w1 ", "w2", tiny.tokenizer()) == "w1 w2"
     complete = as_text(CHAT, ANSWER, tiny.tokenizer())
     assert " ".join(complete.split()) == "<bos> user w1 <eos> <bos> assistant w2 <eos>"
     assert as_text(CHAT, ANSWER, tiny.tokenizer(chat=False)) == "w1\nw2"
+    parts = [{"role": "user", "content": [{"type": "text", "text": "w1 "}, {"type": "text", "text": "w3"}]}]
+    calls = [{"role": "assistant", "content": None, "tool_calls": [{}]}]
+    assert as_text([*parts, *calls], ANSWER, tiny.tokenizer(chat=False)) == "w1 w3\n\nw2"
     assert as_completion("w2", CHAT) == ANSWER and as_completion("w2", "w1") == "w2"
 
 

@@ -384,6 +384,18 @@ def test_checkpoints_that_a_run_does_not_resume_from_are_moved_aside(resumed, st
     assert moved == before
 
 
+def test_checkpoints_that_are_moved_aside_have_the_records_up_to_then(tmp_path):
+    """A run that resumes from one of them later finds there what it continues."""
+    run = populated(tmp_path)
+    lines = "".join(json.dumps({"update": number}) + "\n" for number in (1, 2, 3))
+    (tmp_path / "bounds.jsonl").write_text(lines)
+    run.checkpointer.prepare_output(tmp_path, tmp_path / "checkpoint-1")
+    (tmp_path / "bounds.jsonl").write_text('{"update": 1}\n')
+    run.checkpointer.prepare_output(tmp_path, tmp_path / "earlier.1" / "checkpoint-2")
+    assert (tmp_path / "bounds.jsonl").read_text() == lines
+    assert (tmp_path / "bounds.jsonl.1").read_text() == '{"update": 1}\n'
+
+
 def test_a_run_resumed_in_another_folder_copies_the_records(tmp_path):
     run, output = populated(tmp_path / "old"), tmp_path / "new"
     lines = "".join(json.dumps({"update": number}) + "\n" for number in (1, 2, 3))

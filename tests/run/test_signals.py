@@ -186,3 +186,27 @@ def test_the_sigterm_handler_of_transformers_does_not_interfere(tmp_path):
     trainer = build(tmp_path, enable_jit_checkpoint=True, max_steps=1)
     trainer.train()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_output_to_a_pipe_without_a_reader_is_discarded_after_a_signal():
+    """As of `python train.py 2>&1 | tee log`, where Ctrl-C also ends tee."""
+    kept = [os.dup(descriptor) for descriptor in (1, 2)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    stop = StopRequest(grace_seconds=20.0)
+    try:
+        for descriptor in (1, 2):
+            os.dup2(writer, descriptor)
+        stop.drop_closed_outputs()
+        with pytest.raises(BrokenPipeError):  # not before a signal
+            os.write(1, b"lost")
+        with stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            stop.drop_closed_outputs()
+        found = [os.write(descriptor, b"lost") for descriptor in (1, 2)]
+    finally:
+        for descriptor, original in zip((1, 2), kept, strict=True):
+            os.dup2(original, descriptor)
+            os.close(original)
+        os.close(writer)
+    assert found == [4, 4]

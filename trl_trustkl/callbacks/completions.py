@@ -12,6 +12,7 @@ import pandas as pd
 from transformers import TrainerCallback
 from trl.trainer.utils import print_prompt_completions_sample
 
+from ..report.text import visible
 from ..rollout.reward_log import RESERVED, free_name
 
 
@@ -45,15 +46,10 @@ class CompletionsCallback(TrainerCallback):
             rows
         ):  # by a separate stream, so that training is not affected
             rows = random.Random(state.global_step).sample(rows, self._count)
-        columns = as_columns(rows)
-        print_prompt_completions_sample(
-            columns.texts["prompt"],
-            columns.texts["completion"],
-            columns.rewards,
-            None,
-            state.global_step,
-            extra=columns.extra,
-        )
+        texts, rewards, extra = as_columns(rows)
+        prompts, completions = (_printable(texts[name]) for name in ("prompt", "completion"))
+        shown = {name: _printable(values) for name, values in extra.items()}
+        print_prompt_completions_sample(prompts, completions, rewards, None, state.global_step, extra=shown)
 
 
 def shown_completions(args: Any) -> list[CompletionsCallback]:
@@ -80,6 +76,15 @@ def as_columns(rows: list[dict[str, Any]]) -> Columns:
     for name in dict.fromkeys(name for row in rows for name in row if name not in RESERVED):
         extra[free_name(name, {"step", *rewards})] = [row.get(name) for row in rows]
     return Columns({name: [row[name] for row in rows] for name in ("prompt", "completion")}, rewards, extra)
+
+
+def _printable(value: Any) -> Any:
+    """Texts, also those within lists and messages, without escape sequences that a terminal would act on."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, dict):
+        return {key: _printable(each) for key, each in value.items()}
+    return [_printable(each) for each in value] if isinstance(value, list) else value
 
 
 def _number(reward: float | None) -> float:

@@ -152,7 +152,7 @@ class TrustRegionCallback(TrainerCallback):
         self._run.close()
         self._training = False
         self.shared_steps = generation.steps_are_shared(self.trainer)
-        saves_any_time = getattr(self.trainer.args, "enable_jit_checkpoint", False)  # a checkpoint on SIGTERM
+        saves_any_time = self.trainer.args.enable_jit_checkpoint  # a checkpoint on SIGTERM
         self.every_step = self.every == "step" or (self._enforcer.limited and (self.shared_steps or saves_any_time))
         self._windows: list[Window] = []
         self._closed: list[tuple[Window, int]] = []  # windows that ended, by the number of steps made, not yet recorded

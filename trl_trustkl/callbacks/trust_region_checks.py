@@ -114,9 +114,8 @@ def engine_options(trainer: Any) -> Iterator[Option]:
         check_deepspeed()
         yield from deepspeed_options(state.deepspeed_plugin.deepspeed_config)
         yield optimizer_option(args)
-        saves_any_time = getattr(args, "enable_jit_checkpoint", False)
         fix = "leave it False: DeepSpeed makes a step before its update can be limited, and this saves in between"
-        yield Option("enable_jit_checkpoint", True, not saves_any_time, fix)
+        yield Option("enable_jit_checkpoint", True, not args.enable_jit_checkpoint, fix)
 
 
 def check_stop(stop: float, trainer: GenerationTrainer) -> None:

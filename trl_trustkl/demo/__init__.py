@@ -1,4 +1,1 @@
-"""The demo: SmolLM2, prompts, a sentiment reward, and the run.
-
-Imports everything but `cli`, which starts it.
-"""
+"""The demo: SmolLM2, prompts, a sentiment reward, and the run."""

@@ -1,4 +1,1 @@
-"""GRPO and RLOO: TRL's trainers with the callbacks of this package, configured by further fields.
-
-May import `callbacks` and the layers below it.
-"""
+"""GRPO and RLOO: TRL's trainers with the callbacks of this package, configured by further fields."""

@@ -1,1 +1,1 @@
-"""Communication between the processes of a run. Imports accelerate and `masking`."""
+"""Communication between the processes of a run, and the sharding of parameters."""

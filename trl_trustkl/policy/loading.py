@@ -34,6 +34,11 @@ _OF_TOKENIZER = ("revision", "code_revision", "trust_remote_code", *ACCESS)
 _OF_REPOSITORY = ("revision", "code_revision", "subfolder")
 
 
+def without_adapter(model: Any) -> Any:
+    """The model itself: of a PeftModel, the one that its adapters are in."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def init_kwargs_of(args: Any) -> dict[str, Any]:
     """`model_init_kwargs`, with the dtype to load in if they name none."""
     given = args.arguments("model_init_kwargs")
@@ -177,7 +182,7 @@ def load_policy(
     if not isinstance(model, (PreTrainedModel, PeftModel)):
         raise ModelError(f"`model` got {type(model).__name__}; it must be a causal language model or the name of one.")
     load_everywhere(model)
-    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    causal = without_adapter(model)
     if not causal.can_generate() or getattr(causal.config, "is_encoder_decoder", False):
         raise ModelError(
             f"`model` got {type(causal).__name__}, which does not continue a prompt; it must be a causal language model, such "

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError, shown
 from ..parallel.sharding import REPLICATED, Replicated
+from .loading import without_adapter
 from .quantization import dequantised, dequantised_dtype
 
 _OWN_WEIGHTS = "sample with the policy itself instead of an engine that needs its weights."
@@ -42,7 +43,7 @@ def merged_weights(
 
     With `sharding`, all processes request the weights together. One layer is gathered at a time, and each tensor is a copy.
     """
-    model = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    model = without_adapter(policy)
     return _weights(model, dtype, sharding, "")
 
 
@@ -67,7 +68,7 @@ def check_mergeable(policy: PreTrainedModel | PeftModel) -> None:
 
     This merges every adapted layer once, in a copy, since PEFT does not say in advance which layers it cannot merge.
     """
-    model = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    model = without_adapter(policy)
     method = getattr(model, "quantization_method", None)
     if method is not None and method != "bitsandbytes":
         raise ModelError(

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..errors import ModelError
 from ..types import Head, MicroBatch
 from . import cpu, lora, rms_norm
-from .loading import trainable
+from .loading import trainable, without_adapter
 from .micro_batches import positions, predicting
 from .probes import as_in_training, close, token_ids
 
@@ -115,7 +115,7 @@ class SplitLM:
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, name: str = "model") -> None:
-        self.causal = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.causal = without_adapter(model)
         self._lora_layers = lora.linear_layers(self.causal)
         self._norms = rms_norm.plain_layers(self.causal)
         kind, config = type(self.causal).__name__, self.causal.config.get_text_config()

@@ -14,7 +14,7 @@ from ..trl_compat import activation_checkpointing
 from ..trl_compat.module import Module
 from ..types import MicroBatch, PolicySnapshot
 from .exact_kl import TokenOutputs, token_statistics
-from .loading import trainable
+from .loading import trainable, without_adapter
 from .micro_batches import positions, predicting
 from .rms_norm import plain_layers
 from .split_lm import SplitLM, accepted, faster_kernels, model_inputs
@@ -48,7 +48,7 @@ class ValueModel(Module):
     def __init__(self, model: PreTrainedModel | PeftModel, vocab_size: int, padding_id: int | None = None) -> None:
         super().__init__()
         self.model = model
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = without_adapter(model)
         backbone = getattr(base, getattr(base, "base_model_prefix", ""), None)
         score = getattr(base, "score", None)
         if backbone is None or score is None:

@@ -1,4 +1,1 @@
-"""PPO: its configuration, the trainer for TRL, and the phases of an update.
-
-May import everything except `compare`, `demo` and `cli`.
-"""
+"""PPO: its configuration, the trainer for TRL, and the phases of an update."""

@@ -18,6 +18,7 @@ from ..parallel.processes import Processes
 from ..parallel.sharding import REPLICATED, Replicated
 from ..policy.probes import as_in_training
 from ..records import as_rows
+from ..report.text import visible
 from ..rollout.prompts import Collator, prepare_dataset, prompt_texts
 from ..rollout.reward_log import with_means
 from ..rollout.sampling import Rollouts, ended
@@ -65,8 +66,9 @@ class Evaluator:
         return self.processes.gather_objects(rows)
 
     def tokenized(self, dataset: Dataset) -> Dataset:
-        """The dataset with token ids, made from its prompts if it has none."""
-        if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
+        """The dataset with token ids, checked; as it is if it was prepared for the trainer."""
+        own = self.models.evaluation
+        if any(dataset is each for each in (own.values() if isinstance(own, dict) else [own])):
             return dataset
         return prepare_dataset(dataset, "eval_dataset", self.models.tokenizer, self.models.token_limits, self.args)
 
@@ -164,5 +166,5 @@ def compare_with_best(trainer: Any, metrics: dict[str, float], save: Callable[[]
 def print_samples(rows: list[dict[str, Any]]) -> None:
     """Print prompts, completions and scores. Markup and escape sequences in their text are printed as they are."""
     for row in rows:
-        prompt, completion = (json.dumps(row[key], ensure_ascii=False) for key in ("prompt", "completion"))
+        prompt, completion = (visible(json.dumps(row[key], ensure_ascii=False)) for key in ("prompt", "completion"))
         print(f"score {row['score']:+.3f}  prompt {prompt}\n              completion {completion}")

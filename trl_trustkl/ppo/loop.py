@@ -172,6 +172,7 @@ class TrainingLoop:
     def _end_update(self, batch: Batch, stats: UpdateStats, record: BoundRecord) -> None:
         """Write the record, update the controllers, and do what the callbacks request."""
         trainer, parts, args, state = self._trainer, self._parts, self._trainer.args, self._trainer.state
+        parts.failures.drop_closed_outputs()
         state.global_step += 1
         state.epoch = state.global_step / parts.order.batches_per_pass
         trainer.lr_scheduler.step()
@@ -302,9 +303,7 @@ class TrainingLoop:
         trainer.event("train_end")
         self._agree_on_control()
         self._act_on_control()
-        readme = Path(args.output_dir) / model_card.README
-        if not readme.exists() or model_card.has_section(readme):  # any other README is not ours to replace
-            self._write_card()
+        self._write_card()
         if self.interrupted is None and (signal := self._parts.failures.signal()) is not None:
             self.interrupted = signal  # received while the run was ending
             if not args.load_best_model_at_end:  # whose weights are not those of the last update
@@ -367,6 +366,8 @@ class TrainingLoop:
 
     def _write_card(self) -> None:
         args = self._trainer.args
+        if model_card.is_of_user(Path(args.output_dir)):
+            return
         name = args.hub_model_id or Path(args.output_dir).resolve().name
         self._trainer.create_model_card(model_name=name.split("/")[-1])
 

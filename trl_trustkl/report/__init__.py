@@ -1,7 +1,4 @@
-"""Reports from records: summary, findings, figures, and one self-contained page. They need no model.
-
-Imports `records`, the mathematics and what is below them.
-"""
+"""Reports from records: summary, findings, figures, and one self-contained page. They need no model."""
 
 from __future__ import annotations
 

@@ -70,16 +70,17 @@ def describe(folder: Path, args: Any, *, update: int, report: Path | None) -> No
     """
     output = Path(args.output_dir)
     readme = folder / README
-    source = readme if readme.exists() else output / README
+    source = readme if readme.exists() or is_of_user(output) else output / README
     if source.exists():
         link = None if report is None else os.path.relpath(report, folder)
         text = source.read_text(encoding="utf-8", errors="replace")
         readme.write_text(with_section(text, section(_recorded(output, update), args, link)), encoding="utf-8")
 
 
-def has_section(readme: Path) -> bool:
-    """Whether `describe` has written to a README."""
-    return START in readme.read_text(encoding="utf-8", errors="replace")
+def is_of_user(folder: Path) -> bool:
+    """Whether the folder has a README to which `describe` has not written: it is not ours to replace."""
+    readme = folder / README
+    return readme.exists() and START not in readme.read_text(encoding="utf-8", errors="replace")
 
 
 def _recorded(output: Path, update: int) -> list[BoundRecord]:

@@ -36,6 +36,12 @@ def is_message(message: Any) -> bool:
     return isinstance(content, str) or (isinstance(content, list) and bool(content)) or bool(message.get("tool_calls"))
 
 
+def text_of(message: Mapping[str, Any]) -> str:
+    """The text of a message: its content, or the texts among its parts."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(str(part.get("text") or "") for part in content)
+
+
 def unread_part(message: Mapping[str, Any]) -> str | None:
     """The type of the first part of a message that is not text, such as "image"; None if there is none."""
     content = message.get("content")

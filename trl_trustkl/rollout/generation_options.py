@@ -253,3 +253,27 @@ def check_stop_ids(extra: dict[str, Any], stop_ids: list[int]) -> None:
             f"`generation_kwargs` got 'bad_words_ids' with {shown(stops)}, which generate() ignores because they are stop "
             "tokens; use suppress_tokens for them."
         )
+
+
+def check_token_ids(extra: dict[str, Any], vocabulary: int) -> None:
+    """Raise ConfigError for an option that names a token outside the vocabulary, for which `generate` fails or does nothing."""
+    for name in ("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens"):
+        given = extra.get(name) or ()
+        if name == "sequence_bias" and not isinstance(given, dict):
+            given = [sequence for sequence, _ in given]
+        for token in _flat(given):
+            if not 0 <= token < vocabulary:
+                raise out_of_range(
+                    f"generation_kwargs[{name!r}]",
+                    token,
+                    f"a token id from 0 to {vocabulary - 1}, the model's vocabulary",
+                )
+
+
+def _flat(ids: Any) -> Iterator[int]:
+    """The token ids of an option: a list of them, or of sequences of them."""
+    for each in ids:
+        if isinstance(each, int):
+            yield each
+        else:
+            yield from _flat(each)

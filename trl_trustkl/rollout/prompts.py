@@ -277,7 +277,9 @@ def prepare_dataset(
     template_kwargs = getattr(args, "chat_template_kwargs", None)
     check_template_kwargs(template_kwargs or {}, tokenizer, "`chat_template_kwargs`")
     if isinstance(dataset, IterableDataset):
-        dataset = Dataset.from_list(rows_of_stream(dataset, name))
+        rows = rows_of_stream(dataset, name)
+        names = dict.fromkeys(name for row in rows for name in row)  # the rows of a generator may have different ones
+        dataset = Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
     dataset = tokenize_prompts(
         dataset, tokenizer, name=name, num_proc=args.dataset_num_proc, template_kwargs=template_kwargs
     )

@@ -18,10 +18,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConfigError, NonFiniteRewardError, RewardError, shown
 from ..parallel.engines import load_everywhere
-from ..policy.loading import load_scalar_model, of_tokenizer
+from ..policy.loading import load_scalar_model, of_tokenizer, without_adapter
 from ..policy.micro_batches import positions
 from ..types import Rollout
-from .chat_template import ends_with_assistant, is_chat
+from .chat_template import ends_with_assistant, is_chat, text_of
 from .prompts import context_length
 
 LARGEST_REWARD = torch.finfo(torch.float32).max
@@ -49,9 +49,11 @@ class RewardModel:
         self.tokenizer = tokenizer
         self.padding_id = padding_id
         self._cannot_pad = False
+        self._pads_with_eos = False
         if tokenizer is not None:
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token
+                self._pads_with_eos = hasattr(without_adapter(model), "score")
             config = model.config.get_text_config()
             config.pad_token_id = tokenizer.pad_token_id
             # A pad token without an embedding; a single row has no padding.
@@ -87,6 +89,8 @@ class RewardModel:
                 f"a prompt with its response is {length} tokens of the reward model `{self.__name__}`, more than its context "
                 f"of {context}; drop the longest prompts, or lower response_length."
             )
+        if self._pads_with_eos:  # the model itself would take a final eos for padding, and score the token before it
+            return self._score_last(inputs["input_ids"], inputs["attention_mask"])
         return self.model(**inputs).logits[:, 0].float()
 
     def _score_ids(self, rollout: Rollout, rows: slice) -> Tensor:
@@ -100,9 +104,13 @@ class RewardModel:
                 f"the policy sampled the token {largest}, and the vocabulary of the reward model `{self.__name__}` is 0 to "
                 f"{known - 1}; give its tokenizer in `reward_processing_classes`, so that it reads the text."
             )
-        classifier: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return self._score_last(ids * mask, mask)
+
+    def _score_last(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The score at the last token that is not masked."""
+        classifier: Any = without_adapter(self.model)
         backbone = getattr(classifier, classifier.base_model_prefix)
-        inputs = {"input_ids": ids * mask, "attention_mask": mask.long(), "position_ids": positions(mask)}
+        inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions(mask)}
         states = backbone(**inputs, use_cache=False).last_hidden_state
         last = mask.shape[1] - 1 - mask.flip(-1).long().argmax(-1)
         return classifier.score(states[torch.arange(len(ids), device=ids.device), last])[:, 0].float()
@@ -113,7 +121,7 @@ def as_text(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase) ->
     if not is_chat(prompt):
         return prompt + completion
     if tokenizer.chat_template is None:
-        return "\n".join(message["content"] for message in [*prompt, *completion])
+        return "\n".join(text_of(message) for message in [*prompt, *completion])
     if ends_with_assistant(prompt) and isinstance(prompt[-1].get("content"), str):
         continued = {**prompt[-1], "content": prompt[-1]["content"] + completion[0]["content"]}
         prompt, completion = prompt[:-1], [continued]
@@ -172,7 +180,7 @@ def _as_reward(
             f"`reward_funcs` got a {kind}, which is a module of torch and no model of transformers; give a function that calls "
             "it: def reward(prompts, completions, **columns) -> list of numbers."
         )
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = without_adapter(model)
     if not hasattr(base, "score") and getattr(base, "can_generate", bool)():
         raise ConfigError(
             f"`reward_funcs` got a {type(base).__name__}, which generates text and gives no score; a reward model is a "
@@ -220,7 +228,12 @@ def rewards_of(
 ) -> list[float | None]:
     """The rewards that one function or model gives to the completions, validated."""
     if isinstance(func, RewardModel):
-        rewards: Any = func.score(rollout, prompts, completions, batch_size)
+        try:
+            rewards: Any = func.score(rollout, prompts, completions, batch_size)
+        except RewardError:
+            raise
+        except Exception as error:
+            raise RewardError(f"reward model `{func.__name__}` raised {type(error).__name__}: {error}") from error
     else:
         rewards = _call(func, prompts, completions, keywords)
     return _validated(rewards, len(completions), reward_name(func))

@@ -66,8 +66,9 @@ class Scorer:
         Raises RewardError for a function that raises an error or returns the wrong length, NaN or infinity, and for a sum
         that exceeds float32.
         """
-        names = [name for name in (rollout.rows[0] if rollout.rows else {}) if name not in _RESERVED]
-        columns = {name: [row[name] for row in rollout.rows or []] for name in names}
+        rows = rollout.rows or []
+        names = dict.fromkeys(name for row in rows for name in row if name not in _RESERVED)
+        columns = {name: [row.get(name) for row in rows] for name in names}
         keywords = {"completion_ids": completion_ids, "trainer_state": state, **columns}
         total = torch.zeros(len(completions), dtype=torch.float64)
         known = torch.zeros(len(completions), dtype=torch.bool)

@@ -20,10 +20,11 @@ from transformers import (
 
 from ..errors import ConfigError
 from ..policy import cpu, lora, split_lm
+from ..policy.loading import without_adapter
 from ..trl_compat.decoding import without_waiting
 from .captured_pass import can_capture, captured
 from .engine import FinishReason, Samples
-from .generation_options import STATIC, check_stop_ids, compile_config, may_capture, stop_strings
+from .generation_options import STATIC, check_stop_ids, check_token_ids, compile_config, may_capture, stop_strings
 from .sampler import Sampler, uniform_numbers
 from .sampling import is_stop, response_mask
 from .static_decoding import StaticDecoding
@@ -92,7 +93,7 @@ class TransformersEngine:
                 "`tokenizer` got None; it must be the policy's tokenizer with generation_kwargs['stop_strings']."
             )
         self._tokenizer = tokenizer
-        self._causal = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+        self._causal = without_adapter(policy)
         self._stop_ids = stop_ids
         self._length = response_length
         self._batch_size = batch_size
@@ -102,6 +103,7 @@ class TransformersEngine:
         # The model has no embedding for a padding token outside of its vocabulary, masked or not.
         known = self._causal.get_input_embeddings().weight.shape[0]
         self._pad_token_id = pad_token_id if pad_token_id < known else 0
+        check_token_ids(extra, known)
         settings = {
             "max_new_tokens": response_length,
             "do_sample": True,

@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import ModelError
+from ..policy.loading import without_adapter
 from ..policy.merged_weights import check_mergeable
 from ..policy.precision import sampling_dtype
 
@@ -31,7 +32,7 @@ class VLLMModel(NamedTuple):
 
 def vllm_model(policy: PreTrainedModel | PeftModel, args: Any) -> VLLMModel:
     """The base model of the policy. Raises ModelError for one that vLLM cannot load, or whose weights cannot be sent."""
-    causal = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    causal = without_adapter(policy)
     check_mergeable(policy)
     if not causal.name_or_path:
         raise ModelError(

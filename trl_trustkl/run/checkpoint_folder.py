@@ -20,13 +20,12 @@ from typing import Any
 from transformers.utils import logging
 
 from ..errors import SaveError
-from ..files import sync
+from ..files import UNFINISHED, sync
 
 logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
-UNFINISHED = ".unfinished-"
 EARLIER = "earlier"
 
 _NAME = re.compile(rf"{PREFIX}([0-9]{{1,18}})")
@@ -152,11 +151,14 @@ def remove_unfinished(output_dir: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def move_aside(output_dir: Path, *, after: int = 0) -> None:
-    """Move the checkpoints of an abandoned run, or those beyond update `after`, into a folder `earlier.1`, `earlier.2`, …"""
+def move_aside(output_dir: Path, *, after: int = 0) -> Path | None:
+    """Move the checkpoints of an abandoned run, or those beyond update `after`, into a folder `earlier.1`, `earlier.2`, …
+
+    Returns the folder, or None if there were no such checkpoints.
+    """
     old = [folder for folder in checkpoints(output_dir) if number(folder) > after]
     if not old:
-        return
+        return None
     count = 1
     while (target := output_dir / f"{EARLIER}.{count}").exists():
         count += 1
@@ -166,6 +168,7 @@ def move_aside(output_dir: Path, *, after: int = 0) -> None:
     logger.warning(
         f"This run does not resume from {len(old)} checkpoints in {output_dir}; they were moved to {target}."
     )
+    return target
 
 
 def number(folder: Path) -> int:

@@ -136,7 +136,8 @@ def _prepare_output(output: Path, folder: Path | None) -> None:
     resumed = 0
     if folder is not None and folder.resolve().parent == output.resolve():
         resumed = read_json(folder / TRAINER_STATE_NAME)["global_step"]  # the folder may have been renamed
-    checkpoint_folder.move_aside(output, after=resumed)
+    if (earlier := checkpoint_folder.move_aside(output, after=resumed)) is not None:
+        records.copy(output, earlier)
     if folder is not None:
         records.take_over(folder.parent, output)
 

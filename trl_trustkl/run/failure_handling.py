@@ -45,6 +45,10 @@ class FailureHandling:
         """The signal that any process received, the same on each; None if there was none."""
         return self._processes.max(self._stop.received or 0) or None
 
+    def drop_closed_outputs(self) -> None:
+        """See `StopRequest`."""
+        self._stop.drop_closed_outputs()
+
     def give_up_if_overdue(self) -> None:
         """Raise Overdue if a signal's grace period is over on any process."""
         if self._processes.any(self._stop.overdue):

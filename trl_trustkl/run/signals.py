@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -54,7 +56,19 @@ class StopRequest:
         self._deadline = time.monotonic() + self.grace_seconds
         self._event.set()
         # Not print(), which is not reentrant and may be what the signal interrupted.
-        os.write(2, b"\nFinishing the current update, then saving; a second signal (or Ctrl-C) stops immediately.\n")
+        with suppress(OSError):
+            os.write(
+                2, b"\nFinishing the current update, then saving; a second signal (or Ctrl-C) stops immediately.\n"
+            )
+
+    def drop_closed_outputs(self) -> None:
+        """After a signal, discard what is printed to a pipe without a reader: Ctrl-C ends `tee` too."""
+        for descriptor in (1, 2) if self.received is not None else ():
+            poll = select.poll()
+            poll.register(descriptor, 0)
+            if any(event & select.POLLERR for _, event in poll.poll(0)):
+                with open(os.devnull, "wb") as nothing:
+                    os.dup2(nothing.fileno(), descriptor)
 
     @property
     def overdue(self) -> bool:

@@ -1,4 +1,1 @@
-"""The only folder that depends on the installed versions of TRL and transformers.
-
-Imports the mathematics, `bounds`, `types` and `errors`.
-"""
+"""The only folder that depends on the installed versions of TRL and transformers."""

@@ -19,6 +19,7 @@ class TRLConfig(Protocol):
     max_grad_norm: float | None
     optim: str
     torch_compile: bool
+    enable_jit_checkpoint: bool
     # -- GRPO and RLOO
     beta: float
     num_iterations: int
