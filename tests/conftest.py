@@ -9,6 +9,7 @@ from tests import isolation
 import json
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,19 @@ def _without_garbage_collection(monkeypatch):
 @pytest.fixture(autouse=True)
 def _without_hashes_of_datasets(monkeypatch):
     """Datasets hashes the function and arguments of each `map`; a tenth of the time of a short run."""
-    monkeypatch.setattr("datasets.fingerprint.update_fingerprint", lambda *_: generate_random_fingerprint())
+    monkeypatch.setattr("datasets.arrow_dataset.update_fingerprint", lambda *_: generate_random_fingerprint())
+
+
+@pytest.fixture
+def model_cards():
+    """With this fixture, the model cards of PPO are written."""
+
+
+@pytest.fixture(autouse=True)
+def _without_model_cards(request, monkeypatch):
+    """A card is rendered at the end of a run and for each checkpoint; a fifth of the time of a short run."""
+    if "model_cards" not in request.fixturenames and (loop := sys.modules.get("trl_trustkl.ppo.loop")) is not None:
+        monkeypatch.setattr(loop.TrainingLoop, "_write_card", lambda self: None)
 
 
 @pytest.fixture(autouse=True)

@@ -112,6 +112,7 @@ def test_without_an_anchor_every_lambda_collapses(lam: float) -> None:
         assert policies[10].tolist() == pytest.approx(once.tolist(), abs=1e-12)
 
 
+@pytest.mark.processes
 def test_kl_or_trust_region_runs_and_prints_its_table(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "kl_or_trust_region.py"), "--output-dir", "out"],

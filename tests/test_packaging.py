@@ -84,6 +84,7 @@ for name in {MATHEMATICS!r}:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.processes
 def test_importing_takes_less_than_half_a_second_past_torch() -> None:
     """The fastest of three processes, in processor time, so that other load on the machine has no effect."""
     code = """

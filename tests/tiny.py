@@ -248,14 +248,14 @@ def config(output_dir: Any, **changes: Any):
 def trainer(
     output_dir: Any, model: Any = None, *, kind: Any = None, changes: dict[str, Any] | None = None, **arguments: Any
 ):
-    """A trainer on a tiny Llama with LoRA, a subclass where it is given as `kind`; `changes` go to the configuration."""
+    """A trainer on a tiny Llama of one layer with LoRA; `kind` is its class, and `changes` go to the configuration."""
     from trl_trustkl import BoundReportCallback, TrustKLPPOTrainer
     from trl_trustkl.callbacks.bound_report import is_report
 
     # Rendering a report takes longer than a tiny run; a test of reports passes its own callback.
     given = arguments.pop("callbacks", [])
     arguments["callbacks"] = given if any(map(is_report, given)) else [BoundReportCallback(report=False), *given]
-    model = llama() if model is None else model
+    model = llama(num_hidden_layers=1) if model is None else model
     settings = {
         "processing_class": tokenizer(),
         "reward_funcs": good_words,

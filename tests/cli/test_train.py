@@ -49,6 +49,7 @@ def test_the_flags_make_the_trainer_that_the_api_makes(place: Path, tmp_path: Pa
 
     tiny.trainer(
         tmp_path / "api",
+        tiny.llama(),
         changes=changes,
         reward_funcs=even,
         peft_config=LoraConfig(

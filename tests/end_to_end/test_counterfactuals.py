@@ -65,7 +65,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
 def built(folder: Any, *, kind: Any = None, lr_factor: float = 0.25, **changes: Any) -> TrustKLPPOTrainer:
     """A trainer whose first update has a KL to the reference and a learning rate that was adapted already."""
     changes = {"max_steps": 1, "attribution_every": 1} | changes
-    trainer = tiny.trainer(folder, kind=kind, changes=changes, ref_model=tiny.llama(seed=9))
+    trainer = tiny.trainer(folder, tiny.llama(), kind=kind, changes=changes, ref_model=tiny.llama(seed=9))
     if (state := trainer.parts.coefficients.lr_state) is not None:
         trainer.parts.coefficients.lr_state = state._replace(coef=lr_factor)
     return trainer

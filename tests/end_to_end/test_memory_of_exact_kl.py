@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
 ROOT = Path(__file__).parents[2]
 VOCAB, FEW, MANY = 50_000, 128, 384
 MIB = 2**20

@@ -35,6 +35,7 @@ def test_the_reward_names_the_subject_and_does_not_repeat_itself():
     assert chats == scores[:1]
 
 
+@pytest.mark.processes
 def test_a_run_of_the_study_is_kept_with_its_curves_and_held_out_scores(tmp_path):
     done = study(tmp_path, "--seeds", "1", "--only", "mechanisms")
     assert done.returncode == 0, done.stderr

@@ -143,6 +143,7 @@ def said(tmp_path_factory):
 BOTH = [given(0), given(1)]
 
 
+@pytest.mark.processes
 def test_two_processes_get_the_rows_of_both_in_their_order(said):
     for each in said:
         assert each["count"] == 2
@@ -152,6 +153,7 @@ def test_two_processes_get_the_rows_of_both_in_their_order(said):
     assert [each["is_main"] for each in said] == [True, False]
 
 
+@pytest.mark.processes
 def test_two_processes_get_the_sum_and_the_moments_of_all_values(said):
     pooled = [value for part in BOTH for value in part["values"][part["mask"]].tolist()]
     total = BOTH[0]["values"] + BOTH[1]["values"]
@@ -163,6 +165,7 @@ def test_two_processes_get_the_sum_and_the_moments_of_all_values(said):
         assert var == pytest.approx(statistics.variance(pooled), rel=1e-12)
 
 
+@pytest.mark.processes
 def test_two_processes_agree(said):
     for each in said:
         assert each["max"] == 7
@@ -171,6 +174,7 @@ def test_two_processes_agree(said):
         assert each["waited"]
 
 
+@pytest.mark.processes
 def test_two_processes_raise_the_same_error_the_first_of_them(said):
     for each in said:
         assert each["raised"] == {

@@ -129,7 +129,7 @@ def test_the_larger_the_penalty_the_smaller_the_update(estimator, tmp_path):
     for coef in (0, 1, 10, 100):
         folder = tmp_path / str(coef)
         changes = DESCENT | {"trust_coef": coef, "trust_estimator": estimator}
-        tiny.trainer(folder, changes=changes, peft_config=None).train()
+        tiny.trainer(folder, tiny.llama(), changes=changes, peft_config=None).train()
         record = load_records(folder)[0]
         assert record["trust"]["coef"] == coef
         kls.append(record["trust"]["kl"])
@@ -142,7 +142,7 @@ def test_the_penalty_by_k1_makes_the_sampled_tokens_likelier_and_the_update_larg
     updates = []
     for coef in (0, 10, 100):
         changes = DESCENT | {"trust_coef": coef, "trust_estimator": "k1"}
-        tiny.trainer(tmp_path / str(coef), changes=changes, peft_config=None).train()
+        tiny.trainer(tmp_path / str(coef), tiny.llama(), changes=changes, peft_config=None).train()
         updates.append(load_records(tmp_path / str(coef))[0]["trust"])
     medians = [update["ratio_quantiles"]["0.5"] for update in updates]
     assert medians[0] < medians[1] < medians[2]

@@ -58,6 +58,7 @@ def test_equal_records_give_equal_figures(tmp_path: Path) -> None:
     assert [figure.svg for figure in first] == [figure.svg for figure in second]
 
 
+@pytest.mark.processes
 def test_drawing_does_not_affect_pyplot(tmp_path: Path) -> None:
     folder = run_folder(tmp_path)
     code = f"""

@@ -14,6 +14,7 @@ from trl_trustkl import BoundReportCallback, load_records
 from trl_trustkl.report.model_card import END, START, TITLE, outcome, section, with_section
 from trl_trustkl.report.text import markdown, number
 
+pytestmark = pytest.mark.usefixtures("model_cards")
 SECTION = re.compile(f"{re.escape(START)}(.*?){re.escape(END)}", re.DOTALL)
 
 

@@ -41,7 +41,7 @@ def test_settings_that_would_make_it_another_run_are_named(run_copy, changes, pi
     [
         ({"train_dataset": tiny.prompts(24)}, "rows of train_dataset: 16 in the checkpoint, 24 now"),
         ({"train_dataset": tiny.prompts(8)}, "rows of train_dataset: 16 in the checkpoint, 8 now"),
-        ({"model": tiny.llama(num_hidden_layers=1)}, "trained numbers of the policy: "),
+        ({"model": tiny.llama(num_hidden_layers=2)}, "trained numbers of the policy: "),
         ({"model": tiny.llama(num_hidden_layers=3)}, "trained numbers of the policy: "),
         ({"model": tiny.llama(hidden_size=64)}, "trained numbers of the value: 33 in the checkpoint, 65 now"),
         ({"value_model": tiny.scalar_model(tiny.llama())}, "trained numbers of the value: 33 in the checkpoint, "),
@@ -58,7 +58,7 @@ def test_models_and_data_that_would_make_it_another_run_are_named(run_copy, argu
     assert piece in str(error.value)
 
 
-@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("layers", [2, 3])
 def test_another_shape_of_a_fully_tuned_model_is_named(tmp_path, layers):
     kind = "all weights and a value model"
     build(tmp_path, kind, max_steps=2).train()

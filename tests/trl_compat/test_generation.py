@@ -6,7 +6,7 @@ import inspect
 import itertools
 import math
 import random
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,9 +76,20 @@ def test_steps_are_shared_where_a_step_uses_a_batch_with_another_one_and_with_an
         args = SimpleNamespace(
             steps_per_generation=each[0], num_iterations=each[1], gradient_accumulation_steps=each[2]
         )
-        assert generation.steps_are_shared(SimpleNamespace(args=args)) == expected, each
+        assert generation.steps_are_shared(SimpleNamespace(args=args, _step=0)) == expected, each
         shared.append(expected)
     assert 10 < sum(shared) < len(shared) - 10
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(2, 4), (4, 2), (3, 3), (4, 4), (1, 3), (3, 1), (6, 3)])
+def test_steps_are_shared_after_passes_that_ended_no_step(size, accumulation):
+    args = SimpleNamespace(steps_per_generation=size, num_iterations=1, gradient_accumulation_steps=accumulation)
+    for made in range(2 * max(size, accumulation)):
+        passes = [*range(made, made + 4 * size * accumulation)]
+        steps = [{each // size for each in passes[i : i + accumulation]} for i in range(0, len(passes), accumulation)]
+        used = Counter(batch for step in steps for batch in step)
+        expected = any(len(step) > 1 and any(used[batch] > 1 for batch in step) for step in steps)
+        assert generation.steps_are_shared(SimpleNamespace(args=args, _step=made)) == expected, made
 
 
 # -- the batch ---------------------------------------------------------------------------------------------------------
