@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 import torch
 
-from trl_trustkl.bounds import binding, binding_by_outcome, binding_shares, build_record, guaranteed
+from trl_trustkl.bounds import binding, binding_by_outcome, binding_shares, build_record, guarantees
 from trl_trustkl.kl_ball import TokenProjection
 from trl_trustkl.records import CertificateRecord
 from trl_trustkl.surrogates import ClipRuleName, build_surrogate
@@ -138,7 +138,7 @@ def test_mechanisms_that_take_no_share() -> None:
 )
 def test_guaranteed_needs_a_limit_the_entire_batch_and_the_kl_within_it(limit, complete, kl, expected) -> None:
     measured = MEASURED._replace(kl=kl, complete=complete)
-    assert guaranteed(measured, OFF._replace(limit=limit, scale=None if limit is None else 1.0)) == expected
+    assert guarantees(measured, OFF._replace(limit=limit, scale=None if limit is None else 1.0)).mean == expected
 
 
 def args(**changes: object) -> SimpleNamespace:

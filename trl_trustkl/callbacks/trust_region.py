@@ -87,8 +87,8 @@ class TrustRegionCallback(TrainerCallback):
     resuming is saved in checkpoints.
 
     Raises:
-        ConfigError: an option is out of range; anchor_max_kl has no reference that stays the same; the trainer is training; or
-            it is not supported: it has no generation batches, fills them with earlier responses, has an option of FSDP or
+        ConfigError: an option is out of range; anchor_max_kl has no reference that stays the same; or the trainer is not
+            supported: it has no generation batches, fills them with earlier responses, has an option of FSDP or
             DeepSpeed that is not available, an optimizer that steps within the backward pass, or images in its dataset.
         ModelError: the model's passes are random even without dropout.
     """
