@@ -10,10 +10,12 @@ import json
 import shutil
 import signal
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import imports
 from datasets.fingerprint import generate_random_fingerprint
 from transformers.utils import logging
 
@@ -21,6 +23,10 @@ from tests import tiny
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background jobs
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Accelerate reads the metadata of a dozen packages for each trainer.
+imports._is_package_available = cache(imports._is_package_available)
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ KINDS = pytest.mark.parametrize("kind", TRAINERS)
 def trainer_of(kind: str, folder: Any, **changes: Any) -> Any:
     """TRL's trainer of this kind, "grpo" or "rloo"; `changes` go to its configuration, and arguments to the trainer."""
     arguments = {
-        "model": tiny.llama(),
+        "model": tiny.llama(num_hidden_layers=1),
         "reward_funcs": tiny.good_words,
         "train_dataset": tiny.prompts(),
         "eval_dataset": tiny.prompts(4),

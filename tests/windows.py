@@ -109,8 +109,8 @@ def same_moments(one: Any, other: Any) -> bool:
 
 @cache
 def _llama() -> Any:
-    """A tiny Llama with an adapter, in float64."""
-    return get_peft_model(tiny.llama(), tiny.lora()).double().requires_grad_(False)
+    """The tiny Llama of `trainer_of` with an adapter, in float64."""
+    return get_peft_model(tiny.llama(num_hidden_layers=1), tiny.lora()).double().requires_grad_(False)
 
 
 def kls(batch: Rollout, old: Mapping[str, Tensor], new: Mapping[str, Tensor], temperature: float = 1.0) -> Tensor:

@@ -80,6 +80,7 @@ def typed_fields(config: type) -> list[tuple[Field[Any], Any]]:
     return [(each, hints[each.name]) for each in fields(config) if each.name not in skipped]
 
 
+@cache
 def dict_fields(config: type, *, of_others: bool = False) -> list[str]:
     """The names of the options that take a dict, or JSON. of_others: as in `check_options`."""
     files = ("deepspeed", "fsdp_config")  # their text may also be the path of a file
@@ -107,14 +108,14 @@ def check_options(args: Any, *, of_others: bool = True) -> None:
     for name in dict_fields(args.__class__, of_others=of_others):
         if getattr(args, name) is not None:
             setattr(args, name, _as_dict(name, getattr(args, name)))
-    for each, hint in typed_fields(args.__class__):
-        value, own = getattr(args, each.name), about(each)
+    for each, hint, own, known in _checked_fields(args.__class__):
+        value = getattr(args, each.name)
         if not (of_others or own.group):
             continue
         default = each.default_factory() if each.default_factory is not MISSING else each.default
         if value is None and (default is None or fits(None, hint)):
             continue
-        if (known := _known(each, hint)) and (isinstance(value, str) or not fits(value, hint)):
+        if known and (isinstance(value, str) or not fits(value, hint)):
             if value not in known:
                 raise unknown_name(each.name, value, known)
         elif not fits(value, hint) or not (own.range is None or _within(value, own.range)):
@@ -124,6 +125,12 @@ def check_options(args: Any, *, of_others: bool = True) -> None:
             raise out_of_range(each.name, value, "text that can be written as UTF-8")
         elif isinstance(value, int) and isinstance(default, float):
             setattr(args, each.name, float(value))  # torch and transformers reject an integer in some of these places
+
+
+@cache
+def _checked_fields(config: type) -> list[tuple[Field[Any], Any, Option, list[Any]]]:
+    """The fields with their annotations, their options and the names that they allow."""
+    return [(each, hint, about(each), _known(each, hint)) for each, hint in typed_fields(config)]
 
 
 def _known(each: Field[Any], hint: Any) -> list[Any]:

@@ -54,6 +54,7 @@ def test_numbers_missing_zero_or_extreme_have_a_report(tmp_path: Path, value: fl
     assert render_report(run).exists()
 
 
+@pytest.mark.slow
 def test_ten_thousand_updates_in_ten_seconds_and_five_megabytes(tmp_path: Path) -> None:
     draws = np.random.default_rng(0)
     rows = rows_of(10_000)
