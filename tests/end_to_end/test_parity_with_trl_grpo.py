@@ -122,9 +122,7 @@ def ours(
         "num_ppo_epochs": 1, "max_grad_norm": None, "response_length": LENGTH, "kl_coef": 0.0,
         "advantage_estimator": kind, "num_generations": SIZE,
     } | changes  # fmt: skip
-    trainer = tiny.trainer(
-        folder / "ours", tiny.llama(), kind=Forced, changes=settings, reward_funcs=rewards_of(rewards)
-    )
+    trainer = tiny.trainer(folder / "ours", kind=Forced, changes=settings, reward_funcs=rewards_of(rewards))
     trainer.parts.order = InOrder()
     trainer.parts.scoring._checked_start = True  # π_old is not the reference
     trainer._loop.begin()
