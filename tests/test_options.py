@@ -183,3 +183,18 @@ def test_dicts_are_found_by_their_annotation_and_group_and_need_text_as_keys():
     assert (field.name, hint) == ("size", int | None)
     with pytest.raises(ConfigError, match="`extra` got {1: 2}; its keys must be the names of arguments"):
         check_options(Other(extra={1: 2}))
+
+
+NAMES = {"one": 1}
+
+
+@dataclasses.dataclass
+class Growing:
+    name: str = option("one", "A name that others may add to.", names=NAMES, group="a")
+
+
+def test_a_name_that_is_added_later_is_accepted(monkeypatch):
+    with pytest.raises(ConfigError, match="`name` got 'two'; it must be .*'one'"):
+        check_options(Growing("two"))
+    monkeypatch.setitem(NAMES, "two", 2)
+    check_options(Growing("two"))

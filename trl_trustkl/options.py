@@ -108,8 +108,8 @@ def check_options(args: Any, *, of_others: bool = True) -> None:
     for name in dict_fields(args.__class__, of_others=of_others):
         if getattr(args, name) is not None:
             setattr(args, name, _as_dict(name, getattr(args, name)))
-    for each, hint, own, known in _checked_fields(args.__class__):
-        value = getattr(args, each.name)
+    for each, hint, own, declared in _checked_fields(args.__class__):
+        value, known = getattr(args, each.name), [*declared, *own.names]
         if not (of_others or own.group):
             continue
         default = each.default_factory() if each.default_factory is not MISSING else each.default
@@ -129,14 +129,14 @@ def check_options(args: Any, *, of_others: bool = True) -> None:
 
 @cache
 def _checked_fields(config: type) -> list[tuple[Field[Any], Any, Option, list[Any]]]:
-    """The fields with their annotations, their options and the names that they allow."""
-    return [(each, hint, about(each), _known(each, hint)) for each, hint in typed_fields(config)]
+    """The fields with their annotations, their options and the names that they declare; an option's may grow."""
+    return [(each, hint, about(each), _declared(each, hint)) for each, hint in typed_fields(config)]
 
 
-def _known(each: Field[Any], hint: Any) -> list[Any]:
-    """The names that a field allows; none for a field that is not a name."""
+def _declared(each: Field[Any], hint: Any) -> list[Any]:
+    """The names of a field's type and choices; none for a field that is not a name."""
     enums = [part for part in (hint, *typing.get_args(hint)) if isinstance(part, type) and issubclass(part, enum.Enum)]
-    listed = [names(hint) or (), each.metadata.get("choices", ()), about(each).names]
+    listed = [names(hint) or (), each.metadata.get("choices", ())]
     return [name for some in listed for name in some] + [name.value for one in enums for name in one]
 
 
