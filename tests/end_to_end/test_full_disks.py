@@ -171,7 +171,7 @@ def make_read_only(disk: Path) -> None:
 
 
 def limit_files(disk: Path) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, 2**13))
 
 
 BREAK: dict[str, Callable[[Path], None]] = {"fill": fill, "make read-only": make_read_only, "limit": limit_files}

@@ -138,10 +138,8 @@ class Watched(TrustKLPPOTrainer):
 
 def trained(folder: Path, kind: str, processes: int, *, resume: Any = None, **changes: Any) -> Watched:
     changes = SETTINGS | {"per_device_train_batch_size": ROWS[processes], "use_cpu": processes == 1} | changes
-    arguments = KINDS[kind]
-    if kind == "qlora":
-        arguments = {"model": copy.deepcopy(four_bit())}
-    trainer = tiny.trainer(folder, kind=Watched, changes=changes, **arguments)
+    model = copy.deepcopy(four_bit()) if kind == "qlora" else tiny.llama()
+    trainer = tiny.trainer(folder, model, kind=Watched, changes=changes, **KINDS[kind])
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
