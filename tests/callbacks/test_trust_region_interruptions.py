@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 from transformers import TrainerCallback
 
 from tests.trl_trainers import trainer_of
 from tests.weights import same, trained_weights
-from tests.windows import LIMIT, ROUNDING, Witness, kls, limited, records_of, saved
+from tests.windows import LIMIT, ROUNDING, Weights, Witness, kls, limited, records_of, saved
 from trl_trustkl import BoundReportCallback, TrustRegionCallback, load_records
 from trl_trustkl.callbacks import trust_region
 from trl_trustkl.callbacks.trust_region_saving import BeforeSave
@@ -42,9 +44,13 @@ class CtrlC(TrainerCallback):
         self._now = set()
 
 
+def flat(weights: Weights) -> Tensor:
+    return torch.cat([weight.flatten() for weight in weights.values()])
+
+
 def interrupted(folder: Path, **limits: Any) -> tuple[Any, CtrlC]:
     """A trainer with TRL's default, one generation batch for the four passes of a step, after Ctrl-C in the second step."""
-    trainer = limited("grpo", folder, witness=True, gradient_accumulation_steps=4, max_steps=5, **limits)
+    trainer = limited("grpo", folder, witness=True, gradient_accumulation_steps=4, max_steps=9, **limits)
     ctrl_c = CtrlC(5, trainer.witness)
     trainer.add_callback(ctrl_c)
     with pytest.raises(KeyboardInterrupt):
@@ -57,19 +63,27 @@ def interrupted(folder: Path, **limits: Any) -> tuple[Any, CtrlC]:
 
 def test_after_an_interruption_between_two_passes_the_limit_holds_and_steps_are_kept(tmp_path):
     """Every step then uses the end of one generation batch and the start of the next."""
-    trainer, ctrl_c = interrupted(tmp_path, max_kl=LIMIT)
+    limit = LIMIT / 2
+    trainer, ctrl_c = interrupted(tmp_path, max_kl=limit)
     start, leftover = trained_weights(trainer.model), len(trainer.witness.batches) - 1
     trainer.train()
     witness = trainer.witness
     kept = witness.kept[1:]
-    assert len(kept) == 5 and all(len(used) == 2 for used in ctrl_c.uses)
+    assert len(kept) == 9 and all(len(used) == 2 for used in ctrl_c.uses)
     for used, after in zip(ctrl_c.uses, kept, strict=True):
         for number in used:
             old = start if number == leftover else witness.batches[number].old
-            assert kls(witness.batches[number].rollout, old, after).mean() <= LIMIT + ROUNDING
-    assert not any(same(start, after) for after in kept), "all training since the interruption was taken back"
-    rows = load_records(tmp_path)
-    assert all(row["trust"]["scale"] > 0 for row in rows) and any(row["trust"]["scale"] < 1 for row in rows)
+            assert kls(witness.batches[number].rollout, old, after).mean() <= limit + ROUNDING
+    shortened = 0
+    for before, proposed, after in zip([start, *kept], witness.proposed[1:], kept, strict=False):
+        step, made = flat(proposed) - flat(before), flat(after) - flat(before)
+        scale = float(made @ step / step.square().sum())
+        torch.testing.assert_close(
+            made, scale * step, rtol=0, atol=1e-6
+        )  # shortened towards the policy before the step
+        assert scale > 0
+        shortened += scale < 0.99
+    assert shortened > 2, "the case tests nothing"
 
 
 def test_after_an_interruption_between_two_passes_a_stop_is_an_error(tmp_path):
@@ -123,7 +137,7 @@ class EndEpoch(TrainerCallback):
     """Ends the epoch, and with it the run, in the middle of a window."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_epoch_stop = state.global_step == 5
+        control.should_epoch_stop = state.global_step == 9
 
 
 def test_the_best_model_is_loaded_as_it_was_saved(tmp_path, monkeypatch):
@@ -132,7 +146,7 @@ def test_the_best_model_is_loaded_as_it_was_saved(tmp_path, monkeypatch):
         eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
         metric_for_best_model="eval_reward", greater_is_better=True, callbacks=[EndEpoch()],
     )  # fmt: skip
-    scores = iter([1.0, 3.0, 0.0, 0.0, 0.0])
+    scores = iter([1.0, 3.0, *[0.0] * 7])
 
     def evaluate(*args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = {"eval_reward": next(scores)}
@@ -141,9 +155,9 @@ def test_the_best_model_is_loaded_as_it_was_saved(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer, "evaluate", evaluate)
     rows = records_of(trainer)
-    assert trainer.state.global_step == 5 and trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert trainer.state.global_step == 9 and trainer.state.best_model_checkpoint.endswith("checkpoint-2")
     assert same(saved(tmp_path / "checkpoint-2"), trained_weights(trainer.model))
-    assert [row["update"] for row in rows] == [2, 4, 5]
+    assert [row["update"] for row in rows] == [2, 4, 6, 8, 9]
     assert rows[-1]["trust"]["epochs"] == 1 and 0 < rows[-1]["trust"]["kl"] <= LIMIT / 20
 
 

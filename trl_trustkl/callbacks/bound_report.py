@@ -30,10 +30,10 @@ class BoundReportCallback(TrainerCallback):
 
     `bounds.jsonl` gets a line for every update, `completions.jsonl` the completions, and `run_settings.json` the model, the
     versions of the libraries, the hardware and all options of the run. Each line is passed to the operating system before the
-    next update begins: a killed run keeps every finished update. Files of an earlier run in the same
-    folder are moved aside, never appended to; a resumed run drops the lines after its checkpoint and continues from there.
-    The trainer adds this callback by default; another instance replaces it. Only the first process writes, renders and
-    prints, and the time for it is not part of a record's `seconds`.
+    next update begins: a killed run keeps every finished update. Files of an earlier run in the same folder are moved aside,
+    never appended to; a resumed run drops the lines after its checkpoint and continues from there. The trainer adds this
+    callback by default; another instance replaces it. Only the first process writes, renders and prints, and the time for it
+    is not part of a record's `seconds`.
 
     Args:
         report: whether `report.html` and `figures` are rendered when training ends, also when it is stopped early; None:
